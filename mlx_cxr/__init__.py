@@ -1,0 +1,8 @@
+"""mlx_cxr: explainable multi-modal AI for chest X-rays, native to Apple's MLX. Research only, not for clinical use."""
+
+from mlx_cxr.runtime import link_openblas
+
+__version__ = "0.1.0"
+
+# Before anything imports mlx.core: the Linux wheel is linked to the reference BLAS, about 30 times slower.
+link_openblas()

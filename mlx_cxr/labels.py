@@ -1,0 +1,114 @@
+"""The 14 CheXpert findings, their order, and what an uncertain or empty label is taken to mean.
+
+Source values are kept as MIMIC-CXR-JPG ships them: 1 present, 0 absent, -1 uncertain, empty (NaN here) not
+mentioned. A policy turns them into training or scoring targets; it is applied when labels are read and never
+stored in a manifest (Irvin et al., CheXpert, arXiv:1901.07031, section 3, names the policies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+LABELS: tuple[str, ...] = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
+"""Column order of `mimic-cxr-2.0.0-chexpert.csv`; the order of every (N, 14) array in this package."""
+
+Uncertain = Literal["zeros", "ones", "ignore", "soft"]
+Empty = Literal["negative", "masked"]
+
+
+def label_index(name: str) -> int:
+    """Position of a finding in `LABELS`.
+
+    Raises:
+        KeyError: the name is not one of the 14, with the list of those that are.
+    """
+    try:
+        return LABELS.index(name)
+    except ValueError:
+        raise KeyError(f"unknown finding {name!r}; the 14 are: {', '.join(LABELS)}") from None
+
+
+@dataclass(frozen=True)
+class LabelPolicy:
+    """What the source values -1 (uncertain) and empty (not mentioned) become.
+
+    Attributes:
+        uncertain: `zeros`, `ones`, `ignore` (masked) or `soft` (the value `soft_value`).
+        empty: `negative` (0) or `masked` (NaN).
+        soft_value: target of an uncertain label under `soft`, in [0, 1].
+        uncertain_per_label: exceptions from `uncertain`, by finding.
+    """
+
+    uncertain: Uncertain = "zeros"
+    empty: Empty = "negative"
+    soft_value: float = 0.5
+    uncertain_per_label: Mapping[str, Uncertain] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.uncertain_per_label:
+            label_index(name)
+
+    def apply(self, raw: np.ndarray) -> np.ndarray:
+        """Targets for training or scoring.
+
+        Args:
+            raw: (N, 14) float, each 1, 0, -1 or NaN, columns in the order of `LABELS`.
+
+        Returns:
+            float32 (N, 14) in [0, 1], NaN where there is no information.
+
+        Raises:
+            ValueError: wrong number of columns, or a value outside {1, 0, -1, NaN}, with its row and finding.
+        """
+        raw = np.asarray(raw, dtype=np.float32)
+        check_raw_labels(raw)
+        targets = raw.copy()
+        if self.empty == "negative":
+            targets[np.isnan(raw)] = 0.0
+        for column, name in enumerate(LABELS):
+            uncertain = raw[:, column] == -1
+            targets[uncertain, column] = self._uncertain_value(self.uncertain_per_label.get(name, self.uncertain))
+        return targets
+
+    def _uncertain_value(self, rule: Uncertain) -> float:
+        return {"zeros": 0.0, "ones": 1.0, "ignore": np.nan, "soft": self.soft_value}[rule]
+
+
+SCORING_PROTOCOLS: Mapping[str, LabelPolicy] = {
+    "empty_negative": LabelPolicy(uncertain="zeros", empty="negative"),
+    "empty_masked": LabelPolicy(uncertain="ignore", empty="masked"),
+}
+"""The two protocols that published MIMIC-CXR results differ by; every table names the one it follows.
+
+`empty_negative` scores -1 and empty as 0 (CheXclusion, arXiv:2003.00827); `empty_masked` scores explicit 1 and
+0 only (TorchXRayVision, arXiv:2111.00595).
+"""
+
+
+def check_raw_labels(raw: np.ndarray) -> None:
+    """Raise ValueError unless `raw` is (N, 14) with values in {1, 0, -1, NaN}; names the first bad row and finding."""
+    if raw.ndim != 2 or raw.shape[1] != len(LABELS):
+        raise ValueError(f"labels have shape {raw.shape}, expected (N, {len(LABELS)})")
+    bad = ~(np.isnan(raw) | np.isin(raw, (-1.0, 0.0, 1.0)))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ValueError(f"row {row}, {LABELS[column]}: label {raw[row, column]} is not 1, 0, -1 or empty")

@@ -1,0 +1,172 @@
+"""ResNet-18 for chest films, split where explanation needs it: `features` up to the last map, `head` from there.
+
+He et al., Deep Residual Learning, arXiv:1512.03385; parameter names and block layout are those of torchvision's
+`resnet18`, so `convert` only has to change the weights' axes. Everything is NHWC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_cxr.models import ops
+
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """What fixes the network's shape.
+
+    Attributes:
+        in_channels: 1 for gray films, 3 for weights that keep ImageNet's stem.
+        num_classes: logits; 14 findings.
+        dropout: probability of dropping a pooled feature while training, in [0, 1).
+        output_stride: pixels per cell of the last feature map. 32 is the published network; 16 keeps the last
+            stage's stride at 1 and dilates its convolutions by 2 instead (as timm's `output_stride=16`), which
+            leaves loaded weights meaningful and makes maps of small films twice as fine.
+    """
+
+    in_channels: int = 1
+    num_classes: int = 14
+    dropout: float = 0.0
+    output_stride: int = 32
+
+    def __post_init__(self) -> None:
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"in_channels is {self.in_channels}; 1 or 3")
+        if self.output_stride not in (16, 32):
+            raise ValueError(f"output_stride is {self.output_stride}; 16 or 32")
+
+    def plain(self) -> dict[str, int | float]:
+        """The configuration as JSON-ready data."""
+        return asdict(self)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the identity, or a 1x1 projection of it where shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv1 = ops.Conv3x3(in_channels, channels, stride, dilation[0])
+        self.bn1 = ops.BatchNorm(channels)
+        self.conv2 = ops.Conv3x3(channels, channels, 1, dilation[1])
+        self.bn2 = ops.BatchNorm(channels)
+        if stride != 1 or in_channels != channels:
+            self.downsample = [ops.Conv1x1(in_channels, channels, stride), ops.BatchNorm(channels)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = nn.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if "downsample" in self:
+            for layer in self.downsample:
+                x = layer(x)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """The network; `model(x)` is `head(features(x))`.
+
+    A new model is in training mode, as all MLX modules are; call `eval()` before scoring.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv1 = ops.StemConv(config.in_channels, 64)
+        self.bn1 = ops.BatchNorm(64)
+        dilated = config.output_stride == 16
+        self.layer1 = [BasicBlock(64, 64, 1, (1, 1)), BasicBlock(64, 64, 1, (1, 1))]
+        self.layer2 = [BasicBlock(64, 128, 2, (1, 1)), BasicBlock(128, 128, 1, (1, 1))]
+        self.layer3 = [BasicBlock(128, 256, 2, (1, 1)), BasicBlock(256, 256, 1, (1, 1))]
+        first, second = ((1, 2), (2, 2)) if dilated else ((1, 1), (1, 1))
+        self.layer4 = [BasicBlock(256, 512, 1 if dilated else 2, first), BasicBlock(512, 512, 1, second)]
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc = nn.Linear(512, config.num_classes)
+
+    def features(self, x: mx.array) -> mx.array:
+        """Last feature map.
+
+        Args:
+            x: float (N, H, W, in_channels), normalized as `preprocess` does.
+
+        Returns:
+            (N, ceil(H / output_stride), ceil(W / output_stride), 512), non-negative.
+
+        Raises:
+            ValueError: `x` is not NHWC with this model's channels.
+        """
+        if x.ndim != 4 or x.shape[-1] != self.config.in_channels:
+            raise ValueError(f"input has shape {x.shape}, expected (N, H, W, {self.config.in_channels}), channels last")
+        x = ops.max_pool_3x3_s2(nn.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x)
+        return x
+
+    def head(self, a: mx.array) -> mx.array:
+        """Logits (N, 14) of a feature map (N, h, w, 512): average pool, dropout while training, linear."""
+        return self.fc(self.dropout(mx.mean(a, axis=(1, 2))))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.head(self.features(x))
+
+
+GRAY_MEAN, GRAY_STD = 0.449, 0.226
+"""ImageNet's channel means and deviations averaged over the channels, for films in [0, 1]."""
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's own (torchvision), for the three-channel stem."""
+
+
+def preprocess(pixels: mx.array, in_channels: int) -> mx.array:
+    """Films as the network wants them; the only normalization in the package.
+
+    Args:
+        pixels: (N, H, W), uint8 in [0, 255] or float in [0, 1].
+        in_channels: 1 or 3 (the gray film repeated).
+
+    Returns:
+        float32 (N, H, W, in_channels), standardized with ImageNet's statistics.
+    """
+    x = pixels.astype(mx.float32) / 255.0 if pixels.dtype == mx.uint8 else pixels.astype(mx.float32)
+    x = x[..., None]
+    if in_channels == 1:
+        return (x - GRAY_MEAN) / GRAY_STD
+    return (x - mx.array(RGB_MEAN)) / mx.array(RGB_STD)
+
+
+def initialize(model: ResNet18, seed: int) -> None:
+    """Set weights for training from scratch: He normal (fan out) convolutions, unit BatchNorm, as torchvision does.
+
+    The second BatchNorm of each block starts at 1, not 0. The head is uniform within 1/sqrt(512).
+    """
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in _flat_parameters(model):
+        if value.ndim == 4:
+            out_channels, height, width, _ = value.shape
+            std = np.sqrt(2.0 / (out_channels * height * width))
+            weights.append((name, rng.normal(0.0, std, value.shape)))
+        elif name.startswith("fc."):
+            weights.append((name, rng.uniform(-1, 1, value.shape) / np.sqrt(512)))
+    model.load_weights([(name, mx.array(value.astype(np.float32))) for name, value in weights], strict=False)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """`total` and `trainable` parameters; BatchNorm's running statistics count as neither."""
+    total = sum(v.size for name, v in _flat_parameters(model) if "running_" not in name)
+    trainable = sum(v.size for _, v in _flatten(model.trainable_parameters()))
+    return {"total": total, "trainable": trainable}
+
+
+def _flat_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return _flatten(model.parameters())
+
+
+def _flatten(tree: dict) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(tree)

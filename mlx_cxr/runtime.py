@@ -1,0 +1,179 @@
+"""The machine: which device MLX computes on, how much memory it may take, and which BLAS serves it on Linux.
+
+Measured facts behind this module: on Linux, `mlx[cpu]` links netlib's reference BLAS (7 GFLOP/s on two cores);
+`cblas_sgemm` is a dynamic symbol, so an OpenBLAS loaded globally before `mlx.core` serves it instead (about 220).
+`opencv-python`, which mlx-vlm needs, ships one; a system OpenBLAS is preferred.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import logging
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("mlx_cxr")
+
+_openblas: str | None = None
+
+
+def link_openblas() -> str | None:
+    """On Linux, load an OpenBLAS globally so that MLX's float32 matrix products use it; elsewhere do nothing.
+
+    Does its work once, and only before `mlx.core` is imported. `MLX_CXR_OPENBLAS` names a library to use, or
+    `off`.
+
+    Returns:
+        The path or name of the library that serves, or None where the stock BLAS does.
+    """
+    global _openblas
+    if _openblas is not None or platform.system() != "Linux":
+        return _openblas
+    wanted = os.environ.get("MLX_CXR_OPENBLAS", "")
+    if wanted == "off" or "mlx.core" in sys.modules:
+        return None
+    for candidate in [wanted] if wanted else _openblas_candidates():
+        try:
+            library = ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+            library.cblas_sgemm  # noqa: B018  the symbol MLX calls; AttributeError where a build renames it
+        except (OSError, AttributeError):
+            continue
+        _openblas = candidate
+        return _openblas
+    return None
+
+
+def _openblas_candidates() -> list[str]:
+    candidates = ["libopenblas.so.0"]
+    cv2 = importlib.util.find_spec("cv2")
+    if cv2 is not None and cv2.origin is not None:
+        site = Path(cv2.origin).parent.parent
+        candidates += [str(path) for path in sorted(site.glob("opencv_python*.libs/libopenblas*.so*"))]
+    return candidates
+
+
+def keep_freed_memory() -> bool:
+    """On Linux with glibc, let freed buffers stay with the process instead of going back to the kernel.
+
+    MLX's CPU backend allocates every array with malloc, and glibc maps and unmaps the large ones: their page faults
+    cost more than the arithmetic (a BatchNorm step over 19 MB: 86 ms, then 28). One arena serves all threads.
+
+    Returns:
+        Whether the C library took the settings.
+    """
+    if platform.system() != "Linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2
+    settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+
+
+def device_kind() -> str:
+    """`metal`, `cuda` or `cpu`: what MLX's default device is."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def configure_memory(cache_limit_gb: float = 1.0) -> dict[str, int]:
+    """Bound what MLX takes on a device with unified or graphics memory; does nothing on the CPU backend.
+
+    The wired limit becomes the device's recommended working set, which macOS will not page out, and the cache of
+    freed buffers is bounded, so that a training run does not push a 16 GB machine into swap.
+
+    Args:
+        cache_limit_gb: GB (1e9 bytes) of freed buffers kept for reuse.
+
+    Returns:
+        The limits that were set, in bytes; empty on the CPU.
+    """
+    import mlx.core as mx
+
+    if device_kind() == "cpu":
+        return {}
+    cache = int(cache_limit_gb * 1e9)
+    mx.set_cache_limit(cache)
+    limits = {"cache_limit": cache}
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    if device_kind() == "metal" and working_set:
+        mx.set_wired_limit(int(working_set))
+        limits["wired_limit"] = int(working_set)
+    return limits
+
+
+def describe() -> dict[str, Any]:
+    """What a run records of its machine: device, name, cores, memory in bytes, and the BLAS on Linux."""
+    import mlx.core as mx
+
+    kind = device_kind()
+    info = mx.device_info()
+    return {
+        "kind": kind,
+        "name": str(info.get("device_name") or platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "memory_bytes": total_memory(),
+        "blas": blas_name() if kind == "cpu" else None,
+    }
+
+
+def blas_name() -> str:
+    """One phrase for which library serves MLX's matrix products on the CPU backend."""
+    if platform.system() != "Linux":
+        return "Accelerate"
+    return f"OpenBLAS ({Path(_openblas).name})" if _openblas else "reference BLAS (slow; see the doctor stage)"
+
+
+def total_memory() -> int:
+    """Physical memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:
+    """GFLOP/s of a float32 `(size, size)` matrix product on the default device, over about `seconds`."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size))
+    b = mx.random.normal((size, size))
+    mx.eval(a, b, a @ b)
+    rounds, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        mx.eval(a @ b)
+        rounds += 1
+    return 2 * size**3 * rounds / elapsed / 1e9
+
+
+def start(stage: str, verbose: bool = True) -> dict[str, Any]:
+    """Set up a stage: logging to the terminal, memory limits, and one line that says what it runs on.
+
+    Returns:
+        `describe()`.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    for chatty in ("httpx", "huggingface_hub", "matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    configure_memory()
+    device = describe()
+    if device["kind"] == "cpu":
+        keep_freed_memory()
+    log.info(
+        "%s on %s (%s), %d cores, %.0f GB%s",
+        stage,
+        device["kind"],
+        device["name"],
+        device["cores"],
+        device["memory_bytes"] / 1e9,
+        f", BLAS: {device['blas']}" if device["blas"] else "",
+    )
+    return device
