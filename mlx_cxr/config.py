@@ -176,8 +176,6 @@ class TrainingConfig(_Section):
     log_every: Count = 10
     pixel_budget_gb: Positive = 4.0
     """Films are kept in device memory when the store is smaller than this, else read from disk."""
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Decay of the moving average of the weights that is validated and saved; 0 turns it off."""
 
 
 class EvaluationConfig(_Section):

@@ -1,0 +1,1 @@
+"""From predictions to every number, table and plot: NumPy and scikit-learn, no MLX."""

@@ -1,0 +1,40 @@
+"""How figures and warnings read, the same in every table, plot and page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NOT_CLINICAL = "research only, not for clinical use"
+SYNTHETIC = "synthetic cohort"
+
+
+def footer(synthetic: bool) -> str:
+    """The line under every picture."""
+    return f"{SYNTHETIC} · {NOT_CLINICAL}" if synthetic else NOT_CLINICAL
+
+
+def notice_lines(synthetic: bool) -> list[str]:
+    """The Markdown block quote at the top of every table and page, and a blank line."""
+    lines = ["> **Research only, not for clinical use.**"]
+    if synthetic:
+        lines.append(
+            "> **Synthetic cohort:** films, reports and labels are drawn by a program; the figures say "
+            "that the code works, and nothing about patients."
+        )
+    return [*lines, ""]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people: fixed digits, `–` when undefined."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
+    """`0.812 [0.760, 0.861]`; without the bracket when there is no interval, `–` when there is no value."""
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    text = number(value, digits)
+    if text == "–" or number(low) == "–":
+        return text
+    return f"{text} [{number(low, digits)}, {number(high, digits)}]"

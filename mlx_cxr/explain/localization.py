@@ -1,0 +1,268 @@
+"""How well a map finds a finding whose mask is known, beside controls that know nothing of the film.
+
+A hit rate means little alone: a large finding is hit by chance, and one that always lies in the same place by
+a constant guess. So each score comes with the same score of random maps, of a guess at the film's centre, of
+the maps of *other* films of the same finding, and with the chance level that follows from the mask's area.
+
+Maps are raw (any positive scale will do, as every score here is invariant to it); masks lie in the pixel
+store's square frame. NumPy only, but for the resize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from mlx_cxr.explain.maps import random_maps, upsample
+
+
+def pointing_game(heat: np.ndarray, mask: np.ndarray, tolerance: float = 0.0) -> float:
+    """Whether the map's maximum lies on the finding (Zhang et al., arXiv:1608.00507).
+
+    Args:
+        heat: float (H, W), not negative.
+        mask: (H, W), non-zero on the finding.
+        tolerance: pixels, Euclidean, by which the maximum may miss. The paper takes 15 on images of its own
+            size; 0 is the stricter default here. For another film size scale it alike.
+
+    Returns:
+        1.0 or 0.0; between them where several pixels share the maximum and only some hit. A map without
+        evidence points nowhere and scores 0.
+
+    Raises:
+        ValueError: shapes differ, the mask is empty, the map is negative or not finite, the tolerance
+            negative.
+    """
+    heat, mask = _checked(heat, mask)
+    return _hit(heat, _widened(mask, tolerance))
+
+
+def iou_at_fraction(heat: np.ndarray, mask: np.ndarray, fraction: float) -> float:
+    """Intersection over union of the mask and the map's strongest `fraction` of pixels.
+
+    Pixels without evidence (0) never count as found, so a map that is mostly 0 may claim fewer; pixels that
+    tie with the last one taken are all taken.
+
+    Args:
+        heat: float (H, W), not negative.
+        mask: (H, W), non-zero on the finding.
+        fraction: share of the film's pixels, in (0, 1].
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: shapes differ, the mask is empty, the map is negative or not finite, a fraction out of
+            range.
+    """
+    heat, mask = _checked(heat, mask)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it lies in (0, 1]")
+    return _iou(heat, mask, fraction)
+
+
+def iou_at_mask_area(heat: np.ndarray, mask: np.ndarray) -> float:
+    """`iou_at_fraction` at the mask's own share of the film: the map is told the size, not the place.
+
+    Raises:
+        ValueError: shapes differ, the mask is empty, or the map is negative or not finite.
+    """
+    heat, mask = _checked(heat, mask)
+    return _iou(heat, mask, mask.mean())
+
+
+def mass_in_mask(heat: np.ndarray, mask: np.ndarray) -> float:
+    """Share of the map's sum that lies on the finding: Score-CAM's energy-based pointing game.
+
+    Wang et al., arXiv:1910.01279.
+
+    Returns:
+        In [0, 1]; 0 for a map without evidence.
+
+    Raises:
+        ValueError: shapes differ, the mask is empty, or the map is negative or not finite.
+    """
+    heat, mask = _checked(heat, mask)
+    return _mass(heat, mask)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Localization scores of N films, float64 (N,) each, in [0, 1].
+
+    Attributes:
+        hit: pointing game.
+        iou: IoU of the strongest `fraction` of pixels.
+        iou_area: IoU at the mask's own area.
+        mass: share of the map's sum within the mask.
+    """
+
+    hit: np.ndarray
+    iou: np.ndarray
+    iou_area: np.ndarray
+    mass: np.ndarray
+
+    def means(self) -> dict[str, float]:
+        """Mean of each score over the films where it is defined; NaN where it is nowhere."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
+            for name, x in columns.items()
+        }
+
+
+@dataclass(frozen=True)
+class Localization:
+    """One finding's scores and its controls on the same films and masks.
+
+    Attributes:
+        maps: the maps under test.
+        random: random maps of the same resolution, averaged over the draws.
+        centre: a guess that falls off from the film's centre.
+        swapped: each film's mask against the maps of the other films (all of them, averaged); above `random`
+            by as much as the finding's usual place alone explains. NaN with one film.
+        chance: a uniformly random guess, in closed form from the mask's area.
+        mask_area: float64 (N,), share of the film.
+        fraction: of pixels taken for `iou`.
+        tolerance: of the pointing game, in pixels.
+    """
+
+    maps: Scores
+    random: Scores
+    centre: Scores
+    swapped: Scores
+    chance: Scores
+    mask_area: np.ndarray
+    fraction: float
+    tolerance: float
+
+    def summary(self) -> dict[str, object]:
+        """JSON-ready means, with the number of films, the settings and the mean mask area."""
+        arms = ("maps", "random", "centre", "swapped", "chance")
+        return {
+            "n": len(self.mask_area),
+            "mask_area": float(self.mask_area.mean()),
+            "fraction": self.fraction,
+            "tolerance_px": self.tolerance,
+            **{arm: getattr(self, arm).means() for arm in arms},
+        }
+
+
+def localize(
+    raw: np.ndarray,
+    masks: np.ndarray,
+    fraction: float = 0.1,
+    tolerance: float = 0.0,
+    random_draws: int = 20,
+    swaps: int = 8,
+    seed: int = 0,
+) -> Localization:
+    """Score one finding's maps against its masks, and every control with them.
+
+    Args:
+        raw: float (N, h, w), one target's part of `Maps.raw`, on the N films that have a mask.
+        masks: (N, S, S), non-zero on the finding, in the films' frame.
+        fraction: of pixels that count as the map's extent, in (0, 1].
+        tolerance: of the pointing game, in pixels.
+        random_draws: random maps per film.
+        swaps: at most so many other films' maps per mask.
+        seed: of the random maps.
+
+    Returns:
+        Scores per film, so that a caller can bootstrap them by patient.
+
+    Raises:
+        ValueError: shapes do not fit, a mask is empty (names its row), or a map is negative or not finite.
+    """
+    raw, masks = np.asarray(raw, dtype=np.float32), np.asarray(masks) > 0
+    if raw.ndim != 3 or masks.ndim != 3 or len(raw) != len(masks) or not len(raw):
+        raise ValueError(
+            f"maps {raw.shape} and masks {masks.shape}; expected (N, h, w) and (N, S, S) with N >= 1"
+        )
+    if not masks.any(axis=(1, 2)).all():
+        row = int(np.argmin(masks.any(axis=(1, 2))))
+        raise ValueError(f"mask {row} is empty; keep only films on which the finding was drawn")
+    if not np.isfinite(raw).all() or raw.min() < 0:
+        raise ValueError(
+            "maps hold negative or non-finite values; pass them as class_activation_maps made them"
+        )
+    if not 0 < fraction <= 1 or tolerance < 0 or random_draws < 1:
+        raise ValueError(
+            f"fraction {fraction}, tolerance {tolerance} or random_draws {random_draws} is out of range"
+        )
+    n, size = len(raw), masks.shape[1:]
+    heats = upsample(raw, size)
+    centre = _centre_guess(size)
+    others = min(swaps, n - 1)
+    arms: dict[str, list[np.ndarray]] = {"maps": [], "random": [], "centre": [], "swapped": [], "chance": []}
+    for row, mask in enumerate(masks):
+        wide = _widened(mask, tolerance)
+
+        def scored(candidates: np.ndarray, mask: np.ndarray = mask, wide: np.ndarray = wide) -> np.ndarray:
+            rows = [
+                (_hit(h, wide), _iou(h, mask, fraction), _iou(h, mask, mask.mean()), _mass(h, mask))
+                for h in candidates
+            ]
+            return np.mean(rows, axis=0) if rows else np.full(4, np.nan)
+
+        draws = random_maps((random_draws, *raw.shape[1:]), seed=seed * 1_000_003 + row)
+        arms["maps"].append(scored(heats[row : row + 1]))
+        arms["random"].append(scored(upsample(draws, size)))
+        arms["centre"].append(scored(centre[None]))
+        arms["swapped"].append(scored(heats[[(row + 1 + k) % n for k in range(others)]]))
+        arms["chance"].append(_chance(mask.mean(), wide.mean(), fraction))
+    return Localization(
+        **{arm: Scores(*np.array(rows, dtype=np.float64).T) for arm, rows in arms.items()},
+        mask_area=masks.mean(axis=(1, 2)),
+        fraction=fraction,
+        tolerance=tolerance,
+    )
+
+
+def _checked(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    heat, mask = np.asarray(heat), np.asarray(mask) > 0
+    if heat.ndim != 2 or heat.shape != mask.shape:
+        raise ValueError(
+            f"map {heat.shape} and mask {mask.shape}; both must be one (H, W): upsample the map first"
+        )
+    if not mask.any():
+        raise ValueError("the mask is empty: there is nothing to find")
+    if not np.isfinite(heat).all() or heat.min() < 0:
+        raise ValueError("the map holds negative or non-finite values")
+    return heat, mask
+
+
+def _widened(mask: np.ndarray, tolerance: float) -> np.ndarray:
+    if tolerance < 0:
+        raise ValueError(f"tolerance is {tolerance} px; it cannot be negative")
+    return mask if tolerance == 0 else distance_transform_edt(~mask) <= tolerance
+
+
+def _hit(heat: np.ndarray, mask: np.ndarray) -> float:
+    highest = heat.max()
+    return float(mask[heat == highest].mean()) if highest > 0 else 0.0
+
+
+def _iou(heat: np.ndarray, mask: np.ndarray, fraction: float) -> float:
+    count = max(1, round(fraction * heat.size))
+    cut = np.partition(heat, heat.size - count, axis=None)[heat.size - count]
+    found = (heat >= cut) & (heat > 0)
+    return float((found & mask).sum() / (found | mask).sum())
+
+
+def _mass(heat: np.ndarray, mask: np.ndarray) -> float:
+    total = heat.sum(dtype=np.float64)
+    return float(heat[mask].sum(dtype=np.float64) / total) if total > 0 else 0.0
+
+
+def _centre_guess(size: tuple[int, int]) -> np.ndarray:
+    """(H, W), 1 at the centre and falling to 0 at the corners."""
+    y, x = (np.linspace(-1, 1, side) if side > 1 else np.zeros(1) for side in size)
+    return (1.0 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2)).clip(0)
+
+
+def _chance(area: float, wide_area: float, fraction: float) -> tuple[float, float, float, float]:
+    """Scores of pixels drawn uniformly: intersections have the expected size, and unions follow."""
+    return wide_area, fraction * area / (fraction + area - fraction * area), area / (2 - area), area

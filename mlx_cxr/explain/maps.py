@@ -1,0 +1,117 @@
+"""What becomes of a map once it is made: its size, its scale, and the control beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+
+def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
+    """The control: maps of the same resolution that know nothing of the film, uniform in [0, 1) cell by cell.
+
+    Upsampled like a real map they are as smooth as one, so a difference in score is not one of smoothness.
+
+    Args:
+        shape: (..., h, w), usually a real map's `raw.shape`.
+        seed: same seed, same maps.
+
+    Returns:
+        float32 array of that shape.
+    """
+    return np.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
+
+
+def upsample(maps: np.ndarray | mx.array, size: int | tuple[int, int]) -> np.ndarray:
+    """Bilinear resize with half-pixel centres, as `torch.nn.functional.interpolate(align_corners=False)`.
+
+    Where a cell truly lies is uncertain by about half a cell. By its padding, cell i of a ResNet is centred
+    on input pixel `stride * i`, (stride - 1) / 2 before the middle that this resize gives it, but training
+    moves it: peaks of two networks trained on synthetic discs at stride 16 lay 2 to 10 px right of and below
+    the discs, 4 as a rule. So read places to half a cell, and give the pointing game that tolerance beside
+    the strict score.
+
+    Args:
+        maps: float (..., h, w).
+        size: (height, width), or one number for a square.
+
+    Returns:
+        float32 (..., height, width). Like its model it does not average when shrinking.
+
+    Raises:
+        ValueError: fewer than two axes, an empty map, or a size below 1.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width) < 1:
+        raise ValueError(f"cannot resize maps of shape {tuple(maps.shape)} to {height} x {width} pixels")
+    rows = mx.array(_bilinear_matrix(maps.shape[-2], height))
+    columns = mx.array(_bilinear_matrix(maps.shape[-1], width))
+    return np.array(rows @ mx.array(maps).astype(mx.float32) @ columns.T)
+
+
+def _bilinear_matrix(old: int, new: int) -> np.ndarray:
+    """(new, old) weights: output pixel i samples (i + 1/2) old / new - 1/2, clamped to the grid."""
+    at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0, old - 1)
+    low = np.floor(at).astype(int)
+    share = at - low
+    weights = np.zeros((new, old))
+    weights[np.arange(new), low] += 1.0 - share
+    weights[np.arange(new), np.minimum(low + 1, old - 1)] += share
+    return weights.astype(np.float32)
+
+
+def fit_reference(raw: np.ndarray, quantile: float = 0.99) -> np.ndarray:
+    """Each target's reference activation: a high quantile, over validation films, of the map's maximum.
+
+    Pass all validation films, not only the confident ones: then 1.0 on the scale means "as strong as this
+    finding gets", and a film without the finding stays dark. The stage records it beside the thresholds.
+
+    Args:
+        raw: float (K, N, h, w) of `Maps.raw`, or the maxima (K, N) alone, on the validation split.
+        quantile: in (0, 1]; 0.99 lets one odd film in a hundred go over the top of the scale.
+
+    Returns:
+        float32 (K,); NaN for a target whose maps are zero on all films, which has no scale.
+
+    Raises:
+        ValueError: other axes, no films, a negative or non-finite map, or a quantile out of range.
+    """
+    raw = np.asarray(raw)
+    if raw.ndim not in (2, 4) or 0 in raw.shape:
+        raise ValueError(f"maps have shape {raw.shape}; expected (K, N, h, w), or maxima (K, N), with N >= 1")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile is {quantile}; it lies in (0, 1]")
+    if not np.isfinite(raw).all() or raw.min() < 0:
+        raise ValueError(
+            "maps hold negative or non-finite values; pass them as class_activation_maps made them"
+        )
+    maxima = raw if raw.ndim == 2 else raw.max(axis=(2, 3))
+    reference = np.quantile(maxima, quantile, axis=1).astype(np.float32)
+    return np.where(reference > 0, reference, np.float32(np.nan))
+
+
+def scale_maps(raw: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Maps as shares of their target's reference activation; never stretched film by film.
+
+    Args:
+        raw: float (K, ..., h, w).
+        reference: float (K,) of `fit_reference`.
+
+    Returns:
+        float32, same shape: 0 none, 1 the reference, above 1 stronger than it; NaN where the reference is
+        NaN.
+
+    Raises:
+        ValueError: another number of references than maps, or one that is not positive.
+    """
+    raw, reference = np.asarray(raw, dtype=np.float32), np.asarray(reference, dtype=np.float32)
+    if reference.shape != raw.shape[:1]:
+        raise ValueError(
+            f"{reference.shape} references for maps of shape {raw.shape}; one per target is needed"
+        )
+    if (reference <= 0).any():
+        raise ValueError(
+            f"reference {int(np.argmax(reference <= 0))} is not positive; fit it with fit_reference"
+        )
+    return raw / reference.reshape(-1, *[1] * (raw.ndim - 1))

@@ -1,0 +1,102 @@
+"""Fetch base weights ahead of time, for a machine that will be offline: `python -m mlx_cxr.fetch_weights`.
+
+Writes `weights/resnet18.tv_in1k.safetensors` and `weights/LFM2.5-VL-1.6B/`, each with a JSON record of its
+source, revision, licence, sizes and SHA-256 beside it. Copy the whole folder to the other machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr.models import hub
+from mlx_cxr.models.convert import fetch_imagenet
+from mlx_cxr.models.weight_files import ModelFormatError
+
+log = logging.getLogger("mlx_cxr")
+
+
+def run(
+    weights_dir: Path, what: str = "resnet18", from_file: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Fetch, check and record weights; what is there already and passes its check is kept.
+
+    Args:
+        weights_dir: where they go; made when missing.
+        what: `resnet18`, `lfm` or `all`.
+        from_file: a file (`resnet18`) or folder (`lfm`) on this machine to take instead of the hub's.
+
+    Returns:
+        Name -> record.
+
+    Raises:
+        ValueError: `from_file` with `all`, or an unknown `what`.
+        WeightsUnavailableError: the hub cannot be reached, or `from_file` does not exist.
+        WeightsCorruptError: incomplete or changed files; names each.
+        ModelFormatError: a file that is not torchvision's ResNet-18.
+    """
+    if what not in ("resnet18", "lfm", "all"):
+        raise ValueError(f"--what {what}: resnet18, lfm or all")
+    if what == "all" and from_file is not None:
+        raise ValueError("--from_file gives one thing; say which with --what resnet18 or --what lfm")
+    records = {}
+    if what in ("resnet18", "all"):
+        records["resnet18"] = fetch_imagenet(weights_dir, from_file)
+    if what in ("lfm", "all"):
+        records["lfm"] = _fetch_lfm(weights_dir, from_file)
+    for record in records.values():
+        total = sum(entry["bytes"] for entry in record["files"].values())
+        log.info(
+            "%s: %d MB from %s (licence: %s)",
+            record["name"],
+            total // 10**6,
+            record["source"],
+            record["licence"],
+        )
+        for name, entry in record["files"].items():
+            log.info("  %s  sha256 %s", name, entry["sha256"])
+    return records
+
+
+def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
+    if local is None and hub.LFM.record_path(weights_dir).exists():
+        record = hub.check_record(hub.LFM, weights_dir)
+        hub.check_language_model(hub.LFM.path(weights_dir))
+        return record
+    return hub.fetch_folder(hub.LFM, weights_dir, hub.check_language_model, local)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_cxr.fetch_weights", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--weights_dir", type=Path, default=Path("weights"))
+    parser.add_argument("--what", choices=("resnet18", "lfm", "all"), default="resnet18")
+    parser.add_argument("--from_file", type=Path, help="a file or folder on this machine to take instead")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; a failure ends with status 1 and one message."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "httpx2", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    args = build_parser().parse_args(argv)
+    try:
+        run(args.weights_dir, args.what, args.from_file)
+    except (
+        hub.WeightsUnavailableError,
+        hub.WeightsCorruptError,
+        ModelFormatError,
+        ValueError,
+        OSError,
+    ) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

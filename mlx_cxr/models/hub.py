@@ -1,0 +1,351 @@
+"""Base weights that others publish: where they come from, under which licence, how they get under `weights/`.
+
+A fetched file or folder stands beside a JSON record of its source, revision, licence, sizes and SHA-256,
+written last: what has none was put there by hand, or not fetched to its end. `HF_HUB_OFFLINE` is respected.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr.runs import RunFormatError, atomic_path, read_json, sha256_file, write_json
+
+log = logging.getLogger("mlx_cxr")
+
+_TIMEOUT_SECONDS = 10
+
+
+class WeightsUnavailableError(FileNotFoundError):
+    """Weights are neither on this machine nor to be had from it now; the message says what to do."""
+
+
+class WeightsCorruptError(ValueError):
+    """Weights are here but are not what was fetched or asked for; the message names each fault."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something published on the Hugging Face hub.
+
+    Attributes:
+        name: file or folder under the weights folder; the record is `<name without .safetensors>.json`.
+        repo: repository on the hub.
+        file: the one file wanted; None takes the whole repository.
+        licence: its licence, as its card states it.
+        what: one phrase for people.
+    """
+
+    name: str
+    repo: str
+    file: str | None
+    licence: str
+    what: str
+
+    def path(self, weights_dir: str | Path) -> Path:
+        """Where it lies once fetched."""
+        return Path(weights_dir) / self.name
+
+    def record_path(self, weights_dir: str | Path) -> Path:
+        """Its record."""
+        return Path(weights_dir) / f"{self.name.removesuffix('.safetensors')}.json"
+
+
+IMAGENET = Source(
+    name="resnet18.tv_in1k.safetensors",
+    repo="timm/resnet18.tv_in1k",
+    file="model.safetensors",
+    licence="BSD-3-Clause",
+    what="ResNet-18 trained on ImageNet-1k (torchvision's weights), 47 MB",
+)
+LFM = Source(
+    name="LFM2.5-VL-1.6B",
+    repo="LiquidAI/LFM2.5-VL-1.6B",
+    file=None,
+    licence="LFM Open License v1.0",
+    what="LFM2.5-VL-1.6B, the teacher's base, 3.2 GB",
+)
+
+
+def fetch_file(
+    source: Source, weights_dir: str | Path, verify: Callable[[Path], None], local: Path | None = None
+) -> dict[str, Any]:
+    """Bring a source of one file under `weights_dir`, once `verify` accepts it, and record it.
+
+    Args:
+        source: what to fetch.
+        weights_dir: the weights folder; made when missing.
+        verify: raises ValueError on a file that is not what was wanted; nothing is then kept.
+        local: a copy on this machine to take instead of the hub's.
+
+    Returns:
+        The record, as written.
+
+    Raises:
+        WeightsUnavailableError: the hub cannot be reached, or `local` does not exist.
+        WeightsCorruptError: the bytes differ from the hub's checksum.
+        ValueError: `verify` refused the file.
+        OSError: the folder cannot be written or the disk is full.
+    """
+    if source.file is None:
+        raise ValueError(f"{source.name} is a folder; use fetch_folder")
+    target = source.path(weights_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        if local is not None:
+            found, origin = _existing(local), {"source": "local file", "revision": None}
+        else:
+            found, origin = _download_file(source, Path(scratch))
+        verify(found)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(found, temporary)
+    return _record(source, weights_dir, origin, {target.name: target})
+
+
+def fetch_folder(
+    source: Source, weights_dir: str | Path, verify: Callable[[Path], None], local: Path | None = None
+) -> dict[str, Any]:
+    """Bring a source of many files under `weights_dir` and record it; an interrupted download goes on.
+
+    Arguments, result and errors are those of `fetch_file`. A folder that `verify` refuses stays, without a
+    record.
+    """
+    target, record_path = source.path(weights_dir), source.record_path(weights_dir)
+    if local is not None:
+        verify(_existing(local))
+        record_path.unlink(missing_ok=True)
+        if local.resolve() != target.resolve():
+            shutil.copytree(local, target, dirs_exist_ok=True)
+        origin = {"source": "local folder", "revision": None}
+    else:
+        revision = _latest_revision(source)
+        record_path.unlink(missing_ok=True)
+        _download_folder(source, revision, target)
+        origin = {"source": f"https://huggingface.co/{source.repo}", "revision": revision}
+    verify(target)
+    files = {
+        path.relative_to(target).as_posix(): path
+        for path in sorted(target.rglob("*"))
+        if path.is_file() and ".cache" not in path.relative_to(target).parts
+    }
+    return _record(source, weights_dir, origin, files)
+
+
+def check_record(source: Source, weights_dir: str | Path) -> dict[str, Any]:
+    """The record of a fetched source, after comparing the files' SHA-256 with it.
+
+    Returns:
+        The record; for weights put there by hand, without one, the same keys but no date, with source `placed
+        by hand` and the hashes of the weight files as they are now.
+
+    Raises:
+        WeightsCorruptError: a file is gone or differs from its record; names each.
+    """
+    path, record_path = source.path(weights_dir), source.record_path(weights_dir)
+    root = path.parent if source.file else path
+    if not record_path.exists():
+        files = [path] if source.file else sorted(path.glob("*.safetensors"))
+        origin = {"source": "placed by hand", "revision": None}
+        return _described(source, origin, {file.name: file for file in files})
+    record = read_json(record_path)
+    try:
+        expected = {name: entry["sha256"] for name, entry in record["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise WeightsCorruptError(
+            f"{record_path} is not a record of fetched weights; {_again(source)}"
+        ) from None
+    faults = []
+    for name, sha256 in expected.items():
+        if not (root / name).is_file():
+            faults.append(f"{root / name} is missing")
+        elif (now := sha256_file(root / name)) != sha256:
+            faults.append(f"{root / name} has SHA-256 {now[:12]}…, recorded was {sha256[:12]}…")
+    if faults:
+        raise WeightsCorruptError("; ".join(faults) + f"; {_again(source)}")
+    return record
+
+
+def check_language_model(folder: Path) -> None:
+    """Check that an LFM2-VL folder is complete, from its JSON files and the headers of its weights.
+
+    Raises:
+        WeightsCorruptError: a file missing, cut short or of another model; names each fault.
+    """
+    faults = []
+    try:
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind not in ("lfm2_vl", "lfm2-vl"):
+            faults.append(f"config.json: model_type is {kind!r}, not 'lfm2_vl'")
+    except (RunFormatError, AttributeError) as error:
+        faults.append(f"config.json: {error}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        faults.append("preprocessor_config.json (or processor_config.json) is missing")
+    faults += _weight_faults(folder)
+    if faults:
+        raise WeightsCorruptError(f"{folder}: " + "; ".join(faults) + f"; {_again(LFM)}")
+
+
+def _weight_faults(folder: Path) -> list[str]:
+    faults, present = [], set()
+    index = folder / "model.safetensors.index.json"
+    expected: dict[str, str] = {}
+    if index.exists():
+        try:
+            expected = read_json(index)["weight_map"]
+        except (RunFormatError, KeyError, TypeError) as error:
+            faults.append(f"{index.name}: {error}")
+    shards = sorted({*expected.values(), *(path.name for path in folder.glob("*.safetensors"))})
+    if not shards:
+        faults.append("no .safetensors file")
+    for shard in shards:
+        try:
+            present |= safetensors_names(folder / shard)
+        except (OSError, ValueError) as error:
+            faults.append(f"{shard}: {error}")
+    if not faults and (absent := sorted(set(expected) - present)):
+        faults.append(f"{len(absent)} tensors of the index are in no file, such as {absent[0]}")
+    return faults
+
+
+def safetensors_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file, read from its header only.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the header is damaged, or the file is shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as data:
+        start = data.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError("no safetensors header")
+        try:
+            header = json.loads(data.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+            raise ValueError("damaged safetensors header") from None
+    if size != 8 + length + end:
+        raise ValueError(f"{size} bytes, its header says {8 + length + end}")
+    return set(header)
+
+
+def hub_is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids the network."""
+    yes = ("1", "on", "yes", "true")
+    return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.repo, source.file)
+    if isinstance(cached, str):
+        return Path(cached), {"source": f"{source.repo} (from the local hub cache)", "revision": None}
+    _refuse_when_offline(source)
+    try:
+        # One request without retries first: a machine without network then knows in moments.
+        remote = get_hf_file_metadata(hf_hub_url(source.repo, source.file), timeout=_TIMEOUT_SECONDS)
+        log.info("fetching %s from %s", source.what, source.repo)
+        found = Path(
+            hf_hub_download(source.repo, source.file, revision=remote.commit_hash, local_dir=scratch)
+        )
+    except _network_errors() as error:
+        raise _unavailable(source, error) from None
+    # For large files the hub's entity tag is their SHA-256; for small ones it is a 40-digit git hash.
+    if remote.etag and len(remote.etag) == 64 and (got := sha256_file(found)) != remote.etag:
+        raise WeightsCorruptError(
+            f"{source.repo}/{source.file}: SHA-256 {got}, the hub says {remote.etag}; fetch again"
+        )
+    return found, {"source": f"https://huggingface.co/{source.repo}", "revision": remote.commit_hash}
+
+
+def _latest_revision(source: Source) -> str | None:
+    from huggingface_hub import HfApi
+
+    _refuse_when_offline(source)
+    try:
+        return HfApi().model_info(source.repo, timeout=_TIMEOUT_SECONDS).sha
+    except _network_errors() as error:
+        raise _unavailable(source, error) from None
+
+
+def _download_folder(source: Source, revision: str | None, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
+    log.info("fetching %s from %s", source.what, source.repo)
+    try:
+        snapshot_download(source.repo, revision=revision, local_dir=target, allow_patterns=wanted)
+    except _network_errors() as error:
+        raise _unavailable(source, error) from None
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises on a failing network, its HTTP library's errors too; not a full disk."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    transport = tuple(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError))
+    return (HfHubHTTPError, *transport, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+
+
+def _refuse_when_offline(source: Source) -> None:
+    if hub_is_offline():
+        raise _unavailable(source, "HF_HUB_OFFLINE is set")
+
+
+def _unavailable(source: Source, reason: object) -> WeightsUnavailableError:
+    what = "resnet18" if source is IMAGENET else "lfm"
+    return WeightsUnavailableError(
+        f"{source.repo} could not be fetched ({reason}). Where there is a network, run "
+        f"`python -m mlx_cxr.fetch_weights --what {what}`, and copy the weights folder here, or give a "
+        "downloaded copy with --from_file"
+    )
+
+
+def _again(source: Source) -> str:
+    what = "resnet18" if source is IMAGENET else "lfm"
+    return f"fetch it again with `python -m mlx_cxr.fetch_weights --what {what}`"
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise WeightsUnavailableError(f"{path}: no such file or folder")
+    return path
+
+
+def _record(
+    source: Source, weights_dir: str | Path, origin: dict[str, Any], files: dict[str, Path]
+) -> dict[str, Any]:
+    record = _described(source, origin, files) | {
+        "fetched": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "pinned": False,
+    }
+    write_json(source.record_path(weights_dir), record)
+    return record
+
+
+def _described(source: Source, origin: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "name": source.name,
+        "what": source.what,
+        **origin,
+        "licence": source.licence,
+        "files": {
+            name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in files.items()
+        },
+    }

@@ -1,0 +1,101 @@
+"""Safetensors files of weights: read whole, checked by name and shape, written atomically; never a pickle."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_cxr.runs import atomic_path
+
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+
+
+class ModelFormatError(ValueError):
+    """A weights file that does not hold what was asked for; the message names the file and every fault."""
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Arrays and header entries of a safetensors file, read to its end.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModelFormatError: a pickle (never opened), cut short, or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file; give safetensors, or 'imagenet' or 'scratch'")
+    with path.open("rb") as data:
+        start = data.read(9)
+    # A safetensors file begins with the header's length in 8 bytes, which may look like a pickle's first two.
+    if start.startswith(_PICKLE_STARTS) and start[8:] != b"{":
+        raise ModelFormatError(
+            f"{path} is a PyTorch pickle, which can run code when it is opened, so it is not read here. "
+            "Convert it where PyTorch is: safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            "'resnet18.safetensors')"
+        )
+    try:
+        arrays, header = mx.load(str(path), format="safetensors", return_metadata=True)
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise ModelFormatError(
+            f"{path} is damaged, cut short or not safetensors ({error}); fetch or write it again"
+        ) from None
+    return arrays, header
+
+
+def write_safetensors(path: str | Path, arrays: dict[str, mx.array], header: dict[str, str]) -> Path:
+    """Write arrays and header entries atomically and return the path.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is kept.
+    """
+    mx.eval(arrays)
+    with atomic_path(path) as temporary:
+        try:
+            mx.save_safetensors(str(temporary), arrays, metadata=header)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error)) from None
+    return Path(path)
+
+
+def check_weights(
+    path: str | Path, weights: Mapping[str, mx.array], expected: Mapping[str, tuple[int, ...]], layout: str
+) -> None:
+    """Hold weights against the names and shapes that they must have.
+
+    Args:
+        path: the file they are from, for the message.
+        weights: name -> array.
+        expected: name -> shape.
+        layout: how `expected` orders the axes of a convolution, for the message.
+
+    Raises:
+        ModelFormatError: lists every name that is missing, unexpected, of another shape, not floating point
+            or not finite.
+    """
+    common = [name for name in expected if name in weights]
+    misshaped = [n for n in common if weights[n].shape != expected[n]]
+    not_float = [n for n in common if not mx.issubdtype(weights[n].dtype, mx.floating)]
+    finite = {n: mx.isfinite(weights[n]).all() for n in common if n not in not_float}
+    faults = {
+        "missing": sorted(set(expected) - set(weights)),
+        "unexpected": sorted(set(weights) - set(expected)),
+        "of another shape": [f"{n} {weights[n].shape}, expected {layout} {expected[n]}" for n in misshaped],
+        "not floating point": [f"{n} ({weights[n].dtype})" for n in not_float],
+        "not finite": [n for n, good in finite.items() if not good.item()],
+    }
+    lines = [f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in faults.items() if names]
+    if lines:
+        raise ModelFormatError(
+            f"{path} does not hold this ResNet-18{_resemblance(weights)}:\n" + "\n".join(lines)
+        )
+
+
+def _resemblance(names: Iterable[str]) -> str:
+    names = set(names)
+    if "layer1.0.conv3.weight" in names:
+        return " (it looks like a ResNet-50 or deeper)"
+    return " (it looks like a ResNet-34)" if "layer1.2.conv1.weight" in names else ""

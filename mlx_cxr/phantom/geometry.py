@@ -1,0 +1,285 @@
+"""Rays through solids: how a view looks at the patient, and what thickness each shape has along its beam.
+
+Patient space is right-handed in centimetres: `x` to the patient's left (image right on a frontal film), `y` down
+from the level of the lung apices, `z` towards the sternum; the origin lies in the midline at mid-depth of the
+thorax. The beam diverges from a point source, so a structure far from the detector is magnified: at 110 cm
+with the detector behind the back (AP bedside) the heart appears about 14 % wider than at 180 cm with the
+detector on the sternum (PA), as it does in life. Within one solid the beam is taken as parallel.
+
+Smooth solids are evaluated on a grid of half the film's resolution, where a chord has a closed form; thin
+things (bone, vessels, tubes) are projected as points onto the full grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+Kind = Literal["PA", "AP", "LATERAL"]
+Plane = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class View:
+    """One exposure: which way the beam goes and where the film lies.
+
+    Attributes:
+        kind: `PA`, `AP` or `LATERAL` (left side against the detector, sternum at image left).
+        rows: film height in pixels.
+        columns: film width in pixels.
+        pixel: pixel pitch at the detector, cm.
+        distance: source to detector, cm.
+        depth_gap: mid-depth of the thorax to the detector, cm.
+        center: film centre in detector cm, (horizontal, vertical) in patient axes.
+        tilt: rotation of the film about the beam, radians.
+        turn: rotation of the patient about the long axis, radians (frontal only).
+    """
+
+    kind: Kind
+    rows: int
+    columns: int
+    pixel: float
+    distance: float
+    depth_gap: float
+    center: tuple[float, float]
+    tilt: float = 0.0
+    turn: float = 0.0
+
+    @property
+    def frontal(self) -> bool:
+        """Whether this is PA or AP."""
+        return self.kind != "LATERAL"
+
+    def magnification(self, depth: float | np.ndarray) -> float | np.ndarray:
+        """Size on the detector over true size at `depth` (cm, along z on frontal films, along x on laterals)."""
+        toward = -depth if self.kind == "AP" else depth
+        return self.distance / (self.distance - (self.depth_gap - toward))
+
+    @cached_property
+    def _half_grid(self) -> Plane:
+        rows, columns = (self.rows + 1) // 2, (self.columns + 1) // 2
+        u = ((np.arange(columns) * 2 + 1) - self.columns / 2) * self.pixel
+        v = ((np.arange(rows) * 2 + 1) - self.rows / 2) * self.pixel
+        return self._to_patient(*np.meshgrid(u.astype(np.float32), v.astype(np.float32)))
+
+    def _to_patient(self, u: np.ndarray, v: np.ndarray) -> Plane:
+        cos, sin = np.float32(np.cos(self.tilt)), np.float32(np.sin(self.tilt))
+        across, down = cos * u + sin * v + self.center[0], -sin * u + cos * v + self.center[1]
+        return (across if self.frontal else -across), down
+
+    def plane(self, depth: float = 0.0) -> Plane:
+        """Patient coordinates of the half-resolution grid at a depth.
+
+        Returns:
+            Two float32 (rows/2, columns/2) arrays in cm: `x` and `y` on frontal films, `z` and `y` on laterals.
+            The turn of the patient is taken out, so that they are coordinates of the anatomy.
+        """
+        across, down = self._half_grid
+        scale = np.float32(1.0 / self.magnification(depth))
+        return across * scale - np.float32(np.sin(self.turn) * depth if self.frontal else 0.0), down * scale
+
+    def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Full-resolution pixel coordinates (column, row; float, pixel centres at .5) of (N, 3) points in cm."""
+        x, y, z = points[:, 0], points[:, 1], points[:, 2]
+        depth, across = (z, x + np.sin(self.turn) * z) if self.frontal else (x, z)
+        scale = self.magnification(depth)
+        across, down = across * scale, y * scale
+        if not self.frontal:
+            across = -across
+        # `center` lies in detector cm, before the lateral's mirror.
+        across, down = across - self.center[0], down - self.center[1]
+        cos, sin = np.cos(self.tilt), np.sin(self.tilt)
+        u, v = cos * across - sin * down, sin * across + cos * down
+        return u / self.pixel + self.columns / 2, v / self.pixel + self.rows / 2
+
+    def full(self, half: np.ndarray) -> np.ndarray:
+        """A half-resolution layer on the film's own grid, bilinear; float32 (rows, columns)."""
+        size = (half.shape[1] * 2, half.shape[0] * 2)
+        big = Image.fromarray(np.ascontiguousarray(half, dtype=np.float32)).resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(big)[: self.rows, : self.columns]
+
+    def half(self, full: np.ndarray) -> np.ndarray:
+        """A film-size layer averaged onto the half grid; float32 (rows/2, columns/2)."""
+        size = ((self.columns + 1) // 2, (self.rows + 1) // 2)
+        image = Image.fromarray(np.ascontiguousarray(full, dtype=np.float32))
+        return np.asarray(image.resize(size, Image.Resampling.BOX))
+
+
+@dataclass(frozen=True)
+class Ellipsoid:
+    """A solid ellipsoid.
+
+    Attributes:
+        center: (x, y, z), cm.
+        radii: semi-axes along x, y, z before the tilt, cm.
+        tilt: rotation about z, radians; positive turns +x towards +y (down).
+    """
+
+    center: tuple[float, float, float]
+    radii: tuple[float, float, float]
+    tilt: float = 0.0
+
+    def moved(self, dx: float = 0.0, dy: float = 0.0, scale: float = 1.0) -> Ellipsoid:
+        """A copy shifted by (dx, dy) cm with its radii scaled."""
+        x, y, z = self.center
+        rx, ry, rz = self.radii
+        return Ellipsoid((x + dx, y + dy, z), (rx * scale, ry * scale, rz * scale), self.tilt)
+
+    def level(self, view: View) -> np.ndarray:
+        """1 at the centre of the outline, 0 on it, negative outside: float32 (rows/2, columns/2)."""
+        form, _ = self._outline(view)
+        depth = self.center[2] if view.frontal else self.center[0]
+        across, down = view.plane(depth)
+        p = across - np.float32(self.center[0] if view.frontal else self.center[2])
+        q = down - np.float32(self.center[1])
+        return 1 - (form[0, 0] * p * p + 2 * form[0, 1] * p * q + form[1, 1] * q * q)
+
+    def chord(self, view: View) -> np.ndarray:
+        """Thickness along the beam, cm: float32 (rows/2, columns/2), 0 outside."""
+        _, depth = self._outline(view)
+        return depth * np.sqrt(np.maximum(self.level(view), 0))
+
+    def _outline(self, view: View) -> tuple[np.ndarray, np.float32]:
+        cos, sin = np.cos(self.tilt), np.sin(self.tilt)
+        turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+        form = turn.T @ np.diag(1 / np.square(self.radii)) @ turn
+        along = 2 if view.frontal else 0
+        kept = [0, 1] if view.frontal else [2, 1]
+        schur = form[np.ix_(kept, kept)] - np.outer(form[kept, along], form[kept, along]) / form[along, along]
+        return schur.astype(np.float32), np.float32(2 / np.sqrt(form[along, along]))
+
+
+def splat(view: View, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Project weighted points and return their areal density.
+
+    Args:
+        view: the exposure.
+        points: (N, 3) cm.
+        weights: (N,), volumes in cm³ (or any quantity).
+
+    Returns:
+        float32 (rows, columns), weight per cm² of detector: cm of thickness for volumes. Bilinear, so a regular
+        lattice of points finer than a pixel makes an even layer.
+    """
+    column, row = view.project(points)
+    column, row = column - 0.5, row - 0.5
+    inside = (column > 0) & (row > 0) & (column < view.columns - 1) & (row < view.rows - 1)
+    column, row, weights = column[inside], row[inside], weights[inside]
+    left, top = column.astype(np.int32), row.astype(np.int32)
+    right_share, down_share = column - left, row - top
+    index = top * view.columns + left
+    size = view.rows * view.columns
+    lower = weights * down_share
+    upper = weights - lower
+    total = np.zeros(size)
+    for offset, share in (
+        (0, upper * (1 - right_share)),
+        (1, upper * right_share),
+        (view.columns, lower * (1 - right_share)),
+        (view.columns + 1, lower * right_share),
+    ):
+        total += np.bincount(index + offset, weights=share, minlength=size)[:size]
+    return (total / view.pixel**2).reshape(view.rows, view.columns).astype(np.float32)
+
+
+def resample(path: np.ndarray, step: float) -> np.ndarray:
+    """A polyline's points made `step` cm apart: (N, D) -> (M, D). Columns past the third are carried along."""
+    lengths = np.linalg.norm(np.diff(path[:, :3], axis=0), axis=1)
+    along = np.concatenate([[0.0], np.cumsum(lengths)])
+    wanted = np.linspace(0, along[-1], max(2, int(along[-1] / step) + 1))
+    return np.stack([np.interp(wanted, along, path[:, k]) for k in range(path.shape[1])], axis=1)
+
+
+def smooth_curve(knots: np.ndarray, count: int = 60) -> np.ndarray:
+    """A Catmull-Rom curve through (K, 3) knots: (count, 3)."""
+    padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    at = np.linspace(0, len(knots) - 1 - 1e-9, count)
+    base = at.astype(int)
+    t = (at - base)[:, None]
+    a, b, c, d = (padded[base + k] for k in range(4))
+    return 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+
+
+def tube(
+    view: View, path: np.ndarray, radius: float | np.ndarray, wall: float | None = None, step: float | None = None
+) -> np.ndarray:
+    """Thickness map (cm) of a round tube along a polyline.
+
+    Args:
+        view: the exposure.
+        path: (N, 3) cm.
+        radius: cm, one value or (N,).
+        wall: thickness of the shell in cm; None for a solid rod.
+        step: spacing of the samples along the path in cm; None takes half a pixel.
+
+    Returns:
+        float32 (rows, columns).
+    """
+    step = step or view.pixel * 0.5
+    line = resample(np.column_stack([path, np.broadcast_to(radius, len(path))]), step)
+    points, radii = line[:, :3], line[:, 3]
+    count = int(np.clip(np.ceil(4 * radii.max() / view.pixel), 3, 64))
+    offsets = (np.arange(count) + 0.5) / count * 2 - 1
+    chords = np.sqrt(1 - offsets**2)
+    if wall is not None:
+        inner = np.maximum(1 - wall / max(float(radii.mean()), 1e-6), 0)
+        chords = chords - np.sqrt(np.maximum(inner**2 - offsets**2, 0))
+    sideways = _sideways(view, points)
+    samples = points[:, None] + sideways[:, None] * (radii[:, None] * offsets)[..., None]
+    spacing = np.linalg.norm(np.diff(points, axis=0), axis=1).mean() if len(points) > 1 else step
+    depth = points[:, 2] if view.frontal else points[:, 0]
+    # Weights are volumes scaled by m², as `splat` divides by the area on the detector.
+    scale = view.magnification(depth) ** 2
+    weights = (scale * radii**2 * 4 / count * spacing)[:, None] * chords
+    return splat(view, samples.reshape(-1, 3), weights.ravel())
+
+
+def _sideways(view: View, points: np.ndarray) -> np.ndarray:
+    tangent = np.gradient(points, axis=0) if len(points) > 1 else np.array([[0.0, 1.0, 0.0]])
+    beam = np.array([0.0, 0.0, 1.0] if view.frontal else [1.0, 0.0, 0.0])
+    side = np.cross(tangent, beam)
+    return side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-6)
+
+
+def noise_field(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves: int = 3) -> np.ndarray:
+    """Smooth noise of zero mean and unit deviation.
+
+    Args:
+        rng: the source of chance.
+        shape: (rows, columns).
+        cell: size of the largest feature in pixels; each octave halves it and its weight.
+        octaves: how many sizes are summed.
+
+    Returns:
+        float32 of `shape`.
+    """
+    total = np.zeros(shape, np.float32)
+    for octave in range(octaves):
+        size = max(cell / 2**octave, 2.0)
+        grid = (max(4, int(shape[0] / size) + 3), max(4, int(shape[1] / size) + 3))
+        coarse = Image.fromarray(rng.standard_normal(grid).astype(np.float32))
+        total += np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)) * 0.6**octave
+    return (total - total.mean()) / max(float(total.std()), 1e-6)
+
+
+def blur(layer: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur by `sigma` pixels; a wide one is done on a reduced grid. float32, same shape."""
+    if sigma < 6:
+        return gaussian_filter(layer, sigma, mode="nearest", truncate=3)
+    factor = int(sigma / 3)
+    rows, columns = layer.shape
+    size = (max(2, columns // factor), max(2, rows // factor))
+    small = Image.fromarray(np.ascontiguousarray(layer, dtype=np.float32)).resize(size, Image.Resampling.BOX)
+    soft = gaussian_filter(np.asarray(small), sigma / factor, mode="nearest", truncate=3)
+    return np.asarray(Image.fromarray(soft).resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 below `low`, 1 above `high`, a cubic between; float32. `low` may exceed `high` for a falling edge."""
+    t = np.clip((value - np.float32(low)) / np.float32(high - low), 0, 1)
+    return t * t * (3 - 2 * t)

@@ -1,0 +1,71 @@
+"""Label-safe augmentation on the device: shift, scale, rotation, brightness and contrast.
+
+There is no flip: it would put the heart on the right, and MIMIC's reports and masks name sides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from mlx_cxr.config import AugmentConfig
+
+
+def augment(films: mx.array, key: mx.array, config: AugmentConfig) -> mx.array:
+    """One random variant of each film.
+
+    Args:
+        films: uint8 or float (N, S, S); uint8 is scaled to [0, 1].
+        key: an `mx.random.key`; the same key gives the same variants.
+        config: largest amounts; each is drawn uniformly from its symmetric range.
+
+    Returns:
+        float32 (N, S, S) in [0, 1]; what comes in from outside the film is 0, as letterbox padding is.
+    """
+    x = films.astype(mx.float32) / 255.0 if films.dtype == mx.uint8 else films.astype(mx.float32)
+    n, side, _ = x.shape
+    angle, scale, shift, contrast, brightness = mx.random.split(key, 5)
+    radians = mx.random.uniform(-1, 1, (n, 1, 1), key=angle) * math.radians(config.rotate)
+    zoom = 1 + config.scale * mx.random.uniform(-1, 1, (n, 1, 1), key=scale)
+    offset = config.shift * side * mx.random.uniform(-1, 1, (n, 1, 1, 2), key=shift)
+    x = affine(x, radians, zoom, offset)
+    gain = 1 + config.contrast * mx.random.uniform(-1, 1, (n, 1, 1), key=contrast)
+    lift = config.brightness * mx.random.uniform(-1, 1, (n, 1, 1), key=brightness)
+    return mx.clip((x - 0.5) * gain + 0.5 + lift, 0, 1)
+
+
+def affine(x: mx.array, radians: mx.array, zoom: mx.array, offset: mx.array) -> mx.array:
+    """Rotate about the centre, enlarge and shift, by bilinear sampling.
+
+    Args:
+        x: float (N, S, S).
+        radians: (N, 1, 1), counter-clockwise on the displayed film.
+        zoom: (N, 1, 1), above 1 enlarges.
+        offset: (N, 1, 1, 2), rows and columns in pixels; positive moves the content down and right.
+
+    Returns:
+        float (N, S, S), 0 where the sample falls outside.
+    """
+    n, side, _ = x.shape
+    middle = (side - 1) / 2
+    axis = mx.arange(side, dtype=mx.float32) - middle
+    row = axis[None, :, None] - offset[..., 0]
+    column = axis[None, None, :] - offset[..., 1]
+    cosine, sine = mx.cos(radians) / zoom, mx.sin(radians) / zoom
+    from_row = cosine * row + sine * column + middle
+    from_column = cosine * column - sine * row + middle
+    # A border of zeros, so that samples outside need no mask of their own.
+    padded = mx.pad(x, ((0, 0), (1, 1), (1, 1))).reshape(n, -1)
+    from_row = mx.clip(from_row + 1, 0, side + 1 - 1e-3)
+    from_column = mx.clip(from_column + 1, 0, side + 1 - 1e-3)
+    top, left = mx.floor(from_row), mx.floor(from_column)
+    down, right = from_row - top, from_column - left
+    index = (top * (side + 2) + left).astype(mx.int32).reshape(n, -1)
+
+    def corner(step: int) -> mx.array:
+        return mx.take_along_axis(padded, index + step, axis=1).reshape(n, side, side)
+
+    upper = corner(0) * (1 - right) + corner(1) * right
+    lower = corner(side + 2) * (1 - right) + corner(side + 3) * right
+    return upper * (1 - down) + lower * down

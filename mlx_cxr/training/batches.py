@@ -1,0 +1,78 @@
+"""Films in batches: resident on the device where they fit, else read ahead from the memory-mapped store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+
+
+class FilmSource:
+    """Rows of a pixel store, served as device arrays.
+
+    Args:
+        films: uint8 (N, S, S), memory-mapped or not.
+        rows: int (M,), which of them belong here; item i of the source is `films[rows[i]]`.
+        budget_gb: films are held on the device when all of them take less than this (GB, 1e9 bytes).
+    """
+
+    def __init__(self, films: np.ndarray, rows: np.ndarray, budget_gb: float) -> None:
+        if films.dtype != np.uint8 or films.ndim != 3:
+            raise ValueError(f"films are {films.dtype} {films.shape}; expected uint8 (N, S, S)")
+        self._films = films
+        self._rows = np.asarray(rows, dtype=np.int64)
+        size = len(self._rows) * films.shape[1] * films.shape[2]
+        self._resident = mx.array(films[np.sort(self._rows)]) if size <= budget_gb * 1e9 else None
+        if self._resident is not None:
+            self._place = np.argsort(np.argsort(self._rows, kind="stable"), kind="stable")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the films are held on the device."""
+        return self._resident is not None
+
+    def batch(self, items: np.ndarray) -> mx.array:
+        """uint8 (B, S, S): the given items, in their order."""
+        if self._resident is not None:
+            return self._resident[mx.array(self._place[items])]
+        return mx.array(self._read(items))
+
+    def batches(self, batches_of_items: Iterable[np.ndarray]) -> Iterator[mx.array]:
+        """Each batch in turn; from disk, the next one is read while the current one is worked on."""
+        if self._resident is not None:
+            for items in batches_of_items:
+                yield self.batch(items)
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = None
+            for items in batches_of_items:
+                coming = reader.submit(self._read, items)
+                if pending is not None:
+                    yield mx.array(pending.result())
+                pending = coming
+            if pending is not None:
+                yield mx.array(pending.result())
+
+    def _read(self, items: np.ndarray) -> np.ndarray:
+        rows = self._rows[items]
+        order = np.argsort(rows, kind="stable")  # forward through the file
+        out = np.empty((len(rows), *self._films.shape[1:]), dtype=np.uint8)
+        out[order] = self._films[rows[order]]
+        return out
+
+
+def epoch_order(items: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The items of an epoch in batches: int (steps, batch_size), a function of seed and epoch alone.
+
+    The last partial batch is dropped, so that shapes stay fixed; another order each epoch sees to it that no film
+    is left out for good. A source smaller than one batch gives one batch of what there is.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(items)
+    batch_size = min(batch_size, items)
+    steps = items // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size)

@@ -1,0 +1,78 @@
+"""The state to resume from: weights, running statistics, optimizer and progress in one file, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_cxr.runs import RunFormatError, atomic_path
+
+_FORMAT = "mlx_cxr.training_state"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        best_auc: best validation macro AUC so far; -1 before the first.
+        best_epoch: the epoch (from 1) that reached it; 0 before the first.
+        stale_epochs: epochs since then.
+        seconds: time spent in training so far.
+        settings: hash of everything that must not change between a run and its resumption.
+    """
+
+    step: int = 0
+    best_auc: float = -1.0
+    best_epoch: int = 0
+    stale_epochs: int = 0
+    seconds: float = 0.0
+    settings: str = ""
+
+
+def save_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> None:
+    """Write `path` (safetensors) atomically; the progress stands in its header."""
+    arrays = {f"model.{name}": value for name, value in tree_flatten(model.parameters())}
+    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    header = {"format": _FORMAT, "progress": json.dumps(asdict(progress))}
+    with atomic_path(path) as temporary:
+        mx.save_safetensors(str(temporary), arrays, metadata=header)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, settings: str) -> Progress:
+    """Put a saved state into `model` and `optimizer`.
+
+    Raises:
+        RunFormatError: the file is missing, is no training state, does not fit the model, or was made with other
+            settings.
+    """
+    if not path.exists():
+        raise RunFormatError(f"{path} is missing: nothing to resume; start without --resume")
+    try:
+        arrays, header = mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise RunFormatError(f"{path} cannot be read ({error}); start the run again with --overwrite") from None
+    if header.get("format") != _FORMAT:
+        raise RunFormatError(f"{path} is not a training state of this package")
+    progress = Progress(**json.loads(header["progress"]))
+    if progress.settings != settings:
+        raise RunFormatError(
+            f"{path} was made with other data or settings, so resuming would mix two runs; "
+            "restore the configuration, or start again with another --run_name or --overwrite"
+        )
+    weights = [(name.removeprefix("model."), value) for name, value in arrays.items() if name.startswith("model.")]
+    try:
+        model.load_weights(weights, strict=True)
+    except ValueError as error:
+        raise RunFormatError(f"{path} does not fit the model: {error}") from None
+    optimizer.state = tree_unflatten(
+        [(name.removeprefix("optimizer."), value) for name, value in arrays.items() if name.startswith("optimizer.")]
+    )
+    return progress

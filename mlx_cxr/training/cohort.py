@@ -1,0 +1,65 @@
+"""What a stage that trains or scores works on: manifest rows that have pixels, by split, with the leak check done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.config import Config
+from mlx_cxr.data.films import Transform
+from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
+from mlx_cxr.data.pixel_store import PixelStore
+from mlx_cxr.training.batches import FilmSource
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One split of a cohort, a row per film.
+
+    Attributes:
+        name: `train`, `validate` or `test`.
+        frame: the manifest's rows.
+        raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
+        films: the films, in the same order.
+    """
+
+    name: str
+    frame: pd.DataFrame
+    raw_labels: np.ndarray
+    films: FilmSource
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A manifest and its pixel store, opened and checked against each other."""
+
+    manifest: Manifest
+    store: PixelStore
+    budget_gb: float
+
+    @classmethod
+    def open(cls, config: Config) -> Cohort:
+        """Open what `build_manifest` and `prepare_images` made for this configuration.
+
+        Raises:
+            DataError: a file is missing, they do not belong together, or a patient is in two splits.
+        """
+        manifest = load_manifest(config.manifest_path)
+        check_patient_splits(manifest.frame)
+        transform = Transform(config.pixels.size, config.pixels.fit)
+        store = PixelStore.open(config.pixels_path, manifest, transform)
+        return cls(manifest, store, config.training.pixel_budget_gb)
+
+    def split(self, name: str) -> SplitData:
+        """The films of a split; those that could not be read are left out (the store lists them)."""
+        frame = self.manifest.frame
+        wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
+        chosen = np.flatnonzero(wanted)
+        rows = self.store.rows(frame["image_id"].iloc[chosen])
+        films = FilmSource(self.store.images, rows, self.budget_gb)
+        return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], films)

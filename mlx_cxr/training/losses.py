@@ -1,0 +1,72 @@
+"""Losses over the 14 findings. A loss takes logits and target rows and returns a scalar; NaN targets have no say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+Loss = Callable[[mx.array, mx.array], mx.array]
+"""(logits (B, 14), targets (B, K)) -> scalar. K is what the loss needs: 14 hard labels here."""
+
+
+def binary_cross_entropy(logits: mx.array, targets: mx.array, positive_weight: mx.array | None = None) -> mx.array:
+    """Elementwise sigmoid cross-entropy in float32, stable for any logit.
+
+    Args:
+        logits: (B, 14).
+        targets: (B, 14) in [0, 1].
+        positive_weight: (14,) factor on the positive term, or None.
+
+    Returns:
+        (B, 14), non-negative: `-(w y log p + (1 - y) log(1 - p))` with `p = sigmoid(logits)`.
+    """
+    logits = logits.astype(mx.float32)
+    log_not_p = -mx.logaddexp(0.0, logits)
+    log_p = log_not_p + logits
+    weight = 1.0 if positive_weight is None else positive_weight
+    return -(weight * targets * log_p + (1 - targets) * log_not_p)
+
+
+def masked_bce(positive_weight: np.ndarray | None = None) -> Loss:
+    """Mean cross-entropy over the labels that are not NaN; 0 where a batch has none.
+
+    Args:
+        positive_weight: float (14,) from `positive_weights`, or None for no weighting.
+    """
+    weight = None if positive_weight is None else mx.array(positive_weight.astype(np.float32))
+
+    def loss(logits: mx.array, targets: mx.array) -> mx.array:
+        known = ~mx.isnan(targets)
+        each = binary_cross_entropy(logits, mx.where(known, targets, 0.0), weight)
+        return mx.sum(mx.where(known, each, 0.0)) / mx.maximum(mx.sum(known), 1)
+
+    return loss
+
+
+def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarray | None:
+    """Weight of each finding's positives, from the training targets.
+
+    Args:
+        targets: float (N, 14) in [0, 1], NaN where unknown.
+        rule: `none`, `inverse_sqrt` (sqrt(n0 / n1)) or `balanced` (n0 / n1).
+        largest: upper bound, so that a finding with three positives does not rule the gradient.
+
+    Returns:
+        float32 (14,), or None for `none`. A finding without positives gets `largest`.
+
+    Raises:
+        ValueError: unknown rule.
+    """
+    if rule == "none":
+        return None
+    positives = np.nansum(targets, axis=0)
+    negatives = np.sum(~np.isnan(targets), axis=0) - positives
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(positives > 0, negatives / positives, largest)
+    if rule == "inverse_sqrt":
+        ratio = np.sqrt(ratio)
+    elif rule != "balanced":
+        raise ValueError(f"class weighting {rule!r}: none, inverse_sqrt or balanced")
+    return np.minimum(ratio, largest).astype(np.float32)

@@ -1,0 +1,178 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_cxr.explain.localization import (
+    iou_at_fraction,
+    iou_at_mask_area,
+    localize,
+    mass_in_mask,
+    pointing_game,
+)
+from mlx_cxr.explain.maps import upsample
+
+
+def grid(*rows: str) -> np.ndarray:
+    """Digits as a map or mask."""
+    return np.array([[int(cell) for cell in row] for row in rows], dtype=np.float32)
+
+
+MASK = grid("0000", "0110", "0110", "0000")
+
+
+@pytest.mark.parametrize(
+    ("heat", "tolerance", "expected"),
+    [
+        (grid("1111", "1191", "1111", "1111"), 0, 1.0),
+        (grid("9111", "1111", "1111", "1111"), 0, 0.0),
+        (grid("9111", "1111", "1111", "1111"), 1.0, 0.0),
+        (grid("9111", "1111", "1111", "1111"), 1.5, 1.0),
+        (grid("1911", "1111", "1111", "1111"), 1.0, 1.0),
+        (grid("9111", "1911", "1111", "1119"), 0, 1 / 3),
+        (grid("0000", "0000", "0000", "0000"), 0, 0.0),
+    ],
+    ids=[
+        "inside",
+        "corner",
+        "corner is sqrt 2 away",
+        "within tolerance",
+        "one above",
+        "ties share",
+        "no evidence",
+    ],
+)
+def test_pointing_game_by_hand(heat, tolerance, expected):
+    assert pointing_game(heat, MASK, tolerance) == pytest.approx(expected)
+
+
+def test_iou_by_hand():
+    heat = grid("9000", "0870", "0605", "0000")
+    assert iou_at_fraction(heat, MASK, 1 / 16) == 0.0
+    assert iou_at_fraction(heat, MASK, 2 / 16) == pytest.approx(1 / 5)
+    assert iou_at_fraction(heat, MASK, 4 / 16) == pytest.approx(3 / 5)
+    assert iou_at_fraction(heat, MASK, 1.0) == pytest.approx(3 / 6)
+    assert iou_at_mask_area(heat, MASK) == pytest.approx(3 / 5)
+    assert iou_at_mask_area(MASK, MASK * 255) == 1.0
+    assert iou_at_fraction(np.zeros((4, 4)), MASK, 0.5) == 0.0
+
+
+def test_mass_by_hand():
+    assert mass_in_mask(grid("9000", "0870", "0605", "0000"), MASK) == pytest.approx(21 / 35)
+    assert mass_in_mask(np.zeros((4, 4)), MASK) == 0.0
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=36, max_size=36),
+    st.lists(st.booleans(), min_size=36, max_size=36).filter(any),
+    st.floats(0.02, 1.0),
+    st.floats(0.001, 1000.0),
+)
+def test_scores_are_shares_and_do_not_depend_on_the_scale(heat, mask, fraction, factor):
+    heat, mask = np.array(heat, dtype=np.float64).reshape(6, 6), np.array(mask).reshape(6, 6)
+    for score in (
+        pointing_game,
+        lambda h, m: iou_at_fraction(h, m, fraction),
+        iou_at_mask_area,
+        mass_in_mask,
+    ):
+        value = score(heat, mask)
+        assert 0 <= value <= 1 + 1e-12
+        assert score(heat * factor, mask) == pytest.approx(value)
+
+
+def planted(n: int = 12, cells: int = 8, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Maps that peak on a blob of 2 x 2 cells, somewhere else on each film, and its mask."""
+    rng = np.random.default_rng(seed)
+    raw = rng.random((n, cells, cells)).astype(np.float32)
+    masks = np.zeros((n, size, size), dtype=np.uint8)
+    step = size // cells
+    for film, (y, x) in enumerate(rng.integers(0, cells - 1, (n, 2))):
+        raw[film, y : y + 2, x : x + 2] += 3
+        masks[film, y * step : (y + 2) * step, x * step : (x + 2) * step] = 255
+    return raw, masks
+
+
+def test_maps_that_know_the_place_beat_every_control():
+    raw, masks = planted()
+    result = localize(raw, masks, fraction=1 / 16, random_draws=40)
+    assert result.maps.hit.mean() == 1.0
+    assert result.maps.iou.mean() > 0.6
+    for control in (result.random, result.centre, result.swapped, result.chance):
+        assert control.hit.mean() < 0.4
+        assert control.iou.mean() < 0.25
+    np.testing.assert_allclose(result.mask_area, 1 / 16)
+    np.testing.assert_allclose(result.chance.hit, 1 / 16)
+    np.testing.assert_allclose(result.chance.iou, (1 / 256) / (2 / 16 - 1 / 256))
+    np.testing.assert_allclose(result.chance.mass, 1 / 16)
+
+
+def test_each_arm_is_what_its_name_says():
+    raw, masks = planted(n=3)
+    result = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
+    heats = upsample(raw, 64)
+    for film in range(3):
+        mask = masks[film]
+        assert result.maps.hit[film] == pointing_game(heats[film], mask, 2.0)
+        assert result.maps.iou[film] == pytest.approx(iou_at_fraction(heats[film], mask, 0.1))
+        assert result.maps.iou_area[film] == pytest.approx(iou_at_mask_area(heats[film], mask))
+        assert result.maps.mass[film] == pytest.approx(mass_in_mask(heats[film], mask))
+        others = [mass_in_mask(heats[other], mask) for other in range(3) if other != film]
+        assert result.swapped.mass[film] == pytest.approx(np.mean(others))
+    again = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
+    np.testing.assert_array_equal(result.random.mass, again.random.mass)
+
+
+def test_random_maps_hit_at_the_rate_of_chance():
+    """At cell resolution a random maximum is uniform over the cells: hits follow the mask's area."""
+    rng = np.random.default_rng(1)
+    masks = np.zeros((60, 8, 8), dtype=bool)
+    for mask in masks:
+        mask.ravel()[rng.choice(64, 16, replace=False)] = True
+    result = localize(rng.random((60, 8, 8)), masks, random_draws=30)
+    assert result.random.hit.mean() == pytest.approx(0.25, abs=0.03)
+    assert result.random.mass.mean() == pytest.approx(0.25, abs=0.01)
+    assert result.random.iou.mean() == pytest.approx(result.chance.iou.mean(), abs=0.02)
+
+
+def test_centre_guess_hits_the_centre_only():
+    masks = np.zeros((2, 9, 9), dtype=bool)
+    masks[0, 4, 4] = masks[1, 0, 0] = True
+    result = localize(np.ones((2, 3, 3)), masks)
+    np.testing.assert_array_equal(result.centre.hit, [1.0, 0.0])
+    assert result.centre.mass[1] == 0.0
+
+
+def test_summary_is_plain_json_and_one_film_has_no_swap():
+    raw, masks = planted(n=1)
+    summary = localize(raw, masks).summary()
+    assert summary["n"] == 1
+    assert summary["maps"]["hit"] == 1.0
+    assert np.isnan(summary["swapped"]["hit"])
+    json.dumps(summary)
+
+
+def test_bad_input_is_named():
+    raw, masks = planted(n=3)
+    with pytest.raises(ValueError, match="mask 1 is empty"):
+        localize(raw, np.stack([masks[0], masks[0] * 0, masks[0]]))
+    with pytest.raises(ValueError, match="N >= 1"):
+        localize(raw, masks[:2])
+    with pytest.raises(ValueError, match="N >= 1"):
+        localize(raw[:0], masks[:0])
+    with pytest.raises(ValueError, match="negative or non-finite"):
+        localize(-raw, masks)
+    with pytest.raises(ValueError, match="out of range"):
+        localize(raw, masks, fraction=0.0)
+    with pytest.raises(ValueError, match="upsample the map first"):
+        pointing_game(raw[0], masks[0])
+    with pytest.raises(ValueError, match="nothing to find"):
+        mass_in_mask(np.ones((2, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="non-finite"):
+        mass_in_mask(np.full((2, 2), np.nan), np.ones((2, 2)))
+    with pytest.raises(ValueError, match="tolerance is -1"):
+        pointing_game(np.ones((2, 2)), np.ones((2, 2)), -1)
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
+        iou_at_fraction(np.ones((2, 2)), np.ones((2, 2)), 1.5)
