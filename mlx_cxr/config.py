@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlx_cxr.errors import UserError
 from mlx_cxr.labels import LABELS, Empty, LabelPolicy, Uncertain
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -27,7 +28,7 @@ Count = Annotated[int, Field(ge=1)]
 Label = Literal[LABELS]  # type: ignore[valid-type]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; the message names the file, each key and the way out."""
 
 

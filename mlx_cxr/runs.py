@@ -17,15 +17,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from mlx_cxr.errors import UserError
+
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy", "pillow", "pandas", "scikit-learn", "scipy")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class RunExistsError(FileExistsError):
+class RunExistsError(UserError, FileExistsError):
     """A run of that name is there already."""
 
 
-class RunFormatError(ValueError):
+class RunFormatError(UserError, ValueError):
     """A run folder lacks a file, or holds one that cannot be read."""
 
 

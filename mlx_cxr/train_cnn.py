@@ -20,7 +20,7 @@ from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18, parameter_counts
-from mlx_cxr.runs import create_run, hash_of, read_json, write_json
+from mlx_cxr.runs import create_run, hash_of, write_json
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.loop import TrainingData, train
 from mlx_cxr.training.losses import masked_bce, positive_weights

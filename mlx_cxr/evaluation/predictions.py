@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.metrics import Thresholds
 from mlx_cxr.labels import LABELS, check_raw_labels
@@ -32,7 +33,7 @@ _TEXT_COLUMNS = ("split", "patient_id", "study_id", "view")
 _RAW_TEXT = {"1": 1.0, "0": 0.0, "-1": -1.0, "": np.nan}
 
 
-class PredictionsError(ValueError):
+class PredictionsError(UserError, ValueError):
     """Predictions that do not hang together, or a file of them that cannot be used; names where."""
 
 

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from mlx_cxr.errors import UserError
 from mlx_cxr.runs import RunFormatError, atomic_path, read_json, sha256_file, write_json
 
 log = logging.getLogger("mlx_cxr")
@@ -25,11 +26,11 @@ log = logging.getLogger("mlx_cxr")
 _TIMEOUT_SECONDS = 10
 
 
-class WeightsUnavailableError(FileNotFoundError):
+class WeightsUnavailableError(UserError, FileNotFoundError):
     """Weights are neither on this machine nor to be had from it now; the message says what to do."""
 
 
-class WeightsCorruptError(ValueError):
+class WeightsCorruptError(UserError, ValueError):
     """Weights are here but are not what was fetched or asked for; the message names each fault."""
 
 

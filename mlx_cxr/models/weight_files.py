@@ -8,12 +8,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_cxr.errors import UserError
 from mlx_cxr.runs import atomic_path
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
-class ModelFormatError(ValueError):
+class ModelFormatError(UserError, ValueError):
     """A weights file that does not hold what was asked for; the message names the file and every fault."""
 
 

@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from mlx_cxr.config import AugmentConfig, TrainingConfig
+from mlx_cxr.errors import UserError
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.runs import append_jsonl, write_text
@@ -37,7 +38,7 @@ Validate = Callable[[ResNet18], dict[str, float]]
 """Model -> figures of the validation split; `macro_auc` among them decides which weights are kept."""
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(UserError, RuntimeError):
     """The loss is no longer a number."""
 
 
