@@ -21,10 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mlx_cxr.errors import UserError
 from mlx_cxr.labels import LABELS, Empty, LabelPolicy, Uncertain
+from mlx_cxr.runs import run_folder
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Label = Literal[LABELS]  # type: ignore[valid-type]
 
 
@@ -33,7 +35,7 @@ class ConfigError(UserError, ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DemoConfig(_Section):
@@ -209,11 +211,11 @@ class PipelineConfig(_Section):
 class Config(_Section):
     """Everything an experiment can be told."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     seed: Annotated[int, Field(ge=0)] = 0
     outputs: Path = Path("outputs")
     weights_dir: Path = Path("weights")
-    run_name: str = "cnn_baseline"
+    run_name: Name = "cnn_baseline"
     data: DataConfig
     demo: DemoConfig = DemoConfig()
     pixels: PixelsConfig = PixelsConfig()
@@ -245,8 +247,12 @@ class Config(_Section):
         return self.data.work_dir / f"images_{self.pixels.size}.npy"
 
     def run_dir(self, run_name: str | None = None) -> Path:
-        """Folder of a run; None takes `run_name` of the configuration."""
-        return self.outputs / (run_name or self.run_name)
+        """Folder of a run; None takes `run_name` of the configuration.
+
+        Raises:
+            RunNameError: the name is not usable as a folder name.
+        """
+        return run_folder(self.outputs, self.run_name if run_name is None else run_name)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -288,7 +294,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, such as training.epochs=3")
-        _set_key(raw, key, yaml.load(value, Loader=_Loader), f"--set {text}")
+        try:
+            parsed = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text!r}: not a YAML value: {error}") from None
+        _set_key(raw, key, parsed, f"--set {text}")
     for key, value in direct.items():
         if value is not None:
             _set_key(raw, key.replace("__", "."), value, f"--{key}")
@@ -314,7 +324,7 @@ def _validated(raw: Mapping[str, Any], where: str | Path) -> Config:
 
 
 def _explain(fault: Mapping[str, Any]) -> str:
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part != "[key]"]
     key = ".".join(location) or "(whole file)"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -331,7 +341,9 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     section: Any = Config
     for part in location:
         annotation = section.model_fields[part].annotation
-        section = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        section = next(
+            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+        )
         if section is None:
             return []
     return list(section.model_fields)
@@ -341,7 +353,9 @@ def _set_key(raw: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
     *parents, last = dotted.split(".")
     node = raw
     for part in parents:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(f"{origin}: {part!r} is not a section of the configuration")
     node[last] = value
@@ -358,14 +372,26 @@ def _expand(value: Any, path: Path, key: str) -> Any:
     def replace(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(3)
         if (found := os.environ.get(name, default)) is None:
-            raise ConfigError(f"{path}: key '{key}' needs the environment variable {name}; set it, or pass --set {key}=…")
+            raise ConfigError(
+                f"{path}: key '{key}' needs the environment variable {name}; set it, or pass --set {key}=…"
+            )
         return found
 
     return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", replace, value)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everyone who writes a learning rate means it."""
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everyone who writes a learning rate means it.
+
+    A key given twice is an error: PyYAML would keep the second and say nothing.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, key in enumerate(keys):
+            if key.value in (earlier.value for earlier in keys[:position]):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

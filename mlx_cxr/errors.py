@@ -15,6 +15,10 @@ class UserError(Exception):
     (`class ConfigError(UserError, ValueError)`).
     """
 
+    def __str__(self) -> str:
+        # KeyError would show its message quoted and escaped.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
 
 @contextmanager
 def readable_errors() -> Iterator[None]:

@@ -8,11 +8,11 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 class RunExistsError(UserError, FileExistsError):
     """A run of that name is there already."""
+
+
+class RunNameError(UserError, ValueError):
+    """A run name that cannot be a folder of its own under `outputs`."""
 
 
 class RunFormatError(UserError, ValueError):
@@ -42,20 +46,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be written or the disk is full; names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
+    except UserError:
+        raise
     except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; what was there before is kept") from error
+        reason = error.strerror or str(error)
+        if error.filename is not None and str(error.filename) != str(temporary):
+            reason += f" ({error.filename})"
+        raise OSError(error.errno, f"could not write {path}: {reason}; what was there before is kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -106,6 +114,19 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def run_folder(outputs: str | Path, name: str) -> Path:
+    """`outputs/<name>`, which need not be there.
+
+    Raises:
+        RunNameError: the name is not usable as a folder name, such as `../x`.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise RunNameError(
+            f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        )
+    return Path(outputs) / name
+
+
 def create_run(
     outputs: str | Path,
     name: str,
@@ -128,12 +149,10 @@ def create_run(
         overwrite: let an existing run of that name be replaced; its old files stay until they are.
 
     Raises:
-        ValueError: the name is not usable as a folder name.
+        RunNameError: the name is not usable as a folder name.
         RunExistsError: such a run is there and `overwrite` is false.
     """
-    if not _RUN_NAME.fullmatch(name):
-        raise ValueError(f"run name {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
-    folder = Path(outputs) / name
+    folder = run_folder(outputs, name)
     if (folder / "config.json").exists() and not overwrite:
         raise RunExistsError(f"{folder} exists; choose another --run_name, or pass --resume or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,17 +195,19 @@ def package_versions() -> dict[str, str]:
 
 def git_state() -> tuple[str | None, bool | None]:
     """(commit, whether the tree was dirty) of the checkout this package runs from; (None, None) outside one."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        ).stdout
+        # Installed into an environment inside somebody else's checkout, this file is not part of it.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return commit, bool(status.strip())
 
 
 def _jsonable(value: Any) -> Any:

@@ -119,6 +119,22 @@ def percentile_interval(value: float, replicates: np.ndarray) -> Interval:
     return Interval(value, float(low), float(high), len(valid))
 
 
+def macro_interval(values: np.ndarray, replicates: np.ndarray) -> Interval:
+    """Mean over the labels whose value is defined, with its interval.
+
+    A replicate in which one of those labels is undefined is left out (and counted): without it, the mean would
+    be over other labels.
+
+    Args:
+        values: (L,), NaN where undefined.
+        replicates: (B, L).
+    """
+    defined = ~np.isnan(values)
+    if not defined.any():
+        return percentile_interval(math.nan, np.empty(0))
+    return percentile_interval(float(values[defined].mean()), replicates[:, defined].mean(axis=1))
+
+
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(b,) means of values (N,) under weights (b, N), NaN values left out; NaN where nothing is drawn."""
     kept = ~np.isnan(values)

@@ -15,12 +15,13 @@ import numpy as np
 
 from mlx_cxr.evaluation.bootstrap import (
     PatientResamples,
+    macro_interval,
     patient_bootstrap,
     patient_resamples,
     percentile_interval,
     weighted_mean,
 )
-from mlx_cxr.evaluation.wording import interval_text, notice_lines
+from mlx_cxr.wording import interval_text, notice_lines
 
 SCHEMA = 1
 
@@ -151,11 +152,7 @@ def _intervals(
     value = means(np.ones((1, bounds[-1])))[0]
     replicates = patient_bootstrap(means, resamples)
     entries = [percentile_interval(float(v), replicates[:, i]).plain() for i, v in enumerate(value)]
-    defined = ~np.isnan(value)
-    if not defined.any():
-        return entries, percentile_interval(float("nan"), np.empty(0)).plain()
-    whole = percentile_interval(float(value[defined].mean()), replicates[:, defined].mean(axis=1))
-    return entries, whole.plain()
+    return entries, macro_interval(value, replicates).plain()
 
 
 def _put(entry: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

@@ -15,9 +15,7 @@ from sklearn.metrics import (
     average_precision_score,
     brier_score_loss,
     confusion_matrix,
-    precision_recall_curve,
     roc_auc_score,
-    roc_curve,
 )
 
 METRICS: tuple[str, ...] = (
@@ -68,11 +66,6 @@ def roc_auc_per_label(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def macro_auc(per_label: np.ndarray) -> float:
-    """Mean over the labels that have a value; NaN when none has."""
-    return macro(per_label)
-
-
-def macro(per_label: np.ndarray) -> float:
     """Unweighted mean over labels of (L,) values, those that are NaN left out; NaN when all are."""
     defined = np.asarray(per_label, dtype=np.float64)
     defined = defined[~np.isnan(defined)]
@@ -191,21 +184,18 @@ def choose_thresholds(
             values.append(DEFAULT_THRESHOLD)
             sources.append("default")
             continue
-        values.append(_youden(y, p) if rule == "youden" else _best_f1(y, p))
+        values.append(_operating_point(y, p, rule))
         sources.append("validation")
     return Thresholds(np.array(values, dtype=np.float64), tuple(sources), rule)
 
 
-def _youden(y: np.ndarray, p: np.ndarray) -> float:
-    false_positive_rate, true_positive_rate, thresholds = roc_curve(y, p, drop_intermediate=False)
-    gain = (true_positive_rate - false_positive_rate)[1:]  # the first point is an infinite threshold
-    return float(thresholds[1:][np.argmax(gain)])
-
-
-def _best_f1(y: np.ndarray, p: np.ndarray) -> float:
-    precision, recall, thresholds = precision_recall_curve(y, p)
-    f1 = np.nan_to_num(_ratio(2 * precision * recall, precision + recall))[:-1]
-    return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
+def _operating_point(y: np.ndarray, p: np.ndarray, rule: str) -> float:
+    """The best of the distinct probabilities as a threshold, on whole counts, so that equal ones are equal."""
+    candidates = np.unique(p)[::-1]
+    called, found = (len(x) - np.searchsorted(np.sort(x), candidates) for x in (p, p[y == 1]))
+    positives, negatives = int((y == 1).sum()), int((y == 0).sum())
+    youden, f1 = found * negatives - (called - found) * positives, 2 * found / (called + positives)
+    return float(candidates[np.argmax(youden if rule == "youden" else f1)])
 
 
 def _roc_auc(y: np.ndarray, s: np.ndarray) -> float:

@@ -24,8 +24,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, PngImagePl
 
 from mlx_cxr.explain.maps import upsample
 from mlx_cxr.runs import atomic_path
+from mlx_cxr.wording import NOT_CLINICAL, footer
 
-NOT_CLINICAL = "Research only, not for clinical use"
 METHOD_NAMES = {
     "grad_cam": "Grad-CAM",
     "grad_cam_pp": "Grad-CAM++",
@@ -197,8 +197,7 @@ def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
 
 
 def _footer(draw: ImageDraw.ImageDraw, at: tuple[int, int], synthetic: bool, room: int) -> None:
-    text = f"Synthetic film. {NOT_CLINICAL}." if synthetic else f"{NOT_CLINICAL}."
-    draw.text(at, _fitted(text, 13, room), _ACCENT, _font(13))
+    draw.text(at, _fitted(footer(synthetic), 13, room), _ACCENT, _font(13))
 
 
 def _colour_bar(canvas: Image.Image, at: tuple[int, int], height: int) -> None:

@@ -16,17 +16,29 @@ from mlx_cxr.phantom.canvas import Canvas, Finding
 from mlx_cxr.phantom.geometry import blur, smooth_curve, tube
 
 LABEL = "Support Devices"
+BYSTANDERS = ("ECG leads", "median sternotomy wires")
+"""Drawn, but no support devices to the CheXpert labeler, and so in no mask."""
 # Thickness of iron, cm, that attenuates like the stripe or wall of each material.
 WIRE, STRIPE, PLASTIC = 1.0, 0.11, 0.022
 
 
 def draw_devices(canvas: Canvas, finding: Finding) -> None:
     """Draw every device named in `finding.kind` (separated by `|`) and add them to the mask."""
-    for number, name in enumerate(finding.kind.split("|")):
-        rng = np.random.default_rng((finding.seed, number, sum(map(ord, name))))
-        metal = DEVICES[name](canvas, finding, rng)
+    for name in finding.kind.split("|"):
+        metal = DEVICES[name](canvas, finding, _rng(finding.seed, name))
         canvas.metal += metal
-        canvas.add_mask(LABEL, metal > 0.012, grow=2)
+        if name not in BYSTANDERS:
+            canvas.add_mask(LABEL, metal > 0.012, grow=2)
+
+
+def _rng(seed: int, name: str) -> np.random.Generator:
+    """A device's own stream, so that it keeps its course when another is placed or removed."""
+    return np.random.default_rng((seed, sum(map(ord, name))))
+
+
+def tube_height(seed: int) -> float:
+    """Height of the tracheal tube's tip over the carina, cm, as drawn for a finding's `seed`."""
+    return float(_rng(seed, "endotracheal tube").uniform(2.0, 5.5))
 
 
 def _line(canvas: Canvas, knots: list[list[float]], radius: float, gain: float, wall: float | None = None) -> np.ndarray:
@@ -34,7 +46,8 @@ def _line(canvas: Canvas, knots: list[list[float]], radius: float, gain: float, 
 
 
 def _tracheal_tube(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
-    tip = 8.3 * canvas.anatomy.unit - rng.uniform(2.0, 5.5)
+    rng = np.random.default_rng((finding.seed, 1))
+    tip = 8.3 * canvas.anatomy.unit - tube_height(finding.seed)
     course = [[rng.normal(0, 0.3), -11, 2.5], [0.1, -4, 1.5], [0.1, tip, 0.2]]
     return _line(canvas, course, 0.5, 3 * PLASTIC, wall=0.12) + _line(canvas, [[a + 0.35, b, c] for a, b, c in course], 0.07, 2 * STRIPE)
 
@@ -74,8 +87,7 @@ def _port(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndar
     w = canvas.patient.width
     spot = [-0.62 * w, 6.2, 9.0]
     course = [spot, [-0.55 * w, 2.0, 8], [-5, -0.5, 5], [-2.6, 1.5, 2], [-1.9, 6, 1.2], [-1.8, 11 * canvas.anatomy.unit, 1.2]]
-    box = tube(canvas.view, np.array([spot, [spot[0], spot[1] + 0.01, spot[2]]]), 1.2, wall=0.35)
-    return _line(canvas, course, 0.13, 1.2 * STRIPE) + _disc(canvas, spot, 1.25, 0.75, 0.30) + 0 * box
+    return _line(canvas, course, 0.13, 1.2 * STRIPE) + _disc(canvas, spot, 1.25, 0.75, 0.30)
 
 
 def _disc(canvas: Canvas, spot: list[float], radius: float, inner: float, thickness: float) -> np.ndarray:

@@ -62,14 +62,14 @@ def draw_consolidation(canvas: Canvas, finding: Finding) -> None:
         fissure = 10.2 * canvas.anatomy.unit + 0.08 * (x + 6)
         tissue = tissue * smoothstep(y, fissure + 0.15, fissure - 0.15)
     canvas.add_opacity("Consolidation", tissue)
-    side, start = solid.center[0], hilum(canvas.anatomy, RIGHT if solid.center[0] < 0 else LEFT)
+    start = hilum(canvas.anatomy, RIGHT if solid.center[0] < 0 else LEFT)
     filled = canvas.view.full(tissue)
     for _ in range(int(3 + 4 * s)):
         goal = np.array(solid.center) + rng.normal(0, 0.5, 3) * np.array(solid.radii)
         middle = (start + goal) / 2 + rng.normal(0, 0.5, 3)
         path = smooth_curve(np.array([start, middle, goal]))
         tree = tube(canvas.view, path, np.linspace(0.24, 0.10, len(path)))
-        canvas.soft -= 0.9 * tree * np.clip(filled / 4, 0, 1) * (1 if side else 1)
+        canvas.soft -= 0.9 * tree * np.clip(filled / 4, 0, 1)
 
 
 def draw_pneumonia(canvas: Canvas, finding: Finding) -> None:

@@ -56,16 +56,17 @@ def affine(x: mx.array, radians: mx.array, zoom: mx.array, offset: mx.array) -> 
     from_row = cosine * row + sine * column + middle
     from_column = cosine * column - sine * row + middle
     # A border of zeros, so that samples outside need no mask of their own.
-    padded = mx.pad(x, ((0, 0), (1, 1), (1, 1))).reshape(n, -1)
-    from_row = mx.clip(from_row + 1, 0, side + 1 - 1e-3)
-    from_column = mx.clip(from_column + 1, 0, side + 1 - 1e-3)
+    padded = mx.pad(x, ((0, 0), (1, 2), (1, 2))).reshape(n, -1)
+    width = side + 3
+    from_row = mx.clip(from_row + 1, 0, side + 1)
+    from_column = mx.clip(from_column + 1, 0, side + 1)
     top, left = mx.floor(from_row), mx.floor(from_column)
     down, right = from_row - top, from_column - left
-    index = (top * (side + 2) + left).astype(mx.int32).reshape(n, -1)
+    index = (top * width + left).astype(mx.int32).reshape(n, -1)
 
     def corner(step: int) -> mx.array:
         return mx.take_along_axis(padded, index + step, axis=1).reshape(n, side, side)
 
     upper = corner(0) * (1 - right) + corner(1) * right
-    lower = corner(side + 2) * (1 - right) + corner(side + 3) * right
+    lower = corner(width) * (1 - right) + corner(width + 1) * right
     return upper * (1 - down) + lower * down

@@ -23,8 +23,7 @@ def binary_cross_entropy(logits: mx.array, targets: mx.array, positive_weight: m
         (B, 14), non-negative: `-(w y log p + (1 - y) log(1 - p))` with `p = sigmoid(logits)`.
     """
     logits = logits.astype(mx.float32)
-    log_not_p = -mx.logaddexp(0.0, logits)
-    log_p = log_not_p + logits
+    log_p, log_not_p = -mx.logaddexp(0.0, -logits), -mx.logaddexp(0.0, logits)
     weight = 1.0 if positive_weight is None else positive_weight
     return -(weight * targets * log_p + (1 - targets) * log_not_p)
 
@@ -64,7 +63,7 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
     positives = np.nansum(targets, axis=0)
     negatives = np.sum(~np.isnan(targets), axis=0) - positives
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(positives > 0, negatives / positives, largest)
+        ratio = np.where(positives > 0, negatives / positives, np.inf)
     if rule == "inverse_sqrt":
         ratio = np.sqrt(ratio)
     elif rule != "balanced":

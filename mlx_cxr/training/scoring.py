@@ -27,11 +27,11 @@ def predict_logits(model: ResNet18, source: FilmSource, batch_size: int) -> np.n
     starts = range(0, len(source), batch_size)
     filled = [np.resize(items[i : i + batch_size], min(batch_size, len(items))) for i in starts]
     logits = []
-    for films in source.batches(filled):
-        out = forward(films)
-        mx.eval(out)
-        logits.append(np.array(out.astype(mx.float32)))
-    model.train(was_training)
+    try:
+        for films in source.batches(filled):
+            logits.append(np.array(forward(films).astype(mx.float32)))
+    finally:
+        model.train(was_training)
     if not logits:
         return np.zeros((0, 14), dtype=np.float32)
     return np.concatenate([rows[: len(items[i : i + batch_size])] for rows, i in zip(logits, starts, strict=True)])

@@ -1,4 +1,4 @@
-"""How figures and warnings read, the same in every table, plot and page."""
+"""How figures and warnings read, the same in every table, plot, picture and page."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-NOT_CLINICAL = "research only, not for clinical use"
-SYNTHETIC = "synthetic cohort"
+NOT_CLINICAL = "Research only, not for clinical use"
+SYNTHETIC = "Synthetic cohort"
 
 
 def footer(synthetic: bool) -> str:
     """The line under every picture."""
-    return f"{SYNTHETIC} · {NOT_CLINICAL}" if synthetic else NOT_CLINICAL
+    return f"{SYNTHETIC}. {NOT_CLINICAL}." if synthetic else f"{NOT_CLINICAL}."
 
 
 def notice_lines(synthetic: bool) -> list[str]:
     """The Markdown block quote at the top of every table and page, and a blank line."""
-    lines = ["> **Research only, not for clinical use.**"]
+    lines = [f"> **{NOT_CLINICAL}.**"]
     if synthetic:
         lines.append(
-            "> **Synthetic cohort:** films, reports and labels are drawn by a program; the figures say "
+            f"> **{SYNTHETIC}:** films, reports and labels are drawn by a program; the figures say "
             "that the code works, and nothing about patients."
         )
     return [*lines, ""]

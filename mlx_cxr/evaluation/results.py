@@ -1,0 +1,226 @@
+"""`test_results.json`: every figure of a model on the test split, made from its predictions.
+
+An interval is `{"value", "low", "high", "replicates"}`: the estimate, its 95 % percentile interval from resampling
+patients, and how many resamples were valid. What is undefined is null. Keys:
+
+- `schema` (1), `split` (`test`), `run`, `synthetic`, `notice`.
+- `unit`: `study`; a study's logit is the mean over its films.
+- `counts`: `validate` and `test` to `studies` and `patients`.
+- `fitted_under`: the protocol under which thresholds and temperatures were fitted on validation; `threshold_rule`.
+- `operating_points`: label to `threshold` (on the calibrated probability), `threshold_source`, `temperature`,
+  `temperature_source`. A source is `validation`; `default` where validation has one class only; `bound` for a
+  temperature at the end of its range.
+- `bootstrap`: `unit` (`patient`), `samples`, `seed`, `level`. `calibration_bins`: `count`, `kind`.
+- `protocols`: for each of `labels.SCORING_PROTOCOLS`:
+  - `meaning`: what -1 and empty count as.
+  - `per_label`: label to `positives`, `negatives`, `left_out` (studies), the intervals `roc_auc`,
+    `average_precision`, `f1`, `sensitivity`, `specificity`, `precision`, `brier`, and the numbers
+    `brier_uncalibrated`, `ece_uncalibrated`, `ece` (no intervals: a resample's ECE is biased upwards).
+    `brier`, `ece` and what depends on the threshold use the calibrated probability.
+  - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes.
+  - `single_class`: the labels left out of every mean, as test has one class of them only.
+- `validation`: protocol to macro `roc_auc` per study on the validation split, which chose the weights, thresholds and
+  temperatures, so read it as optimistic.
+- `by_view`: `shortcuts.auc_by_group` over AP, PA, mixed and other. `pneumothorax_by_support_devices`,
+  `metadata_only`: the functions of `shortcuts`. All three under the protocol `fitted_under`; `metadata_only` is null
+  without training metadata.
+- `provenance`: as `runs.provenance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.evaluation import shortcuts
+from mlx_cxr.evaluation.bootstrap import (
+    LEVEL,
+    PatientResamples,
+    macro_interval,
+    patient_bootstrap,
+    patient_resamples,
+    percentile_interval,
+)
+from mlx_cxr.evaluation.calibration import Calibration, expected_calibration_error, fit_temperatures
+from mlx_cxr.evaluation.metrics import (
+    METRICS,
+    Thresholds,
+    both_classes,
+    choose_thresholds,
+    label_metrics,
+    macro_auc,
+    roc_auc_per_label,
+    weighted_metrics,
+)
+from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.wording import NOT_CLINICAL, SYNTHETIC
+
+SCHEMA = 1
+MEANINGS = {
+    "empty_negative": "uncertain (-1) and not mentioned (empty) count as absent",
+    "empty_masked": "only explicit present and absent count; uncertain and not mentioned are left out",
+}
+"""`labels.SCORING_PROTOCOLS` in words."""
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """What was fitted on validation.
+
+    Attributes:
+        calibration: temperatures.
+        thresholds: on calibrated probabilities.
+        protocol: of the validation targets, a key of `labels.SCORING_PROTOCOLS`.
+    """
+
+    calibration: Calibration
+    thresholds: Thresholds
+    protocol: str
+
+
+def fit_operating_points(
+    validation: Predictions, protocol: str, rule: Literal["youden", "f1"]
+) -> OperatingPoints:
+    """Temperatures and thresholds from the validation split alone.
+
+    Args:
+        validation: of one split, not test.
+        protocol: a key of `labels.SCORING_PROTOCOLS`.
+        rule: as `metrics.choose_thresholds`.
+
+    Raises:
+        ValueError: the predictions hold test studies.
+    """
+    if "test" in validation.split:
+        raise ValueError("thresholds and temperatures are fitted on validation; these predictions hold test studies")
+    targets = SCORING_PROTOCOLS[protocol].apply(validation.raw_labels)
+    calibration = fit_temperatures(validation.logits, targets)
+    thresholds = choose_thresholds(targets, calibration.probabilities(validation.logits), rule)
+    return OperatingPoints(calibration, thresholds, protocol)
+
+
+def evaluate(
+    predictions: Predictions,
+    points: OperatingPoints,
+    *,
+    run: str,
+    synthetic: bool,
+    samples: int,
+    seed: int,
+    bins: int,
+    provenance: Mapping[str, Any],
+    train: tuple[pd.DataFrame, np.ndarray] | None = None,
+    test_metadata: pd.DataFrame | None = None,
+) -> dict[str, Any]:
+    """The content of `test_results.json`, as this module's docstring describes it.
+
+    Args:
+        predictions: with the splits `validate` and `test`.
+        points: fitted on that validation split.
+        run: the run's name.
+        synthetic: whether the cohort is.
+        samples: bootstrap resamples; 0 gives no intervals.
+        seed: of the resamples.
+        bins: of the calibration error.
+        provenance: `runs.provenance`.
+        train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
+        test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
+
+    Raises:
+        PredictionsError: a split is missing.
+    """
+    validation, test = predictions.of_split("validate"), predictions.of_split("test")
+    resamples = patient_resamples(test.patient_ids, samples, seed)
+    policy = SCORING_PROTOCOLS[points.protocol]
+    targets, logits = policy.apply(test.raw_labels), test.logits.astype(np.float64)
+    metadata = None
+    if train is not None and test_metadata is not None:
+        train_targets = policy.apply(train[1])
+        metadata = shortcuts.metadata_only(train[0], train_targets, test_metadata, targets, logits, resamples)
+    return {
+        "schema": SCHEMA,
+        "split": "test",
+        "run": run,
+        "synthetic": synthetic,
+        "notice": f"{SYNTHETIC}. {NOT_CLINICAL}." if synthetic else f"{NOT_CLINICAL}.",
+        "unit": "study",
+        "counts": {part.split[0]: _counts(part) for part in (validation, test)},
+        "fitted_under": points.protocol,
+        "threshold_rule": points.thresholds.rule,
+        "operating_points": _points(points),
+        "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
+        "calibration_bins": {"count": bins, "kind": "equal_width"},
+        "protocols": {name: _protocol(test, name, points, resamples, bins) for name in SCORING_PROTOCOLS},
+        "validation": {
+            name: {"macro": {"roc_auc": macro_auc(roc_auc_per_label(p.apply(validation.raw_labels), validation.logits))}}
+            for name, p in SCORING_PROTOCOLS.items()
+        },
+        "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
+        "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
+        "metadata_only": metadata,
+        "provenance": provenance,
+    }
+
+
+def _protocol(
+    test: Predictions, name: str, points: OperatingPoints, resamples: PatientResamples, bins: int
+) -> dict[str, Any]:
+    targets = SCORING_PROTOCOLS[name].apply(test.raw_labels).astype(np.float64)
+    logits = test.logits.astype(np.float64)
+    calibrated = points.calibration.probabilities(logits)
+    raw = Calibration(np.ones(len(LABELS)), ()).probabilities(logits)
+    columns = [(targets[:, k], logits[:, k], calibrated[:, k], points.thresholds.values[k]) for k in range(len(LABELS))]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return np.stack([weighted_metrics(*column, weights) for column in columns], axis=1)
+
+    values = np.array([list(label_metrics(*column).values()) for column in columns])
+    replicates = patient_bootstrap(statistic, resamples)
+    numbers = {
+        "brier_uncalibrated": [label_metrics(y, z, p, 0.5)["brier"] for y, z, p in zip(targets.T, logits.T, raw.T, strict=True)],
+        "ece_uncalibrated": [expected_calibration_error(p, y, bins) for p, y in zip(raw.T, targets.T, strict=True)],
+        "ece": [expected_calibration_error(p, y, bins) for p, y in zip(calibrated.T, targets.T, strict=True)],
+    }
+    scored = both_classes(targets)
+    per_label = {}
+    for k, label in enumerate(LABELS):
+        y = targets[:, k]
+        per_label[label] = {
+            "positives": int((y == 1).sum()),
+            "negatives": int((y == 0).sum()),
+            "left_out": int(np.isnan(y).sum()),
+            **{m: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain() for i, m in enumerate(METRICS)},
+            **{key: column[k] for key, column in numbers.items()},
+        }
+    masked = np.where(scored[:, None], values, np.nan)
+    macro = {metric: macro_interval(masked[:, i], replicates[:, :, i]).plain() for i, metric in enumerate(METRICS)}
+    macro |= {key: macro_auc(np.where(scored, column, np.nan)) for key, column in numbers.items()}
+    return {
+        "meaning": MEANINGS[name],
+        "per_label": per_label,
+        "macro": macro,
+        "macro_labels": [label for label, there in zip(LABELS, scored, strict=True) if there],
+        "single_class": [label for label, there in zip(LABELS, scored, strict=True) if not there],
+    }
+
+
+def _points(points: OperatingPoints) -> dict[str, Any]:
+    calibration, thresholds = points.calibration, points.thresholds
+    return {
+        label: {
+            "threshold": float(thresholds.values[k]),
+            "threshold_source": thresholds.sources[k],
+            "temperature": float(calibration.temperatures[k]),
+            "temperature_source": calibration.sources[k],
+        }
+        for k, label in enumerate(LABELS)
+    }
+
+
+def _counts(part: Predictions) -> dict[str, int]:
+    return {"studies": len(part), "patients": len(set(part.patient_ids.tolist()))}

@@ -1,0 +1,188 @@
+"""What a model may have learned instead of the finding: how sick the patient is, and how treated.
+
+The bedside view (AP) goes with sicker patients, and drains with treated pneumothoraces, so a model can rank well
+without seeing the finding (Zech et al., PLOS Medicine 2018; Oakden-Rayner et al., arXiv:1909.12475). Three checks:
+ROC-AUC within each view, pneumothorax with and without support devices, and the ROC-AUC of a model that is shown
+nothing but view, age and sex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+
+from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
+from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_metrics
+from mlx_cxr.evaluation.predictions import study_views
+from mlx_cxr.labels import LABELS, label_index
+
+
+def auc_intervals(targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples) -> tuple[np.ndarray, np.ndarray]:
+    """ROC-AUC per label (L,), and its replicates (B, L); NaN where a column, or a resample of it, lacks a class."""
+    columns = [(y, s, expit(s)) for y, s in zip(targets.T, scores.T, strict=True)]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return np.stack([weighted_metrics(y, s, p, 0.5, weights)[:, 0] for y, s, p in columns], axis=1)
+
+    return roc_auc_per_label(targets, scores), patient_bootstrap(statistic, resamples)
+
+
+def auc_by_group(
+    targets: np.ndarray, scores: np.ndarray, groups: np.ndarray, names: tuple[str, ...], resamples: PatientResamples
+) -> dict[str, Any]:
+    """ROC-AUC within groups of studies, such as the views.
+
+    Args:
+        targets: (N, 14), each 1, 0 or NaN (left out).
+        scores: (N, 14) logits.
+        groups: (N,) str.
+        names: the groups reported; one without studies is left out.
+        resamples: of the patients of the N rows.
+
+    Returns:
+        Group name to `studies`, `per_label` (label to `positives`, `negatives`, `roc_auc`) and `macro` (`roc_auc` and
+        `labels`: those that have both classes in every group, so that the groups' means are over the same ones).
+    """
+    names = tuple(name for name in names if (groups == name).any())
+    within = {name: np.where((groups == name)[:, None], targets, np.nan) for name in names}
+    shared = np.logical_and.reduce([both_classes(y) for y in within.values()]) if names else np.zeros(len(LABELS), bool)
+    result = {}
+    for name, y in within.items():
+        values, replicates = auc_intervals(y, scores, resamples)
+        result[name] = {
+            "studies": int((groups == name).sum()),
+            "per_label": {label: _entry(y[:, k], values[k], replicates[:, k]) for k, label in enumerate(LABELS)},
+            "macro": {
+                "roc_auc": macro_interval(np.where(shared, values, np.nan), replicates).plain(),
+                "labels": [label for label, there in zip(LABELS, shared, strict=True) if there],
+            },
+        }
+    return result
+
+
+def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples) -> dict[str, Any]:
+    """ROC-AUC of Pneumothorax among studies with and without Support Devices; arguments as `auc_by_group`.
+
+    Returns:
+        `with_devices` and `without_devices`, each `positives`, `negatives`, `roc_auc`. A study whose Support Devices
+        target is left out (NaN) is in neither.
+    """
+    finding, devices = label_index("Pneumothorax"), targets[:, label_index("Support Devices")]
+    result = {}
+    for name, value in (("with_devices", 1), ("without_devices", 0)):
+        y = np.where(devices == value, targets[:, finding], np.nan)
+        values, replicates = auc_intervals(y[:, None], scores[:, finding, None], resamples)
+        result[name] = _entry(y, values[0], replicates[:, 0])
+    return result
+
+
+def study_metadata(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is known of each study without its films: a row per study, in order of first appearance.
+
+    Args:
+        frame: manifest rows, one per film, with `study_id` and `view`, and `age` and `sex` where they are known.
+
+    Returns:
+        Columns `view` (text, as `study_views`), `age` (years, NaN where unknown) and `sex` (text, empty where unknown).
+    """
+    first = frame.drop_duplicates("study_id")
+    age = pd.to_numeric(first["age"], errors="coerce") if "age" in frame else pd.Series(np.nan, index=first.index)
+    sex = first["sex"].astype("string").fillna("") if "sex" in frame else pd.Series("", index=first.index)
+    return pd.DataFrame(
+        {
+            "view": study_views(frame).to_numpy(dtype=str),
+            "age": age.to_numpy(dtype=np.float64),
+            "sex": sex.to_numpy(dtype=str),
+        }
+    )
+
+
+def metadata_scores(train: pd.DataFrame, train_targets: np.ndarray, test: pd.DataFrame) -> np.ndarray:
+    """Logits of a logistic regression per label that sees view, age and sex alone.
+
+    Views and sexes are indicators of the values that training has; age is standardized on training, with an
+    indicator for unknown.
+
+    Args:
+        train: `study_metadata` of the training studies.
+        train_targets: (N train, L), each 1, 0 or NaN (left out).
+        test: `study_metadata` of the studies to score.
+
+    Returns:
+        float64 (N test, L); 0 throughout for a label that training has only one class of.
+    """
+    features, test_features = _features(train, train), _features(test, train)
+    scores = np.zeros((len(test), train_targets.shape[1]))
+    for column, there in enumerate(both_classes(train_targets)):
+        if there:
+            kept = ~np.isnan(train_targets[:, column])
+            model = LogisticRegression(max_iter=1000).fit(features[kept], train_targets[kept, column].astype(int))
+            scores[:, column] = model.decision_function(test_features)
+    return scores
+
+
+def metadata_only(
+    train: pd.DataFrame,
+    train_targets: np.ndarray,
+    test: pd.DataFrame,
+    targets: np.ndarray,
+    scores: np.ndarray,
+    resamples: PatientResamples,
+) -> dict[str, Any]:
+    """ROC-AUC on test of `metadata_scores`, and how much the model adds.
+
+    Args:
+        train: `study_metadata` of training.
+        train_targets: (N train, 14).
+        test: `study_metadata` of the N test studies.
+        targets: (N, 14), each 1, 0 or NaN (left out).
+        scores: (N, 14), the model's logits, for the difference.
+        resamples: of the patients of the N rows.
+
+    Returns:
+        `features`, `per_label` (label to `roc_auc` and `model_minus_metadata`, both intervals) and `macro` (the same
+        two, and `labels`: how many). A label that training has only one class of is undefined.
+    """
+    targets = np.where(both_classes(train_targets), targets, np.nan)
+    values, replicates = auc_intervals(targets, metadata_scores(train, train_targets, test), resamples)
+    model_values, model_replicates = auc_intervals(targets, scores, resamples)
+    arms = {"roc_auc": (values, replicates), "model_minus_metadata": (model_values - values, model_replicates - replicates)}
+    return {
+        "features": ["view", *(name for name in ("age", "sex") if _known(train[name]))],
+        "per_label": {
+            label: {arm: percentile_interval(float(v[k]), r[:, k]).plain() for arm, (v, r) in arms.items()}
+            for k, label in enumerate(LABELS)
+        },
+        "macro": {
+            **{arm: macro_interval(v, r).plain() for arm, (v, r) in arms.items()},
+            "labels": int(np.isfinite(values).sum()),
+        },
+    }
+
+
+def _entry(y: np.ndarray, value: float, replicates: np.ndarray) -> Mapping[str, Any]:
+    return {
+        "positives": int((y == 1).sum()),
+        "negatives": int((y == 0).sum()),
+        "roc_auc": percentile_interval(float(value), replicates).plain(),
+    }
+
+
+def _features(metadata: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
+    """(N, F) features, with categories and scale taken from `train`."""
+    columns = [
+        (metadata[name] == value).to_numpy(dtype=np.float64) for name in ("view", "sex") for value in sorted(set(train[name]))
+    ]
+    age, known = metadata["age"].to_numpy(), train["age"].dropna()
+    mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
+    columns += [np.nan_to_num((age - mean) / scale), np.isnan(age).astype(np.float64)]
+    return np.stack(columns, axis=1)
+
+
+def _known(values: pd.Series) -> bool:
+    return bool((values.notna() & (values != "")).any())
