@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from mlx_cxr import __version__, runtime
 from mlx_cxr.config import Config, ConfigError, load_config
+from mlx_cxr.errors import readable_errors
 from mlx_cxr.models import hub
 from mlx_cxr.runs import RunFormatError
 
@@ -89,9 +90,7 @@ def check_machine(device: dict[str, Any]) -> list[Finding]:
         Finding("machine", "device", "ok", f"{device['kind']} ({device['name']}), {device['cores']} cores"),
         Finding("machine", "memory", "ok", f"{memory:.0f} GB")
         if memory >= LOW_MEMORY_GB
-        else Finding(
-            "machine", "memory", "note", f"{memory:.1f} GB", "use a smaller training.batch_size (8 or 16)"
-        ),
+        else Finding("machine", "memory", "note", f"{memory:.1f} GB", "use a smaller training.batch_size (8 or 16)"),
         judge_speed(device["kind"], runtime.measure_gflops(), device["blas"]),
         Finding("machine", "ResNet-18", "ok", f"{_forward_ms():.1f} ms per 224 px film, forward, batch of 8"),
         Finding("machine", "disk", "ok", f"{disk:.0f} GB free here")
@@ -134,9 +133,7 @@ def check_software() -> list[Finding]:
     findings = [
         Finding("software", "Python", "ok", version)
         if good
-        else Finding(
-            "software", "Python", "broken", version, "install Python 3.10 or newer and make a new .venv"
-        )
+        else Finding("software", "Python", "broken", version, "install Python 3.10 or newer and make a new .venv")
     ]
     faults, present = _dependencies()
     if faults:
@@ -168,8 +165,13 @@ def _dependencies() -> tuple[dict[str, str], dict[str, str]]:
     """(name -> what is wrong, name -> version) for every requirement that applies to this machine."""
     from packaging.requirements import Requirement
 
-    faults, present = {}, {}
-    for text in importlib.metadata.requires("mlx-cxr") or []:
+    faults: dict[str, str] = {}
+    present: dict[str, str] = {}
+    try:
+        declared = importlib.metadata.requires("mlx-cxr") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {"mlx-cxr": "not installed"}, present
+    for text in declared:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -221,18 +223,14 @@ def _weights(name: str, source: hub.Source, weights_dir: Path, what: str) -> Fin
             return Finding("weights", name, "ok", str(path))
         record = hub.check_record(source, weights_dir)
     except (hub.WeightsCorruptError, RunFormatError) as error:
-        return Finding(
-            "weights", name, "broken", str(error), f"python -m mlx_cxr.fetch_weights --what {what}"
-        )
+        return Finding("weights", name, "broken", str(error), f"python -m mlx_cxr.fetch_weights --what {what}")
     sha256 = record["files"][path.name]["sha256"]
     return Finding("weights", name, "ok", f"{path}, sha256 {sha256[:12]}…, {record['source']}")
 
 
 def _configuration(path: Path | None) -> tuple[Config | None, list[Finding]]:
     if path is None and not DEFAULT_CONFIG.exists():
-        return None, [
-            Finding("data", "configuration", "note", "none given", "pass --config to look for its data")
-        ]
+        return None, [Finding("data", "configuration", "note", "none given", "pass --config to look for its data")]
     try:
         return load_config(path or DEFAULT_CONFIG), []
     except ConfigError as error:
@@ -261,9 +259,7 @@ def _mimic_source(config: Config, config_path: Path) -> list[Finding]:
         remedy = f"python -m mlx_cxr.make_demo_data --config {config_path}"
         origin = "synthetic cohort"
     else:
-        remedy = (
-            "download it from https://physionet.org/content/mimic-cxr-jpg/ (credentialed; see the README)"
-        )
+        remedy = "download it from https://physionet.org/content/mimic-cxr-jpg/ (credentialed; see the README)"
         origin = "MIMIC-CXR-JPG"
     findings = []
     for table in ("metadata", "split", config.data.labeler):
@@ -290,9 +286,7 @@ def _mimic_source(config: Config, config_path: Path) -> list[Finding]:
         findings.append(
             Finding("data", "reports", "ok", str(reports))
             if reports.exists()
-            else Finding(
-                "data", "reports", "missing", str(reports), "put them there, or correct data.reports"
-            )
+            else Finding("data", "reports", "missing", str(reports), "put them there, or correct data.reports")
         )
     return findings
 
@@ -368,7 +362,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; ends with status 1 where something required is broken."""
     args = build_parser().parse_args(argv)
-    report = run(args.config, args.weights_dir)
+    with readable_errors():
+        report = run(args.config, args.weights_dir)
     print(json.dumps(report, indent=2) if args.json else render(report))
     if not report["healthy"]:
         sys.exit(1)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.models import hub
 from mlx_cxr.models.convert import fetch_imagenet
-from mlx_cxr.models.weight_files import ModelFormatError
 
 log = logging.getLogger("mlx_cxr")
 
 
-def run(
-    weights_dir: Path, what: str = "resnet18", from_file: Path | None = None
-) -> dict[str, dict[str, Any]]:
+def run(weights_dir: Path, what: str = "resnet18", from_file: Path | None = None) -> dict[str, dict[str, Any]]:
     """Fetch, check and record weights; what is there already and passes its check is kept.
 
     Args:
@@ -33,15 +30,15 @@ def run(
         Name -> record.
 
     Raises:
-        ValueError: `from_file` with `all`, or an unknown `what`.
+        UserError: `from_file` with `all`, or an unknown `what`.
         WeightsUnavailableError: the hub cannot be reached, or `from_file` does not exist.
         WeightsCorruptError: incomplete or changed files; names each.
         ModelFormatError: a file that is not torchvision's ResNet-18.
     """
     if what not in ("resnet18", "lfm", "all"):
-        raise ValueError(f"--what {what}: resnet18, lfm or all")
+        raise UserError(f"--what {what}: resnet18, lfm or all")
     if what == "all" and from_file is not None:
-        raise ValueError("--from_file gives one thing; say which with --what resnet18 or --what lfm")
+        raise UserError("--from_file gives one thing; say which with --what resnet18 or --what lfm")
     records = {}
     if what in ("resnet18", "all"):
         records["resnet18"] = fetch_imagenet(weights_dir, from_file)
@@ -71,9 +68,7 @@ def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_cxr.fetch_weights", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.fetch_weights", description=__doc__.splitlines()[0])
     parser.add_argument("--weights_dir", type=Path, default=Path("weights"))
     parser.add_argument("--what", choices=("resnet18", "lfm", "all"), default="resnet18")
     parser.add_argument("--from_file", type=Path, help="a file or folder on this machine to take instead")
@@ -81,21 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; a failure ends with status 1 and one message."""
+    """Entry point; a failure ends with status 2 and one message."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     args = build_parser().parse_args(argv)
-    try:
+    with readable_errors():
         run(args.weights_dir, args.what, args.from_file)
-    except (
-        hub.WeightsUnavailableError,
-        hub.WeightsCorruptError,
-        ModelFormatError,
-        ValueError,
-        OSError,
-    ) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

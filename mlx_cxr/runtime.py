@@ -46,6 +46,8 @@ def link_openblas() -> str | None:
             continue
         _openblas = candidate
         return _openblas
+    if wanted:
+        log.warning("MLX_CXR_OPENBLAS=%s is no OpenBLAS that can be loaded; the slow reference BLAS serves", wanted)
     return None
 
 
@@ -75,7 +77,8 @@ def keep_freed_memory() -> bool:
         return False
     arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28))
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
+    return all(taken)
 
 
 def device_kind() -> str:

@@ -11,13 +11,21 @@ def test_only_the_named_block_changes_and_twice_is_once(tmp_path):
     path.write_text("top\n<!-- begin a -->\nold\n<!-- end a -->\n<!-- begin b -->\nkept\n<!-- end b -->\nbottom\n")
     replace_block(path, "a", "| new |\n")
     once = path.read_text()
-    assert once == "top\n<!-- begin a -->\n\n| new |\n\n<!-- end a -->\n<!-- begin b -->\nkept\n<!-- end b -->\nbottom\n"
+    assert (
+        once == "top\n<!-- begin a -->\n\n| new |\n\n<!-- end a -->\n<!-- begin b -->\nkept\n<!-- end b -->\nbottom\n"
+    )
     replace_block(path, "a", "| new |")
     assert path.read_text() == once
 
 
 @pytest.mark.parametrize(
-    "text", ["nothing", "<!-- begin a -->\n", "<!-- end a -->\n<!-- begin a -->\n", "<!-- begin a -->\n" * 2 + "<!-- end a -->"]
+    "text",
+    [
+        "nothing",
+        "<!-- begin a -->\n",
+        "<!-- end a -->\n<!-- begin a -->\n",
+        "<!-- begin a -->\n" * 2 + "<!-- end a -->",
+    ],
 )
 def test_missing_doubled_or_swapped_markers_are_refused_and_the_file_is_kept(tmp_path, text):
     path = tmp_path / "README.md"

@@ -86,9 +86,7 @@ def patient_resamples(patient_ids: np.ndarray, samples: int, seed: int) -> Patie
     return PatientResamples(patients, patient_of_row, counts, seed)
 
 
-def patient_bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], resamples: PatientResamples
-) -> np.ndarray:
+def patient_bootstrap(statistic: Callable[[np.ndarray], np.ndarray], resamples: PatientResamples) -> np.ndarray:
     """Replicates of a statistic.
 
     Args:
@@ -139,6 +137,4 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(b,) means of values (N,) under weights (b, N), NaN values left out; NaN where nothing is drawn."""
     kept = ~np.isnan(values)
     total = weights[:, kept].sum(axis=1)
-    return np.divide(
-        weights[:, kept] @ values[kept], total, out=np.full(len(weights), np.nan), where=total > 0
-    )
+    return np.divide(weights[:, kept] @ values[kept], total, out=np.full(len(weights), np.nan), where=total > 0)

@@ -132,9 +132,7 @@ def reliability(
         np.asarray(targets, dtype=np.float64),
     )
     if probabilities.shape != targets.shape or probabilities.ndim != 1:
-        raise ValueError(
-            f"probabilities {probabilities.shape} and targets {targets.shape}: both must be (N,)"
-        )
+        raise ValueError(f"probabilities {probabilities.shape} and targets {targets.shape}: both must be (N,)")
     if bins < 1:
         raise ValueError(f"bins is {bins}; take at least 1")
     kept = ~np.isnan(targets)

@@ -21,7 +21,7 @@ from mlx_cxr.evaluation.bootstrap import (
     percentile_interval,
     weighted_mean,
 )
-from mlx_cxr.wording import interval_text, notice_lines
+from mlx_cxr.wording import interval_text, number
 
 SCHEMA = 1
 
@@ -47,14 +47,10 @@ class FilmScores:
         arms = {"maps": self.maps, **self.controls}
         for arm, scores in arms.items():
             if set(scores) != set(self.maps):
-                raise ValueError(
-                    f"{self.label}, {arm}: scores {sorted(scores)}, but the maps have {sorted(self.maps)}"
-                )
+                raise ValueError(f"{self.label}, {arm}: scores {sorted(scores)}, but the maps have {sorted(self.maps)}")
             for name, values in scores.items():
                 if np.shape(values) != (n,):
-                    raise ValueError(
-                        f"{self.label}, {arm}, {name}: shape {np.shape(values)}, expected ({n},)"
-                    )
+                    raise ValueError(f"{self.label}, {arm}, {name}: shape {np.shape(values)}, expected ({n},)")
 
 
 def localization_table(
@@ -114,27 +110,34 @@ def localization_table(
     }
 
 
-def localization_markdown(table: Mapping[str, Any], control: str = "random") -> str:
-    """`localization_table` as Markdown: per label and score, the maps, one control, and the difference.
+def localization_markdown(
+    table: Mapping[str, Any], names: Mapping[str, str], against: Sequence[str] = ("random", "swapped")
+) -> str:
+    """`localization_table` as Markdown, one table per score, for a page that carries the notice.
+
+    Args:
+        table: of `localization_table`, or read back from JSON.
+        names: score to its heading; scores without one are left out.
+        against: controls whose difference from the maps is shown with its interval; all controls' means are shown.
 
     Raises:
-        KeyError: the table has no such control.
+        KeyError: the table has no such score or control.
     """
-    scores = [name for name in table["macro"] if name != "labels"]
-    lines = [
-        *notice_lines(table["synthetic"]),
-        f"Maps by `{table['method']}`, means over films that have a mask; in brackets 95 % intervals by patient "
-        f"bootstrap ({table['bootstrap']['samples']} resamples). "
-        f"Difference: maps minus {control} control.",
-        "",
-    ]
-    for score in scores:
-        lines += [f"| {score} | films | maps | {control} | difference |", "| --- | ---: | --- | --- | --- |"]
+    boot, lines = table["bootstrap"], []
+    if boot["samples"]:
+        lines += [f"In brackets 95 % intervals from {boot['samples']} resamples of patients.", ""]
+    for score, heading in names.items():
+        controls = [name for name in table["macro"][score] if name != "maps"]
+        header = ["finding", "films", "maps", *controls, *(f"maps − {control}" for control in against)]
+        lines += [f"**{heading}**", "", "| " + " | ".join(header) + " |"]
+        lines.append("| " + " | ".join("---:" if name == "films" else "---" for name in header) + " |")
         rows = [(name, entry, entry["films"]) for name, entry in table["per_label"].items()]
-        rows.append((f"**mean of {table['macro']['labels']} findings**", table["macro"], ""))
+        rows.append((f"**mean of {table['macro']['labels']}**", table["macro"], ""))
         for name, entry, films in rows:
-            cells = (entry[score]["maps"], entry[score][control]["mean"], entry[score][control]["difference"])
-            lines.append(f"| {name} | {films} | " + " | ".join(interval_text(cell) for cell in cells) + " |")
+            arms = entry[score]
+            cells = [interval_text(arms["maps"]), *(number(arms[control]["mean"]["value"]) for control in controls)]
+            cells += [interval_text(arms[control]["difference"]) for control in against]
+            lines.append(f"| {name} | {films} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

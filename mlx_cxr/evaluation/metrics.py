@@ -157,9 +157,7 @@ def weighted_metrics(
     return out
 
 
-def choose_thresholds(
-    targets: np.ndarray, probabilities: np.ndarray, rule: Literal["youden", "f1"]
-) -> Thresholds:
+def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: Literal["youden", "f1"]) -> Thresholds:
     """Operating points from the validation split, never from test.
 
     Args:
@@ -227,17 +225,13 @@ def _scored(y: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     return (y[kept], *(x[kept] for x in others))
 
 
-def _checked_label(
-    targets: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
-) -> tuple[np.ndarray, ...]:
+def _checked_label(targets: np.ndarray, scores: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, ...]:
     y, s, p = (np.asarray(x)[:, None] for x in (targets, scores, probabilities))
     y, s = _checked(y, s)
     _, p = _checked(y, p)
     if p.size and (p.min() < 0 or p.max() > 1):
         row = int(np.argmax((p[:, 0] < 0) | (p[:, 0] > 1)))
-        raise ValueError(
-            f"row {row}: probability {p[row, 0]} is outside [0, 1]; pass probabilities, not logits"
-        )
+        raise ValueError(f"row {row}: probability {p[row, 0]} is outside [0, 1]; pass probabilities, not logits")
     return _scored(y[:, 0], s[:, 0], p[:, 0])
 
 

@@ -75,14 +75,11 @@ class Predictions:
         if not np.isfinite(self.logits).all():
             row, column = np.argwhere(~np.isfinite(self.logits))[0]
             raise PredictionsError(
-                f"study {self.study_ids[row]}, {LABELS[column]}: "
-                f"logit {self.logits[row, column]} is not finite"
+                f"study {self.study_ids[row]}, {LABELS[column]}: logit {self.logits[row, column]} is not finite"
             )
         ids, counts = np.unique(self.study_ids, return_counts=True)
         if (counts > 1).any():
-            raise PredictionsError(
-                f"study {ids[counts > 1][0]} appears {counts.max()} times; score each once"
-            )
+            raise PredictionsError(f"study {ids[counts > 1][0]} appears {counts.max()} times; score each once")
         check_no_leak(self.patient_ids, self.split)
 
     def __len__(self) -> int:
@@ -156,9 +153,7 @@ def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.nd
     """
     missing = [name for name in _TEXT_COLUMNS if name not in frame.columns]
     if missing:
-        raise PredictionsError(
-            f"manifest rows lack the column(s) {', '.join(missing)}; run build_manifest again"
-        )
+        raise PredictionsError(f"manifest rows lack the column(s) {', '.join(missing)}; run build_manifest again")
     raw, logits = np.asarray(raw_labels, dtype=np.float32), np.asarray(image_logits, dtype=np.float64)
     if not len(frame) == len(raw) == len(logits):
         raise PredictionsError(f"{len(frame)} manifest rows, {len(raw)} labels and {len(logits)} logits")
@@ -166,9 +161,7 @@ def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.nd
     study_of_film, studies = pd.factorize(columns["study_id"])
     first = np.unique(study_of_film, return_index=True)[1]
     for name in ("patient_id", "split"):
-        _refuse_disagreement(
-            columns[name] != columns[name][first][study_of_film], studies, study_of_film, name
-        )
+        _refuse_disagreement(columns[name] != columns[name][first][study_of_film], studies, study_of_film, name)
     same = (raw == raw[first][study_of_film]) | (np.isnan(raw) & np.isnan(raw[first][study_of_film]))
     _refuse_disagreement(~same.all(axis=1), studies, study_of_film, "labels")
     sums = np.zeros((len(studies), logits.shape[1]))
@@ -185,8 +178,8 @@ def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.nd
 
 
 def study_views(frame: pd.DataFrame) -> pd.Series:
-    """Each study's distinct views, sorted and joined by `+`; in order of first appearance."""
-    views = pd.Series(frame["view"].to_numpy(dtype=str))
+    """Each study's distinct views, sorted and joined by `+`, `missing` for none; in order of first appearance."""
+    views = pd.Series(frame["view"].to_numpy(dtype=str)).replace("", "missing")
     studies = frame["study_id"].to_numpy(dtype=str)
     return views.groupby(studies, sort=False).agg(lambda films: "+".join(sorted(set(films))))
 
@@ -262,8 +255,11 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
     for name in (*_TEXT_COLUMNS, "threshold"):
         blocks = table[name].to_numpy().reshape(-1, k)
         reference = blocks[0] if name == "threshold" else blocks[:, :1]
-        if len(bad := np.flatnonzero((blocks != reference).any(axis=1))):
-            raise PredictionsError(f"{path}, line {bad[0] * k + 2}: {name} differs where it must be the same")
+        if len(bad := np.argwhere(blocks != reference)):
+            study, label = bad[0]
+            other = label if name == "threshold" else study * k
+            where = f"{path}, line {study * k + label + 2}"
+            raise PredictionsError(f"{where}: {name} differs from that of line {other + 2}; run evaluate_cnn again")
     numbers = {name: _numbers(path, table, name) for name in ("logit", "probability", "threshold")}
     for name in ("probability", "threshold"):
         _refuse(path, table, name, (numbers[name] < 0) | (numbers[name] > 1))
@@ -284,7 +280,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", skip_blank_lines=False)
     except FileNotFoundError:
         raise PredictionsError(f"{path} is missing; run evaluate_cnn first") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -312,14 +308,10 @@ def _refuse(path: Path, table: pd.DataFrame, name: str, bad: np.ndarray) -> None
     if bad.any():
         row = int(np.argmax(bad))
         where = f"{path}, line {row + 2}, study {table['study_id'].iloc[row]}, {table['label'].iloc[row]}"
-        raise PredictionsError(
-            f"{where}: {name} {table[name].iloc[row]!r} is not usable; run evaluate_cnn again"
-        )
+        raise PredictionsError(f"{where}: {name} {table[name].iloc[row]!r} is not usable; run evaluate_cnn again")
 
 
-def _refuse_disagreement(
-    bad: np.ndarray, studies: Sequence[str], study_of_film: np.ndarray, what: str
-) -> None:
+def _refuse_disagreement(bad: np.ndarray, studies: Sequence[str], study_of_film: np.ndarray, what: str) -> None:
     if bad.any():
         study = studies[study_of_film[int(np.argmax(bad))]]
         raise PredictionsError(f"study {study}: its films disagree in {what}; run build_manifest again")

@@ -17,7 +17,8 @@ patients, and how many resamples were valid. What is undefined is null. Keys:
     `average_precision`, `f1`, `sensitivity`, `specificity`, `precision`, `brier`, and the numbers
     `brier_uncalibrated`, `ece_uncalibrated`, `ece` (no intervals: a resample's ECE is biased upwards).
     `brier`, `ece` and what depends on the threshold use the calibrated probability.
-  - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes.
+  - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes (precision:
+    those of them that were called at all).
   - `single_class`: the labels left out of every mean, as test has one class of them only.
 - `validation`: protocol to macro `roc_auc` per study on the validation split, which chose the weights, thresholds and
   temperatures, so read it as optimistic.
@@ -35,6 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from mlx_cxr.evaluation import shortcuts
 from mlx_cxr.evaluation.bootstrap import (
@@ -58,7 +60,7 @@ from mlx_cxr.evaluation.metrics import (
 )
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.wording import NOT_CLINICAL, SYNTHETIC
+from mlx_cxr.wording import footer
 
 SCHEMA = 1
 MEANINGS = {
@@ -83,9 +85,7 @@ class OperatingPoints:
     protocol: str
 
 
-def fit_operating_points(
-    validation: Predictions, protocol: str, rule: Literal["youden", "f1"]
-) -> OperatingPoints:
+def fit_operating_points(validation: Predictions, protocol: str, rule: Literal["youden", "f1"]) -> OperatingPoints:
     """Temperatures and thresholds from the validation split alone.
 
     Args:
@@ -147,7 +147,7 @@ def evaluate(
         "split": "test",
         "run": run,
         "synthetic": synthetic,
-        "notice": f"{SYNTHETIC}. {NOT_CLINICAL}." if synthetic else f"{NOT_CLINICAL}.",
+        "notice": footer(synthetic),
         "unit": "study",
         "counts": {part.split[0]: _counts(part) for part in (validation, test)},
         "fitted_under": points.protocol,
@@ -156,10 +156,7 @@ def evaluate(
         "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
         "calibration_bins": {"count": bins, "kind": "equal_width"},
         "protocols": {name: _protocol(test, name, points, resamples, bins) for name in SCORING_PROTOCOLS},
-        "validation": {
-            name: {"macro": {"roc_auc": macro_auc(roc_auc_per_label(p.apply(validation.raw_labels), validation.logits))}}
-            for name, p in SCORING_PROTOCOLS.items()
-        },
+        "validation": {name: {"roc_auc": _macro_auc(validation, name)} for name in SCORING_PROTOCOLS},
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
         "metadata_only": metadata,
@@ -173,7 +170,7 @@ def _protocol(
     targets = SCORING_PROTOCOLS[name].apply(test.raw_labels).astype(np.float64)
     logits = test.logits.astype(np.float64)
     calibrated = points.calibration.probabilities(logits)
-    raw = Calibration(np.ones(len(LABELS)), ()).probabilities(logits)
+    uncalibrated = expit(logits)
     columns = [(targets[:, k], logits[:, k], calibrated[:, k], points.thresholds.values[k]) for k in range(len(LABELS))]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -181,9 +178,10 @@ def _protocol(
 
     values = np.array([list(label_metrics(*column).values()) for column in columns])
     replicates = patient_bootstrap(statistic, resamples)
+    pairs = list(zip(uncalibrated.T, targets.T, strict=True))
     numbers = {
-        "brier_uncalibrated": [label_metrics(y, z, p, 0.5)["brier"] for y, z, p in zip(targets.T, logits.T, raw.T, strict=True)],
-        "ece_uncalibrated": [expected_calibration_error(p, y, bins) for p, y in zip(raw.T, targets.T, strict=True)],
+        "brier_uncalibrated": [label_metrics(y, p, p, 0.5)["brier"] for p, y in pairs],
+        "ece_uncalibrated": [expected_calibration_error(p, y, bins) for p, y in pairs],
         "ece": [expected_calibration_error(p, y, bins) for p, y in zip(calibrated.T, targets.T, strict=True)],
     }
     scored = both_classes(targets)
@@ -207,6 +205,10 @@ def _protocol(
         "macro_labels": [label for label, there in zip(LABELS, scored, strict=True) if there],
         "single_class": [label for label, there in zip(LABELS, scored, strict=True) if not there],
     }
+
+
+def _macro_auc(part: Predictions, protocol: str) -> float:
+    return macro_auc(roc_auc_per_label(SCORING_PROTOCOLS[protocol].apply(part.raw_labels), part.logits))
 
 
 def _points(points: OperatingPoints) -> dict[str, Any]:

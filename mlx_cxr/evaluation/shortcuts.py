@@ -22,7 +22,9 @@ from mlx_cxr.evaluation.predictions import study_views
 from mlx_cxr.labels import LABELS, label_index
 
 
-def auc_intervals(targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples) -> tuple[np.ndarray, np.ndarray]:
+def auc_intervals(
+    targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples
+) -> tuple[np.ndarray, np.ndarray]:
     """ROC-AUC per label (L,), and its replicates (B, L); NaN where a column, or a resample of it, lacks a class."""
     columns = [(y, s, expit(s)) for y, s in zip(targets.T, scores.T, strict=True)]
 
@@ -151,7 +153,8 @@ def metadata_only(
     targets = np.where(both_classes(train_targets), targets, np.nan)
     values, replicates = auc_intervals(targets, metadata_scores(train, train_targets, test), resamples)
     model_values, model_replicates = auc_intervals(targets, scores, resamples)
-    arms = {"roc_auc": (values, replicates), "model_minus_metadata": (model_values - values, model_replicates - replicates)}
+    difference = model_values - values, model_replicates - replicates
+    arms = {"roc_auc": (values, replicates), "model_minus_metadata": difference}
     return {
         "features": ["view", *(name for name in ("age", "sex") if _known(train[name]))],
         "per_label": {
@@ -175,9 +178,8 @@ def _entry(y: np.ndarray, value: float, replicates: np.ndarray) -> Mapping[str, 
 
 def _features(metadata: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
     """(N, F) features, with categories and scale taken from `train`."""
-    columns = [
-        (metadata[name] == value).to_numpy(dtype=np.float64) for name in ("view", "sex") for value in sorted(set(train[name]))
-    ]
+    indicators = [(name, value) for name in ("view", "sex") for value in sorted(set(train[name]))]
+    columns = [(metadata[name] == value).to_numpy(dtype=np.float64) for name, value in indicators]
     age, known = metadata["age"].to_numpy(), train["age"].dropna()
     mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
     columns += [np.nan_to_num((age - mean) / scale), np.isnan(age).astype(np.float64)]

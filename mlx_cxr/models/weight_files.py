@@ -51,8 +51,11 @@ def write_safetensors(path: str | Path, arrays: dict[str, mx.array], header: dic
     """Write arrays and header entries atomically and return the path.
 
     Raises:
+        ModelFormatError: the name does not end in `.safetensors`, which MLX would append.
         OSError: the file cannot be written; what was there before is kept.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ModelFormatError(f"{path}: weights are written as safetensors; give a name that ends in .safetensors")
     mx.eval(arrays)
     with atomic_path(path) as temporary:
         try:

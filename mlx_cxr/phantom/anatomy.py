@@ -18,7 +18,7 @@ from mlx_cxr.phantom.geometry import Ellipsoid, View, smoothstep
 RIGHT, LEFT = -1, 1
 HEART_WIDTH = 12.6
 """Right to left border of the heart solids at scale 1, cm; a test measures it."""
-DOME_CURVE_X, DOME_CURVE_Z, DOME_Z = np.float32(0.052), np.float32(0.038), np.float32(2.2)
+DOME_CURVE_X, DOME_CURVE_Z, DOME_Z = np.float32(0.070), np.float32(0.038), np.float32(2.2)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Anatomy:
         front = self.half_depth(y) * np.sqrt(room) * self._apex(ax, y)
         deep = 3.0 if self.shape.sulcus == side else 0.0
         away = np.maximum(ax - 5.5, 0)
-        excess = y - self.dome(side) - (DOME_CURVE_X + 0.004 * deep) * away**2 - 0.02 * np.minimum(ax - 5.5, 0) ** 2
+        excess = y - self.dome(side) - (DOME_CURVE_X + 0.004 * deep) * away**2 - 0.045 * np.minimum(ax - 5.5, 0) ** 2
         cut = np.sqrt(np.maximum(excess, 0) / DOME_CURVE_Z)
         behind = np.maximum(DOME_Z - cut + front, 0)
         ahead = np.maximum(front - DOME_Z - cut, 0)
         thickness = np.where(excess <= 0, 2 * front, np.minimum(behind + ahead, 2 * front))
-        return thickness * smoothstep(ax, -0.8, 3.4)
+        return thickness * smoothstep(ax, -0.8, 4.6)
 
     def _lung_lateral(self, z: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
         depth = np.maximum(self.half_depth(y), 0.1)
@@ -167,12 +167,12 @@ class Anatomy:
             Ellipsoid((2.9 * s + dx, top, 2.0), (6.4 * s, 4.5 * s, 4.6 * s), 0.62 - flat),
             Ellipsoid((-1.6 * s + dx, top - 0.4, 1.5), (2.95 * s, 4.4 * s, 3.6 * s), 0.05),
             Ellipsoid((1.2 * s + dx, top + 1.0, 4.0), (4.6 * s, 3.9 * s, 3.4 * s), 0.3),
-            Ellipsoid((1.5 * s + dx, top - 4.0 * s, 2.2), (2.9 * s, 4.2 * s, 2.8 * s), 0.25),
+            Ellipsoid((1.9 * s + dx, top - 3.6 * s, 2.2), (3.2 * s, 5.0 * s, 2.8 * s), -0.38),
         ]
 
     def heart_level(self) -> float:
         """Level of the heart's centre, y in cm; it rides on the diaphragm."""
-        return self.base - 3.5 * self.heart_scale + 1.0
+        return self.base - 3.5 * self.heart_scale + 1.6
 
     def heart(self) -> np.ndarray:
         """Thickness of the heart."""
@@ -187,13 +187,13 @@ class Anatomy:
         x, y = self.view.plane(0.0)
         row = np.linspace(-12.0, 40.0, 260)
         # Left border: subclavian artery, knob, aortopulmonary window, pulmonary trunk. Right: caval vein, atrium.
-        knob = 2.75 + 0.95 * p.aorta
+        knob = 3.15 + 0.95 * p.aorta
         wide = sh.mediastinum * (1 + 0.04 * min(p.fat, 3.0) + (0.12 if sh.supine else 0.0))
         left = PchipInterpolator(
-            np.array([-12, -2, 2.0, 4.6, 6.3, 8.2, 9.8, 12, 15, 40]) * u, [2.4, 2.0, 1.9, 2.2, knob, 2.3, 2.9, 2.6, 2.0, 2.0]
+            np.array([-12, -2, 2.0, 4.6, 6.3, 8.2, 9.8, 12, 15, 40]) * u, [2.4, 2.2, 2.3, 2.6, knob, 2.75, 3.35, 3.1, 2.3, 2.0]
         )(row)
         right = PchipInterpolator(
-            np.array([-12, -2, 2.0, 5.0, 8.0, 11, 14, 40]) * u, [2.4, 1.9, 2.0, 2.15, 2.3, 2.6, 2.0, 2.0]
+            np.array([-12, -2, 2.0, 5.0, 8.0, 11, 14, 40]) * u, [2.4, 2.1, 2.4, 2.65, 2.85, 3.0, 2.3, 2.0]
         )(row)
         lower = np.clip((row - 9 * u) / 5, 0, 1)
         left, right = (border * (wide + (1 - wide) * lower) for border in (left, right))
@@ -203,7 +203,8 @@ class Anatomy:
         middle, half = (np.interp(level, row, c).astype(np.float32) for c in (middle, half))
         if middle.ndim == 1:
             middle, half = middle[:, None], half[:, None]
-        column = 11.0 * np.sqrt(np.maximum(1 - np.abs((x - middle) / half) ** 2.6, 0)) * smoothstep(y, 19.0, 11.5)
+        # Thick in the middle, and only as deep as a great vessel at its borders.
+        column = 11.0 * np.maximum(1 - np.abs((x - middle) / half) ** 1.7, 0) ** 0.75 * smoothstep(y, 19.0, 11.5)
         bow = 1.1 * p.aorta * np.sin(np.clip((y - 7 * u) / 16.0, 0, 1) * np.pi)
         behind, down = self.view.plane(-5.0)
         aorta = 2.4 * np.sqrt(np.maximum(1 - ((behind - np.float32(1.4 + 0.8 * sh.shift) - bow) / 1.3) ** 2, 0))
@@ -233,7 +234,7 @@ class Anatomy:
         p = self.patient
         x, y = self.view.plane(0.0)
         ax = np.abs(x)
-        wall = 1.9 + 0.8 * p.fat
+        wall = 2.3 + 0.85 * p.fat
         belly = 0.7 * p.fat * smoothstep(y, 16.0, 30.0)
         torso_width = np.float32(p.width + wall) - 1.3 * smoothstep(y, 14.0, 24.0) + belly
         neck = 5.6 + 0.35 * p.fat
@@ -241,7 +242,7 @@ class Anatomy:
         width = np.minimum(slope, torso_width + 1.5 * smoothstep(y, 15.0, 5.0))
         depth = self.half_depth(np.maximum(y, 3.0)) + 1.3 + 0.62 * p.fat + belly
         depth = 6.2 + (depth - 6.2) * smoothstep(y, -6.0, 6.0)
-        torso = 2 * depth * np.sqrt(np.maximum(1 - (ax / width) ** 2.6, 0))
+        torso = 2 * depth * np.sqrt(np.maximum(1 - (ax / width) ** 3.6, 0))
         return _union([torso, self._arms(ax, y, wall)])
 
     def _arms(self, ax: np.ndarray, y: np.ndarray, wall: float) -> np.ndarray:
@@ -313,9 +314,9 @@ class Anatomy:
 
 def _union(chords: list[np.ndarray]) -> np.ndarray:
     """Thickness of overlapping solids without a crease where one takes over from another."""
-    total = chords[0] ** 4
+    total = np.square(np.square(chords[0]))
     for chord in chords[1:]:
-        total = total + chord**4
+        total += np.square(np.square(chord))
     return np.sqrt(np.sqrt(total))
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from mlx_cxr.phantom.anatomy import LEFT
 from mlx_cxr.phantom.canvas import Canvas, Finding
-from mlx_cxr.phantom.geometry import blur, smooth_curve, tube
+from mlx_cxr.phantom.geometry import paint, smooth_curve, tube
 
 LABEL = "Support Devices"
 BYSTANDERS = ("ECG leads", "median sternotomy wires")
 """Drawn, but no support devices to the CheXpert labeler, and so in no mask."""
 # Thickness of iron, cm, that attenuates like the stripe or wall of each material.
-WIRE, STRIPE, PLASTIC = 1.0, 0.11, 0.022
+WIRE, STRIPE, PLASTIC = 1.0, 0.17, 0.03
 
 
 def draw_devices(canvas: Canvas, finding: Finding) -> None:
@@ -46,7 +45,6 @@ def _line(canvas: Canvas, knots: list[list[float]], radius: float, gain: float, 
 
 
 def _tracheal_tube(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
-    rng = np.random.default_rng((finding.seed, 1))
     tip = 8.3 * canvas.anatomy.unit - tube_height(finding.seed)
     course = [[rng.normal(0, 0.3), -11, 2.5], [0.1, -4, 1.5], [0.1, tip, 0.2]]
     return _line(canvas, course, 0.5, 3 * PLASTIC, wall=0.12) + _line(canvas, [[a + 0.35, b, c] for a, b, c in course], 0.07, 2 * STRIPE)
@@ -91,27 +89,20 @@ def _port(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndar
 
 
 def _disc(canvas: Canvas, spot: list[float], radius: float, inner: float, thickness: float) -> np.ndarray:
-    """A flat ring (or disc) facing the beam, blurred by its edge; cm of iron."""
-    column, row = canvas.view.project(np.array([spot], float))
-    image = Image.new("L", (canvas.view.columns, canvas.view.rows))
-    pen = ImageDraw.Draw(image)
-    for size, shade in ((radius, 255), (inner, 90)):
-        r = size / canvas.view.pixel
-        if r > 0:
-            pen.ellipse([column[0] - r, row[0] - r, column[0] + r, row[0] + r], fill=shade)
-    return blur(np.asarray(image, np.float32) / 255, 0.7) * np.float32(thickness)
+    """A flat ring (or disc, its middle thinner) facing the beam; cm of iron."""
+    turn = np.linspace(0, 2 * np.pi, 40)
+    circle = np.column_stack([np.cos(turn), np.sin(turn), np.zeros_like(turn)])
+    whole, middle = (paint(canvas.view, np.array(spot, float) + size * circle, 0.7) for size in (radius, inner))
+    return (whole - 0.65 * middle) * np.float32(thickness)
 
 
 def _pacemaker(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
-    view, anatomy = canvas.view, canvas.anatomy
+    anatomy = canvas.anatomy
     w, s = canvas.patient.width, anatomy.heart_scale
     spot = np.array([0.66 * w, 4.2, 9.5])
     shape = np.array([[-2.3, -1.6], [1.4, -2.0], [2.4, -0.6], [2.2, 1.7], [-0.6, 2.2], [-2.4, 1.0]]) * 0.92
     outline = np.column_stack([spot[0] + shape[:, 0], spot[1] + shape[:, 1], np.full(6, spot[2])])
-    column, row = view.project(smooth_curve(np.concatenate([outline, outline[:1]])))
-    image = Image.new("L", (view.columns, view.rows))
-    ImageDraw.Draw(image).polygon([*zip(column.tolist(), row.tolist(), strict=True)], fill=255)
-    metal = blur(np.asarray(image, np.float32) / 255, 0.6) * 0.42
+    metal = paint(canvas.view, smooth_curve(np.concatenate([outline, outline[:1]])), 0.6) * np.float32(0.42)
     top = anatomy.heart_level()
     entry = [[spot[0] - 1.5, spot[1] - 1, 9], [0.42 * w, 0.8, 6], [4, 1.5, 4], [0.8, 4.0, 2.5], [-1.6, 6.5, 1.5], [-2.0, 10, 1.2]]
     ventricle = [*entry, [-2.2 * s, top - 0.5, 1.5], [1.2 * s, top + 3.2, 3], [5.2 * s, top + 3.9 * s, 4.5]]

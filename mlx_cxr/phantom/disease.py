@@ -25,17 +25,17 @@ VISIBLE_FROM = 0.15
 """Severity under which a finding is gone."""
 
 CONDITIONS: dict[str, float] = {
-    "heart failure": 0.15,
-    "pneumonia": 0.15,
-    "intensive care": 0.15,
-    "trauma": 0.085,
-    "cancer": 0.085,
-    "pleural disease": 0.085,
+    "heart failure": 0.19,
+    "pneumonia": 0.145,
+    "intensive care": 0.17,
+    "trauma": 0.08,
+    "cancer": 0.075,
+    "pleural disease": 0.065,
     "pneumothorax": 0.035,
-    "wide mediastinum": 0.095,
-    "collapse": 0.06,
+    "wide mediastinum": 0.055,
+    "collapse": 0.07,
     "large heart": 0.06,
-    "opacity": 0.05,
+    "opacity": 0.07,
     "long-term device": 0.06,
 }
 """Share of patients with each condition; several may meet in one."""
@@ -134,7 +134,7 @@ def sample_history(patient: Patient, severity: tuple[float, float], rng: np.rand
         rng: the source of chance.
     """
     conditions = tuple(name for name, share in CONDITIONS.items() if rng.random() < share)
-    studies = 1 + min(int(rng.poisson(1.25 if conditions else 0.45)), 6)
+    studies = 1 + min(int(rng.poisson(1.15 if conditions else 0.85)), 6)
     return _Teller(patient, conditions, studies, severity, rng).history()
 
 
@@ -211,7 +211,7 @@ class _Teller:
         wet = self._chance(0.78)
         if wet:
             self._add("Edema", 0, "right" if self._chance(0.12) else "", first, course)
-        if self._chance(0.62 if wet else 0.35):
+        if self._chance(0.8 if wet else 0.45):
             fluid = self._add("Pleural Effusion", 0 if self._chance(0.7) else RIGHT, "", first, course)
             self._collapse_beside(fluid, 0.45)
         if self._chance(0.22):
@@ -222,14 +222,14 @@ class _Teller:
     def _pneumonia(self) -> None:
         side, first, course = self._side(), self._onset(), self._course()
         lobe = self._lobe(side)
-        dense = self._chance(0.45)
+        dense = self._chance(0.55)
         if dense:
             self._add("Consolidation", side, lobe, first, course)
         if self._chance(0.55 if dense else 0.85):
             self._add("Pneumonia", 0 if self._chance(0.2) else side, lobe, first, course)
         elif not dense:
             self._add("Lung Opacity", side, lobe, first, course)
-        if self._chance(0.3):
+        if self._chance(0.4):
             self._collapse_beside(self._add("Pleural Effusion", side, "", first, course), 0.4)
 
     def _intensive_care(self) -> None:
@@ -247,10 +247,10 @@ class _Teller:
             self._stay("ECG leads", 0)
         if self._chance(0.15):
             self._wires()
-        if self._chance(0.55):
+        if self._chance(0.65):
             self._add("Atelectasis", self._side(0.5), "lobar" if self._chance(0.25) else "plate")
-        if self._chance(0.38):
-            self._collapse_beside(self._add("Pleural Effusion", self._side(0.45)), 0.3)
+        if self._chance(0.5):
+            self._collapse_beside(self._add("Pleural Effusion", self._side(0.45)), 0.35)
         if self._chance(0.22):
             self._add("Edema")
         if self._chance(0.16):

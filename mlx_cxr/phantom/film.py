@@ -116,7 +116,7 @@ def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.
     rows, columns = (size, long) if landscape else (long, size)
     # Lateral cassettes are filled more tightly; a film is collimated to the patient, small or large.
     build = patient.width / 13.4 * (1 + 0.012 * patient.fat)
-    field = (43.0 if landscape else 35.5) * build * rng.uniform(0.94, 1.06) * (1.04 if supine else 1.0)
+    field = (40.5 if landscape else 34.5) * build * rng.uniform(0.92, 1.06) * (1.03 if supine else 1.0)
     if kind == "LATERAL":
         field *= 0.95
     pixel = field / columns
@@ -139,7 +139,7 @@ def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random
     body = anatomy.body()
     air = canvas.air
     lung = np.maximum(np.minimum(canvas.lung() - canvas.opacity - air, body - 1.5), 0)
-    gas = np.minimum(anatomy.stomach(rng), 0.7 * body) * (canvas.lung() < 0.5)
+    gas = np.clip(anatomy.stomach(rng), 0, np.maximum(body - canvas.lung() - 4.0, 0))
     # The lung's own grain: acini and vessels too small to draw.
     grain = noise_field(np.random.default_rng((canvas.patient.seed, 32)), lung.shape, 0.8 / (2 * view.pixel), 2)
     aeration = 1.0 + 0.05 * grain + (0.12 if canvas.shape.supine else 0.0)
@@ -155,7 +155,7 @@ def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random
     aerated = view.full((smoothstep(lung, 0.0, 3.0) * canvas.vessel_gain).astype(np.float32))
     full = view.full(half.astype(np.float32))
     full = full + cortical * age * (fine + canvas.bone) + (physics.MU_SOFT - physics.MU_LUNG) * (trees * aerated)
-    full = full + physics.MU_SOFT * (canvas.soft - 0.85 * airways(anatomy)) + physics.MU_METAL * canvas.metal
+    full = full + physics.MU_SOFT * (canvas.soft - 0.7 * airways(anatomy)) + physics.MU_METAL * canvas.metal
     return np.maximum(full, 0).astype(np.float32)
 
 

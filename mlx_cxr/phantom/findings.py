@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion
 
 from mlx_cxr.phantom.anatomy import LEFT, RIGHT
 from mlx_cxr.phantom.canvas import Canvas, Finding
-from mlx_cxr.phantom.geometry import Ellipsoid, noise_field, smooth_curve, smoothstep, tube
+from mlx_cxr.phantom.geometry import Ellipsoid, blur, noise_field, smooth_curve, smoothstep, tube
 from mlx_cxr.phantom.skeleton import RibBreak, rib_path
 from mlx_cxr.phantom.vessels import hilum
 
@@ -45,9 +45,10 @@ def _lobe(canvas: Canvas, name: str, size: float, jitter: tuple[float, float, fl
 def _patch(canvas: Canvas, solid: Ellipsoid, fill: float, ragged: float, rng: np.random.Generator, cell: float) -> np.ndarray:
     """Tissue thickness of an ill-defined patch: the solid with a noisy edge and a noisy inside."""
     level = solid.level(canvas.view)
-    texture = noise_field(rng, level.shape, cell / (2 * canvas.view.pixel))
-    body = smoothstep(level + ragged * 0.35 * texture, -0.10, 0.55)
-    return fill * 2 * solid.radii[2] * body * np.clip(0.75 + 0.35 * texture, 0.1, 1.4)
+    texture = noise_field(rng, level.shape, cell / (2 * canvas.view.pixel), 4)
+    # Airspaces fill from many centres: dense in the middle, thinning outwards without an edge.
+    body = smoothstep(level + ragged * 0.30 * texture, -0.45, 0.95)
+    return fill * 2 * solid.radii[2] * body * np.clip(0.9 + 0.22 * texture, 0.3, 1.4)
 
 
 def draw_consolidation(canvas: Canvas, finding: Finding) -> None:
@@ -55,8 +56,8 @@ def draw_consolidation(canvas: Canvas, finding: Finding) -> None:
     rng = _rng(finding)
     s = finding.severity
     jitter = tuple(rng.normal(0, 0.7, 3))
-    solid = _lobe(canvas, finding.kind, 0.55 + 0.5 * s, jitter)  # type: ignore[arg-type]
-    tissue = _patch(canvas, solid, 0.50 + 0.4 * s, 0.7, rng, 2.6)
+    solid = _lobe(canvas, finding.kind, 0.75 + 0.5 * s, jitter)  # type: ignore[arg-type]
+    tissue = _patch(canvas, solid, 0.36 + 0.34 * s, 0.8, rng, 4.0)
     if canvas.view.frontal and finding.kind == "right upper lobe":
         x, y = canvas.view.plane(3.0)
         fissure = 10.2 * canvas.anatomy.unit + 0.08 * (x + 6)
@@ -81,16 +82,16 @@ def draw_pneumonia(canvas: Canvas, finding: Finding) -> None:
     first = finding.kind if finding.kind in names else None
     for number in range(2 + int(2.5 * s) + (finding.side == 0)):
         name = first if first and number < 2 else str(rng.choice(names, p=weights / weights.sum()))
-        solid = _lobe(canvas, name, rng.uniform(0.38, 0.62) * (0.8 + 0.4 * s), tuple(rng.normal(0, 1.6, 3)))
-        canvas.add_opacity("Pneumonia", _patch(canvas, solid, 0.38 + 0.35 * s, 1.2, rng, 1.8))
+        solid = _lobe(canvas, name, rng.uniform(0.5, 0.8) * (0.85 + 0.4 * s), tuple(rng.normal(0, 1.6, 3)))
+        canvas.add_opacity("Pneumonia", _patch(canvas, solid, 0.24 + 0.26 * s, 1.3, rng, 2.4))
 
 
 def draw_opacity(canvas: Canvas, finding: Finding) -> None:
     """One hazy, ill-defined patch with no lobe's outline."""
     rng = _rng(finding)
     s = finding.severity
-    solid = _lobe(canvas, finding.kind, 0.55 + 0.4 * s, tuple(rng.normal(0, 1.2, 3)))
-    canvas.add_opacity("Lung Opacity", _patch(canvas, solid, 0.28 + 0.35 * s, 1.0, rng, 3.2))
+    solid = _lobe(canvas, finding.kind, 0.75 + 0.4 * s, tuple(rng.normal(0, 1.2, 3)))
+    canvas.add_opacity("Lung Opacity", _patch(canvas, solid, 0.20 + 0.28 * s, 1.0, rng, 4.5))
 
 
 def draw_edema(canvas: Canvas, finding: Finding) -> None:
@@ -99,7 +100,7 @@ def draw_edema(canvas: Canvas, finding: Finding) -> None:
     s = finding.severity
     anatomy, view = canvas.anatomy, canvas.view
     across, y = view.plane(0.0)
-    texture = noise_field(rng, across.shape, 2.4 / (2 * view.pixel), 4)
+    texture = noise_field(rng, across.shape, 3.0 / (2 * view.pixel), 5)
     haze = np.zeros_like(across)
     for side in (RIGHT, LEFT):
         root = hilum(anatomy, side)
@@ -108,7 +109,7 @@ def draw_edema(canvas: Canvas, finding: Finding) -> None:
         q = (y - np.float32(root[1] + 2.0)) / (7.0 + 2.5 * s)
         reach = np.exp(-(p * p + q * q))
         haze += share * canvas.spaces[side] * (reach + 0.22 * s) * (0.12 + 0.42 * s)
-    canvas.add_opacity("Edema", haze * np.clip(1 + 0.45 * texture, 0.2, 2.2), visible=1.0)
+    canvas.add_opacity("Edema", haze * np.clip(1 + 0.2 * texture, 0.5, 1.6), visible=1.0)
     canvas.vessel_gain = canvas.vessel_gain * (1 - 0.35 * s * smoothstep(haze, 0.3, 2.5))
     lines = np.zeros_like(canvas.soft)
     for _ in range(int(10 + 26 * s)):
@@ -135,12 +136,13 @@ def draw_atelectasis(canvas: Canvas, finding: Finding) -> None:
             path = smooth_curve(np.array([middle - step, middle + [0, rng.normal(0, 0.25), 0], middle + step]))
             profile = np.sin(np.linspace(0.15, np.pi - 0.15, len(path))) ** 0.5
             plate = tube(view, path, rng.uniform(0.22, 0.42) * (0.8 + 0.6 * s) * profile)
-            plate = plate * (3.2 + 2.6 * s) * (view.full(canvas.spaces[side]) > 1.0)
+            # The plate lies nearly along the beam, so its depth adds to its thickness.
+            plate = blur(plate * (1.3 + 1.3 * s), 0.07 / view.pixel) * smoothstep(view.full(canvas.spaces[side]), 0.3, 2.5)
             canvas.soft += plate
-            canvas.add_mask("Atelectasis", plate > 0.5, grow=2)
+            canvas.add_mask("Atelectasis", plate > 0.25, grow=2)
         if finding.kind == "lobar" or s > 0.55:
             wedge = Ellipsoid((side * (4.6 + 0.8 * s), base - 1.8 - 1.2 * s, -4.5), (3.2 + 1.4 * s, 3.6 + 1.6 * s, 4.0), side * -0.35)
-            canvas.add_opacity("Atelectasis", _patch(canvas, wedge, 0.55 + 0.4 * s, 0.5, rng, 3.0))
+            canvas.add_opacity("Atelectasis", _patch(canvas, wedge, 0.38 + 0.38 * s, 0.45, rng, 4.0))
 
 
 def draw_lesion(canvas: Canvas, finding: Finding) -> None:
@@ -159,7 +161,7 @@ def draw_lesion(canvas: Canvas, finding: Finding) -> None:
         solid = Ellipsoid(tuple(spot), (radius, radius * rng.uniform(0.85, 1.1), radius), rng.uniform(-1, 1))  # type: ignore[arg-type]
         level = solid.level(canvas.view)
         lobed = level + 0.10 * noise_field(rng, level.shape, max(radius, 0.8) / (2 * canvas.view.pixel))
-        tissue = 2 * radius * np.sqrt(np.clip(lobed, 0, 1)) * 1.15
+        tissue = 2 * radius * np.sqrt(np.clip(lobed, 0, 1)) * 1.25
         canvas.opacity = canvas.opacity + np.minimum(tissue, np.maximum(canvas.lung() - canvas.opacity, 0))
         canvas.add_mask("Lung Lesion", canvas.view.full((lobed > 0.02).astype(np.float32)) > 0.5)
         for _ in range(int(rng.uniform(4, 9)) if radius > 1.2 else 0):
@@ -187,9 +189,9 @@ def draw_effusion(canvas: Canvas, finding: Finding) -> None:
             continue
         ax = across * side
         wall = np.maximum(anatomy.half_width(y), 1.0)
-        climb = np.clip(ax / wall, 0, 1) ** 3
+        climb = np.clip(ax / wall, 0, 1) ** 2.6
         height = (1.9 + 9.5 * s) * (0.72 if canvas.shape.supine else 1.0)
-        top = floor - height * (0.62 + 0.38 * climb) + 0.18 * texture
+        top = floor - height * (0.52 + 0.48 * climb) + 0.18 * texture
         fluid = space * smoothstep(y - top, -0.4, 2.2)
         if canvas.shape.supine:
             depth = anatomy.dome(side) - 2.0
@@ -251,6 +253,8 @@ def draw_pleural_other(canvas: Canvas, finding: Finding) -> None:
         else:
             upper, lower = rng.uniform(0.12, 0.35) * base, base + 3.0
             band = _peel(canvas, side, 0.55 + 1.3 * s, 0.2) * smoothstep(y, upper, upper + 3.0) * smoothstep(y, lower + 1, lower)
+            # The peel lies on the side wall, not on the dome.
+            band = band * smoothstep(across * side, 0.55 * canvas.patient.width, 0.7 * canvas.patient.width)
             tissue = band * (1.6 + 3.0 * s) * (1 + 0.3 * texture)
         canvas.add_opacity("Pleural Other", tissue, visible=0.5)
         if finding.kind == "plaques":
@@ -266,13 +270,13 @@ def draw_fracture(canvas: Canvas, finding: Finding) -> None:
     rng = _rng(finding)
     s = finding.severity
     side = finding.side or RIGHT
-    count = 1 + int(4.2 * s)
+    count = 1 + int(4.6 * s)
     first = int(rng.integers(3, 9 - count + 2))
     place = float(rng.uniform(0.28, 0.62))
     for rib in range(first, first + count):
         here = float(np.clip(place + rng.normal(0, 0.03), 0.15, 0.85))
         healed = finding.kind == "old"
-        broken = RibBreak(side, rib, here, (0.15 if healed else 0.35 + 0.5 * s), (0.55 + 0.35 * s) if healed else 0.0)
+        broken = RibBreak(side, rib, here, (0.15 if healed else 0.45 + 0.6 * s), (0.65 + 0.5 * s) if healed else 0.0)
         canvas.breaks.append(broken)
         path = rib_path(canvas.anatomy, side, rib)
         column, row = canvas.view.project(path[[int(here * (len(path) - 1))]])
@@ -282,8 +286,8 @@ def draw_fracture(canvas: Canvas, finding: Finding) -> None:
         if not healed:
             # Blood under the pleura beside a fresh break.
             canvas.soft += canvas.view.full(
-                Ellipsoid(tuple(path[int(here * 89)]), (1.3, 1.5, 1.0)).chord(canvas.view)  # type: ignore[arg-type]
-            ) * 0.35
+                Ellipsoid(tuple(path[int(here * 89)]), (1.2 + 0.6 * s, 1.4, 1.2)).chord(canvas.view)  # type: ignore[arg-type]
+            ) * (0.3 + 0.4 * s)
 
 
 def draw_heart(canvas: Canvas, finding: Finding) -> None:

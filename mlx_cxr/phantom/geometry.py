@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 Kind = Literal["PA", "AP", "LATERAL"]
@@ -84,16 +84,16 @@ class View:
         return across * scale - np.float32(np.sin(self.turn) * depth if self.frontal else 0.0), down * scale
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Full-resolution pixel coordinates (column, row; float, pixel centres at .5) of (N, 3) points in cm."""
+        """Full-resolution pixel coordinates (column, row; pixel centres at .5) of (N, 3) points in cm, in their dtype."""
         x, y, z = points[:, 0], points[:, 1], points[:, 2]
-        depth, across = (z, x + np.sin(self.turn) * z) if self.frontal else (x, z)
+        depth, across = (z, x + float(np.sin(self.turn)) * z) if self.frontal else (x, z)
         scale = self.magnification(depth)
         across, down = across * scale, y * scale
         if not self.frontal:
             across = -across
         # `center` lies in detector cm, before the lateral's mirror.
         across, down = across - self.center[0], down - self.center[1]
-        cos, sin = np.cos(self.tilt), np.sin(self.tilt)
+        cos, sin = float(np.cos(self.tilt)), float(np.sin(self.tilt))
         u, v = cos * across - sin * down, sin * across + cos * down
         return u / self.pixel + self.columns / 2, v / self.pixel + self.rows / 2
 
@@ -154,37 +154,65 @@ class Ellipsoid:
         return schur.astype(np.float32), np.float32(2 / np.sqrt(form[along, along]))
 
 
-def splat(view: View, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def splat(view: View, points: np.ndarray, weights: np.ndarray, onto: np.ndarray | None = None) -> np.ndarray:
     """Project weighted points and return their areal density.
 
     Args:
         view: the exposure.
         points: (N, 3) cm.
         weights: (N,), volumes in cm³ (or any quantity).
+        onto: float32 (rows, columns) to add to; None starts from nothing.
 
     Returns:
         float32 (rows, columns), weight per cm² of detector: cm of thickness for volumes. Bilinear, so a regular
         lattice of points finer than a pixel makes an even layer.
     """
-    column, row = view.project(points)
-    column, row = column - 0.5, row - 0.5
+    column, row = view.project(np.asarray(points, np.float32))
+    column, row = column - np.float32(0.5), row - np.float32(0.5)
     inside = (column > 0) & (row > 0) & (column < view.columns - 1) & (row < view.rows - 1)
-    column, row, weights = column[inside], row[inside], weights[inside]
-    left, top = column.astype(np.int32), row.astype(np.int32)
+    layer = np.zeros((view.rows, view.columns), np.float32) if onto is None else onto
+    if not inside.any():
+        return layer
+    column, row, weights = column[inside], row[inside], np.asarray(weights, np.float32)[inside]
+    left, top = column.astype(np.int64), row.astype(np.int64)
     right_share, down_share = column - left, row - top
-    index = top * view.columns + left
-    size = view.rows * view.columns
+    # Only the box that the points lie in is summed: most things are small.
+    first_column, first_row = int(left.min()), int(top.min())
+    wide, high = int(left.max()) - first_column + 2, int(top.max()) - first_row + 2
+    index = (top - first_row) * wide + (left - first_column)
     lower = weights * down_share
     upper = weights - lower
-    total = np.zeros(size)
-    for offset, share in (
-        (0, upper * (1 - right_share)),
-        (1, upper * right_share),
-        (view.columns, lower * (1 - right_share)),
-        (view.columns + 1, lower * right_share),
-    ):
-        total += np.bincount(index + offset, weights=share, minlength=size)[:size]
-    return (total / view.pixel**2).reshape(view.rows, view.columns).astype(np.float32)
+    lower_right, upper_right = lower * right_share, upper * right_share
+    total = np.bincount(index, weights=upper - upper_right, minlength=wide * high)
+    for offset, share in ((1, upper_right), (wide, lower - lower_right), (wide + 1, lower_right)):
+        total += np.bincount(index + offset, weights=share, minlength=wide * high)
+    box = (slice(first_row, first_row + high), slice(first_column, first_column + wide))
+    layer[box] += (total / view.pixel**2).reshape(high, wide)
+    return layer
+
+
+def paint(view: View, outline: np.ndarray, softness: float) -> np.ndarray:
+    """A filled polygon facing the beam.
+
+    Args:
+        view: the exposure.
+        outline: (N, 3) corners, cm.
+        softness: blur of its edge, pixels.
+
+    Returns:
+        float32 (rows, columns), 0 to 1.
+    """
+    column, row = view.project(outline)
+    rim = int(3 * softness) + 2
+    layer = np.zeros((view.rows, view.columns), np.float32)
+    x0, y0 = max(int(column.min()) - rim, 0), max(int(row.min()) - rim, 0)
+    x1, y1 = min(int(column.max()) + rim + 1, view.columns), min(int(row.max()) + rim + 1, view.rows)
+    if x1 <= x0 or y1 <= y0:
+        return layer
+    image = Image.new("L", (x1 - x0, y1 - y0))
+    ImageDraw.Draw(image).polygon([*zip((column - x0).tolist(), (row - y0).tolist(), strict=True)], fill=255)
+    layer[y0:y1, x0:x1] = blur(np.asarray(image, np.float32) / 255, softness)
+    return layer
 
 
 def resample(path: np.ndarray, step: float) -> np.ndarray:
@@ -269,9 +297,9 @@ def noise_field(rng: np.random.Generator, shape: tuple[int, int], cell: float, o
 
 def blur(layer: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur by `sigma` pixels; a wide one is done on a reduced grid. float32, same shape."""
-    if sigma < 6:
+    if sigma < 3:
         return gaussian_filter(layer, sigma, mode="nearest", truncate=3)
-    factor = int(sigma / 3)
+    factor = int(sigma / 1.5)
     rows, columns = layer.shape
     size = (max(2, columns // factor), max(2, rows // factor))
     small = Image.fromarray(np.ascontiguousarray(layer, dtype=np.float32)).resize(size, Image.Resampling.BOX)

@@ -57,10 +57,10 @@ def sample_exposure(view: View, bedside: bool, rng: np.random.Generator) -> Expo
         quanta=float(rng.lognormal(np.log(2.2e5 if bedside else 6e5), 0.45)),
         scatter=float(rng.uniform(0.45, 0.8) if bedside else rng.uniform(0.16, 0.34)),
         sharpness=float(rng.uniform(0.55, 0.95) if bedside else rng.uniform(0.4, 0.7)),
-        equalize=float(rng.uniform(0.25, 0.75)),
-        latitude=float(rng.uniform(0.20, 0.42)),
+        equalize=float(rng.uniform(0.2, 0.7)),
+        latitude=float(rng.uniform(0.25, 0.5)),
         edge=float(rng.uniform(0.2, 0.9)),
-        gamma=float(np.exp(rng.normal(0.0, 0.16))),
+        gamma=float(np.exp(rng.normal(-0.28, 0.2))),
         shutter=(shutter[0], shutter[1], shutter[2], shutter[3]),
     )
 
@@ -80,7 +80,9 @@ def expose(attenuation: np.ndarray, view: View, exposure: Exposure, rng: np.rand
     primary = np.exp(-attenuation)
     if exposure.sharpness > 0.3:
         primary = blur(primary, exposure.sharpness)
-    signal = primary + np.float32(exposure.scatter) * blur(primary, 4.0 / view.pixel)
+    # Light is scattered where something attenuates it, so none comes from the open beam beside the patient.
+    source = primary * np.minimum(attenuation, 5.0) * np.float32(0.55)
+    signal = primary + np.float32(exposure.scatter) * blur(source, 4.0 / view.pixel)
     # Poisson counts are large here, so a normal of the same variance stands for them.
     noise = rng.standard_normal(signal.shape, dtype=np.float32)
     signal = signal + noise * np.sqrt(signal / np.float32(exposure.quanta) * np.float32((0.07 / view.pixel) ** 2))
@@ -94,11 +96,13 @@ def display(density: np.ndarray, view: View, exposure: Exposure) -> np.ndarray:
     if exposure.edge > 0:
         fine = blur(density, 0.25 / view.pixel)
         shown = shown + np.float32(exposure.edge) * (density - fine)
-    low, high = np.percentile(shown[::3, ::3], (2.0, 99.0) if view.frontal else (6.0, 93.0))
-    scaled = np.clip((shown - low) / max(high - low, 1e-6), 0, 1)
-    levels = (scaled * 1023).astype(np.int32)
-    counts = np.bincount(levels[::2, ::2].ravel(), minlength=1024).astype(np.float64)
-    # Open air is one spike: bounded, or equalization would spend half the greys on it.
+    # The grey scale is spent on the patient: direct exposure and the lead marker do not set it.
+    sample, patient = shown[::3, ::3], density[::3, ::3] > density.min() + 0.9
+    inside = sample[patient] if patient.mean() > 0.2 else sample.ravel()
+    low, high = np.percentile(inside, (0.7, 99.5) if view.frontal else (3.0, 97.0))
+    high += 0.05 * (high - low)
+    levels = (np.clip((shown - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32)
+    counts = np.bincount((np.clip((inside - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32), minlength=1024).astype(np.float64)
     counts = np.minimum(counts, counts.sum() * 0.006)
     curve = np.cumsum(counts) / counts.sum()
     ramp = np.linspace(0, 1, 1024)

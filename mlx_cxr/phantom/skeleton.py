@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from mlx_cxr.phantom.anatomy import LEFT, RIGHT, Anatomy
-from mlx_cxr.phantom.geometry import View, blur, resample, smooth_curve, smoothstep, splat, tube
+from mlx_cxr.phantom.geometry import View, paint, resample, smooth_curve, smoothstep, splat, tube
 
 SPACING = 2.2
 """Thoracic vertebra to vertebra, cm."""
@@ -64,7 +63,7 @@ def rib_path(anatomy: Anatomy, side: int, rib: int, count: int = 90) -> np.ndarr
 def ribs(anatomy: Anatomy, breaks: list[RibBreak]) -> np.ndarray:
     """Excess bone of all ribs in cm of cortex: float32 (rows, columns)."""
     view = anatomy.view
-    points, weights = [], []
+    total = np.zeros((view.rows, view.columns), np.float32)
     rng = np.random.default_rng((anatomy.patient.seed, 12))
     height = rng.normal(0.66, 0.05) * (0.92 if anatomy.patient.sex == "F" else 1.0)
     for side in (RIGHT, LEFT):
@@ -75,10 +74,8 @@ def ribs(anatomy: Anatomy, breaks: list[RibBreak]) -> np.ndarray:
                 if (broken.side, broken.rib) == (side, rib):
                     line, girth = _break(line, girth, broken)
             scale = height * (0.8 if rib in (1, 11, 12) else 1.0)
-            p, w = _shell(view, line, girth, high=scale, thick=0.32, cortex=0.065, spongy=0.22)
-            points.append(p)
-            weights.append(w)
-    return splat(view, np.concatenate(points), np.concatenate(weights))
+            splat(view, *_shell(view, line, girth, high=scale, thick=0.32, cortex=0.065, spongy=0.22), onto=total)
+    return total
 
 
 def _break(line: np.ndarray, girth: np.ndarray, broken: RibBreak) -> tuple[np.ndarray, np.ndarray]:
@@ -99,11 +96,11 @@ def _shell(
     view: View, line: np.ndarray, girth: np.ndarray, high: float, thick: float, cortex: float, spongy: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points and volumes of a flat tube: cortex as a shell, the core at `spongy` times its density."""
-    data = resample(np.column_stack([line, girth]), view.pixel * 0.9)
+    data = resample(np.column_stack([line, girth]), view.pixel * 0.9).astype(np.float32)
     center, girth = data[:, :3], data[:, 3]
     tangent = np.gradient(center, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
-    outward = center * np.array([1.0, 0.0, 1.0])
+    outward = center * np.array([1.0, 0.0, 1.0], np.float32)
     outward -= (outward * tangent).sum(1, keepdims=True) * tangent
     outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-6)
     tall = np.cross(outward, tangent)
@@ -117,6 +114,7 @@ def _shell(
     area = np.concatenate(
         [np.full(count, perimeter * cortex / count), spongy * np.pi * high * thick * core_depth / core_depth.sum()]
     )
+    section, area = section.astype(np.float32), area.astype(np.float32)
     points = center[:, None] + girth[:, None, None] * (
         section[None, :, :1] * tall[:, None] + section[None, :, 1:] * outward[:, None]
     )
@@ -126,7 +124,7 @@ def _shell(
     # Bone thins towards the cartilage, which starts without an edge.
     share = np.linspace(0, 1, len(center))
     thinning = (1 - 0.5 * smoothstep(share, 0.35, 0.9)) * smoothstep(share, 1.0, 0.9)
-    weights = (scale * girth**1.5 * step * thinning)[:, None] * area
+    weights = (scale * girth**1.5 * np.float32(step) * thinning.astype(np.float32))[:, None] * area
     return points.reshape(-1, 3), weights.ravel()
 
 
@@ -181,12 +179,9 @@ def _scapula(anatomy: Anatomy, side: int) -> np.ndarray:
     top, low = 0.2, 11.5
     corner = [(medial, top + 0.8), (medial + 0.4, 5.5), (medial + 2.4, low), (reach + 1.6, 4.2), (reach + 2.0, 1.8), (medial + 2.6, top)]
     outline = np.array([[side * x, y, -6.5] for x, y in corner])
-    column, row = view.project(outline)
-    image = Image.new("L", (view.columns, view.rows))
-    ImageDraw.Draw(image).polygon([*zip(column.tolist(), row.tolist(), strict=True)], fill=255)
-    blade = blur(np.asarray(image, np.float32) / 255, 1.2) * np.float32(0.13)
+    blade = paint(view, outline, 1.2) * np.float32(0.13)
     ring = np.concatenate([outline, outline[:1]])
-    blade = blade + tube(view, smooth_curve(ring[:4]), 0.22) * 0.9 + tube(view, ring[2:4], 0.42, wall=0.15)
+    blade = blade + tube(view, smooth_curve(ring[:4]), 0.2) * 0.5 + tube(view, ring[2:4], 0.4, wall=0.12) * 0.5
     spine = smooth_curve(np.array([[side * medial, 3.2, -7.5], [side * (reach - 0.5), 0.6, -7], [side * (reach + 2.6), -0.9, -4]]))
     coracoid = np.array([[side * (reach + 0.6), 1.2, -2.0], [side * (reach + 0.2), 0.6, 0.5]])
     return blade + 0.5 * tube(view, spine, 0.5, wall=0.15) + 0.5 * tube(view, coracoid, 0.55, wall=0.15)
@@ -205,7 +200,7 @@ def spine(anatomy: Anatomy) -> np.ndarray:
     if view.frontal:
         bend = 0.25 * np.sin(y / 9.0 + anatomy.patient.seed % 7)
         x = across - bend
-        half = 1.55 + 0.018 * np.clip(y, -6, 30) * u
+        half = 1.55 + 0.018 * np.clip(y, -6, 30) * u - 0.35 * smoothstep(y, 0.0, -4.0)
         body = np.sqrt(np.maximum(1 - (x / half) ** 4, 0))
         edge = np.exp(-(((np.abs(x) - half + 0.12) / 0.14) ** 2))
         layer = body * (0.35 * bone + 0.35 * plate) + 0.25 * edge * bone
@@ -213,7 +208,8 @@ def spine(anatomy: Anatomy) -> np.ndarray:
         layer += 0.35 * np.exp(-(((ring - 0.42) / 0.16) ** 2))
         layer += 0.30 * np.exp(-((x / 0.28) ** 2)) * np.exp(-(((phase - 0.75) / 0.2) ** 2))
         wings = np.exp(-(((phase - 0.3) * pitch / 0.42) ** 2)) * np.clip((half + 1.5 - np.abs(x)) / 0.4, 0, 1)
-        return (layer + 0.10 * wings).astype(np.float32)
+        neck = 0.72 - 0.27 * smoothstep(y, 1.0, -3.0)
+        return ((layer + 0.10 * wings) * neck).astype(np.float32)
     kyphosis = 1.5 * np.clip((y - 9) / 12.0, -1.3, 1.3) ** 2
     z = across + 8.2 - kyphosis
     body = np.sqrt(np.maximum(1 - np.abs(z / 1.55) ** 4, 0))

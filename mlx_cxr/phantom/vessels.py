@@ -59,7 +59,7 @@ def _grow_side(anatomy: Anatomy, side: int, generations: int) -> tuple[np.ndarra
     heads = heads + rng.normal(0, 0.10, heads.shape)
     starts = np.repeat(root[None], len(trunks), 0) + rng.normal(0, 0.35, (len(trunks), 3))
     lengths = trunks[:, 3] * rng.uniform(0.85, 1.2, len(trunks)) * anatomy.unit
-    radii = trunks[:, 4] * rng.uniform(0.85, 1.15, len(trunks))
+    radii = 1.3 * trunks[:, 4] * rng.uniform(0.85, 1.15, len(trunks))
     out: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     toward_side = np.array([side, 1.0, 1.0])
     for _ in range(generations):

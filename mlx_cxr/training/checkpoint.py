@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_cxr.runs import RunFormatError, atomic_path
+from mlx_cxr.models.weight_files import ModelFormatError, read_safetensors, write_safetensors
+from mlx_cxr.runs import RunFormatError
 
 _FORMAT = "mlx_cxr.training_state"
 
@@ -26,6 +26,8 @@ class Progress:
         best_epoch: the epoch (from 1) that reached it; 0 before the first.
         stale_epochs: epochs since then.
         seconds: time spent in training so far.
+        sums: the loop's running sums (loss of the epoch, loss and gradient norm of the logging interval), so that a
+            resumed run logs what an unbroken one does.
         settings: hash of everything that must not change between a run and its resumption.
     """
 
@@ -34,16 +36,20 @@ class Progress:
     best_epoch: int = 0
     stale_epochs: int = 0
     seconds: float = 0.0
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     settings: str = ""
 
 
 def save_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> None:
-    """Write `path` (safetensors) atomically; the progress stands in its header."""
+    """Write `path` (safetensors) atomically; the progress stands in its header.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is kept.
+    """
     arrays = {f"model.{name}": value for name, value in tree_flatten(model.parameters())}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     header = {"format": _FORMAT, "progress": json.dumps(asdict(progress))}
-    with atomic_path(path) as temporary:
-        mx.save_safetensors(str(temporary), arrays, metadata=header)
+    write_safetensors(path, arrays, header)
 
 
 def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, settings: str) -> Progress:
@@ -56,12 +62,18 @@ def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, setting
     if not path.exists():
         raise RunFormatError(f"{path} is missing: nothing to resume; start without --resume")
     try:
-        arrays, header = mx.load(str(path), return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise RunFormatError(f"{path} cannot be read ({error}); start the run again with --overwrite") from None
+        arrays, header = read_safetensors(path)
+    except ModelFormatError as error:
+        raise RunFormatError(f"{error}; or start the run again with --overwrite") from None
     if header.get("format") != _FORMAT:
-        raise RunFormatError(f"{path} is not a training state of this package")
-    progress = Progress(**json.loads(header["progress"]))
+        raise RunFormatError(f"{path} is not a training state of this package; start the run again with --overwrite")
+    try:
+        recorded = json.loads(header["progress"])
+        progress = Progress(**recorded | {"sums": tuple(recorded["sums"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFormatError(
+            f"{path} is of another version of this package ({error}); start the run again with --overwrite"
+        ) from None
     if progress.settings != settings:
         raise RunFormatError(
             f"{path} was made with other data or settings, so resuming would mix two runs; "

@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from mlx_cxr.config import AugmentConfig, TrainingConfig
@@ -39,7 +39,11 @@ Validate = Callable[[ResNet18], dict[str, float]]
 
 
 class TrainingDivergedError(UserError, RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
+
+
+class TrainingDataError(UserError, ValueError):
+    """There is nothing to train on, or nothing to choose the best weights by."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TrainingData:
         if len(self.films) != len(self.targets):
             raise ValueError(f"{len(self.films)} films but {len(self.targets)} rows of targets")
         if len(self.films) == 0:
-            raise ValueError("no training films; look at the manifest's summary for what was dropped and why")
+            raise TrainingDataError("no training films; look at the manifest's summary for what was dropped and why")
 
 
 @dataclass(frozen=True)
@@ -89,29 +93,33 @@ def train(
         loss: logits and target rows to a scalar.
         data: training films and targets.
         validate: called after each epoch with the model; its `macro_auc` is maximized.
-        training: epochs, batch size, learning rate and the rest.
+        training: epochs, batch size, learning rate and the rest. A step counts `batch_size` films, or all of
+            them where there are fewer; the last partial batch of an epoch is left out.
         augmentation: largest amounts of each random change.
         seed: fixes order, augmentation and dropout.
         run_dir: gets `metrics.jsonl`, `best_name`, and `last/state.safetensors` to resume from.
         settings: hash of what may not change between a run and its resumption.
         best_name: file name of the best weights.
-        resume: go on from `last/state.safetensors`.
+        resume: go on from `last/state.safetensors`; otherwise these three files of an earlier run are removed.
 
     Raises:
-        TrainingDivergedError: the loss became NaN or infinite; the last saved state stays.
+        TrainingDivergedError: the loss or its gradient became NaN or infinite; the last saved state stays.
+        TrainingDataError: `macro_auc` is NaN, as no label of the validation split has both classes.
         RunFormatError: nothing to resume, or made with other settings.
     """
     steps_per_epoch = len(epoch_order(len(data.films), training.batch_size, seed, 0))
     total_steps = steps_per_epoch * training.epochs
     optimizer = _optimizer(training, total_steps)
     optimizer.init(model.trainable_parameters())
+    run_dir.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = run_dir / "last" / "state.safetensors", run_dir / "metrics.jsonl"
     progress = Progress(settings=settings)
     if resume:
         progress = load_state(state_path, model, optimizer, settings)
         _forget_after(metrics_path, progress.step)
-    elif metrics_path.exists():
-        metrics_path.unlink()
+    else:
+        for old in (state_path, metrics_path, run_dir / best_name):
+            old.unlink(missing_ok=True)
     step = _compiled_step(model, optimizer, loss, training, augmentation)
     targets = mx.array(data.targets.astype(np.float32))
     clock = _Clock(progress.seconds)
@@ -122,9 +130,17 @@ def train(
             break
         order = epoch_order(len(data.films), training.batch_size, seed, epoch)
         skip = progress.step - epoch * steps_per_epoch
-        losses = _RunningLoss()
-        bar = tqdm(total=order.size, initial=skip * order.shape[1], unit="img", desc=f"epoch {epoch + 1}/{training.epochs}", leave=False)
+        losses = _RunningLoss(progress.sums, skip, min(skip, progress.step % training.log_every))
+        bar = tqdm(
+            total=order.size,
+            initial=skip * order.shape[1],
+            unit="img",
+            desc=f"epoch {epoch + 1}/{training.epochs}",
+            leave=False,
+            disable=None,
+        )
         model.train()
+        clock.lap()
         for items, films in zip(order[skip:], data.films.batches(order[skip:]), strict=True):
             mx.random.seed(_step_seed(seed, progress.step))
             losses.add(*step(films, targets[mx.array(items)]))
@@ -136,10 +152,14 @@ def train(
                 bar.set_postfix(loss=f"{mean:.4f}")
                 append_jsonl(metrics_path, {"kind": "step", "step": progress.step, "loss": mean, "grad_norm": norm})
             if progress.step % training.save_every == 0 and progress.step % steps_per_epoch:
-                save_state(state_path, model, optimizer, replace(progress, seconds=clock.total()))
+                sums = losses.finite_sums(progress.step)
+                save_state(state_path, model, optimizer, replace(progress, seconds=clock.total(), sums=sums))
         bar.close()
         train_loss = losses.epoch(progress.step)
+        rate = (len(order) - skip) * order.shape[1] / clock.lap()
         figures = validate(model)
+        if math.isnan(figures["macro_auc"]):
+            raise TrainingDataError("the validation macro AUC is undefined: no label has both classes there")
         improved = figures["macro_auc"] > progress.best_auc
         if improved:
             save_model(run_dir / best_name, model)
@@ -149,6 +169,7 @@ def train(
             best_epoch=epoch + 1 if improved else progress.best_epoch,
             stale_epochs=0 if improved else progress.stale_epochs + 1,
             seconds=clock.total(),
+            sums=(0.0, 0.0, 0.0),
         )
         record = {
             "kind": "epoch",
@@ -157,7 +178,7 @@ def train(
             "train_loss": train_loss,
             **{f"val_{name}": value for name, value in figures.items()},
             "learning_rate": float(optimizer.learning_rate),
-            "images_per_second": clock.rate((len(order) - skip) * order.shape[1]),
+            "images_per_second": rate,
             "seconds": progress.seconds,
             "peak_memory_bytes": mx.get_peak_memory(),
             "active_memory_bytes": mx.get_active_memory(),
@@ -167,10 +188,13 @@ def train(
         save_state(state_path, model, optimizer, progress)
         _say_epoch(record, training.epochs, improved)
 
-    if progress.best_epoch == 0:
-        raise TrainingDivergedError("no epoch reached a validation AUC; does the validation split hold both classes of any label?")
     return TrainingResult(
-        progress.best_auc, progress.best_epoch, progress.step // steps_per_epoch, progress.step, progress.seconds, stopped_early
+        best_auc=progress.best_auc,
+        best_epoch=progress.best_epoch,
+        epochs=progress.step // steps_per_epoch,
+        steps=progress.step,
+        seconds=progress.seconds,
+        stopped_early=stopped_early,
     )
 
 
@@ -207,10 +231,15 @@ def _compiled_step(
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(films: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        films = preprocess(augment(films, mx.random.split(mx.random.state[0])[0], augmentation), model.config.in_channels)
+        films = augment(films, mx.random.split(mx.random.state[0])[0], augmentation)
+        films = preprocess(films, model.config.in_channels)
         parameters = model.trainable_parameters()
+        # Frozen kernels are lowered too: one of them in float32 would lift all that follows it.
+        kernels = tree_unflatten([(name, w) for name, w in tree_flatten(model.parameters()) if w.ndim > 1])
+        model.update(tree_map(lower, kernels))
         value, gradients = mx.value_and_grad(objective)(parameters, films, targets)
         # The objective left the lowered weights in the model; the update is made to the float32 ones.
+        model.update(kernels)
         model.update(parameters)
         gradients = tree_map(lambda g: g.astype(mx.float32) / scale, gradients)
         gradients, norm = optim.clip_grad_norm(gradients, training.clip_norm)
@@ -221,37 +250,36 @@ def _compiled_step(
 
 
 class _RunningLoss:
-    """Sums on the device; read once per interval, where a value that is no number ends the run."""
+    """Sums on the device, read once per interval and before a save, where one that is no number ends the run."""
 
-    def __init__(self) -> None:
-        self.arrays = [mx.array(0.0)] * 4
-        self._steps = self._interval_steps = 0
+    def __init__(self, sums: tuple[float, float, float], epoch_steps: int, interval_steps: int) -> None:
+        self.arrays = [mx.array(value) for value in sums]
+        self._epoch_steps, self._interval_steps = epoch_steps, interval_steps
 
     def add(self, loss: mx.array, norm: mx.array) -> None:
-        epoch_loss, interval_loss, interval_norm, _ = self.arrays
-        self.arrays = [epoch_loss + loss, interval_loss + loss, interval_norm + norm, loss]
-        self._steps += 1
+        epoch_loss, interval_loss, interval_norm = self.arrays
+        self.arrays = [epoch_loss + loss, interval_loss + loss, interval_norm + norm]
+        self._epoch_steps += 1
         self._interval_steps += 1
 
     def interval(self, step: int) -> tuple[float, float]:
-        mean, norm = (self.arrays[i].item() / self._interval_steps for i in (1, 2))
-        _check_finite(mean, step)
+        _, loss, norm = self.finite_sums(step)
+        steps, self._interval_steps = self._interval_steps, 0
         self.arrays[1] = self.arrays[2] = mx.array(0.0)
-        self._interval_steps = 0
-        return mean, norm
+        return loss / steps, norm / steps
 
     def epoch(self, step: int) -> float:
-        mean = self.arrays[0].item() / max(self._steps, 1)
-        _check_finite(mean, step)
-        return mean
+        return self.finite_sums(step)[0] / self._epoch_steps
 
-
-def _check_finite(mean: float, step: int) -> None:
-    if not math.isfinite(mean):
-        raise TrainingDivergedError(
-            f"the loss was {mean} by step {step}; lower training.learning_rate, or use training.precision: float32. "
-            "The last saved state and the best weights so far are kept"
-        )
+    def finite_sums(self, step: int) -> tuple[float, float, float]:
+        epoch_loss, interval_loss, interval_norm = (array.item() for array in self.arrays)
+        for value, what in ((epoch_loss, "loss"), (interval_norm, "gradient's norm")):
+            if not math.isfinite(value):
+                raise TrainingDivergedError(
+                    f"the {what} was {value} by step {step}; lower training.learning_rate, or use training.precision: "
+                    "float32. The last saved state and the best weights so far are kept"
+                )
+        return epoch_loss, interval_loss, interval_norm
 
 
 class _Clock:
@@ -261,9 +289,9 @@ class _Clock:
     def total(self) -> float:
         return self._before + time.perf_counter() - self._start
 
-    def rate(self, images: int) -> float:
+    def lap(self) -> float:
         lap, self._lap = time.perf_counter() - self._lap, time.perf_counter()
-        return images / lap
+        return lap
 
 
 def _out_of_patience(progress: Progress, training: TrainingConfig) -> bool:

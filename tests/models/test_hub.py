@@ -161,7 +161,7 @@ def test_wrong_content_is_refused_and_not_kept(small_hub, tmp_path, content, wor
     small_hub.repos["timm/resnet18.tv_in1k"] = {"model.safetensors": content()}
     weights = tmp_path / "weights"
     done = fetch(small_hub.url, weights)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert list(weights.iterdir()) == []
@@ -171,14 +171,14 @@ def test_checksum_of_the_hub_is_compared(small_hub, tmp_path):
     small_hub.repos["timm/resnet18.tv_in1k"] = {"model.safetensors": resnet_bytes()}
     small_hub.lie_about_checksums = True
     done = fetch(small_hub.url, tmp_path / "weights")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "the hub says ffff" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["resnet18", "lfm"])
 def test_unreachable_hub_is_one_clear_message(tmp_path, what):
     done = fetch("http://127.0.0.1:9", tmp_path / "weights", "--what", what)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "could not be fetched" in done.stderr
     assert f"--what {what}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -187,14 +187,14 @@ def test_unreachable_hub_is_one_clear_message(tmp_path, what):
 def test_offline_setting_is_respected(small_hub, tmp_path):
     small_hub.repos["timm/resnet18.tv_in1k"] = {"model.safetensors": resnet_bytes()}
     done = fetch(small_hub.url, tmp_path / "weights", HF_HUB_OFFLINE="1")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert small_hub.requests == []
 
 
 def test_repository_that_is_gone(small_hub, tmp_path):
     done = fetch(small_hub.url, tmp_path / "weights")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "timm/resnet18.tv_in1k could not be fetched" in done.stderr
 
 
@@ -211,7 +211,7 @@ def test_language_model_folder_is_fetched(small_hub, tmp_path):
     assert fetch("http://127.0.0.1:9", weights, "--what", "lfm").returncode == 0
     (weights / "LFM2.5-VL-1.6B" / "model-2.safetensors").write_bytes(save({"b": np.ones(4, np.float32)}))
     changed = fetch("http://127.0.0.1:9", weights, "--what", "lfm")
-    assert changed.returncode == 1
+    assert changed.returncode == 2
     assert "model-2.safetensors has SHA-256" in changed.stderr
 
 
@@ -246,7 +246,7 @@ def test_from_file(tmp_path):
         (("--from_file", str(tmp_path / "absent")), "no such file or folder"),
     ):
         failed = fetch("http://127.0.0.1:9", tmp_path / "w2", *options)
-        assert failed.returncode == 1
+        assert failed.returncode == 2
         assert words in failed.stderr
 
 

@@ -1,0 +1,126 @@
+"""Turn raw films, tables and reports into a manifest: `python -m mlx_cxr.build_manifest --config configs/demo.yaml`.
+
+Writes into `data.work_dir`: `manifest.csv` (one row per image), `splits.json` (the patients of each split and the
+manifest's hash), `manifest_summary.md` and `manifest_summary.json` (counts, and what was left out and why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.csv_source import read_csv_source
+from mlx_cxr.data.manifest import check_patient_splits, split_counts, write_manifest, write_splits
+from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
+from mlx_cxr.data.mimic import find_tables, read_mimic
+from mlx_cxr.data.report_files import ReportTexts, read_reports, texts_of_column
+from mlx_cxr.data.sampling import sample_studies, split_patients
+from mlx_cxr.data.source_rows import SourceRows
+from mlx_cxr.errors import readable_errors
+from mlx_cxr.runs import provenance, write_json, write_text
+
+log = logging.getLogger("mlx_cxr")
+
+
+def run(config: Config) -> Path:
+    """Write the manifest and what goes with it, and return the manifest's path.
+
+    Args:
+        config: the experiment; `data` and `seed` are used.
+
+    Raises:
+        DataError: a table, column, film folder or report folder is missing, or contradicts itself; names it.
+    """
+    data = config.data
+    rows = read_mimic(data) if data.source == "mimic-cxr-jpg" else read_csv_source(data)
+    log.info("%s images read from %s", f"{rows.read:,}", data.source)
+    rows = rows.on_disk(data.root)
+    rows, split_from = _with_splits(rows, config)
+    before = rows.frame
+    if data.n_studies is not None:
+        fractions = (data.validation_fraction, data.test_fraction)
+        rows = rows.keep(sample_studies(before, data.n_studies, *fractions, config.seed), "not in the sample")
+        if len(rows) == len(before):
+            log.warning("data.n_studies asks for %d studies and there are no more; all are kept", data.n_studies)
+    rows, reports = _with_texts(rows, config)
+
+    sha256 = write_manifest(config.manifest_path, rows.frame)
+    about = {"source": data.source, "synthetic": data.synthetic, "seed": config.seed, "split_from": split_from}
+    write_splits(config.splits_path, rows.frame, sha256, about)
+    summary = {
+        "schema": SCHEMA,
+        **about,
+        "manifest_sha256": sha256,
+        **summarize(rows, reports, before if len(rows) < len(before) else None),
+        "provenance": provenance("build_manifest", config.plain(), rows.inputs),
+    }
+    title = f"Manifest of {config.name} ({data.source}, seed {config.seed}, split {split_from})"
+    text = render(summary, title, data.synthetic)
+    write_json(config.manifest_path.with_name("manifest_summary.json"), summary)
+    write_text(config.manifest_path.with_name("manifest_summary.md"), text)
+    log.info("%s\n%s, sha256 %s", text, config.manifest_path, sha256[:12])
+    for name, counts in split_counts(rows.frame).items():
+        if not counts["images"]:
+            log.warning("no film is in split %r: a model cannot be trained and scored on this manifest", name)
+    return config.manifest_path
+
+
+def source_tables(config: Config) -> list[Path]:
+    """The tables that a manifest of this configuration is made from.
+
+    Raises:
+        DataError: they are not there; names them.
+    """
+    data = config.data
+    if data.csv is not None:
+        return [data.csv.table]
+    tables = list(find_tables(data.root, data.labeler).values())
+    return tables if data.patients_table is None else [*tables, data.patients_table]
+
+
+def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
+    data = config.data
+    if (rows.frame["split"] == "").all():
+        split = split_patients(rows.frame, data.validation_fraction, data.test_fraction, config.seed)
+        return replace(rows, frame=rows.frame.assign(split=split)), "made by patient"
+    rows = rows.keep((rows.frame["split"] != "").to_numpy(), "no split given")
+    check_patient_splits(rows.frame)
+    return rows, "of the source"
+
+
+def _with_texts(rows: SourceRows, config: Config) -> tuple[SourceRows, ReportTexts]:
+    frame = rows.frame
+    if config.data.csv is not None:
+        reports = texts_of_column(config.data, frame["image_id"].tolist(), frame["text"].tolist())
+        key = "image_id"
+    else:
+        studies: pd.DataFrame = frame.drop_duplicates("study_id")
+        reports = read_reports(config.data, studies["patient_id"].tolist(), studies["study_id"].tolist())
+        key = "study_id"
+    return replace(rows, frame=frame.assign(text=frame[key].map(reports.texts))), reports
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.build_manifest", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies, patients kept whole")
+    parser.add_argument("--seed", type=int, help="of the sample, and of the split where the source brings none")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with readable_errors():
+        run(load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies))
+
+
+if __name__ == "__main__":
+    main()

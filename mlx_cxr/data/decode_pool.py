@@ -1,0 +1,144 @@
+"""Films decoded by several processes at once, in bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from mlx_cxr.data.films import FilmError, Transform, decode
+from mlx_cxr.errors import UserError
+
+_MAX_CHUNK = 8
+_CHUNKS_PER_WORKER = 3
+"""Handed out at a time: enough that none waits, few enough that 377,000 films do not pile up in memory."""
+
+
+class WorkerDiedError(UserError, RuntimeError):
+    """The operating system ended a decoding process."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One film, or the reason why there is none.
+
+    Attributes:
+        row: as it was asked for.
+        pixels: S * S bytes, row by row; None where the film cannot be used.
+        reason: why not; None where it can.
+        notes: see `films.Film`.
+    """
+
+    row: int
+    pixels: bytes | None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers: int = 0) -> Iterator[Decoded]:
+    """Decode films and yield each when it is done, in no particular order.
+
+    Worker processes are started afresh ("spawn"), as forking a process that holds MLX or a threaded BLAS is not safe.
+    They end with this process, however it ends.
+
+    Args:
+        jobs: (row, path of the film).
+        transform: what to make of each.
+        workers: processes; 0 takes one per core. With 1, or very few films, this process does it itself.
+
+    Raises:
+        WorkerDiedError: a worker was killed, as happens when memory runs out; names the films it may have been at.
+    """
+    workers = min(workers or available_cores(), len(jobs) // 4)
+    if workers <= 1:
+        for job in jobs:
+            yield from decode_chunk([job], transform)
+        return
+    size = max(1, min(_MAX_CHUNK, len(jobs) // (workers * _CHUNKS_PER_WORKER)))
+    chunks = (jobs[start : start + size] for start in range(0, len(jobs), size))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]] = {}
+    try:
+        for chunk in chunks:
+            with _main_hidden():
+                under_way[pool.submit(decode_chunk, chunk, transform)] = chunk
+            while len(under_way) >= workers * _CHUNKS_PER_WORKER:
+                yield from _finished(under_way)
+        while under_way:
+            yield from _finished(under_way)
+    except BrokenProcessPool:
+        suspects = ", ".join(str(path) for chunk in list(under_way.values())[: workers + 1] for _, path in chunk[:1])
+        raise WorkerDiedError(
+            f"a decoding process was ended by the system, perhaps for lack of memory, at or soon after one of: "
+            f"{suspects}. What was written is kept; run the same command again, with fewer processes: "
+            f"--set pixels.workers={max(1, workers // 2)}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list[Decoded]:
+    """What a worker does: each film decoded, or the reason why not."""
+    done = []
+    for row, path in jobs:
+        try:
+            film = decode(path, transform)
+        except FilmError as error:
+            done.append(Decoded(row, None, str(error)))
+        else:
+            done.append(Decoded(row, film.pixels.tobytes(), None, film.notes))
+    return done
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _finished(under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]]) -> Iterator[Decoded]:
+    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+    for future in done:
+        result = future.result()
+        del under_way[future]
+        yield from result
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep a new worker from importing the parent's main module again, as "spawn" has it do.
+
+    It would bring pandas and MLX into every worker, and run a user's script anew where it lacks the usual guard.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole group; the parent decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

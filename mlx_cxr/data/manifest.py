@@ -1,0 +1,143 @@
+"""`manifest.csv`, one row per image, and `splits.json`: what every later stage works on.
+
+Labels are written exactly as the source has them, 1 / 0 / -1 / empty; what they are taken to mean is decided where they
+are read (`labels.LabelPolicy`). The same input and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
+from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import atomic_path, sha256_file, write_json
+
+SCHEMA = 1
+_TEXT_OF_LABEL = {1.0: "1", 0.0: "0", -1.0: "-1"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as read from disk.
+
+    Attributes:
+        frame: a row per image: str columns `TEXT_COLUMNS`, then a float32 column per label.
+        raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN, in the order of `LABELS`.
+        sha256: of the bytes of `manifest.csv`.
+    """
+
+    frame: pd.DataFrame
+    raw_labels: np.ndarray
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
+    """Write `manifest.csv` atomically: UTF-8, a header, rows in the order of patient, study and image id.
+
+    Columns:
+        image_id, patient_id, study_id: text, as in the source; leading zeros are kept.
+        split: `train`, `validate` or `test`.
+        view: view position in capitals, such as `AP`, `PA`, `LATERAL`; empty when missing.
+        age: whole years, or empty.
+        sex: `M`, `F`, empty, or what else the source says.
+        path: the film's file, relative to `data.root`.
+        text: cleaned text of the report, by `data.report_sections`; empty when there is none.
+        the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
+
+    Args:
+        path: the file.
+        frame: str columns `TEXT_COLUMNS`, and 14 label columns of 1 / 0 / -1 / NaN.
+
+    Returns:
+        Hex SHA-256 of what was written.
+
+    Raises:
+        DataError: no rows, an image twice, or a patient in two splits.
+    """
+    if frame.empty:
+        raise DataError(f"{path}: there is no film to write; see the counts of dropped images")
+    refuse_duplicates(frame.reset_index(drop=True), "image_id", path, "image")
+    check_patient_splits(frame)
+    table = frame.sort_values(["patient_id", "study_id", "image_id"], kind="stable")[[*TEXT_COLUMNS, *LABELS]]
+    table = table.assign(**{name: table[name].map(_TEXT_OF_LABEL).fillna("") for name in LABELS})
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+    return sha256_file(path)
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read and check what `write_manifest` wrote.
+
+    Raises:
+        DataError: the file is missing, or not a manifest: a column lacks, an image is there twice, a split or label
+            is none; names file, row, column and value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run build_manifest first")
+    table = read_table(path, [*TEXT_COLUMNS, *LABELS])
+    for name in ("image_id", "patient_id", "study_id", "path"):
+        refuse_blank(table, name, path)
+    refuse_duplicates(table, "image_id", path, "image")
+    if (wrong := np.flatnonzero(~table["split"].isin(SPLITS).to_numpy())).size:
+        value = table["split"].iloc[wrong[0]]
+        raise DataError(f"{path}, row {wrong[0] + 2}: split {value!r} is not one of {', '.join(SPLITS)}")
+    labels = label_values(table, {name: name for name in LABELS}, path)
+    frame = pd.concat([table[list(TEXT_COLUMNS)], labels], axis=1)
+    return Manifest(frame, np.ascontiguousarray(labels.to_numpy(dtype=np.float32)), sha256_file(path))
+
+
+def check_patient_splits(frame: pd.DataFrame) -> None:
+    """Raise DataError, naming patients, when a patient is in more than one split.
+
+    Args:
+        frame: columns `patient_id` and `split`.
+    """
+    pairs = frame[["patient_id", "split"]].drop_duplicates()
+    leaked = pairs.loc[pairs["patient_id"].duplicated(), "patient_id"].unique()
+    if len(leaked):
+        named = "; ".join(
+            f"{patient} in {' and '.join(sorted(pairs.loc[pairs['patient_id'] == patient, 'split']))}"
+            for patient in leaked[:5]
+        )
+        raise DataError(
+            f"{len(leaked)} patient(s) are in more than one split: {named}. Scores would be of films much like those "
+            "trained on: mend the source's split, or leave it out to have one made by patient"
+        )
+
+
+def split_counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Patients, studies and images of each split."""
+    return {
+        name: {
+            "patients": int(rows["patient_id"].nunique()),
+            "studies": int(rows["study_id"].nunique()),
+            "images": len(rows),
+        }
+        for name, rows in ((name, frame[frame["split"] == name]) for name in SPLITS)
+    }
+
+
+def write_splits(path: str | Path, frame: pd.DataFrame, sha256: str, about: Mapping[str, Any]) -> Path:
+    """Write `splits.json`: `manifest_sha256`, what `about` says, and patient ids and counts of each split.
+
+    Args:
+        path: the file.
+        frame: the manifest's rows.
+        sha256: of the manifest.
+        about: such as source, seed and whether the split is the source's.
+    """
+    counts = split_counts(frame)
+    patients = {name: sorted(frame.loc[frame["split"] == name, "patient_id"].unique().tolist()) for name in SPLITS}
+    splits = {name: {**counts[name], "patient_ids": patients[name]} for name in SPLITS}
+    return write_json(path, {"schema": SCHEMA, "manifest_sha256": sha256, **about, "splits": splits})

@@ -1,0 +1,173 @@
+"""What a source of films hands on: manifest rows not yet filtered, with a count of each image dropped and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.data.tables import DataError, row_number
+from mlx_cxr.labels import LABELS
+
+SPLITS: tuple[str, ...] = ("train", "validate", "test")
+TEXT_COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id", "split", "view", "age", "sex", "path", "text")
+"""The columns of `manifest.csv` before the 14 labels; all of them text, empty where the source has nothing."""
+MISSING_VIEW = "missing"
+OLDEST = 120.0
+
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validate", "validation", "valid", "val", "dev"), "validate"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "u": "", "unknown": "", "nan": "", "none": ""}
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Films of a source, a row per image.
+
+    Attributes:
+        frame: str columns `TEXT_COLUMNS` (`split` is "" where the source brings none), then one float32 column per
+            label: 1, 0, -1 or NaN.
+        read: images that the source's table lists.
+        dropped: reason -> images left out.
+        notes: what a reader of the summary should know -> how many.
+        inputs: role -> table that was read.
+    """
+
+    frame: pd.DataFrame
+    read: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def keep(self, rows: np.ndarray, reason: str) -> SourceRows:
+        """The rows where the boolean mask (N,) is true; the others are counted under `reason`."""
+        rows = np.asarray(rows, dtype=bool)
+        gone = int((~rows).sum())
+        if not gone:
+            return self
+        dropped = {**self.dropped, reason: self.dropped.get(reason, 0) + gone}
+        return replace(self, frame=self.frame[rows].reset_index(drop=True), dropped=dropped)
+
+    def noted(self, **notes: int) -> SourceRows:
+        """The same rows with further notes; those that count nothing are left out."""
+        more = {name.replace("_", " "): count for name, count in notes.items() if count}
+        return replace(self, notes={**self.notes, **more})
+
+    def of_views(self, views: Sequence[str] | None) -> SourceRows:
+        """Only films of the given view positions; `missing` stands for films without one, None keeps all.
+
+        Raises:
+            DataError: no film is left; names the views that there are.
+        """
+        if views is None:
+            return self
+        wanted = {"" if view.lower() == MISSING_VIEW else view.upper() for view in views}
+        kept = self.keep(self.frame["view"].isin(wanted).to_numpy(), "view not wanted")
+        if len(self) and not len(kept):
+            there = self.frame["view"].replace("", MISSING_VIEW).value_counts().head(12)
+            listed = ", ".join(f"{view} ({count})" for view, count in there.items())
+            raise DataError(f"no film has a view of data.views {list(views)}; the views there are: {listed}")
+        return kept
+
+    def on_disk(self, root: Path) -> SourceRows:
+        """Only films whose file lies under `root`: a partial download is a cohort of its own.
+
+        Raises:
+            DataError: `root` is not a folder, or none of the films is there; names the first that was looked for.
+        """
+        if not root.is_dir():
+            raise DataError(f"data.root {root} is not a folder; set data.root to the one that the films lie in")
+        kept = self.keep(films_on_disk(root, self.frame["path"].tolist()), "no film on disk")
+        if len(self) and not len(kept):
+            first = root / self.frame["path"].iloc[0]
+            raise DataError(
+                f"none of {len(self)} films is on disk; the first one looked for is {first}. "
+                "Set data.root to the folder that these paths start from"
+            )
+        return kept
+
+
+def films_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Which files exist, found by listing each folder once from the top, so that absent branches cost nothing.
+
+    Args:
+        root: the folder that `paths` are relative to.
+        paths: with `/` between folders.
+
+    Returns:
+        bool (N,).
+    """
+    names_in: dict[str, frozenset[str]] = {}
+
+    def listing(folder: str) -> frozenset[str]:
+        if (names := names_in.get(folder)) is None:
+            parent, _, name = folder.rpartition("/")
+            there = not folder or name in (".", "..") or name in listing(parent)
+            names = names_in[folder] = _names(root / folder) if there else frozenset()
+        return names
+
+    found = np.zeros(len(paths), dtype=bool)
+    for row, path in enumerate(paths):
+        folder, _, name = path.rpartition("/")
+        found[row] = name in listing(folder)
+    return found
+
+
+def normalized_splits(values: pd.Series, path: str | Path) -> pd.Series:
+    """`train`, `validate` or `test` for each of a source's split names, "" where the cell is empty.
+
+    Raises:
+        DataError: another name; names file, row and value.
+    """
+    names = values.str.lower()
+    unknown = np.flatnonzero(~names.isin({*_SPLIT_NAMES, ""}).to_numpy())
+    if unknown.size:
+        value, row = values.iloc[unknown[0]], row_number(values, unknown[0])
+        raise DataError(f"{path}, row {row}: split {value!r} is not train, validate or test")
+    return names.map({**_SPLIT_NAMES, "": ""})
+
+
+def normalized_ages(values: pd.Series) -> tuple[pd.Series, int]:
+    """Ages in whole years as text ("058Y" and "58.0" become "58"), and how many were given but not usable.
+
+    What is not a number from 0 to 120 becomes "": ChestX-ray14, for one, lists a patient of 411 years.
+    """
+    years = pd.to_numeric(values.str.removesuffix("Y"), errors="coerce")
+    usable = years.between(0, OLDEST)
+    text = years.where(usable, 0).astype(int).astype(str).where(usable, "")
+    return text, int(((values != "") & ~usable).sum())
+
+
+def normalized_sexes(values: pd.Series) -> pd.Series:
+    """`M`, `F`, "" where unknown, or what else the source says, in capitals."""
+    known = values.str.lower().map(_SEXES)
+    return known.fillna(values.str.upper())
+
+
+def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: str) -> None:
+    """Raise DataError when the films of a study disagree in patient, split or a label; names the study and column."""
+    studies, first = pd.factorize(frame["study_id"])[0], ~frame["study_id"].duplicated().to_numpy()
+    for column in ("patient_id", "split", *LABELS):
+        codes = pd.factorize(frame[column], use_na_sentinel=False)[0]
+        if (differs := np.flatnonzero(codes != codes[first][studies])).size:
+            study = frame["study_id"].iloc[differs[0]]
+            values = frame.loc[frame["study_id"] == study, column].drop_duplicates().tolist()[:3]
+            raise DataError(f"{path}: the films of study {study!r} disagree in {column}: {values}; {way_out}")
+
+
+def _names(folder: Path) -> frozenset[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries)
+    except (NotADirectoryError, FileNotFoundError):
+        return frozenset()

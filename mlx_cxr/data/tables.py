@@ -1,0 +1,226 @@
+"""Reading tables of text and labels, with errors that name the file, the row and what is there instead.
+
+Everything is read as text, so that ids keep their leading zeros. Rows are named as a spreadsheet numbers them: the
+header is row 1.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import gzip
+import logging
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.errors import UserError
+from mlx_cxr.labels import LABELS
+
+log = logging.getLogger("mlx_cxr")
+
+LABEL_ALIASES: Mapping[str, str] = {"Airspace Opacity": "Lung Opacity"}
+"""Other names of the 14 in published tables (`mimic-cxr-2.1.0-test-set-labeled.csv`)."""
+LABEL_VALUES: Mapping[str, float] = {
+    "1": 1.0,
+    "1.0": 1.0,
+    "0": 0.0,
+    "0.0": 0.0,
+    "-1": -1.0,
+    "-1.0": -1.0,
+    "": np.nan,
+}
+_OTHER_SEPARATORS = (",", ";", "\t", "|")
+
+
+class DataError(UserError, ValueError):
+    """Raw data, a manifest or a pixel store that cannot be used; the message names file, row or key and the way out."""
+
+
+def read_table(
+    path: str | Path,
+    columns: Sequence[str] | None,
+    *,
+    optional: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+    separator: str = ",",
+    separator_key: str | None = None,
+) -> pd.DataFrame:
+    """Read a `.csv` or `.csv.gz` as text, surrounding blanks removed, empty cells as "".
+
+    UTF-8 with or without a byte-order mark and UTF-16 are recognized; anything else is read as Windows-1252 and said
+    aloud.
+
+    Args:
+        path: the table.
+        columns: columns that must be there; None takes all that there are.
+        optional: columns that are read where they are there.
+        renamed: name in the file -> name to know the column by, where the latter is not there as well.
+        separator: between cells.
+        separator_key: configuration key that sets the separator, for the error message.
+
+    Returns:
+        str columns, in the order asked for; one row per row of the table, numbered from 0.
+
+    Raises:
+        DataError: the file is missing, empty, cut short, not a table, or lacks a column (the message lists those
+            there).
+    """
+    path = Path(path)
+    encoding = _encoding(path)
+    # Not `usecols`: with it pandas no longer notices rows with too many cells.
+    table = _read_csv(path, separator, encoding)
+    table = table.rename(columns={old: new for old, new in (renamed or {}).items() if new not in table.columns})
+    header = [str(name) for name in table.columns]
+    if columns is not None and (missing := [name for name in columns if name not in header]):
+        hint = _separator_hint(header, separator, separator_key) or _near_names(missing, header)
+        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
+    wanted = header if columns is None else [*columns, *(name for name in optional if name in header)]
+    table = table[list(dict.fromkeys(wanted))].copy()
+    if table.empty:
+        raise DataError(f"{path} has a header but no rows; download or export it again")
+    for name in table.columns:
+        table[name] = table[name].str.strip()
+    return table
+
+
+def label_values(table: pd.DataFrame, columns: Mapping[str, str], path: str | Path) -> pd.DataFrame:
+    """The label columns of a text table as numbers.
+
+    Args:
+        table: text columns, one row per row of the file at `path`.
+        columns: label (one of the 14) -> its column in `table`.
+        path: named in errors.
+
+    Returns:
+        float32 columns, one per label asked for, index as in `table`: 1, 0, -1 or NaN for an empty cell.
+
+    Raises:
+        DataError: a value outside {1, 0, -1, empty}; names file, row, column and value.
+    """
+    values = {}
+    for label, column in columns.items():
+        codes, kinds = pd.factorize(table[column])
+        known = np.array([LABEL_VALUES.get(str(kind), np.inf) for kind in kinds], dtype=np.float32)
+        values[label] = known[codes]
+        if (wrong := np.flatnonzero(np.isinf(values[label]))).size:
+            raise DataError(
+                f"{path}, row {row_number(table, wrong[0])}, column {column!r}: "
+                f"label {table[column].iloc[wrong[0]]!r} is not 1, 0, -1 or empty"
+            )
+    return pd.DataFrame(values, index=table.index)
+
+
+def refuse_duplicates(table: pd.DataFrame, column: str, path: str | Path, what: str) -> None:
+    """Raise DataError, naming the id and two of its rows, when a value of `column` appears twice."""
+    if (again := np.flatnonzero(table[column].duplicated().to_numpy())).size:
+        value = table[column].iloc[again[0]]
+        rows = " and ".join(str(row_number(table, i)) for i in np.flatnonzero((table[column] == value).to_numpy())[:2])
+        raise DataError(
+            f"{path}: {what} {value!r} appears twice, in rows {rows} "
+            f"({len(again)} such row(s) in all); remove the wrong one"
+        )
+
+
+def refuse_blank(table: pd.DataFrame, column: str, path: str | Path) -> None:
+    """Raise DataError, naming the first row, when a cell of `column` is empty."""
+    if (blank := np.flatnonzero((table[column] == "").to_numpy())).size:
+        row = row_number(table, blank[0])
+        raise DataError(f"{path}, row {row}: column {column!r} is empty ({len(blank)} such row(s) in all)")
+
+
+def row_number(table: pd.DataFrame | pd.Series, position: int) -> int:
+    """Row of the file that a table's row came from, whatever was filtered out before; the header is row 1."""
+    return int(table.index[position]) + 2
+
+
+def label_of_name(name: str) -> str | None:
+    """The one of the 14 that a column or finding name stands for, whatever its case and underscores; None if none."""
+    return _LABEL_OF_PLAIN.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+_LABEL_OF_PLAIN = {_plain(name): label for name, label in (*((x, x) for x in LABELS), *LABEL_ALIASES.items())}
+
+
+def _encoding(path: Path) -> str:
+    """`utf-8-sig`, `utf-16` or `cp1252`, found by decoding the whole file in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as data:
+            first = data.read(1 << 20)
+            if not first.strip():
+                raise DataError(f"{path} is empty (0 bytes of text); download or export it again")
+            if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "utf-16"
+            chunk = first
+            while chunk:
+                decoder.decode(chunk)
+                chunk = data.read(1 << 20)
+            decoder.decode(b"", final=True)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise DataError(f"{path}: no such table; {_neighbours(path)}") from None
+    except UnicodeDecodeError:
+        log.warning("%s is not UTF-8; read as Windows-1252", path)
+        return "cp1252"
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is cut short or not gzip ({error}); download it again") from None
+    return "utf-8-sig"
+
+
+def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            # Rows longer than the header would otherwise be cut, or shift every column.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                path,
+                sep=separator,
+                dtype=str,
+                keep_default_na=False,
+                encoding=encoding,
+                encoding_errors="replace" if encoding == "cp1252" else "strict",
+                engine="c" if len(separator) == 1 else "python",
+                index_col=False,
+                **options,
+            )
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable table separated by {separator!r}: {error}") from None
+    # Rows that end early give missing cells even so.
+    return table.fillna("")
+
+
+def _separator_hint(header: Sequence[str], separator: str, key: str | None) -> str:
+    if len(header) != 1:
+        return ""
+    for other in _OTHER_SEPARATORS:
+        if other != separator and other in header[0]:
+            way_out = f"set {key}: {other!r}" if key else f"save it separated by {separator!r}"
+            return f"its cells look separated by {other!r}, not by {separator!r}: {way_out}; "
+    return ""
+
+
+def _near_names(missing: Iterable[str], there: Sequence[str]) -> str:
+    for name in missing:
+        if near := difflib.get_close_matches(name, there, n=1, cutoff=0.75):
+            return f"did you mean {near[0]!r} by {name!r}? "
+    return ""
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist either"
+    tables = sorted(item.name for item in path.parent.iterdir() if ".csv" in item.name)
+    return f"tables in {path.parent}: {_listed(tables)}"
+
+
+def _listed(names: Sequence[str], most: int = 30) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,140 @@
+"""`results.md`: `test_results.json` as tables for people, each with its protocol and the notice at the top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_cxr.labels import LABELS
+from mlx_cxr.wording import footer, interval_text, notice_lines, number
+
+_RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
+_CALLS = {"sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision", "f1": "F1"}
+
+
+def results_markdown(results: Mapping[str, Any]) -> str:
+    """The page, from the content of `test_results.json` (`results.evaluate`, or the file read back)."""
+    counts, boot = results["counts"], results["bootstrap"]
+    intervals = (
+        f"In brackets 95 % intervals from {boot['samples']} resamples of patients."
+        if boot["samples"]
+        else "No intervals: no resamples were asked for."
+    )
+    lines = [
+        f"# Test results of `{results['run']}`",
+        "",
+        *notice_lines(results["synthetic"]),
+        f"Test split: {counts['test']['studies']} studies of {counts['test']['patients']} patients; a study's score is "
+        f"the mean logit of its films. {intervals} Thresholds (rule: {results['threshold_rule']}) and temperatures "
+        f"were fitted on {counts['validate']['studies']} validation studies under the protocol "
+        f"`{results['fitted_under']}`. Figures of different protocols are not comparable.",
+        "",
+    ]
+    first = results["fitted_under"]
+    for name in (first, *(other for other in results["protocols"] if other != first)):
+        lines += _protocol(name, results["protocols"][name], results["operating_points"], first)
+    lines += _shortcuts(results)
+    return "\n".join(lines)
+
+
+def closing_table(results: Mapping[str, Any]) -> str:
+    """The main figures as plain text of fixed width for a terminal: the protocol that fitted, and the notice."""
+    name = results["fitted_under"]
+    protocol = results["protocols"][name]
+    rows = [("", "positive", *_RANKING.values())]
+    for label in LABELS:
+        entry = protocol["per_label"][label]
+        rows.append((label, str(entry["positives"]), *(interval_text(entry[key]) for key in _RANKING)))
+    macro = protocol["macro"]
+    rows.append((f"mean of {len(protocol['macro_labels'])}", "", *(interval_text(macro[key]) for key in _RANKING)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        f"Test split, {results['counts']['test']['studies']} studies, protocol {name}: {protocol['meaning']}",
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+        footer(results["synthetic"]),
+    ]
+    return "\n".join(lines)
+
+
+def _protocol(name: str, protocol: Mapping[str, Any], points: Mapping[str, Any], fitted_under: str) -> list[str]:
+    macro = f"**mean of {len(protocol['macro_labels'])}**"
+    rows = [(label, protocol["per_label"][label]) for label in LABELS]
+    fitted = (
+        f" Thresholds and temperatures are still those fitted under `{fitted_under}`, so calibration and calls show "
+        "the change of protocol too."
+    )
+    meaning = f"Here {protocol['meaning']}.{fitted if name != fitted_under else ''}"
+    lines = [f"## Protocol `{name}`", "", meaning, ""]
+    if protocol["single_class"]:
+        lines += [
+            f"Left out of the means, as test has only one class of them: {', '.join(protocol['single_class'])}.",
+            "",
+        ]
+    counts = ("positives", "negatives", "left_out")
+    ranked = [[label, *(str(entry[key]) for key in counts), *_ranking(entry)] for label, entry in rows]
+    ranked.append([macro, "", "", "", *_ranking(protocol["macro"])])
+    header = ["finding", "positive", "negative", "left out", *_RANKING.values(), "Brier", "ECE before → after scaling"]
+    lines += _table(header, ranked, right=(1, 2, 3))
+    called = [[label, _threshold(points[label]), *_calls(entry)] for label, entry in rows]
+    called.append([macro, "", *_calls(protocol["macro"])])
+    lines += _table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
+    defaults = [label for label in LABELS if points[label]["threshold_source"] == "default"]
+    if defaults:
+        lines += [f"\\* 0.5 by default, as validation has only one class: {', '.join(defaults)}.", ""]
+    return lines
+
+
+def _shortcuts(results: Mapping[str, Any]) -> list[str]:
+    views, metadata = results["by_view"], results["metadata_only"]
+    shared = next(iter(views.values()))["macro"]["labels"] if views else []
+    lines = [
+        "## Shortcuts",
+        "",
+        f"ROC-AUC under `{results['fitted_under']}`. By view, as the bedside view (AP) goes with sicker patients; the "
+        f"means are over the {len(shared)} findings with both classes in each view. "
+        + (
+            f"Last, a logistic regression that sees only {', '.join(metadata['features'])}, and the model minus it."
+            if metadata
+            else "There was no training metadata for a comparison."
+        ),
+        "",
+    ]
+    header = ["finding", *(f"{view} ({group['studies']} studies)" for view, group in views.items())]
+    header += ["metadata only", "model minus metadata"] if metadata else []
+    rows = []
+    for label in (*LABELS, "mean"):
+        entries = [g["macro"] if label == "mean" else g["per_label"][label] for g in views.values()]
+        cells = [interval_text(entry["roc_auc"]) for entry in entries]
+        if metadata:
+            entry = metadata["macro"] if label == "mean" else metadata["per_label"][label]
+            cells += [interval_text(entry[arm]) for arm in ("roc_auc", "model_minus_metadata")]
+        rows.append([f"**{label}**" if label == "mean" else label, *cells])
+    lines += _table(header, rows)
+    devices = results["pneumothorax_by_support_devices"]
+    lines += ["Pneumothorax with and without Support Devices, as drains mark treated ones:", ""]
+    return lines + _table(
+        ["studies", "pneumothorax", "no pneumothorax", "ROC-AUC"],
+        [
+            [name.replace("_", " "), str(entry["positives"]), str(entry["negatives"]), interval_text(entry["roc_auc"])]
+            for name, entry in devices.items()
+        ],
+        right=(1, 2),
+    )
+
+
+def _ranking(entry: Mapping[str, Any]) -> list[str]:
+    calibration = f"{number(entry['ece_uncalibrated'])} → {number(entry['ece'])}"
+    return [*(interval_text(entry[key]) for key in _RANKING), interval_text(entry["brier"]), calibration]
+
+
+def _calls(entry: Mapping[str, Any]) -> list[str]:
+    return [interval_text(entry[key]) for key in _CALLS]
+
+
+def _threshold(point: Mapping[str, Any]) -> str:
+    return number(point["threshold"]) + ("\\*" if point["threshold_source"] == "default" else "")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    rule = ["---:" if column in right else "---" for column in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)] + [""]

@@ -1,0 +1,1 @@
+"""The synthetic MIMIC-CXR: rendered chest films, their reports and labels."""

@@ -1,0 +1,100 @@
+"""`manifest.csv`: exact labels and ids, one set of bytes, and files that were edited."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlx_cxr.data.manifest import check_patient_splits, load_manifest, split_counts, write_manifest, write_splits
+from mlx_cxr.data.source_rows import TEXT_COLUMNS
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import read_json
+
+
+def cohort():
+    text = {name: ["", "", ""] for name in TEXT_COLUMNS}
+    frame = pd.DataFrame(text, dtype=str).assign(
+        image_id=["c", "a", "b"],
+        patient_id=["007", "007", "1.0"],
+        study_id=["02", "01", "10"],
+        split=["train", "train", "test"],
+        path=["x/c.jpg", "x/a.jpg", "b.jpg"],
+        text=['Said "no", clearly;\tNaN', "NA", "ü"],
+    )
+    values = np.full((3, 14), np.nan, dtype=np.float32)
+    values[0, 0], values[1, 1], values[2, 13] = 1, 0, -1
+    return pd.concat([frame, pd.DataFrame(values, columns=LABELS)], axis=1)
+
+
+def test_the_bytes_and_back(tmp_path):
+    path = tmp_path / "manifest.csv"
+    sha256 = write_manifest(path, cohort())
+    assert path.read_bytes().decode() == (
+        "image_id,patient_id,study_id,split,view,age,sex,path,text," + ",".join(LABELS) + "\n"
+        "a,007,01,train,,,,x/a.jpg,NA,,0" + "," * 12 + "\n"
+        'c,007,02,train,,,,x/c.jpg,"Said ""no"", clearly;\tNaN",1' + "," * 13 + "\n"
+        "b,1.0,10,test,,,,b.jpg,ü," + "," * 13 + "-1\n"
+    )
+    manifest = load_manifest(path)
+    assert manifest.sha256 == sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest.frame["patient_id"].tolist() == ["007", "007", "1.0"]
+    assert manifest.frame["text"].tolist() == ["NA", 'Said "no", clearly;\tNaN', "ü"]
+    assert manifest.frame.columns.tolist() == [*TEXT_COLUMNS, *LABELS]
+    expected = cohort()[list(LABELS)].to_numpy()[[1, 0, 2]]
+    assert manifest.raw_labels.dtype == np.float32
+    np.testing.assert_array_equal(manifest.raw_labels, expected)
+
+
+def test_order_of_rows_does_not_matter(tmp_path):
+    first = write_manifest(tmp_path / "a.csv", cohort())
+    assert write_manifest(tmp_path / "b.csv", cohort().iloc[::-1]) == first
+
+
+def test_a_patient_in_two_splits_is_not_written(tmp_path):
+    frame = cohort().assign(split=["train", "validate", "test"])
+    with pytest.raises(DataError, match=r"1 patient\(s\) are in more than one split: 007 in train and validate"):
+        check_patient_splits(frame)
+    with pytest.raises(DataError, match="007"):
+        write_manifest(tmp_path / "manifest.csv", frame)
+    assert not (tmp_path / "manifest.csv").exists()
+
+
+def test_nothing_or_an_image_twice_is_not_written(tmp_path):
+    with pytest.raises(DataError, match="no film to write"):
+        write_manifest(tmp_path / "m.csv", cohort().iloc[:0])
+    with pytest.raises(DataError, match="image 'c' appears twice"):
+        write_manifest(tmp_path / "m.csv", pd.concat([cohort(), cohort()[:1]]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (",-1\n", ",2\n", r"manifest\.csv, row 4, column 'Support Devices': label '2' is not"),
+        (",test,", ",tst,", r"row 4: split 'tst' is not one of train, validate, test"),
+        ("\nc,", "\na,", r"image 'a' appears twice, in rows 2 and 3"),
+        ("\nc,007,", "\nc,,", r"row 3: column 'patient_id' is empty"),
+        ("sex,path", "gender,path", r"lacks the column\(s\) sex; columns there: image_id"),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, cohort())
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_manifest(path)
+
+
+def test_a_missing_manifest(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.csv is missing; run build_manifest first"):
+        load_manifest(tmp_path / "manifest.csv")
+
+
+def test_splits(tmp_path):
+    write_splits(tmp_path / "splits.json", cohort(), "abc", {"seed": 3, "source": "csv"})
+    splits = read_json(tmp_path / "splits.json")
+    assert (splits["manifest_sha256"], splits["seed"], splits["source"]) == ("abc", 3, "csv")
+    assert splits["splits"]["train"] == {"patients": 1, "studies": 2, "images": 2, "patient_ids": ["007"]}
+    assert splits["splits"]["validate"] == {"patients": 0, "studies": 0, "images": 0, "patient_ids": []}
+    assert split_counts(cohort())["test"] == {"patients": 1, "studies": 1, "images": 1}

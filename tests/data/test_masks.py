@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from mlx_cxr.data.films import Transform
+from mlx_cxr.data.masks import has_masks, load_masks, mask_folder
+from mlx_cxr.data.tables import DataError
+
+FILM = "files/p10/p10000032/s50414267/abc-1.jpg"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a film, or a mask of it, under the data root."""
+
+    def make(relative, array, **options):
+        path = tmp_path / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+        return path
+
+    return make
+
+
+def disc(height, width, y, x, radius):
+    rows, columns = np.mgrid[:height, :width]
+    return np.hypot(rows + 0.5 - y, columns + 0.5 - x) < radius
+
+
+class TestWhereMasksLie:
+    @pytest.mark.parametrize(
+        ("image", "folder"),
+        [
+            (FILM, "masks/p10/p10000032/s50414267/abc-1"),
+            ("a/b/x.png", "masks/a/b/x"),
+            ("x.v2.jpg", "masks/x.v2"),
+            ("other/files/x.jpg", "masks/other/files/x"),
+        ],
+    )
+    def test_folder(self, tmp_path, image, folder):
+        assert mask_folder(tmp_path, image) == tmp_path / folder
+
+    def test_none_at_all(self, tmp_path, write):
+        write(FILM, np.zeros((40, 40)))
+        assert not has_masks(tmp_path)
+        assert load_masks(tmp_path, FILM, Transform(32)) == {}
+        write("masks/p11/x/y/Edema.png", np.zeros((40, 40)))
+        assert has_masks(tmp_path)
+        assert load_masks(tmp_path, FILM, Transform(32)) == {}
+
+
+class TestLoadMasks:
+    @pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
+    def test_a_mask_lies_on_its_finding(self, tmp_path, write, fit):
+        # The film shows nothing but the finding, so the mask has to be where the prepared film is bright.
+        finding = disc(700, 500, 300, 260, 90)
+        write(FILM, finding * 255, quality=95)
+        write("masks/p10/p10000032/s50414267/abc-1/Pleural_Effusion.png", finding * 255)
+        transform = Transform(64, fit)
+        (label, mask), *others = load_masks(tmp_path, FILM, transform).items()
+        assert (label, others) == ("Pleural Effusion", [])
+        assert (mask.dtype, mask.shape) == (np.bool_, (64, 64))
+        film = transform.apply(np.asarray(Image.open(tmp_path / FILM)))
+        assert (mask == (film > 127)).mean() > 0.999
+        assert mask.sum() == pytest.approx(finding.sum() * (64 / (700 if fit == "letterbox" else 500)) ** 2, rel=0.03)
+
+    def test_labels_come_in_their_order_and_only_those_asked_for(self, tmp_path, write):
+        write("a/x.png", np.eye(50) * 255)
+        for name in ("Support_Devices", "Edema", "Lung_Opacity"):
+            write(f"masks/a/x/{name}.png", np.ones((50, 50)) * 255)
+        assert list(load_masks(tmp_path, "a/x.png", Transform(32))) == ["Edema", "Lung Opacity", "Support Devices"]
+        some = load_masks(tmp_path, "a/x.png", Transform(32), ["Support Devices", "Fracture", "Edema"])
+        assert list(some) == ["Edema", "Support Devices"]
+        with pytest.raises(KeyError, match="Oedema"):
+            load_masks(tmp_path, "a/x.png", Transform(32), ["Oedema"])
+
+    def test_an_empty_mask_stays_empty(self, tmp_path, write):
+        write("x.png", np.eye(50) * 255)
+        write("masks/x/Edema.png", np.zeros((50, 50)))
+        assert not load_masks(tmp_path, "x.png", Transform(32))["Edema"].any()
+
+    def test_a_finding_outside_a_crop(self, tmp_path, write):
+        finding = np.zeros((200, 100))
+        finding[:20] = 255
+        write("x.png", np.eye(200, 100) * 255)
+        write("masks/x/Edema.png", finding)
+        assert not load_masks(tmp_path, "x.png", Transform(32, "center_crop"))["Edema"].any()
+        assert load_masks(tmp_path, "x.png", Transform(32))["Edema"].any()
+
+    def test_a_mask_of_another_size_names_both(self, tmp_path, write):
+        film = write("x.png", np.eye(50) * 255)
+        mask = write("masks/x/Edema.png", np.zeros((50, 51)))
+        with pytest.raises(DataError, match=r"51 x 50 px.*50 x 50") as caught:
+            load_masks(tmp_path, "x.png", Transform(32))
+        assert str(film) in str(caught.value)
+        assert str(mask) in str(caught.value)
+
+    def test_the_size_is_that_of_the_upright_film(self, tmp_path, write):
+        exif = Image.Exif()
+        exif[274] = 6
+        write("x.jpg", np.eye(60, 90) * 255, exif=exif)
+        write("masks/x/Edema.png", np.ones((90, 60)) * 255)
+        assert load_masks(tmp_path, "x.jpg", Transform(30))["Edema"].sum() == 30 * 20
+
+    def test_a_name_of_no_finding(self, tmp_path, write):
+        write("x.png", np.eye(50) * 255)
+        write("masks/x/Effusion.png", np.zeros((50, 50)))
+        with pytest.raises(DataError, match=r"Effusion\.png: no finding has that name.*Pleural_Effusion"):
+            load_masks(tmp_path, "x.png", Transform(32))
+
+    def test_damaged_files(self, tmp_path, write):
+        film = write("x.png", np.eye(50) * 255)
+        mask = write("masks/x/Edema.png", np.eye(50) * 255)
+        mask.write_bytes(mask.read_bytes()[:60])
+        with pytest.raises(DataError, match=r"Edema\.png cannot be read"):
+            load_masks(tmp_path, "x.png", Transform(32))
+        film.unlink()
+        with pytest.raises(DataError, match=r"x\.png, whose masks are asked for"):
+            load_masks(tmp_path, "x.png", Transform(32))
+
+
+class TestThinFindings:
+    @pytest.mark.parametrize("width", [1, 3, 8, 14])
+    @pytest.mark.parametrize("offset", [0, 5, 9])
+    def test_a_line_thinner_than_a_pixel_stays_whole(self, width, offset):
+        # 20 px of the film make one of the result: half the area alone would lose or break it.
+        mask = np.zeros((1000, 1000), bool)
+        mask[100:900, 500 + offset : 500 + offset + width] = True
+        result = Transform(50).apply_mask(mask)
+        assert ndimage.label(result, np.ones((3, 3)))[1] == 1
+        assert result[5:45].any(axis=1).all()
+        assert not result[:5].any()
+        assert not result[45:].any()
+        assert result.sum(axis=1).max() <= 2
+
+    def test_a_slanted_line_stays_whole(self):
+        rows, columns = np.mgrid[:1200, :1000]
+        mask = np.abs(columns - 200 - 0.43 * rows) < 3
+        result = Transform(60).apply_mask(mask)
+        assert ndimage.label(result, np.ones((3, 3)))[1] == 1
+        assert result.any(axis=1).all()
+
+    def test_a_line_beside_something_large_stays(self):
+        # What a threshold relative to the whole mask's maximum would lose.
+        mask = disc(1000, 1000, 700, 300, 150)
+        mask[50:450, 700:703] = True
+        result = Transform(50).apply_mask(mask)
+        assert result[3:22, 35].all()
+
+    def test_large_findings_follow_the_area(self):
+        finding = disc(960, 960, 470, 500, 210)
+        area = np.asarray(finding, float).reshape(64, 15, 64, 15).mean((1, 3))
+        assert (Transform(64).apply_mask(finding) == (area >= 0.5)).all()
+
+    @settings(max_examples=50, deadline=None)
+    @given(
+        row=st.integers(0, 299),
+        column=st.integers(0, 199),
+        size=st.integers(4, 400),
+        fit=st.sampled_from(["letterbox", "center_crop"]),
+    )
+    def test_a_single_pixel_is_never_lost(self, row, column, size, fit):
+        mask = np.zeros((300, 200), bool)
+        mask[row, column] = True
+        transform = Transform(size, fit)
+        left, top, right, bottom = transform.shown(200, 300)
+        seen = left <= column < right and top <= row < bottom
+        assert transform.apply_mask(mask).any() == seen

@@ -1,0 +1,156 @@
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.pixel_store import PixelStore, partial_paths
+from mlx_cxr.data.store_writer import build_store
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.labels import LABELS
+
+TRANSFORM = Transform(32)
+
+
+def film(number, height=70, width=50):
+    grain = np.random.default_rng(number).integers(0, 256, (height // 5, width // 5), dtype=np.uint8)
+    return Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def manifest_of(paths, sha256="a" * 64):
+    frame = pd.DataFrame({"image_id": [f"id{row:04d}" for row in range(len(paths))], "path": list(paths)})
+    return Manifest(frame, np.full((len(paths), len(LABELS)), np.nan, np.float32), sha256)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Twelve small films of random content in `films/`."""
+    (tmp_path / "films").mkdir()
+    for number in range(12):
+        film(number).save(tmp_path / "films" / f"f{number:02d}.jpg", quality=95)
+    return tmp_path
+
+
+@pytest.fixture
+def manifest():
+    # Not in the order of the names, so that sorting somewhere would be noticed.
+    return manifest_of([f"films/f{number:02d}.jpg" for number in (5, 0, 7, 1, 2, 11, 3, 4, 6, 8, 10, 9)])
+
+
+@pytest.fixture
+def store_path(root):
+    return root / "work" / "images_32.npy"
+
+
+class TestBuiltStore:
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_each_row_is_the_film_of_its_manifest_row(self, root, manifest, store_path, workers):
+        report = build_store(store_path, manifest, TRANSFORM, root, workers)
+        assert (report.films, report.decoded, report.unreadable) == (12, 12, {})
+        store = PixelStore.open(store_path, manifest, TRANSFORM)
+        expected = np.stack([read_film(root / path, TRANSFORM) for path in manifest.frame["path"]])
+        assert store.images.dtype == np.uint8
+        assert (store.images == expected).all()
+        assert isinstance(store.images, np.memmap)
+        assert not store.images.flags.writeable
+        assert (np.load(store_path, allow_pickle=False) == expected).all()
+
+    def test_nothing_but_store_and_index_is_left(self, root, manifest, store_path):
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+        assert sorted(path.name for path in store_path.parent.iterdir()) == ["images_32.json", "images_32.npy"]
+
+    def test_rows_follow_the_ids_asked_for(self, root, manifest, store_path):
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+        store = PixelStore.open(store_path, manifest, TRANSFORM)
+        rows = store.rows(manifest.frame["image_id"].iloc[[7, 2, 2]])
+        assert rows.tolist() == [7, 2, 2]
+        assert rows.dtype == np.int64
+        assert len(store.rows([])) == 0
+        with pytest.raises(DataError, match="'other' is not in the pixel store"):
+            store.rows(["id0001", "other"])
+
+    def test_a_bad_film_is_listed_and_the_others_are_kept(self, root, manifest, store_path):
+        (root / "films/f07.jpg").write_bytes(b"")
+        (root / "films/f03.jpg").unlink()
+        report = build_store(store_path, manifest, TRANSFORM, root, 1)
+        assert list(report.unreadable) == ["id0002", "id0006"]
+        assert "0 bytes" in report.unreadable["id0002"]
+        assert report.unreadable["id0006"] == "no such file"
+        store = PixelStore.open(store_path, manifest, TRANSFORM)
+        assert dict(store.missing) == report.unreadable
+        assert not store.images[[2, 6]].any()
+        assert store.images[[0, 1, 3, 4, 5]].any(axis=(1, 2)).all()
+        # As the training stage leaves them out.
+        kept = ~manifest.frame["image_id"].isin(store.missing).to_numpy()
+        assert store.rows(manifest.frame["image_id"][kept]).tolist() == [0, 1, 3, 4, 5, 7, 8, 9, 10, 11]
+        with pytest.raises(DataError, match=r"id0002.*0 bytes"):
+            store.rows(["id0000", "id0002"])
+
+    def test_the_last_films_may_be_the_bad_ones(self, root, manifest, store_path):
+        (root / "films/f09.jpg").write_bytes(b"GIF89a")
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+        assert PixelStore.open(store_path, manifest, TRANSFORM).images.shape == (12, 32, 32)
+
+    def test_notes_are_kept_with_the_store(self, root, manifest, store_path):
+        values = np.asarray(film(0, 64, 64)).astype(np.uint16) * 200
+        Image.fromarray(values).save(root / "films/f05.jpg", "PNG")
+        report = build_store(store_path, manifest, TRANSFORM, root, 1)
+        assert "16-bit" in report.notes["id0000"]
+        assert PixelStore.open(store_path, manifest, TRANSFORM).notes == report.notes
+
+
+class TestOpenRefuses:
+    @pytest.fixture(autouse=True)
+    def _built(self, root, manifest, store_path):
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+
+    def refused(self, store_path, manifest, reason, transform=TRANSFORM):
+        with pytest.raises(DataError, match=reason) as caught:
+            PixelStore.open(store_path, manifest, transform)
+        assert "run prepare_images" in str(caught.value)
+        assert str(store_path.with_suffix("")) in str(caught.value)
+
+    @pytest.mark.parametrize("suffix", [".npy", ".json"])
+    def test_a_missing_file(self, manifest, store_path, suffix):
+        store_path.with_suffix(suffix).unlink()
+        self.refused(store_path, manifest, "is missing")
+
+    def test_a_store_that_was_never_finished(self, manifest, store_path):
+        store_path.unlink()
+        partial_paths(store_path)[1].touch()
+        self.refused(store_path, manifest, "not complete")
+
+    def test_another_manifest(self, manifest, store_path):
+        other = manifest_of(manifest.frame["path"], "b" * 64)
+        self.refused(store_path, other, r"another manifest \(aaaaaaaaaaaa, now bbbbbbbbbbbb\)")
+
+    def test_another_transform(self, manifest, store_path):
+        self.refused(store_path, manifest, "another transform .*letterbox.*center_crop", Transform(32, "center_crop"))
+
+    def test_other_ids(self, manifest, store_path):
+        other = Manifest(manifest.frame.iloc[::-1].reset_index(drop=True), manifest.raw_labels, manifest.sha256)
+        self.refused(store_path, other, "other films than the manifest")
+
+    def test_a_cut_array(self, manifest, store_path):
+        os.truncate(store_path, store_path.stat().st_size - 1)
+        self.refused(store_path, manifest, "damaged or cut short")
+
+    def test_an_array_of_another_shape(self, manifest, store_path):
+        np.save(store_path, np.zeros((12, 32, 31), np.uint8))
+        self.refused(store_path, manifest, r"\(12, 32, 31\), its index says uint8 \(12, 32, 32\)")
+
+    def test_an_array_from_elsewhere(self, manifest, store_path):
+        np.save(store_path, np.zeros((12, 32, 32), np.uint8))
+        self.refused(store_path, manifest, "do not belong together")
+
+    def test_a_pickle_is_never_opened(self, manifest, store_path):
+        np.save(store_path, np.array([{}] * 12, dtype=object), allow_pickle=True)
+        self.refused(store_path, manifest, "Python objects in dtype")
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1}'])
+    def test_a_damaged_index(self, manifest, store_path, text):
+        store_path.with_suffix(".json").write_text(text)
+        self.refused(store_path, manifest, "not readable JSON|not an index of this version")

@@ -1,0 +1,100 @@
+"""Where reports are found: beside the films, in a folder, in a zip; and what is missing or in another encoding."""
+
+import zipfile
+
+import pytest
+
+from mlx_cxr.config import DataConfig
+from mlx_cxr.data.report_files import read_reports, texts_of_column
+from mlx_cxr.data.tables import DataError
+
+IDS = (["10000032", "10000032", "11000045"], ["50414267", "53189527", "50000001"])
+MEMBERS = ["files/p10/p10000032/s50414267.txt", "files/p10/p10000032/s53189527.txt"]
+REPORT = " FINAL REPORT\n INDICATION: Cough.\n\n FINDINGS: Clear lungs.\n\n IMPRESSION: No pneumonia."
+
+
+def data(root, **changes):
+    root.mkdir(exist_ok=True)
+    return DataConfig(root=root, work_dir=root / "work", **changes)
+
+
+def put(top, content=None):
+    for member in MEMBERS:
+        (top / member).parent.mkdir(parents=True, exist_ok=True)
+        (top / member).write_bytes(content or REPORT.encode())
+
+
+def put_zip(path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in MEMBERS:
+            archive.writestr(prefix + member, REPORT)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda root: (put(root), None),
+        lambda root: (put(root / "reports"), None),
+        lambda root: (put_zip(root / "mimic-cxr-reports.zip"), None),
+        lambda root: (put(root.parent / "r"), root.parent / "r"),
+        lambda root: (put(root.parent / "r"), root.parent / "r" / "files"),
+        lambda root: (put_zip(root.parent / "mimic-cxr-reports.zip"), root.parent),
+        lambda root: (put_zip(root.parent / "any.zip", "mimic-cxr/"), root.parent / "any.zip"),
+    ],
+)
+def test_reports_are_found(tmp_path, place):
+    root = tmp_path / "raw"
+    root.mkdir()
+    reports = read_reports(data(root, reports=place(root)[-1]), *IDS)
+    assert reports.texts == {"50414267": "No pneumonia.", "53189527": "No pneumonia.", "50000001": ""}
+    assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}
+    assert reports.served == {"impression": 2}
+    assert str(tmp_path) in reports.where
+
+
+def test_no_reports_is_a_cohort_without_text(tmp_path):
+    reports = read_reports(data(tmp_path / "raw"), *IDS)
+    assert set(reports.texts.values()) == {""}
+    assert (reports.counts["found"], reports.where) == (0, None)
+
+
+def test_sections_and_mode_follow_the_configuration(tmp_path):
+    put(tmp_path / "raw")
+    wanted = data(tmp_path / "raw", report_sections=("indication", "findings"), report_mode="all")
+    reports = read_reports(wanted, *IDS)
+    assert reports.texts["50414267"] == "Cough. Clear lungs."
+    assert reports.served == {"indication + findings": 2}
+
+
+def test_another_encoding_is_decoded_and_counted(tmp_path):
+    put(tmp_path / "raw", " IMPRESSION: Röntgen – 2 cm.".encode("cp1252"))
+    reports = read_reports(data(tmp_path / "raw"), *IDS)
+    assert reports.texts["50414267"] == "Röntgen – 2 cm."
+    assert reports.counts["not UTF-8"] == 2
+
+
+def test_named_reports_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"data\.reports .*gone: no such folder or zip"):
+        read_reports(data(tmp_path / "raw", reports=tmp_path / "gone"), *IDS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds none of 3 reports; .*files/p10/p10000032/s50414267\.txt"):
+        read_reports(data(tmp_path / "raw", reports=tmp_path / "empty"), *IDS)
+
+
+def test_a_zip_cut_short(tmp_path):
+    path = tmp_path / "r.zip"
+    put_zip(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"r\.zip is not a zip or is cut short"):
+        read_reports(data(tmp_path / "raw", reports=path), *IDS)
+    path.write_bytes(whole.replace(b"Clear lungs", b"Clear_lungs"))
+    with pytest.raises(DataError, match=r"r\.zip: files/p10/.*txt cannot be read"):
+        read_reports(data(tmp_path / "raw", reports=path), *IDS)
+
+
+def test_a_text_column_is_cut_where_it_is_a_report_and_cleaned_anyway(tmp_path):
+    reports = texts_of_column(data(tmp_path), ["a", "b", "c"], [REPORT, "1. Tube in place\n2. ___ No effusion", ""])
+    assert reports.texts == {"a": "No pneumonia.", "b": "Tube in place. No effusion", "c": ""}
+    assert reports.served == {"impression": 1, "whole": 1}
+    assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}

@@ -1,0 +1,296 @@
+"""Report text: MIMIC's heading styles, the fall-back order, and cleaning that loses no word, negation or number."""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_cxr.data.reports import clean, decode, has_headings, parse_sections, report_text
+
+PLAIN = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___-year-old man with cough, r/o pneumonia.  // pna?
+
+ TECHNIQUE:  Chest PA and lateral
+
+ COMPARISON:  ___
+
+ FINDINGS:
+
+ The cardiac silhouette is at the upper limits of normal. There is no
+ pleural effusion or pneumothorax. A 2.5 cm nodule projects over the right
+ 5th rib, seen on the lateral at the level of T7.
+
+ IMPRESSION:
+
+ 1. No evidence of pneumonia
+ 2. 2.5 cm nodule in the right lung, increased from 1.8 cm.  CT is
+ recommended within 3 months.
+
+ RECOMMENDATION(S):  Chest CT.
+
+ NOTIFICATION:  The findings were discussed with Dr. ___ by Dr. ___
+ on the telephone on ___ at 2:15 pm.
+"""
+WET_READ = """WET READ: ___ ___ ___ 9:36 PM
+  Large left pneumothorax. Page to Dr. ___.
+ ______________________________________________________________________________
+                                 FINAL REPORT
+ AP CHEST, 10:21 P.M., ___
+
+ HISTORY:  Central line placement.
+
+ IMPRESSION:  AP chest compared to ___:
+
+ No pneumothorax. Moderate left pleural effusion is smaller.
+"""
+NO_HEADING = """                                 FINAL REPORT
+ CHEST RADIOGRAPH PERFORMED ON ___
+
+ COMPARISON:  None.
+
+ CLINICAL HISTORY:  Fall.
+
+ Upright portable view of the chest was obtained.  The lungs are clear.
+
+ Rib fractures are not seen.  No pneumothorax.
+"""
+VIEW_HEADING = """                                 FINAL REPORT
+ INDICATION:  ___F with chest pain.
+
+ PA AND LATERAL CHEST RADIOGRAPHS:  The lungs are clear.
+ HEART:  Normal size.
+
+ CONCLUSION:  Normal chest.
+"""
+
+
+def kinds(report):
+    return [(section.kind, clean(section.text)) for section in parse_sections(report)]
+
+
+def test_the_common_style():
+    assert kinds(PLAIN) == [
+        ("examination", "CHEST (PA AND LAT)"),
+        ("indication", "year-old man with cough, r/o pneumonia. // pna?"),
+        ("technique", "Chest PA and lateral"),
+        ("comparison", ""),
+        (
+            "findings",
+            "The cardiac silhouette is at the upper limits of normal. There is no pleural effusion or pneumothorax. "
+            "A 2.5 cm nodule projects over the right 5th rib, seen on the lateral at the level of T7.",
+        ),
+        (
+            "impression",
+            "No evidence of pneumonia. 2.5 cm nodule in the right lung, increased from 1.8 cm. "
+            "CT is recommended within 3 months.",
+        ),
+        ("recommendation", "Chest CT."),
+        ("notification", "The findings were discussed with Dr. by Dr. on the telephone on at 2:15 pm."),
+    ]
+
+
+def test_wet_read_and_rules_stay_out_of_the_final_report():
+    text, served = report_text(WET_READ, ["impression"])
+    assert text == "AP chest compared to: No pneumothorax. Moderate left pleural effusion is smaller."
+    assert served == ("impression",)
+    assert dict(kinds(WET_READ))["wet_read"] == "9:36 PM Large left pneumothorax. Page to Dr."
+    assert dict(kinds(WET_READ))["examination"] == "AP CHEST, 10:21 P.M.,"
+    assert report_text(WET_READ, ["indication"])[0] == "Central line placement."
+
+
+def test_last_paragraph_where_nothing_has_a_heading():
+    wanted = ["impression", "findings", "last_paragraph"]
+    assert report_text(NO_HEADING, wanted) == ("Rib fractures are not seen. No pneumothorax.", ("last_paragraph",))
+    # What goes on without a heading must not leak into the indication.
+    assert report_text(NO_HEADING, ["indication"]) == ("Fall.", ("indication",))
+
+
+def test_a_heading_of_views_opens_the_findings_and_subheadings_stay_in_them():
+    assert report_text(VIEW_HEADING, ["findings"])[0] == "The lungs are clear. HEART: Normal size."
+    assert report_text(VIEW_HEADING, ["impression"])[0] == "Normal chest."
+
+
+@pytest.mark.parametrize(
+    ("report", "served", "text"),
+    [
+        (" FINDINGS AND IMPRESSION:  Clear lungs.", "impression", "Clear lungs."),
+        (" IMPRESSION:\n\n FINDINGS:  Clear lungs.", "findings", "Clear lungs."),
+        ("Findings: Clear lungs.\nImpression: Normal.", "impression", "Normal."),
+        ("FINDINGS\nClear lungs.\n\nIMPRESSION\nNormal.\n", "impression", "Normal."),
+        ("FINAL REPORT INDICATION: Cough. FINDINGS: Clear lungs. IMPRESSION: Normal.", "impression", "Normal."),
+        ("Indication: Cough. Findings: Clear lungs. Impression: Normal.", "impression", "Normal."),
+        ("   IMPRESSION:   No change.\n\n COMPARISON: ___\n\n IMPRESSION: Edema.", "impression", "No change. Edema."),
+        ("TECHNIQUE AND FINDINGS: Clear lungs.", "findings", "Clear lungs."),
+        ("The lungs are clear.\n\nNo pneumothorax.", "last_paragraph", "No pneumothorax."),
+        ("\r\n FINDINGS:\r\n Clear\r\n lungs.\r\n", "findings", "Clear lungs."),
+        ("AP CHEST, 6:00 A.M.\n\n", None, ""),
+        ("INDICATION: Pneumonia?\n", None, ""),
+        ("", None, ""),
+    ],
+)
+def test_fall_back_order(report, served, text):
+    got = report_text(report, ["impression", "findings", "last_paragraph"])
+    assert got == (text, (served,) if served else ())
+
+
+# Headings as they stand in MIMIC-CXR, misspelt ones among them.
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [
+        *((x, "impression") for x in ("IMPRESSIONS", "IMORESSION", "IMPRESSON", "MPRESSION", "CONLCUSION", "OPINION")),
+        *((x, "findings") for x in ("FINDING", "FINIDNGS", "FINSINGS", "FIDINGS", "FINDGINGS", "FINDNGS")),
+        *((x, "findings_and_impression") for x in ("FINDINGS AND IMRPESSION", "FINDINGS/IMPRESSION")),
+        *((x, "indication") for x in ("REASON FOR EXAM", "CLINCAL HISTORY", "NDICATION", "INDCATION", "HISTORY")),
+        *((x, "indication") for x in ("CLINICAL INFORMATION", "REASON FOR THE EXAM", "INDICATIONS")),
+        *((x, "comparison") for x in ("COMPARISON EXAM", "OMPARISON", "COMPARISION", "REFERENCE EXAM", "PRIOR STUDY")),
+        *((x, "examination") for x in ("TYPE OF EXAMINATION", "STUDY", "DATE OF EXAM", "PROCEDURE")),
+        *((x, "technique") for x in ("TECHIQUE", "TECHNIQUE")),
+        *((x, "recommendation") for x in ("RECOMMENDATION(S)", "RECOMMMENDATIONS")),
+        *((x, "notification") for x in ("NOTIFICATION", "NOTFICATIONS")),
+        *((x, "wet_read") for x in ("WET READ", "WETREAD", "PRELIMINARY RESIDENT WET READ")),
+        ("ADDENDUM", "addendum"),
+        *((x, "findings") for x in ("CHEST, TWO VIEWS", "PORTABLE SEMI-ERECT CHEST RADIOGRAPH", "CHEST")),
+        *((x, "findings") for x in ("PA and lateral views of the chest", "SINGLE FRONTAL VIEW", "CHEST PA")),
+        *((x, "other") for x in ("PLEASE NOTE", "BONE WINDOWS", "COR")),
+    ],
+)
+def test_kinds_of_headings(heading, kind):
+    assert kinds(f"                FINAL REPORT\n {heading}:  Some text.") == [(kind, "Some text.")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["In comparison to previous radiographs: worse.", "the findings: none", "Lines and tubes: none", "Impression of"],
+)
+def test_prose_is_no_heading(line):
+    assert [section.kind for section in parse_sections(f"Clear lungs.\n{line}")] == ["body"]
+
+
+def test_all_sections_in_order_and_none_twice():
+    report = " INDICATION: Cough.\n\n FINDINGS: Clear.\n\n IMPRESSION: Normal."
+    assert report_text(report, ["impression", "indication"], "all") == ("Normal. Cough.", ("impression", "indication"))
+    both = " FINDINGS AND IMPRESSION: Clear."
+    assert report_text(both, ["findings", "impression"], "all") == ("Clear.", ("findings", "impression"))
+    assert report_text(report, ["whole"])[0] == "INDICATION: Cough. FINDINGS: Clear. IMPRESSION: Normal."
+
+
+def test_addendum_before_the_report():
+    report = (
+        " ADDENDUM  The tube was seen later.\n\n ADDENDUM:\n Now in place.\n ______________________________\n"
+        "                 FINAL REPORT\n FINDINGS: Tube too high.\n"
+    )
+    assert report_text(report, ["findings"])[0] == "Tube too high."
+    assert report_text(report, ["last_paragraph"])[0] == "Tube too high."
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("1. No effusion\n2. Edema", "No effusion. Edema"),
+        ("1) No effusion. 2) Edema.", "No effusion. Edema."),
+        ("(1) No effusion. (2) Edema.", "No effusion. Edema."),
+        ("1.No effusion.", "No effusion."),
+        ("- No effusion\n- Edema", "No effusion. Edema"),
+        ("1. Nodule of 2.5 cm. 2. 3 mm nodule.", "Nodule of 2.5 cm. 3 mm nodule."),
+        ("1. Fracture of rib 7. 2. No effusion.", "Fracture of rib 7. No effusion."),
+        ("Fractures of ribs 5 and\n 6. No effusion.", "Fractures of ribs 5 and 6. No effusion."),
+        ("Tip at the level of\n1. No effusion", "Tip at the level of 1. No effusion"),
+        ("Grade 2. No effusion.", "Grade 2. No effusion."),
+        ("Tip 2.5 cm above the carina, .5 cm lower.", "Tip 2.5 cm above the carina, .5 cm lower."),
+        ("Measured 12\n.", "Measured 12."),
+        ("No consolidation\n\nPneumothorax on the right", "No consolidation. Pneumothorax on the right"),
+        ("Compared to ___, no change.", "Compared to, no change."),
+        ("There is no XXXX of a pleural effusion.", "There is no of a pleural effusion."),
+        ("Chest x-XXXX. XXXX-year-old, XXXX/XXXX.", "Chest x. year-old."),
+        ("XXXX's disease, non-XXXX ___-___", "disease, non"),
+        ("Dr. [**Last Name**] (___) called at ___.", "Dr. called at."),
+        ("No effusion.. Edema", "No effusion. Edema"),
+        ("FINAL REPORT\n ________________\n Clear.", "Clear."),
+        ("2:15 pm, 50%; (right) lung", "2:15 pm, 50%; (right) lung"),
+    ],
+)
+def test_clean(raw, cleaned):
+    assert clean(raw) == cleaned
+    assert clean(cleaned) == cleaned
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["no", "not", "without", "effusion", "2.5 cm", "3 mm", "T7", "denies", "rib 8", "___", "XXXX", "-", "likely"]
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=6), st.booleans(), st.sampled_from(["\n", " ", "\n\n"]))
+def test_words_and_numbers_survive_in_order(sentences, listed, joint):
+    said = [" ".join(["Seen", *words]) + "." for words in sentences]
+    raw = joint.join(f"{i}. {text}" if listed else text for i, text in enumerate(said, 1))
+    unmasked = " ".join(said).replace("___", "").replace("XXXX", "")
+    assert tokens(clean(raw)) == tokens(unmasked)
+
+
+def tokens(text):
+    return re.findall(r"[A-Za-z]+\d?|\d+(?:\.\d+)?", text)
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "utf8"),
+    [
+        ("Röntgen".encode(), "Röntgen", True),
+        ("Röntgen".encode("utf-8-sig"), "Röntgen", True),
+        ("Röntgen – “clear”".encode("cp1252"), "Röntgen – “clear”", False),
+        ("Röntgen".encode("utf-16"), "Röntgen", False),
+        (b"\x81\xff", "�ÿ", False),
+    ],
+)
+def test_decode(data, text, utf8):
+    assert decode(data) == (text, utf8)
+
+
+def test_a_note_is_not_a_report():
+    assert has_headings(PLAIN)
+    assert not has_headings("Severe ARDS. Person is intubated with an OG in place.")
+
+
+@pytest.fixture(scope="module")
+def openi():
+    folder = os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")
+    path = Path(folder) / "reports" / "openi_dev.jsonl"
+    if not path.is_file():
+        pytest.skip("the real reports (shared/realcxr) are not on this machine")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_real_reports_lose_nothing_but_marks_and_list_numbers(openi):
+    """3,059 reports of the Indiana collection: only list numbers go, and every report keeps its negations."""
+    lost = Counter()
+    for report in openi:
+        for name in ("indication", "findings", "impression"):
+            raw = re.sub(r"X{4,}('s\b)?", " ", report[name])
+            before, after = Counter(tokens(raw)), Counter(tokens(clean(report[name])))
+            assert not after - before, report["uid"]
+            lost += before - after
+    assert set(lost) <= set("12345")
+    assert 0.9 * 1000 < sum(lost.values()) < 1.1 * 1000
+
+
+def test_real_reports_as_whole_texts_give_back_their_sections(openi):
+    checked = 0
+    for report in openi:
+        parts = {name: report[name] for name in ("indication", "comparison", "findings", "impression")}
+        if any("FINDINGS:" in part for part in parts.values()):
+            continue  # CXR2415, which holds a second report inside its impression
+        checked += 1
+        text = "\n\n".join(f" {name.upper()}:  {part}" for name, part in parts.items())
+        for name in ("findings", "impression"):
+            assert report_text(text, [name])[0] == clean(report[name]), report["uid"]
+    assert checked == len(openi) - 1

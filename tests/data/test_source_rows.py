@@ -1,0 +1,43 @@
+"""Rows of a source: dropping with a count, what lies on disk, and the normal form of ages, sexes and splits."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlx_cxr.data.source_rows import SourceRows, films_on_disk, normalized_ages, normalized_sexes, normalized_splits
+from mlx_cxr.data.tables import DataError
+
+
+def test_films_on_disk_against_asking_for_each(tmp_path):
+    there = ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/y/d e.jpg"]
+    for name in there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    asked = [*there, "b.jpg", "x/a.jpg", "x/y/z/c.jpg", "w/y/c.jpg", "x/b.jpg/c.jpg", "./a.jpg", "x/../a.jpg"]
+    np.testing.assert_array_equal(films_on_disk(tmp_path, asked), [(tmp_path / name).is_file() for name in asked])
+
+
+def test_dropped_images_are_counted_by_reason():
+    rows = SourceRows(pd.DataFrame({"image_id": list("abcd")}), read=4)
+    kept = rows.keep(np.array([1, 0, 1, 1]), "one").keep(np.array([1, 1, 1]), "none").keep(np.array([0, 1, 0]), "one")
+    assert kept.frame["image_id"].tolist() == ["c"]
+    assert kept.dropped == {"one": 3}
+    assert kept.read == len(kept) + sum(kept.dropped.values())
+
+
+def test_ages():
+    text, odd = normalized_ages(pd.Series(["58", "058Y", "58.0", "0", "120", "411", "-1", "old", ""], dtype=str))
+    assert text.tolist() == ["58", "58", "58", "0", "120", "", "", "", ""]
+    assert odd == 3
+
+
+def test_sexes():
+    given = pd.Series(["M", "female", "Unknown", "", "o"], dtype=str)
+    assert normalized_sexes(given).tolist() == ["M", "F", "", "", "O"]
+
+
+def test_splits():
+    names = pd.Series(["Train", "val", "validate", "TEST", ""], dtype=str)
+    assert normalized_splits(names, "t.csv").tolist() == ["train", "validate", "validate", "test", ""]
+    with pytest.raises(DataError, match="row 3: split 'x'"):
+        normalized_splits(pd.Series(["train", "x"], dtype=str), "t.csv")

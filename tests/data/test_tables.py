@@ -1,0 +1,113 @@
+"""Tables: encodings, and an error that names file, row, column and what is there."""
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlx_cxr.data.tables import DataError, label_of_name, label_values, read_table, refuse_duplicates
+
+
+def test_ids_stay_text_and_blanks_are_removed(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,view,none\n007, PA ,\n1.0,NA,\n", encoding="utf-8")
+    table = read_table(path, ["view", "id"], optional=["none", "absent"])
+    assert table.columns.tolist() == ["view", "id", "none"]
+    assert table.to_numpy().tolist() == [["PA", "007", ""], ["NA", "1.0", ""]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_encodings(tmp_path, encoding, suffix, caplog):
+    path = tmp_path / f"a{suffix}"
+    data = "id,name\n1,Müller\n".encode(encoding)
+    path.write_bytes(gzip.compress(data) if suffix == ".csv.gz" else data)
+    assert read_table(path, ["id", "name"]).to_numpy().tolist() == [["1", "Müller"]]
+    assert ("Windows-1252" in caplog.text) == (encoding == "cp1252")
+
+
+def test_missing_table_lists_its_neighbours(tmp_path):
+    (tmp_path / "metadata.csv").touch()
+    with pytest.raises(DataError, match=r"meta\.csv: no such table; tables in .*: metadata\.csv"):
+        read_table(tmp_path / "meta.csv", ["a"])
+    with pytest.raises(DataError, match="does not exist either"):
+        read_table(tmp_path / "no" / "meta.csv", ["a"])
+
+
+def test_missing_column_lists_those_there(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("subject_id,Viewposition\n1,PA\n")
+    with pytest.raises(DataError) as error:
+        read_table(path, ["subject_id", "ViewPosition"])
+    assert str(error.value) == (
+        f"{path} lacks the column(s) ViewPosition; did you mean 'Viewposition' by 'ViewPosition'? "
+        "columns there: subject_id, Viewposition"
+    )
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_wrong_separator_is_recognized(tmp_path, separator):
+    path = tmp_path / "a.csv"
+    path.write_text(separator.join("abc") + "\n" + separator.join("123") + "\n")
+    with pytest.raises(DataError, match=r"look separated by .*not by ',': set data\.csv\.separator: "):
+        read_table(path, ["a"], separator_key="data.csv.separator")
+    assert read_table(path, ["b"], separator=separator)["b"].tolist() == ["2"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_table(tmp_path, content):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.csv is empty"):
+        read_table(path, ["a"])
+
+
+def test_header_without_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n")
+    with pytest.raises(DataError, match="no rows"):
+        read_table(path, ["a"])
+
+
+def test_download_cut_short(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    rng = np.random.default_rng(0)
+    whole = gzip.compress(("a,b\n" + "\n".join(f"{x},1" for x in rng.integers(0, 1 << 40, 9000))).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.csv\.gz is cut short or not gzip .*download it again"):
+        read_table(path, ["a"])
+    path.write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(DataError, match="not gzip"):
+        read_table(path, ["a"])
+
+
+@pytest.mark.parametrize("rows", ["1,2,3\n1,2\n", "1,2\n1,2,3\n"])
+def test_a_row_with_too_many_cells_is_not_cut_silently(tmp_path, rows):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n" + rows)
+    with pytest.raises(DataError, match="not a readable table"):
+        read_table(path, ["a"])
+
+
+def test_label_values_and_the_first_wrong_one():
+    table = pd.DataFrame({"Edema": ["1.0", "0", "-1.0", ""], "Fracture": ["", "1", "2", "1"]})
+    values = label_values(table, {"Edema": "Edema"}, "t.csv")["Edema"].to_numpy()
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, [1, 0, -1, np.nan])
+    with pytest.raises(DataError, match=r"t\.csv, row 4, column 'Fracture': label '2' is not 1, 0, -1 or empty"):
+        label_values(table, {"Fracture": "Fracture"}, "t.csv")
+
+
+def test_rows_are_numbered_as_in_the_file_after_filtering():
+    table = pd.DataFrame({"id": ["a", "b", "c", "b"]})[1:]
+    with pytest.raises(DataError, match=r"image 'b' appears twice, in rows 3 and 5 \(1 such row"):
+        refuse_duplicates(table, "id", "t.csv", "image")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("pleural_effusion", "Pleural Effusion"), ("Airspace Opacity", "Lung Opacity"), ("Hernia", None)],
+)
+def test_names_of_labels(name, label):
+    assert label_of_name(name) == label

@@ -1,0 +1,169 @@
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from simulated_predictions import simulated
+from sklearn import metrics as sk
+
+from mlx_cxr.evaluation.metrics import METRICS
+from mlx_cxr.evaluation.predictions import join
+from mlx_cxr.evaluation.results import evaluate, fit_operating_points
+from mlx_cxr.evaluation.tables import closing_table, results_markdown
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.runs import read_json, write_json
+
+VALIDATION, TEST = simulated(60, "validate", 0), simulated(70, "test", 1)
+LESION = LABELS.index("Lung Lesion")
+
+
+def without_lesions(part):
+    raw = part.raw_labels.copy()
+    raw[:, LESION] = np.where(raw[:, LESION] == 1, math.nan, raw[:, LESION])
+    return replace(part, raw_labels=raw)
+
+
+def results_of(validation, test, samples=60, protocol="empty_negative", **more):
+    points = fit_operating_points(validation, protocol, "f1")
+    predictions = join(validation, test)
+    settings = {"run": "r", "synthetic": True, "samples": samples, "seed": 0, "bins": 15, "provenance": {"commit": "c"}}
+    return evaluate(predictions, points, **settings, **more), points
+
+
+@pytest.fixture(scope="module")
+def scored():
+    return results_of(VALIDATION, without_lesions(TEST))
+
+
+@pytest.mark.parametrize("protocol", list(SCORING_PROTOCOLS))
+def test_figures_are_scikit_learns(scored, protocol):
+    results, points = scored
+    section = results["protocols"][protocol]
+    test = without_lesions(TEST)
+    targets = SCORING_PROTOCOLS[protocol].apply(test.raw_labels)
+    aucs = []
+    for k, label in enumerate(LABELS):
+        entry, kept = section["per_label"][label], ~np.isnan(targets[:, k])
+        y, z = targets[kept, k], test.logits[kept, k].astype(float)
+        point = results["operating_points"][label]
+        p = expit(z / point["temperature"])
+        assert (entry["positives"], entry["negatives"]) == (y.sum(), (1 - y).sum())
+        assert entry["left_out"] == len(test) - len(y)
+        assert entry["brier"]["value"] == pytest.approx(np.mean((p - y) ** 2))
+        assert entry["brier_uncalibrated"] == pytest.approx(np.mean((expit(z) - y) ** 2))
+        if k == LESION:
+            assert math.isnan(entry["roc_auc"]["value"])
+            assert math.isnan(entry["roc_auc"]["low"])
+            continue
+        call = p >= point["threshold"]
+        expected = (sk.roc_auc_score(y, z), sk.average_precision_score(y, z), sk.f1_score(y, call))
+        assert [entry[m]["value"] for m in ("roc_auc", "average_precision", "f1")] == pytest.approx(expected)
+        assert entry["sensitivity"]["value"] == pytest.approx(call[y == 1].mean())
+        assert entry["specificity"]["value"] == pytest.approx((~call[y == 0]).mean())
+        assert entry["roc_auc"]["low"] <= entry["roc_auc"]["value"] <= entry["roc_auc"]["high"]
+        aucs.append(entry["roc_auc"]["value"])
+    assert section["macro"]["roc_auc"]["value"] == pytest.approx(np.mean(aucs))
+    assert section["single_class"] == ["Lung Lesion"]
+    assert len(section["macro_labels"]) == 13
+    assert points.protocol == "empty_negative"
+
+
+def test_protocols_differ_by_what_empty_means(scored):
+    negative, masked = (scored[0]["protocols"][name]["per_label"]["Edema"] for name in SCORING_PROTOCOLS)
+    raw = TEST.raw_labels[:, LABELS.index("Edema")]
+    assert (negative["positives"], negative["left_out"]) == ((raw == 1).sum(), 0)
+    assert masked["left_out"] == (np.isnan(raw) | (raw == -1)).sum() > 0
+
+
+def test_thresholds_and_temperatures_come_from_validation_alone(scored):
+    first = scored[0]
+    other = replace(TEST, raw_labels=np.roll(TEST.raw_labels, 7, axis=0), logits=TEST.logits[::-1] * 2)
+    second, _ = results_of(VALIDATION, other)
+    assert second["operating_points"] == first["operating_points"]
+    assert second["protocols"]["empty_negative"]["macro"] != first["protocols"]["empty_negative"]["macro"]
+    with pytest.raises(ValueError, match="these predictions hold test studies"):
+        fit_operating_points(join(VALIDATION, TEST), "empty_negative", "f1")
+
+
+def test_operating_points_follow_the_protocol_they_are_fitted_under(scored):
+    masked, _ = results_of(VALIDATION, TEST, protocol="empty_masked")
+    assert masked["fitted_under"] == "empty_masked"
+    assert masked["operating_points"] != scored[0]["operating_points"]
+
+
+def test_the_models_steep_logits_are_scaled_down_and_calibration_improves(scored):
+    results, points = scored
+    assert (points.calibration.temperatures > 1).mean() > 0.8
+    macro = results["protocols"]["empty_negative"]["macro"]
+    assert macro["ece"] < macro["ece_uncalibrated"]
+    assert macro["brier"]["value"] < macro["brier_uncalibrated"]
+
+
+def test_single_class_validation_falls_back_and_says_so():
+    results, _ = results_of(without_lesions(VALIDATION), TEST, samples=0)
+    point = results["operating_points"]["Lung Lesion"]
+    expected = {"threshold": 0.5, "threshold_source": "default", "temperature": 1.0, "temperature_source": "default"}
+    assert point == expected
+    assert results["protocols"]["empty_negative"]["macro"]["roc_auc"]["replicates"] == 0
+    assert "0.5 by default" in results_markdown(results)
+
+
+def test_validation_counts_and_the_rest(scored):
+    results = scored[0]
+    y = SCORING_PROTOCOLS["empty_masked"].apply(VALIDATION.raw_labels)
+    kept = ~np.isnan(y)
+    aucs = [sk.roc_auc_score(y[m, k], VALIDATION.logits[m, k]) for k, m in enumerate(kept.T)]
+    assert results["validation"]["empty_masked"]["roc_auc"] == pytest.approx(np.mean(aucs))
+    assert results["counts"]["test"] == {"studies": len(TEST), "patients": 70}
+    assert results["provenance"] == {"commit": "c"}
+    assert results["metadata_only"] is None
+    assert results["notice"] == "Synthetic cohort. Research only, not for clinical use."
+    assert set(METRICS) <= set(results["protocols"]["empty_negative"]["macro"])
+
+
+def test_file_and_page_hold_the_same_figures(scored, tmp_path):
+    results, _ = scored
+    back = read_json(write_json(tmp_path / "test_results.json", results))
+    assert back["protocols"]["empty_negative"]["per_label"]["Lung Lesion"]["roc_auc"]["value"] is None
+    page = results_markdown(back)
+    assert page == results_markdown(results)
+    auc = results["protocols"]["empty_negative"]["per_label"]["Edema"]["roc_auc"]
+    assert f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]" in page
+    assert page.index("not for clinical use") < page.index("| finding")
+    assert "Synthetic cohort" in page
+    assert "`empty_negative`" in page
+    assert "`empty_masked`" in page
+    assert page.count("test has only one class of them: Lung Lesion.") == 2
+    lines = page.splitlines()
+    pairs = [(a, b) for a, b in pairwise(lines) if a.startswith("|") and b.startswith("|")]
+    assert all(a.count("|") == b.count("|") for a, b in pairs)
+    assert len(pairs) > 5 * len(LABELS)
+
+
+def test_closing_table_holds_the_main_figures(scored):
+    results, _ = scored
+    text = closing_table(results)
+    macro = results["protocols"]["empty_negative"]["macro"]["roc_auc"]
+    assert "mean of 13" in text
+    assert f"{macro['value']:.3f} [{macro['low']:.3f}, {macro['high']:.3f}]" in text
+    assert text.splitlines()[-1] == "Synthetic cohort. Research only, not for clinical use."
+    assert "protocol empty_negative" in text
+    assert max(map(len, text.splitlines()[1:])) <= 100
+
+
+def test_metadata_only_model_is_scored_beside_the_model():
+    def metadata(part):
+        return pd.DataFrame({"view": part.views, "age": math.nan, "sex": ""})
+
+    train = simulated(80, "train", 9)
+    more = {"train": (metadata(train), train.raw_labels), "test_metadata": metadata(TEST)}
+    results, _ = results_of(VALIDATION, TEST, **more)
+    got = results["metadata_only"]
+    assert got["features"] == ["view"]
+    assert abs(got["macro"]["roc_auc"]["value"] - 0.5) < 0.06
+    assert got["macro"]["model_minus_metadata"]["low"] > 0.1
+    assert "sees only view" in results_markdown(json.loads(json.dumps(results)))

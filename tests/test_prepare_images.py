@@ -1,0 +1,121 @@
+import csv
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mlx_cxr.config import load_config
+from mlx_cxr.data.films import Transform
+from mlx_cxr.data.manifest import load_manifest
+from mlx_cxr.data.pixel_store import PixelStore
+from mlx_cxr.data.source_rows import TEXT_COLUMNS
+from mlx_cxr.labels import LABELS
+from mlx_cxr.prepare_images import main, run
+
+CONFIG = """
+name: small
+data: {{source: csv, root: {root}, work_dir: {root}/work, csv: {{table: unused.csv}}}}
+pixels: {{size: 32, workers: 1}}
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Six films, and the manifest and configuration that go with them."""
+    (tmp_path / "work").mkdir()
+    rows = []
+    for number in range(6):
+        film = np.linspace(10, 200, 60 * 40).reshape(60, 40) + number * 5
+        Image.fromarray(film.astype(np.uint8)).save(tmp_path / f"f{number}.png")
+        rows.append({"image_id": f"00{number}", "path": f"f{number}.png"})
+    frame = pd.DataFrame(rows).assign(patient_id="p", study_id="s", split="train")
+    frame = frame.reindex(columns=[*TEXT_COLUMNS, *LABELS], fill_value="")
+    frame.to_csv(tmp_path / "work" / "manifest.csv", index=False)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(root=tmp_path))
+    return tmp_path
+
+
+def table(path):
+    with path.open(newline="") as data:
+        return list(csv.DictReader(data))
+
+
+def test_the_store_opens_with_what_the_next_stage_has(root, capsys):
+    config = load_config(root / "config.yaml")
+    assert run(config) == root / "work" / "images_32.npy"
+    manifest = load_manifest(config.manifest_path)
+    store = PixelStore.open(config.pixels_path, manifest, Transform(32))
+    row = store.rows(["004"])[0]
+    assert row == 4
+    film = np.asarray(Image.open(root / "f4.png"))
+    assert (store.images[row] == Transform(32).apply(film)).all()
+    assert {path.name for path in (root / "work").iterdir()} == {"images_32.json", "images_32.npy", "manifest.csv"}
+
+
+def test_command_line_options(root, caplog):
+    caplog.set_level("INFO")
+    config = ["--config", str(root / "config.yaml")]
+    main([*config, "--set", "pixels.size=48", "--set", "pixels.fit=center_crop", "--workers", "2"])
+    assert np.load(root / "work" / "images_48.npy").shape == (6, 48, 48)
+    assert json.loads((root / "work" / "images_48.json").read_text())["transform"]["fit"] == "center_crop"
+    assert "6 of 6 films, center_crop-48-v1; 6 decoded" in caplog.text
+    assert "films/s" in caplog.text
+
+
+def test_a_second_call_says_that_nothing_changed(root, caplog):
+    config = load_config(root / "config.yaml")
+    run(config)
+    caplog.set_level("INFO")
+    run(config)
+    assert "up to date" in caplog.text
+    assert " decoded" not in caplog.text
+    caplog.clear()
+    main(["--config", str(root / "config.yaml"), "--rebuild"])
+    assert "6 decoded" in caplog.text
+
+
+def test_bad_and_odd_films_are_listed(root, caplog):
+    config = load_config(root / "config.yaml")
+    good = (root / "f1.png").read_bytes()
+    (root / "f1.png").write_bytes(good[:100])
+    film = np.asarray(Image.open(root / "f2.png"))
+    Image.fromarray(film.astype(np.uint16) * 16).save(root / "f2.png")
+    negative = 255 - np.pad(np.full((40, 40), 200, np.uint8), ((20, 0), (10, 10)))
+    Image.fromarray(negative).save(root / "f3.png")
+    run(config)
+    (bad,) = table(root / "work" / "images_32_unreadable.csv")
+    assert (bad["image_id"], bad["path"]) == ("001", "f1.png")
+    assert "cut short" in bad["reason"]
+    notes = table(root / "work" / "images_32_notes.csv")
+    assert {"image_id": "002", "path": "f2.png", "note": "16-bit"} in notes
+    assert {"image_id": "003", "path": "f3.png", "note": "looks inverted"} in notes
+    assert "1 film(s) could not be used" in caplog.text
+    assert "f1.png: damaged or cut short" in caplog.text
+    assert "look like negatives" in caplog.text
+    # The lists come back with an up-to-date store, and go when there is nothing to list.
+    (root / "work" / "images_32_unreadable.csv").unlink()
+    run(config)
+    assert len(table(root / "work" / "images_32_unreadable.csv")) == 1
+    (root / "f1.png").write_bytes(good)
+    run(config)
+    assert not (root / "work" / "images_32_unreadable.csv").exists()
+
+
+def test_a_wrong_root_ends_with_status_2_and_the_first_reasons(root, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(root / "config.yaml"), "--set", f"data.root={root}/nowhere"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: 6 of 6 films cannot be used")
+    assert f"{root}/nowhere/f0.png: no such file" in said
+    assert "data.root" in said
+
+
+def test_no_manifest(root, capsys):
+    (root / "work" / "manifest.csv").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(root / "config.yaml")])
+    assert ended.value.code == 2
+    assert "run build_manifest" in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""The training stage, from a small table of films on disk to a run's folder, by its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import save_file
+from toy_training import square_films
+
+from mlx_cxr import build_manifest, prepare_images, train_cnn
+from mlx_cxr.config import load_config
+from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
+from mlx_cxr.models.convert import load_model
+from mlx_cxr.runs import read_json, sha256_file
+from mlx_cxr.training.cohort import Cohort
+from mlx_cxr.training.loop import TrainingDataError
+from mlx_cxr.training.scoring import predict_logits
+
+SPLITS = ["train"] * 12 + ["validate"] * 8 + ["test"] * 4
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """A folder with films, their table, and what `build_manifest` and `prepare_images` make of them."""
+    folder = tmp_path_factory.mktemp("cohort")
+    films, targets = square_films(len(SPLITS), 64, 0)
+    (folder / "films").mkdir()
+    rows = []
+    for i, (film, target, split) in enumerate(zip(films, targets, SPLITS, strict=True)):
+        Image.fromarray(film).save(folder / "films" / f"film{i:02}.png")
+        rows.append((f"p{i:02}", f"s{i:02}", f"film{i:02}.png", split, target[0], target[1]))
+    columns = ["patient_id", "study_id", "image_file", "split", "Atelectasis", "Cardiomegaly"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "table.csv", index=False)
+    write_config(folder)
+    config = load_config(folder / "trial.yaml")
+    build_manifest.run(config)
+    prepare_images.run(config)
+    return folder
+
+
+def write_config(folder: Path) -> None:
+    plain = {
+        "name": "trial",
+        "run_name": "first",
+        "outputs": str(folder / "outputs"),
+        "weights_dir": str(folder / "weights"),
+        "data": {
+            "source": "csv",
+            "root": str(folder / "films"),
+            "work_dir": str(folder / "made"),
+            "views": None,
+            "csv": {"table": str(folder / "table.csv"), "split": "split"},
+        },
+        "pixels": {"size": 32, "workers": 1},
+        "model": {"weights": "scratch"},
+        "training": {"epochs": 2, "batch_size": 4, "log_every": 1, "save_every": 2},
+    }
+    (folder / "trial.yaml").write_text(yaml.safe_dump(plain))
+
+
+def command(cohort: Path, *options: str, **popen: object) -> subprocess.Popen:
+    line = [sys.executable, "-m", "mlx_cxr.train_cnn", "--config", str(cohort / "trial.yaml"), *options]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """What the command prints before it ends with status 2; nothing on standard output."""
+    with pytest.raises(SystemExit) as end:
+        train_cnn.main(list(arguments))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error[error.index("error: ") :]
+
+
+@pytest.fixture(scope="module")
+def finished(cohort) -> Path:
+    """An unbroken run of the stage."""
+    return train_cnn.run(load_config(cohort / "trial.yaml"), "whole")
+
+
+def test_a_run_leaves_what_it_promises(cohort, finished):
+    assert finished == cohort / "outputs" / "whole"
+    record = read_json(finished / "config.json")
+    assert record["stage"] == "train_cnn"
+    assert record["inputs"]["manifest"]["sha256"] == sha256_file(cohort / "made" / "manifest.csv")
+    assert record["inputs"]["pixel_index"]["sha256"] == sha256_file(cohort / "made" / "images_32.json")
+    assert record["device"]["cores"] == os.cpu_count()
+    summary = read_json(finished / "training.json")
+    assert (summary["epochs"], summary["steps"], summary["stopped_early"]) == (2, 6, False)
+    assert summary["initial_weights"]["weights"] == "scratch"
+    # torchvision's resnet18 with one input channel and 14 classes.
+    assert summary["parameters"]["total"] == 11_689_512 - 2 * 3136 - 513 * 1000 + 513 * 14
+    assert summary["parameters"]["trainable"] == summary["parameters"]["total"]
+    assert (finished / "last" / "state.safetensors").exists()
+
+
+def test_the_best_weights_reproduce_the_figure_that_chose_them(cohort, finished):
+    validation = Cohort.open(load_config(cohort / "trial.yaml")).split("validate")
+    assert len(validation) == 8
+    logits = predict_logits(load_model(finished / "best_model.safetensors"), validation.films, 3)
+    targets = np.nan_to_num(validation.raw_labels)
+    best = read_json(finished / "training.json")["best_auc"]
+    assert macro_auc(roc_auc_per_label(targets, logits)) == pytest.approx(best, abs=1e-9)
+    epochs = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in epochs if line["kind"] == "epoch"]
+    assert best == max(line["val_macro_auc"] for line in epochs)
+    chosen = next(line for line in epochs if line["val_macro_auc"] == best)
+    cross_entropy = np.logaddexp(0, logits) - targets * logits
+    assert chosen["val_loss"] == pytest.approx(cross_entropy.mean(), rel=1e-5)
+
+
+def test_a_command_killed_and_resumed_ends_with_the_same_weights(cohort, finished):
+    """SIGKILL of the real command during its second epoch, after state was saved; then `--resume`."""
+    run_dir = cohort / "outputs" / "killed"
+    process = command(cohort, "--run_name", "killed")
+    for line in process.stdout:
+        if line.startswith("epoch   1/2"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert not (run_dir / "training.json").exists()
+    resumed = command(cohort, "--run_name", "killed", "--resume")
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert "going on from the last saved state" in errors or "metrics" not in errors
+    for name in ("best_model.safetensors", "last/state.safetensors"):
+        ours, theirs = mx.load(str(run_dir / name)), mx.load(str(finished / name))
+        assert set(ours) == set(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(np.array(ours[key]), np.array(theirs[key]), err_msg=key)
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_a_run_that_exists_is_refused_and_untouched(cohort, finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--run_name", "whole")
+    assert len(message.splitlines()) == 1
+    for word in (str(finished), "--run_name", "--resume", "--overwrite"):
+        assert word in message
+    message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--run_name", "whole", "--resume", "--seed", "7")
+    assert "last/state.safetensors was made with other data or settings" in message
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b"])
+def test_a_run_name_that_leaves_the_outputs_is_refused(cohort, capsys, name):
+    message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--run_name", name)
+    assert f"run name '{name}'" in message
+    assert not (cohort / "elsewhere").exists()
+    assert not (cohort / "outputs" / "elsewhere").exists()
+
+
+def test_a_begun_run_without_state_is_made_anew_on_resume(cohort):
+    """Killed before its first save; the record is then that of the new life."""
+    folder = cohort / "outputs" / "early"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"seed": 99}')
+    (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 9.0}\n')
+    config = load_config(cohort / "trial.yaml", ["training.epochs=1"])
+    train_cnn.run(config, "early", resume=True)
+    assert read_json(folder / "config.json")["seed"] == 0
+    assert "9.0" not in (folder / "metrics.jsonl").read_text()
+
+
+def test_weights_of_another_shape_are_named(cohort, tmp_path, capsys):
+    path = tmp_path / "other.safetensors"
+    save_file({"conv1.weight": np.zeros((64, 3, 3, 3), np.float32), "fc.weight": np.zeros((7, 9), np.float32)}, path)
+    message = failure(
+        capsys, "--config", str(cohort / "trial.yaml"), "--run_name", "shape", "--set", f"model.weights={path}"
+    )
+    for word in (str(path), "conv1.weight", "fc.weight", "missing", "layer1.0.conv1.weight"):
+        assert word in message
+    assert not (cohort / "outputs" / "shape").exists(), "the name is still free once the file is put right"
+    message = failure(
+        capsys,
+        "--config",
+        str(cohort / "trial.yaml"),
+        "--run_name",
+        "shape",
+        "--set",
+        "model.weights=absent.safetensors",
+    )
+    assert "absent.safetensors" in message
+
+
+def test_a_checkpoint_of_this_package_is_gone_on_from(cohort, finished):
+    best = finished / "best_model.safetensors"
+    config = load_config(cohort / "trial.yaml", [f"model.weights={best}", "training.epochs=1"])
+    folder = train_cnn.run(config, "from_checkpoint")
+    origin = read_json(folder / "training.json")["initial_weights"]
+    assert (origin["weights"], origin["sha256"]) == ("file", sha256_file(best))
+
+
+def test_a_split_without_both_classes_is_refused_before_training(cohort):
+    config = load_config(cohort / "trial.yaml")
+    split = Cohort.open(config).split("validate")
+    split.raw_labels[:] = 0
+    with pytest.raises(TrainingDataError, match=r"split 'validate' has 8 films and both classes of no label"):
+        train_cnn.validator(split, 4)
+
+
+def test_missing_inputs_name_the_file(cohort, tmp_path, capsys):
+    message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--set", f"data.work_dir={tmp_path}")
+    assert str(tmp_path / "manifest.csv") in message
+    message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--set", "pixels.size=64")
+    assert "images_64" in message
+    message = failure(capsys, "--config", str(tmp_path / "typo.yaml"))
+    assert "typo.yaml: no such file" in message
+
+
+def test_only_what_decides_the_weights_forbids_a_resumption(cohort):
+    def hash_with(*overrides: str) -> str:
+        return train_cnn.settings_hash(load_config(cohort / "trial.yaml", overrides), "m")
+
+    same = (
+        "evaluation.batch_size=8",
+        "explain.method=hires_cam",
+        "training.pixel_budget_gb=0.5",
+        "run_name=b",
+        "outputs=o",
+    )
+    for override in same:
+        assert hash_with(override) == hash_with()
+    other = (
+        "seed=1",
+        "training.epochs=3",
+        "labels.uncertain=ones",
+        "augment.shift=0.1",
+        "model.dropout=0.1",
+        "pixels.size=64",
+    )
+    for override in other:
+        assert hash_with(override) != hash_with()
+    assert train_cnn.settings_hash(load_config(cohort / "trial.yaml"), "n") != hash_with()
+
+
+def test_resume_and_overwrite_exclude_each_other(cohort, capsys):
+    with pytest.raises(SystemExit):
+        train_cnn.main(["--config", str(cohort / "trial.yaml"), "--resume", "--overwrite"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_overwriting_replaces_the_run(cohort):
+    config = load_config(cohort / "trial.yaml", ["training.epochs=1"])
+    folder = train_cnn.run(config, "again")
+    (folder / "training.json").write_text("old")
+    train_cnn.run(config.model_copy(update={"seed": 5}), "again", overwrite=True)
+    assert read_json(folder / "config.json")["seed"] == 5
+    assert read_json(folder / "training.json")["epochs"] == 1

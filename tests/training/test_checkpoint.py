@@ -1,0 +1,115 @@
+"""The state to resume from: everything comes back bit by bit, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
+from toy_training import TinyNet, arrays
+
+from mlx_cxr.models.convert import save_model
+from mlx_cxr.runs import RunFormatError
+from mlx_cxr.training.checkpoint import Progress, load_state, save_state
+
+PROGRESS = Progress(7, 0.8125, 2, 1, 12.5, (0.1, 1 / 3, 2.5), "settings")
+
+
+def trained(steps: int = 3) -> tuple[TinyNet, optim.MultiOptimizer]:
+    model = TinyNet()
+    optimizer = fresh_optimizer()
+    optimizer.init(model.trainable_parameters())
+    films = mx.random.normal((4, 16, 16, 1))
+    for _ in range(steps):
+        _, gradients = nn.value_and_grad(model, lambda m: (m(films) ** 2).mean())(model)
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state)
+    return model, optimizer
+
+
+def fresh_optimizer() -> optim.MultiOptimizer:
+    pair = [optim.AdamW(lambda step: 0.1 / (step + 1)), optim.AdamW(1e-2)]
+    return optim.MultiOptimizer(pair, [lambda _, w: w.ndim > 1])
+
+
+def test_everything_comes_back_bit_by_bit(tmp_path):
+    model, optimizer = trained()
+    path = tmp_path / "last" / "state.safetensors"
+    save_state(path, model, optimizer, PROGRESS)
+    other, other_optimizer = TinyNet(seed=9), fresh_optimizer()
+    other_optimizer.init(other.trainable_parameters())
+    assert load_state(path, other, other_optimizer, "settings") == PROGRESS
+    wanted, got = arrays(model), arrays(other)
+    assert {"bn1.running_mean", "bn1.running_var", "blocks.1.running_var"} <= set(got)
+    assert np.abs(wanted["bn1.running_mean"]).max() > 0
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    theirs = dict(tree_flatten(other_optimizer.state))
+    for name, value in tree_flatten(optimizer.state):
+        assert theirs[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(np.array(theirs[name]), np.array(value), err_msg=name)
+    assert other_optimizer.optimizers[0].step.item() == 3
+
+
+def test_the_file_holds_weights_and_moments_under_plain_names(tmp_path):
+    model, optimizer = trained()
+    save_state(tmp_path / "state.safetensors", model, optimizer, PROGRESS)
+    content = load_file(tmp_path / "state.safetensors")
+    np.testing.assert_array_equal(content["model.fc.weight"], np.array(model.fc.weight))
+    assert "optimizer.states.0.fc.weight.m" in content
+    assert "optimizer.states.1.bn1.bias.v" in content
+
+
+def loading(path, model=None, settings="settings"):
+    model = model or TinyNet()
+    optimizer = fresh_optimizer()
+    optimizer.init(model.trainable_parameters())
+    with pytest.raises(RunFormatError) as caught:
+        load_state(path, model, optimizer, settings)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    assert "nothing to resume; start without --resume" in loading(path)
+    model, optimizer = trained()
+    save_state(path, model, optimizer, PROGRESS)
+    assert "made with other data or settings" in loading(path, settings="others")
+    whole = path.read_bytes()
+    for length in (len(whole) - 4, 100, 5, 0):
+        path.write_bytes(whole[:length])
+        assert "--overwrite" in loading(path)
+
+
+def test_another_network_is_refused_and_its_parameters_named(tmp_path):
+    path = tmp_path / "state.safetensors"
+    model, optimizer = trained()
+    save_state(path, model, optimizer, PROGRESS)
+    other = TinyNet()
+    other.fc = nn.Linear(4 * 4 * 8, 5)
+    message = loading(path, other)
+    assert "does not fit the model" in message
+    assert "fc" in message
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_model(path, TinyNet())
+    assert "is not a training state" in loading(path)
+    for progress in ('{"step": 1, "unknown": 2}', "not json", None):
+        header = {"format": "mlx_cxr.training_state"} | ({} if progress is None else {"progress": progress})
+        mx.save_safetensors(str(path), {"model.a": mx.zeros(1)}, metadata=header)
+        assert "another version" in loading(path)
+
+
+def test_progress_is_exact_through_json():
+    sums = tuple(float(np.float32(x)) for x in (0.1, 1 / 3, 1e-20))
+    progress = Progress(step=2**40, best_auc=0.1 + 0.2, sums=sums)
+    back = json.loads(json.dumps(progress.__dict__))
+    assert Progress(**{**back, "sums": tuple(back["sums"])}) == progress

@@ -1,0 +1,628 @@
+"""The training loop: kills and resumption, PyTorch's optimizer, what is frozen, what is learned, what stops it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from toy_training import (
+    NO_AUGMENTATION,
+    TINY,
+    TINY_VALIDATION,
+    TinyNet,
+    arrays,
+    metrics,
+    run_tiny,
+    source,
+    square_films,
+    validator,
+)
+
+from mlx_cxr.config import AugmentConfig, TrainingConfig
+from mlx_cxr.models.convert import freeze, load_model
+from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.runs import RunFormatError
+from mlx_cxr.training import loop
+from mlx_cxr.training.batches import FilmSource, epoch_order
+from mlx_cxr.training.checkpoint import Progress, load_state
+from mlx_cxr.training.loop import TrainingData, TrainingDataError, TrainingDivergedError, train
+from mlx_cxr.training.losses import masked_bce
+from mlx_cxr.training.scoring import predict_logits
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def assert_same_weights(got: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = arrays(got), arrays(wanted)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def count_moments(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> list[str]:
+    """Note every moment at which a run reads films, validates or writes, and end it at one of them.
+
+    Before and after each write of the loop counts as a moment of its own. Returns the list that fills up.
+    """
+    moments: list[str] = []
+
+    def moment(what: str) -> None:
+        if len(moments) == kill_at:
+            raise Killed
+        moments.append(what)
+
+    def surrounded(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def around(*args: object, **kwargs: object) -> object:
+            moment(f"before {name}")
+            result = real(*args, **kwargs)
+            moment(f"after {name}")
+            return result
+
+        return around
+
+    for name in ("save_state", "save_model", "append_jsonl"):
+        monkeypatch.setattr(loop, name, surrounded(name, getattr(loop, name)))
+    real_batches = FilmSource.batches
+
+    def batches(self, batches_of_items):
+        for films in real_batches(self, batches_of_items):
+            moment("film batch")
+            yield films
+
+    monkeypatch.setattr(FilmSource, "batches", batches)
+    return moments
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """An unbroken run: folder, trained model, result, and the moments at which it could be killed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        moments = count_moments(monkeypatch)
+        model, result = run_tiny(folder)
+    return folder, model, result, moments
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(unbroken, tmp_path):
+    """Every moment of the run in turn: killed there, resumed by a new process's worth of fresh objects."""
+    folder, wanted, result, moments = unbroken
+    assert moments.count("after save_state") == 5  # steps 3, 6 and 9, and the epochs' ends, 5 and 10
+    best = (folder / "best_model.safetensors").read_bytes()
+    for kill_at in range(len(moments)):
+        run_dir = tmp_path / str(kill_at)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            count_moments(monkeypatch, kill_at)
+            with pytest.raises(Killed):
+                run_tiny(run_dir)
+        state = run_dir / "last" / "state.safetensors"
+        model, again = run_tiny(run_dir, model=TinyNet(seed=99 if state.exists() else 0), resume=state.exists())
+        assert_same_weights(model, wanted)
+        assert (run_dir / "best_model.safetensors").read_bytes() == best, moments[kill_at]
+        assert metrics(run_dir) == metrics(folder), f"killed at {kill_at}: {moments[kill_at]}"
+        assert (again.best_auc, again.best_epoch, again.steps) == (result.best_auc, result.best_epoch, result.steps)
+        assert not list(run_dir.rglob(".*")), "no temporary file is left"
+
+
+def test_a_kill_loses_at_most_the_steps_since_the_last_save(unbroken, tmp_path):
+    _, _, _, moments = unbroken
+    steps_done, done, in_validation = [], 0, 0
+    for what in moments:
+        steps_done.append(done)
+        # Two batches of the validation split follow each epoch of five training batches.
+        if what == "film batch":
+            in_validation = (in_validation + 1) % 7
+            done += 1 <= in_validation <= 5
+    for kill_at in range(len(moments)):
+        run_dir = tmp_path / str(kill_at)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            count_moments(monkeypatch, kill_at)
+            with pytest.raises(Killed):
+                run_tiny(run_dir)
+        state = run_dir / "last" / "state.safetensors"
+        saved = saved_progress(state).step if state.exists() else 0
+        assert saved <= steps_done[kill_at] <= saved + 3, (kill_at, moments[kill_at])
+
+
+def saved_progress(state: Path) -> Progress:
+    optimizer = optim.MultiOptimizer([optim.AdamW(1e-3), optim.AdamW(1e-3)], [lambda _, w: w.ndim > 1])
+    return load_state(state, TinyNet(), optimizer, "same")
+
+
+SCRIPT = """
+    import sys, time
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import mlx_cxr
+    from toy_training import TINY_VALIDATION, run_tiny, validator
+    inner = validator(*TINY_VALIDATION)
+    def validate(model):
+        print("validating", flush=True)
+        time.sleep({nap})
+        return inner(model)
+    run_tiny(Path(sys.argv[1]), validate=validate, resume={resume}, epochs=6)
+    print("done", flush=True)
+    """
+
+
+def start(run_dir: Path, resume: bool, nap: float) -> subprocess.Popen:
+    code = textwrap.dedent(SCRIPT.format(tests=str(TESTS), resume=resume, nap=nap))
+    return subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_process_really_killed_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL at a different time in each of three lives, and a fourth that ends by itself; against one of one life."""
+    run_dir, whole = tmp_path / "killed", tmp_path / "whole"
+    for life in range(3):
+        process = start(run_dir, resume=life > 0, nap=0.2)
+        assert any("validating" in line for line in process.stdout)
+        time.sleep(0.05 + 0.11 * life)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL
+    for folder, resume in ((run_dir, True), (whole, False)):
+        out, _ = start(folder, resume, nap=0).communicate(timeout=60)
+        assert out.endswith("done\n")
+    assert metrics(run_dir) == metrics(whole)
+    for name in ("best_model.safetensors", "last/state.safetensors"):
+        if name.startswith("best"):
+            assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+        ours, theirs = mx.load(str(run_dir / name)), mx.load(str(whole / name))
+        assert set(ours) == set(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(np.array(ours[key]), np.array(theirs[key]), err_msg=key)
+
+
+def test_steps_and_epochs_are_logged_once_and_in_order(unbroken):
+    folder, _, result, _ = unbroken
+    lines = metrics(folder, timed=True)
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [2, 4, 6, 8, 10]
+    assert [(line["epoch"], line["step"]) for line in lines if line["kind"] == "epoch"] == [(1, 5), (2, 10)]
+    assert result.steps == 10
+    assert result.epochs == 2
+    assert result.best_auc == max(line["val_macro_auc"] for line in lines if line["kind"] == "epoch")
+    for line in lines:
+        if line["kind"] == "epoch":
+            assert line["images_per_second"] > 0
+            assert line["peak_memory_bytes"] > 0
+
+
+def test_logged_losses_are_means_over_their_steps(tmp_path, monkeypatch):
+    """Against the losses of single steps, which a logging interval of 1 gives."""
+    run_tiny(tmp_path / "each", log_every=1)
+    run_tiny(tmp_path / "three", log_every=3)
+    each = {line["step"]: line for line in metrics(tmp_path / "each") if line["kind"] == "step"}
+    by_three = {line["step"]: line for line in metrics(tmp_path / "three") if line["kind"] == "step"}
+    assert list(by_three) == [3, 6, 9]
+    for key in ("loss", "grad_norm"):
+        assert by_three[3][key] == pytest.approx(np.mean([each[i][key] for i in (1, 2, 3)]), rel=1e-6)
+        assert by_three[6][key] == pytest.approx(each[6][key], rel=1e-6), "an interval begins with its epoch"
+        assert by_three[9][key] == pytest.approx(np.mean([each[i][key] for i in (7, 8, 9)]), rel=1e-6)
+    first = next(line for line in metrics(tmp_path / "three") if line["kind"] == "epoch")
+    assert first["train_loss"] == pytest.approx(np.mean([each[i]["loss"] for i in range(1, 6)]), rel=1e-6)
+
+
+def test_seeds_decide_everything(unbroken, tmp_path):
+    _, wanted, _, _ = unbroken
+    mx.random.seed(12345)
+    assert_same_weights(run_tiny(tmp_path / "a")[0], wanted)
+    other, _ = run_tiny(tmp_path / "b", seed=4)
+    assert np.abs(np.array(other.fc.weight) - np.array(wanted.fc.weight)).max() > 1e-4
+
+
+def test_dropout_and_augmentation_take_part(unbroken, tmp_path):
+    _, wanted, _, _ = unbroken
+    for changed in ({"model": TinyNet(dropout=0.0)}, {"augmentation": NO_AUGMENTATION}):
+        other, _ = run_tiny(tmp_path / str(len(changed)), **changed)
+        assert np.abs(np.array(other.fc.weight) - np.array(wanted.fc.weight)).max() > 1e-4
+
+
+def test_films_from_disk_train_to_the_same_weights(unbroken, tmp_path, monkeypatch):
+    _, wanted, _, _ = unbroken
+    real = FilmSource.__init__
+    monkeypatch.setattr(FilmSource, "__init__", lambda self, films, rows, _: real(self, films, rows, 0.0))
+    assert_same_weights(run_tiny(tmp_path)[0], wanted)
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(unbroken, tmp_path):
+    run_tiny(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RunFormatError, match=r"state.safetensors was made with other data or settings"):
+        run_tiny(tmp_path, resume=True, settings="others")
+    with pytest.raises(RunFormatError, match="nothing to resume"):
+        run_tiny(tmp_path / "absent", resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
+    _, wanted, _, _ = unbroken
+    _, first = run_tiny(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    model, again = run_tiny(tmp_path, resume=True, model=TinyNet(seed=5))
+    assert_same_weights(model, wanted)
+    assert (again.best_auc, again.steps, again.stopped_early) == (first.best_auc, 10, False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_new_run_does_not_inherit_an_old_ones_files(tmp_path):
+    """Else a kill before its first save would let `--resume` go on with the old one."""
+    run_tiny(tmp_path)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        count_moments(monkeypatch, 0)
+        with pytest.raises(Killed):
+            run_tiny(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_line_cut_by_a_kill_is_dropped(unbroken, tmp_path):
+    folder, _, _, _ = unbroken
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        count_moments(monkeypatch, 10)
+        with pytest.raises(Killed):
+            run_tiny(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"kind": "step", "step": 4, "lo')
+    run_tiny(tmp_path, resume=True)
+    assert metrics(tmp_path) == metrics(folder)
+
+
+def test_running_statistics_move_are_saved_and_validation_uses_them(tmp_path):
+    seen = []
+    inner = validator(*TINY_VALIDATION)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        seen.append({name: value for name, value in arrays(model).items() if "running_" in name})
+        model.eval()
+        seen[-1]["logits"] = np.array(model(preprocess(mx.array(TINY_VALIDATION[0]), 1)))
+        model.train()
+        return inner(model) | {"macro_auc": len(seen) / 10}
+
+    model, _ = run_tiny(tmp_path, validate=validate)
+    fresh = arrays(TinyNet())
+    for name in ("bn1.running_mean", "bn1.running_var", "blocks.1.running_mean", "blocks.1.running_var"):
+        assert np.abs(seen[0][name] - fresh[name]).max() > 1e-3, f"{name} did not move in the first epoch"
+        assert np.abs(seen[1][name] - seen[0][name]).max() > 1e-4, f"{name} did not move in the second epoch"
+        saved = mx.load(str(tmp_path / "best_model.safetensors"))[name]
+        np.testing.assert_array_equal(np.array(saved), seen[1][name])
+        np.testing.assert_array_equal(np.array(saved), arrays(model)[name])
+    # The logits of the loop's own scoring are those of the running statistics, not of a batch's own.
+    got = predict_logits(model, source(TINY_VALIDATION[0]), 5)
+    np.testing.assert_allclose(got, seen[1]["logits"], rtol=1e-4, atol=1e-5)
+
+
+def schedule_by_hand(step: int, total: int, warmup: int, peak: float, last: float) -> float:
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return last + 0.5 * (peak - last) * (1 + np.cos(np.pi * (step + 1 - warmup) / (total - warmup)))
+
+
+@pytest.mark.parametrize("clip_norm", [1e9, 0.05], ids=["unclipped", "clipped"])
+def test_twenty_steps_of_adamw_are_those_of_torch(torch, tmp_path, clip_norm):
+    """Warm-up, cosine, decay on kernels only, and clipping, by PyTorch's own optimizer on a linear model in float64."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = ResNetConfig()
+            self.fc = nn.Linear(64, 14)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.fc(x.reshape(x.shape[0], -1))
+
+    films, targets = square_films(20, 8, 0)
+    rng = np.random.default_rng(0)
+    targets[rng.random(targets.shape) < 0.2] = np.nan
+    model = Linear()
+    weight = (rng.normal(size=(14, 64)) * 0.1).astype(np.float32)
+    bias = rng.normal(size=14).astype(np.float32)
+    model.fc.weight, model.fc.bias = mx.array(weight), mx.array(bias)
+    config = TrainingConfig(
+        epochs=4,
+        batch_size=4,
+        learning_rate=0.05,
+        final_learning_rate=0.01,
+        warmup_fraction=0.2,
+        weight_decay=0.3,
+        clip_norm=clip_norm,
+        log_every=1,
+    )
+    train(
+        model,
+        masked_bce(),
+        TrainingData(source(films), targets),
+        lambda _: {"loss": 0.0, "macro_auc": 0.5},
+        training=config,
+        augmentation=NO_AUGMENTATION,
+        seed=1,
+        run_dir=tmp_path,
+        settings="",
+    )
+
+    w = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
+    groups = [{"params": [w], "weight_decay": 0.3}, {"params": [b], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
+    inputs = torch.tensor((films / 255 - 0.449) / 0.226).reshape(20, 64)
+    wanted, norms = torch.tensor(targets, dtype=torch.float64), []
+    order = np.concatenate([epoch_order(20, 4, 1, epoch) for epoch in range(4)])
+    assert len(order) == 20
+    for step, items in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule_by_hand(step, 20, 4, 0.05, 0.01)
+        y = wanted[items]
+        known = ~torch.isnan(y)
+        logits = torch.nn.functional.linear(inputs[items], w, b)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], y[known])
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([w, b], clip_norm).item())
+        optimizer.step()
+    np.testing.assert_allclose(np.array(model.fc.weight), w.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.array(model.fc.bias), b.detach().numpy(), atol=1e-5)
+    logged = [line["grad_norm"] for line in metrics(tmp_path) if line["kind"] == "step"]
+    np.testing.assert_allclose(logged, norms, rtol=1e-4)
+    if clip_norm < 1:
+        assert min(norms) < clip_norm < norms[5], "some steps were clipped, some not"
+    rates = [line["learning_rate"] for line in metrics(tmp_path) if line["kind"] == "epoch"]
+    np.testing.assert_allclose(rates, [schedule_by_hand(i, 20, 4, 0.05, 0.01) for i in (4, 9, 14, 19)], rtol=1e-5)
+    assert rates[-1] == pytest.approx(0.01)
+
+
+def test_weight_decay_is_on_kernels_only(tmp_path):
+    """With no label known there is no gradient: what decay does is all that happens."""
+    nothing = np.full((20, 14), np.nan, np.float32)
+    model, before = TinyNet(), arrays(TinyNet())
+    run_tiny(
+        tmp_path,
+        model=model,
+        targets=nothing,
+        weight_decay=0.5,
+        learning_rate=0.1,
+        final_learning_rate=0.1,
+        warmup_fraction=0.0,
+    )
+    after = arrays(model)
+    for name in ("conv1.weight", "blocks.0.weight", "fc.weight"):
+        np.testing.assert_allclose(after[name], before[name] * (1 - 0.1 * 0.5) ** 10, rtol=1e-5, err_msg=name)
+    for name in ("bn1.weight", "bn1.bias", "blocks.1.weight", "blocks.1.bias", "fc.bias"):
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("stages", "batchnorm"), [(3, False), (0, True)], ids=["stages", "batchnorm"])
+def test_frozen_parts_do_not_move(tmp_path, stages, batchnorm, precision):
+    model = ResNet18(ResNetConfig())
+    initialize(model, 0)
+    freeze(model, stages, batchnorm)
+    before = arrays(model)
+    films, targets = square_films(8, 32, 0)
+    options = {"augmentation": AugmentConfig(), "seed": 0, "run_dir": tmp_path, "settings": ""}
+    config = TrainingConfig(epochs=1, batch_size=4, precision=precision, learning_rate=1e-3, save_every=1)
+    fit(model, films, targets, lambda _: {"loss": 0.0, "macro_auc": 0.5}, training=config, **options)
+    for name, value in arrays(model).items():
+        assert value.dtype == np.float32
+        in_stage = name.startswith(("conv1", "bn1", "layer1", "layer2")) and stages == 3
+        in_norm = batchnorm and (".bn" in f".{name}" or "downsample.1" in name)
+        moved = np.abs(value - before[name]).max() > 0
+        assert moved != (in_stage or in_norm), name
+    # And such a run can be resumed, although the optimizer knows only a part of the network.
+    longer = config.model_copy(update={"epochs": 2})
+    result = fit(
+        model, films, targets, lambda _: {"loss": 0.0, "macro_auc": 0.6}, training=longer, resume=True, **options
+    )
+    assert (result.steps, result.best_epoch) == (4, 2)
+
+
+def fit(model, films, targets, validate, **options):
+    return train(model, masked_bce(), TrainingData(source(films), targets), validate, **options)
+
+
+def test_the_resnet_learns_left_from_right(tmp_path):
+    """Held-out AUC above 0.95 after 5 epochs of 6 steps, by the weights that were saved as the best."""
+    films, targets = square_films(96, 32, 0)
+    model = ResNet18(ResNetConfig())
+    initialize(model, 0)
+    result = fit(
+        model,
+        films,
+        targets,
+        validator(*square_films(64, 32, 1)),
+        training=TrainingConfig(epochs=5, batch_size=16, learning_rate=1e-3, log_every=1),
+        augmentation=AugmentConfig(),
+        seed=0,
+        run_dir=tmp_path,
+        settings="",
+    )
+    losses = [line["loss"] for line in metrics(tmp_path) if line["kind"] == "step"]
+    assert losses[0] == pytest.approx(np.log(2), abs=0.25)
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    assert result.best_auc > 0.95
+    best = load_model(tmp_path / "best_model.safetensors")
+    again = validator(*square_films(64, 32, 1))(best)
+    assert again["macro_auc"] == pytest.approx(result.best_auc, abs=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.03), ("float16", 0.004)])
+def test_reduced_precision_stays_close_and_keeps_float32_weights(unbroken, tmp_path, precision, tolerance):
+    """Ten steps: the loss within a few roundings of float32's (2^-8 and 2^-11), and not equal to it."""
+    folder, wanted, _, _ = unbroken
+    model, _ = run_tiny(tmp_path, precision=precision)
+    wanted_losses = [line["loss"] for line in metrics(folder) if line["kind"] == "step"]
+    got = [line["loss"] for line in metrics(tmp_path) if line["kind"] == "step"]
+    np.testing.assert_allclose(got, wanted_losses, rtol=tolerance)
+    assert got != wanted_losses
+    for name, value in arrays(model).items():
+        assert value.dtype == np.float32, name
+        if "running" not in name:
+            # AdamW moves a weight by at most the rate each step, whatever the gradient's size: 10 steps of 0.01.
+            assert np.abs(value - arrays(wanted)[name]).max() < 0.1, name
+
+
+def test_reduced_precision_is_what_the_network_computes_in(tmp_path, monkeypatch):
+    seen = []
+    real = TinyNet.__call__
+
+    def spy(self, x):
+        seen.append((x.dtype, self.conv1.weight.dtype, self.bn1.weight.dtype, self.training))
+        return real(self, x)
+
+    monkeypatch.setattr(TinyNet, "__call__", spy)
+    frozen = TinyNet()
+    frozen.conv1.freeze()
+    run_tiny(tmp_path, precision="bfloat16", model=frozen)
+    assert {entry[:3] for entry in seen if entry[3]} == {(mx.bfloat16, mx.bfloat16, mx.float32)}
+    assert {entry[:3] for entry in seen if not entry[3]} == {(mx.float32,) * 3}
+
+
+def step_against_torch(torch, run_dir: Path, seed: int) -> dict[str, float]:
+    """One step of the loop on the ResNet-18, and of PyTorch in float64: relative L2 error of each gradient.
+
+    Loss, gradient norm and running statistics are asserted. The gradient is read from AdamW's first moment, which
+    is 0.1 of it after one step.
+    """
+    from torch_reference import TorchResNet18, to_torch_state
+
+    films, targets = square_films(4, 48, seed)
+    targets[0, 3:6] = np.nan
+    model = ResNet18(ResNetConfig())
+    initialize(model, seed)
+    reference = TorchResNet18(1, 14).double()
+    reference.load_state_dict(to_torch_state(model))
+    weight = np.linspace(1, 5, 14)
+    train(
+        model,
+        masked_bce(weight),
+        TrainingData(source(films), targets),
+        lambda _: {"loss": 0.0, "macro_auc": 0.5},
+        training=TrainingConfig(epochs=1, batch_size=4, clip_norm=1e9, log_every=1),
+        augmentation=NO_AUGMENTATION,
+        seed=0,
+        run_dir=run_dir,
+        settings="",
+    )
+    pixels = torch.tensor((films[:, None] / 255.0 - 0.449) / 0.226)
+    wanted = torch.tensor(targets, dtype=torch.float64)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        reference.train()(pixels), torch.nan_to_num(wanted), pos_weight=torch.tensor(weight), reduction="none"
+    )
+    loss = each[~torch.isnan(wanted)].mean()
+    loss.backward()
+    theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
+
+    logged = metrics(run_dir)[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = np.sqrt(sum((gradient**2).sum() for gradient in theirs.values()))
+    assert logged["grad_norm"] == pytest.approx(norm, rel=1e-2)
+    state = mx.load(str(run_dir / "last" / "state.safetensors"))
+    for name, buffer in reference.named_buffers():
+        if "running" in name:
+            np.testing.assert_allclose(np.array(state[f"model.{name}"]), buffer.numpy(), rtol=1e-4, atol=1e-5)
+    errors = {}
+    for name, gradient in theirs.items():
+        moment = np.array(state[f"optimizer.states.{0 if gradient.ndim > 1 else 1}.{name}.m"]) * 10
+        ours = moment.transpose(0, 3, 1, 2) if moment.ndim == 4 else moment
+        errors[name] = float(np.linalg.norm(ours - gradient) / np.linalg.norm(gradient))
+    return errors
+
+
+def test_one_step_on_the_resnet_is_that_of_torch(torch, tmp_path):
+    """Every gradient to 1e-3, for one of four draws: near a ReLU's edge float32 may take its other side."""
+    worst = []
+    for seed in range(4):
+        errors = step_against_torch(torch, tmp_path / str(seed), seed)
+        name = max(errors, key=errors.get)
+        worst.append((errors[name], name))
+        assert errors[name] < 0.1, worst
+        if errors[name] < 1e-3:
+            return
+    pytest.fail(f"no draw agrees to 1e-3: {worst}")
+
+
+def test_early_stopping_at_patience(tmp_path):
+    aucs = iter([0.6, 0.8, 0.7, 0.8, 0.9, 0.95])
+    seen = []
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        seen.append(arrays(model))
+        return {"loss": 0.0, "macro_auc": next(aucs)}
+
+    _, result = run_tiny(tmp_path, validate=validate, epochs=6, patience=2)
+    assert (result.best_auc, result.best_epoch, result.epochs, result.stopped_early) == (0.8, 2, 4, True)
+    best = mx.load(str(tmp_path / "best_model.safetensors"))
+    np.testing.assert_array_equal(np.array(best["fc.weight"]), seen[1]["fc.weight"])
+    assert [line["val_macro_auc"] for line in metrics(tmp_path) if line["kind"] == "epoch"] == [0.6, 0.8, 0.7, 0.8]
+    _, again = run_tiny(tmp_path, validate=validate, epochs=6, patience=2, resume=True)
+    assert again.stopped_early
+    assert again.steps == result.steps
+
+
+def test_patience_zero_never_stops(tmp_path):
+    _, result = run_tiny(tmp_path, validate=lambda _: {"loss": 0.0, "macro_auc": 0.5}, epochs=5)
+    assert (result.epochs, result.best_epoch, result.stopped_early) == (5, 1, False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best(tmp_path, value):
+    """The weights go bad after epoch 1's best was kept; found by the next log line, before any save of them."""
+    inner, bad = validator(*TINY_VALIDATION), {}
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        figures = inner(network)
+        bad["best"] = arrays(network)
+        return figures
+
+    model = TinyNet()
+    real = loop.save_state
+
+    def save_then_poison(path, network, optimizer, progress):
+        real(path, network, optimizer, progress)
+        if progress.step == 5:
+            network.fc.weight = mx.full(network.fc.weight.shape, value)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(loop, "save_state", save_then_poison)
+        with pytest.raises(TrainingDivergedError, match=r"was (nan|inf) by step 6; lower training.learning_rate"):
+            run_tiny(tmp_path, model=model, validate=validate, save_every=1, log_every=4)
+    best = mx.load(str(tmp_path / "best_model.safetensors"))
+    np.testing.assert_array_equal(np.array(best["fc.weight"]), bad["best"]["fc.weight"])
+    state = mx.load(str(tmp_path / "last" / "state.safetensors"))
+    assert all(np.isfinite(np.array(value)).all() for value in state.values())
+    # What was kept can be gone on with.
+    _, result = run_tiny(tmp_path, model=TinyNet(), save_every=1, log_every=4, resume=True)
+    assert result.steps == 10
+
+
+def test_a_learning_rate_far_too_high_ends_the_run(tmp_path):
+    with pytest.raises(TrainingDivergedError, match=r"lower training.learning_rate"):
+        run_tiny(tmp_path, learning_rate=1e30, warmup_fraction=0.0, log_every=1)
+
+
+def test_undefined_validation_auc_ends_the_first_epoch(tmp_path):
+    with pytest.raises(TrainingDataError, match="no label has both classes"):
+        run_tiny(tmp_path, validate=lambda _: {"loss": 0.0, "macro_auc": float("nan")})
+
+
+def test_data_that_cannot_be_trained_on():
+    with pytest.raises(TrainingDataError, match="no training films; look at the manifest's summary"):
+        TrainingData(source(TINY[0][:0]), TINY[1][:0])
+    with pytest.raises(ValueError, match="20 films but 19 rows of targets"):
+        TrainingData(source(TINY[0]), TINY[1][1:])
+
+
+def test_a_cohort_smaller_than_a_batch_trains(tmp_path):
+    _, result = run_tiny(tmp_path, batch_size=64, epochs=3)
+    assert (result.steps, result.epochs) == (3, 3)
