@@ -90,7 +90,10 @@ def steps(config: Config, run_name: str | None = None) -> list[Step]:
     ]
     if config.data.synthetic:
         tables = config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz"
-        demo = Step("make_demo_data", lambda _: make_demo_data.run(config), ("seed", "demo"), list, (tables,))
+        # A cohort of an older version gives way to this one's; anything else in its place is still refused.
+        demo = Step(
+            "make_demo_data", lambda _: make_demo_data.run(config, overwrite=True), ("seed", "demo"), list, (tables,)
+        )
         chain.insert(0, demo)
     return chain
 

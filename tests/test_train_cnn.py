@@ -124,6 +124,7 @@ def test_the_best_weights_reproduce_the_figure_that_chose_them(cohort, finished)
 def test_a_command_killed_and_resumed_ends_with_the_same_weights(cohort, finished):
     """SIGKILL of the real command during its second epoch, after state was saved; then `--resume`."""
     run_dir = cohort / "outputs" / "killed"
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
     process = command(cohort, "--run_name", "killed")
     for line in process.stdout:
         if line.startswith("epoch   1/2"):
@@ -135,12 +136,14 @@ def test_a_command_killed_and_resumed_ends_with_the_same_weights(cohort, finishe
     resumed = command(cohort, "--run_name", "killed", "--resume")
     _, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors
-    assert "going on from the last saved state" in errors or "metrics" not in errors
+    assert "going on from the last saved state" in errors
     for name in ("best_model.safetensors", "last/state.safetensors"):
         ours, theirs = mx.load(str(run_dir / name)), mx.load(str(finished / name))
         assert set(ours) == set(theirs)
+        # Equal bit by bit on the CPU; another device may add up in another order.
+        slack = 0 if on_cpu else 1e-3
         for key in ours:
-            np.testing.assert_array_equal(np.array(ours[key]), np.array(theirs[key]), err_msg=key)
+            np.testing.assert_allclose(np.array(ours[key]), np.array(theirs[key]), rtol=slack, atol=slack, err_msg=key)
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
 

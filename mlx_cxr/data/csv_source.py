@@ -113,8 +113,8 @@ def _matching(table: pd.DataFrame, where: dict[str, str], path: Path) -> pd.Data
 def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:
     """Labels from a column that lists findings, and the names that mean none of the 14 with their counts.
 
-    A label that the source covers is 1 where listed, else 0; the others are empty, and so is all of a row whose list
-    is empty. A name that is one of the 14 counts as itself without being mapped.
+    A label that the source covers is 1 where listed, else 0; the others are empty. A name that is one of the 14 counts
+    as itself without being mapped.
     """
     lists = table[source.findings].str.split(re.escape(source.findings_separator), regex=True)
     names = lists.explode().str.strip()
@@ -125,7 +125,6 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
     present = pd.DataFrame(0.0, index=table.index, columns=[name for name in LABELS if name in covered])
     for name in present.columns:
         present.loc[label.index[label == name].unique(), name] = 1.0
-    present[table[source.findings] == ""] = np.nan
     return present, dict(Counter(names[label.isna()].tolist()).most_common())
 
 

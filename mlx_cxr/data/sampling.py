@@ -47,7 +47,7 @@ def stratified_parts(
         fits = (room >= count[0] / 2) & (share > 0)
         if fits.any():
             growth = (2 * excess[fits] + count) @ (count * weight) / share[fits]
-            part = np.flatnonzero(fits)[np.argmin(growth)]
+            part = np.flatnonzero(fits)[np.argmin(growth.round(9))]  # rounded: ties fall alike on every machine
         else:
             part = np.argmax(room)
         excess[part] += count

@@ -98,29 +98,11 @@ class SourceRows:
 
 
 def films_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Which files exist, found by listing each folder once from the top, so that absent branches cost nothing.
-
-    Args:
-        root: the folder that `paths` are relative to.
-        paths: with `/` between folders.
-
-    Returns:
-        bool (N,).
-    """
-    names_in: dict[str, frozenset[str]] = {}
-
-    def listing(folder: str) -> frozenset[str]:
-        if (names := names_in.get(folder)) is None:
-            parent, _, name = folder.rpartition("/")
-            there = not folder or name in (".", "..") or name in listing(parent)
-            names = names_in[folder] = _names(root / folder) if there else frozenset()
-        return names
-
-    found = np.zeros(len(paths), dtype=bool)
-    for row, path in enumerate(paths):
-        folder, _, name = path.rpartition("/")
-        found[row] = name in listing(folder)
-    return found
+    """Which of the files at `paths`, relative to `root`, exist; bool (N,)."""
+    # Asking for each is four times faster than listing MIMIC's folders of one or two films, and `Path` three times
+    # slower than `os.path` for 377,110 of them.
+    start = os.path.join(root, "")  # noqa: PTH118
+    return np.fromiter((os.path.isfile(start + path) for path in paths), dtype=bool, count=len(paths))  # noqa: PTH113
 
 
 def normalized_splits(values: pd.Series, path: str | Path) -> pd.Series:
@@ -164,10 +146,3 @@ def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: 
             values = frame.loc[frame["study_id"] == study, column].drop_duplicates().tolist()[:3]
             raise DataError(f"{path}: the films of study {study!r} disagree in {column}: {values}; {way_out}")
 
-
-def _names(folder: Path) -> frozenset[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries)
-    except (NotADirectoryError, FileNotFoundError):
-        return frozenset()

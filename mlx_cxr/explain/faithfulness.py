@@ -202,6 +202,10 @@ def randomization_check(
 ) -> dict[str, np.ndarray]:
     """Rank correlation of each map with that of a network whose last layers were randomized.
 
+    The maps are compared before their ReLU: a network with random weights seldom speaks for a rare finding
+    anywhere, and a map of zeros correlates with nothing. For Grad-CAM and HiResCAM that is the target's map less
+    the map of minus the target, exactly; for Grad-CAM++ it is that difference.
+
     Args:
         model: in evaluation mode; left alone.
         x: float (N, H, W, channels), as `models.resnet.preprocess` makes it.
@@ -215,20 +219,30 @@ def randomization_check(
 
     Returns:
         For `fc`, `fc+layer4`, …: float64 (draws, K, N), Spearman's correlation over the cells of the map,
-        ties averaged; NaN where one of the two maps is constant, such as zero everywhere.
+        ties averaged; NaN where one of the two maps is constant.
 
     Raises:
         RuntimeError: the model is in training mode.
         KeyError: a part, finding or method that is not there.
     """
     targets = as_targets(targets)
-    before = class_activation_maps(model, x, targets, method).raw
+    before = _signed_maps(model, x, targets, method)
     result = {}
     for depth in range(1, len(cascade) + 1):
         shuffled = (randomize_parameters(model, cascade[:depth], seed + draw) for draw in range(draws))
-        after = [class_activation_maps(other, x, targets, method).raw for other in shuffled]
+        after = [_signed_maps(other, x, targets, method) for other in shuffled]
         result["+".join(cascade[:depth])] = np.stack([_spearman(before, maps) for maps in after])
     return result
+
+
+def _signed_maps(model: nn.Module, x: mx.array, targets: Sequence[Target], method: Method) -> np.ndarray:
+    """(K, N, h, w): what speaks for each target, less what speaks against it."""
+
+    def against(target: Target) -> Target:
+        return lambda logits: -target(logits)
+
+    both = class_activation_maps(model, x, [*targets, *map(against, targets)], method).raw
+    return both[: len(targets)] - both[len(targets) :]
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

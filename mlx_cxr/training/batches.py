@@ -9,6 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 
+_PIECE = 256
+
+
 class FilmSource:
     """Rows of a pixel store, served as device arrays.
 
@@ -24,7 +27,7 @@ class FilmSource:
         self._films = films
         self._rows = np.asarray(rows, dtype=np.int64)
         size = len(self._rows) * films.shape[1] * films.shape[2]
-        self._resident = mx.array(films[np.sort(self._rows)]) if size <= budget_gb * 1e9 else None
+        self._resident = _on_device(films, np.sort(self._rows)) if size <= budget_gb * 1e9 else None
         if self._resident is not None:
             self._place = np.argsort(np.argsort(self._rows, kind="stable"), kind="stable")
 
@@ -64,6 +67,16 @@ class FilmSource:
         out = np.empty((len(rows), *self._films.shape[1:]), dtype=np.uint8)
         out[order] = self._films[rows[order]]
         return out
+
+
+def _on_device(films: np.ndarray, rows: np.ndarray) -> mx.array:
+    """`films[rows]` on the device, filled piece by piece: a copy of all of it would double the memory taken."""
+    out = mx.zeros((len(rows), *films.shape[1:]), dtype=mx.uint8)
+    for start in range(0, len(rows), _PIECE):
+        piece = rows[start : start + _PIECE]
+        out[start : start + len(piece)] = mx.array(films[piece])
+        mx.eval(out)
+    return out
 
 
 def epoch_order(items: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:

@@ -61,5 +61,7 @@ class Cohort:
         wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
         chosen = np.flatnonzero(wanted)
         rows = self.store.rows(frame["image_id"].iloc[chosen])
-        films = FilmSource(self.store.images, rows, self.budget_gb)
+        # The splits share one budget: what does not fit as a whole is read from disk.
+        fits = self.store.images.nbytes <= self.budget_gb * 1e9
+        films = FilmSource(self.store.images, rows, self.budget_gb if fits else 0.0)
         return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], films)

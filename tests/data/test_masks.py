@@ -155,6 +155,20 @@ class TestThinFindings:
         area = np.asarray(finding, float).reshape(64, 15, 64, 15).mean((1, 3))
         assert (Transform(64).apply_mask(finding) == (area >= 0.5)).all()
 
+    def test_the_pixel_that_a_box_filter_misses(self):
+        # Row 112 of 300 ends on the border between rows 41 and 42 of 112; Pillow's BOX counts it to neither.
+        mask = np.zeros((300, 200), bool)
+        mask[112, 0] = True
+        assert Transform(112).apply_mask(mask).any()
+
+    @pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
+    def test_uneven_sizes_follow_the_area(self, fit):
+        # The area by brute force: each pixel of the film split into 7 x 7, each of the result made of 11 x 11 of them.
+        finding = disc(77, 77, 40, 35, 25)
+        fine = np.kron(finding, np.ones((7, 7)))
+        area = fine.reshape(49, 11, 49, 11).mean((1, 3))
+        assert ((area >= 0.5) == Transform(49, fit).apply_mask(finding)).all()
+
     @settings(max_examples=50, deadline=None)
     @given(
         row=st.integers(0, 299),

@@ -28,14 +28,16 @@ def cohort(patients: int, seed: int, split: bool = False) -> pd.DataFrame:
 
 @given(
     seed=st.integers(0, 10_000),
-    groups=st.integers(1, 60),
+    groups=st.integers(1, 80),
+    largest=st.sampled_from([1, 9, 40]),
+    density=st.sampled_from([0.03, 0.2, 0.5]),
     shares=st.sampled_from([(0.65, 0.15, 0.2), (0.1, 0.9), (1.0,), (0.8, 0.0, 0.2), (1 / 3, 1 / 3, 1 / 3)]),
 )
-@settings(max_examples=60, deadline=None)
-def test_every_group_is_dealt_and_sizes_are_within_one_group(seed, groups, shares):
+@settings(max_examples=200, deadline=None)
+def test_every_group_is_dealt_and_sizes_are_within_one_group(seed, groups, largest, density, shares):
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 9, groups)
-    positives = rng.integers(0, 2, (groups, 4)) * sizes[:, None]
+    sizes = np.minimum(rng.geometric(0.2, groups), largest)
+    positives = (rng.random((groups, 14)) < density) * rng.integers(1, sizes[:, None] + 1)
     parts = stratified_parts(sizes, positives, shares, [str(i) for i in range(groups)], seed)
     got = np.bincount(parts, weights=sizes, minlength=len(shares))
     target = np.array(shares) * sizes.sum()
@@ -113,10 +115,10 @@ def test_sample_is_closer_than_chance():
 
 def test_films_of_a_study_count_once():
     frame = cohort(300, 2, split=True)
-    doubled = pd.concat([frame, frame], ignore_index=True)
-    chosen = sample_studies(doubled, 200, 0.1, 0.1, 0)
-    np.testing.assert_array_equal(chosen[: len(frame)], chosen[len(frame) :])
+    more = pd.concat([frame, frame[frame["Edema"] == 1], frame[:99]], ignore_index=True)
+    chosen = sample_studies(more, 200, 0.1, 0.1, 0)
     np.testing.assert_array_equal(chosen[: len(frame)], sample_studies(frame, 200, 0.1, 0.1, 0))
+    np.testing.assert_array_equal(chosen[-99:], chosen[:99])
 
 
 def test_more_than_there_is_keeps_all():

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from mlx_cxr.explain.faithfulness import (
     Curves,
     _ranks,
+    _signed_maps,
     _spearman,
     faithfulness_curves,
     gaussian_blur,
@@ -19,6 +20,7 @@ from mlx_cxr.explain.faithfulness import (
 )
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.targets import LabelLogit
+from mlx_cxr.labels import label_index
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 
@@ -155,6 +157,26 @@ def test_a_check_that_randomizes_nothing_of_use_finds_no_change(resnet):
     x = mx.array(np.random.default_rng(2).normal(size=(1, 96, 96, 1)).astype(np.float32))
     result = randomization_check(resnet, x, ["Edema", "Lung Lesion"], cascade=("fc.bias",), draws=1)
     assert np.nanmin(result["fc.bias"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "hires_cam"])
+def test_the_check_compares_maps_before_their_relu(resnet, method):
+    """For average pool + linear that is the head's weights applied cell by cell, with no cell cut to zero."""
+    x = mx.array(np.random.default_rng(2).normal(size=(2, 96, 96, 1)).astype(np.float32))
+    a = np.array(resnet.features(x))
+    signed = np.einsum("nhwc,c->nhw", a, np.array(resnet.fc.weight)[label_index("Edema")]) / (a.shape[1] * a.shape[2])
+    assert (signed < 0).any()
+    got = _signed_maps(resnet, x, (LabelLogit("Edema"),), method)[0]
+    np.testing.assert_allclose(got, signed, atol=1e-4 * np.abs(signed).max())
+
+
+def test_a_map_that_is_negative_everywhere_can_be_checked_too(resnet):
+    x = mx.array(np.random.default_rng(2).normal(size=(1, 96, 96, 1)).astype(np.float32))
+    weight = np.array(resnet.fc.weight)
+    negative = randomize_parameters(resnet, ["fc"], seed=0)
+    negative.load_weights([("fc.weight", mx.array(-np.abs(weight)))], strict=False)
+    assert class_activation_maps(negative, x, ["Edema"]).raw.max() == 0
+    assert np.isfinite(randomization_check(negative, x, ["Edema"], draws=2)["fc"]).all()
 
 
 def test_shuffling_keeps_the_values_and_touches_the_named_part_only(resnet):

@@ -50,6 +50,18 @@ def test_any_rows_in_any_order(rows, data):
         np.testing.assert_array_equal(np.array(source.batch(items)), FILMS[np.array(rows)[items]])
 
 
+def test_films_reach_the_device_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("mlx_cxr.training.batches._PIECE", 3)
+    rows = np.array([19, 3, 3, 8, 0, 11, 5, 2])
+    np.testing.assert_array_equal(np.array(FilmSource(FILMS, rows, 1.0).batch(np.arange(8))), FILMS[rows])
+    large = np.zeros((2000, 64, 64), dtype=np.uint8)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    source = FilmSource(large, np.arange(2000), 1.0)
+    assert source.resident
+    assert mx.get_peak_memory() - before < 1.3 * large.nbytes
+
+
 def test_budget_counts_the_rows_of_this_source(store):
     bytes_of_three = 3 * 36
     assert FilmSource(store, np.arange(3), bytes_of_three / 1e9).resident

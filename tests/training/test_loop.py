@@ -49,6 +49,15 @@ def assert_same_weights(got: nn.Module, wanted: nn.Module) -> None:
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Resumed runs are equal bit by bit on the CPU; other devices are exercised by the stage's test."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 
@@ -146,7 +155,8 @@ SCRIPT = """
     import sys, time
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    import mlx_cxr
+    import mlx_cxr, mlx.core as mx
+    mx.set_default_device(mx.cpu)
     from toy_training import TINY_VALIDATION, run_tiny, validator
     inner = validator(*TINY_VALIDATION)
     def validate(model):

@@ -1,0 +1,138 @@
+"""The whole pipeline on a very small cohort: what runs, what is skipped and why, what stops it, what it refuses."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mlx_cxr import pipeline
+from mlx_cxr.config import load_config
+from mlx_cxr.errors import UserError
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.labels import SCORING_PROTOCOLS
+from mlx_cxr.runs import RunExistsError, sha256_file
+
+YAML = """
+name: tiny
+run_name: tiny
+outputs: {here}/outputs
+data: {{synthetic: true, root: {here}/raw, work_dir: {here}/work}}
+demo: {{patients: 24, image_size: 128}}
+pixels: {{size: 32, workers: 2}}
+model: {{weights: scratch, output_stride: 16}}
+training: {{epochs: 2, batch_size: 8, save_every: 2, learning_rate: 1e-3}}
+evaluation: {{bootstrap_samples: 50}}
+explain: {{labels: [Support Devices, Pleural Effusion], examples_per_outcome: 1}}
+pipeline: {{min_val_auc: 0.0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    here = tmp_path_factory.mktemp("tiny")
+    path = here / "tiny.yaml"
+    path.write_text(YAML.format(here=here))
+    pipeline.main(["--config", str(path)])
+    return path
+
+
+def _ran(caplog):
+    """Stage -> the reason it ran, or `skipped`, from the log."""
+    stages = {}
+    for record in caplog.records:
+        text = record.getMessage()
+        if text.startswith("[") and ": runs (" in text:
+            stages[text.split("] ")[1].split(":")[0]] = text.split(": runs (")[1].rstrip(")")
+        elif text.startswith("[") and "skipped" in text:
+            stages[text.split("] ")[1].split(":")[0]] = "skipped"
+    return stages
+
+
+def _run(path, caplog, overrides=(), **options):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="mlx_cxr"):
+        folder = pipeline.run(load_config(path, overrides), **options)
+    return folder, _ran(caplog)
+
+
+def test_results_are_those_of_the_predictions_it_leaves(tiny):
+    folder = load_config(tiny).run_dir()
+    results = json.loads((folder / "test_results.json").read_text())
+    test = read_predictions(folder / "predictions.csv").predictions.of_split("test")
+    targets = SCORING_PROTOCOLS["empty_negative"].apply(test.raw_labels)
+    scored = [k for k in range(14) if len(np.unique(targets[:, k])) == 2]
+    expected = np.mean([roc_auc_score(targets[:, k], test.logits[:, k]) for k in scored])
+    assert results["protocols"]["empty_negative"]["macro"]["roc_auc"]["value"] == pytest.approx(expected, abs=1e-9)
+    assert results["synthetic"] is True
+    assert "synthetic" in (folder / "findings.md").read_text().lower()
+
+
+def test_a_second_call_skips_every_stage_and_changes_no_file(tiny, caplog):
+    folder = load_config(tiny).run_dir()
+    before = {path: sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    _, stages = _run(tiny, caplog)
+    assert set(stages.values()) == {"skipped"}
+    assert len(stages) == 5
+    assert {path: sha256_file(path) for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_evaluation_setting_runs_evaluation_only_and_says_which(tiny, caplog):
+    _, stages = _run(tiny, caplog, ["evaluation.threshold_rule=youden"])
+    assert stages.pop("evaluate_cnn") == "changed: evaluation.threshold_rule"
+    assert set(stages.values()) == {"skipped"}
+    _run(tiny, caplog)  # back, for the tests that follow
+
+
+def test_a_run_made_with_other_settings_is_not_replaced_unless_asked(tiny, caplog):
+    weights = load_config(tiny).run_dir() / "best_model.safetensors"
+    before = sha256_file(weights)
+    with pytest.raises(RunExistsError, match=r"training\.learning_rate.*--overwrite"):
+        _run(tiny, caplog, ["training.learning_rate=2e-3"])
+    assert sha256_file(weights) == before
+    _, stages = _run(tiny, caplog)
+    assert set(stages.values()) == {"skipped"}
+
+
+def test_start_at_runs_that_stage_and_those_after_it(tiny, caplog):
+    _, stages = _run(tiny, caplog, start_at="evaluate_cnn")
+    assert stages["evaluate_cnn"] == "asked for"
+    assert stages["train_cnn"] == "skipped"
+    with pytest.raises(UserError, match=r"--start_at evaluate: the stages .* evaluate_cnn"):
+        _run(tiny, caplog, start_at="evaluate")
+
+
+def test_a_gate_that_is_not_met_stops_with_status_3_unless_ignored(tiny, caplog):
+    arguments = ["--config", str(tiny), "--set", "pipeline.min_val_auc=1.0"]
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.main(arguments)
+    assert stopped.value.code == 3
+    with caplog.at_level(logging.WARNING, logger="mlx_cxr"):
+        pipeline.main([*arguments, "--ignore_gates"])
+    assert "gate not met" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_killed_pipeline_goes_on_and_ends_with_the_weights_of_an_unbroken_one(tiny):
+    outputs = load_config(tiny).outputs
+    command = [sys.executable, "-m", "mlx_cxr.pipeline", "--config", str(tiny), "--run_name"]
+    # Both in processes of their own: another process's memory layout may round a matrix product differently.
+    subprocess.run([*command, "unbroken"], check=True, capture_output=True)
+    state = outputs / "killed" / "last" / "state.safetensors"
+    process = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not (outputs / "killed" / "training.json").exists()
+    subprocess.run([*command, "killed"], check=True, capture_output=True)
+    ours, theirs = (mx.load(str(outputs / run / "best_model.safetensors")) for run in ("killed", "unbroken"))
+    assert {name for name in ours if not mx.array_equal(ours[name], theirs[name])} == set()
