@@ -66,7 +66,11 @@ def run(config: Config) -> Path:
     log.info("%s\n%s, sha256 %s", text, config.manifest_path, sha256[:12])
     for name, counts in split_counts(rows.frame).items():
         if not counts["images"]:
-            log.warning("no film is in split %r: a model cannot be trained and scored on this manifest", name)
+            log.warning(
+                "no film is in split %r: a model cannot be trained and scored on this manifest; "
+                "get more of the data, or set data.split: made",
+                name,
+            )
     return config.manifest_path
 
 
@@ -85,7 +89,7 @@ def source_tables(config: Config) -> list[Path]:
 
 def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
     data = config.data
-    if (rows.frame["split"] == "").all():
+    if data.split == "made" or (rows.frame["split"] == "").all():
         split = split_patients(rows.frame, data.validation_fraction, data.test_fraction, config.seed)
         return replace(rows, frame=rows.frame.assign(split=split)), "made by patient"
     rows = rows.keep((rows.frame["split"] != "").to_numpy(), "no split given")

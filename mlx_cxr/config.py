@@ -96,9 +96,13 @@ class DataConfig(_Section):
     n_studies: Count | None = None
     patients_table: Path | None = None
     """Optional table with `subject_id`, `gender` and `anchor_age` (MIMIC-IV `patients.csv.gz`)."""
+    split: Literal["source", "made"] = "source"
+    """`source`: the split the data come with, where they do. `made`: one by patient in its place, as for a download so
+    partial that the official validation patients are not in it; figures are then not comparable with published ones."""
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
-    """Shares of patients where the source brings no split."""
+    """Shares of patients in a split that is made here, and least shares of a sample of `n_studies`: MIMIC-CXR's official
+    validation and test splits are so small that a proportional sample would leave too few to score."""
     csv: CsvSource | None = None
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.data.films import INVERTED, Transform
+from mlx_cxr.data.decoding import INVERTED, Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.store_writer import StoreReport, build_store
 from mlx_cxr.errors import readable_errors

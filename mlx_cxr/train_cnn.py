@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_cxr import runtime
@@ -24,7 +25,7 @@ from mlx_cxr.models.resnet import ResNet18, parameter_counts
 from mlx_cxr.runs import RunExistsError, create_run, hash_of, write_json
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.loop import TrainingData, TrainingDataError, TrainingDivergedError, train
-from mlx_cxr.training.losses import masked_bce, positive_weights
+from mlx_cxr.training.losses import masked_bce, positive_weights, prior_logits
 from mlx_cxr.training.scoring import predict_logits
 
 log = logging.getLogger("mlx_cxr")
@@ -80,6 +81,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         (run_dir / "training.json").unlink(missing_ok=True)
 
     weights = positive_weights(targets, config.training.class_weighting, config.training.max_class_weight)
+    if origin["head"] == "fresh":
+        model.fc.bias = mx.array(prior_logits(targets, weights))
     result = train(
         model,
         masked_bce(weights),

@@ -166,3 +166,15 @@ def test_an_empty_split_is_said(tmp_path, caplog):
     path.write_text(f"name: t\ndata:\n  root: {root}\n  work_dir: {tmp_path / 'work'}\n")
     build_manifest.run(load_config(path))
     assert "no film is in split 'validate'" in caplog.text
+
+
+def test_a_split_can_be_made_where_the_source_leaves_one_empty(tmp_path):
+    only_train = [study for study in studies() if study.split == "train"]
+    root = write_tree(tmp_path / "raw", only_train)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: t\ndata:\n  root: {root}\n  work_dir: {tmp_path / 'work'}\n  split: made\n")
+    manifest = load_manifest(build_manifest.run(load_config(path)))
+    check_patient_splits(manifest.frame)
+    patients = manifest.frame.drop_duplicates("patient_id")["split"].value_counts()
+    assert patients.sum() == 18
+    assert (patients["validate"], patients["test"]) == (3, 4)  # 15 % and 20 % of 18

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlx_cxr.config import load_config
-from mlx_cxr.data.films import Transform
+from mlx_cxr.data.films import Transform, apply
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
@@ -50,7 +50,7 @@ def test_the_store_opens_with_what_the_next_stage_has(root, capsys):
     row = store.rows(["004"])[0]
     assert row == 4
     film = np.asarray(Image.open(root / "f4.png"))
-    assert (store.images[row] == Transform(32).apply(film)).all()
+    assert (store.images[row] == apply(film, Transform(32))).all()
     assert {path.name for path in (root / "work").iterdir()} == {"images_32.json", "images_32.npy", "manifest.csv"}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from mlx_cxr.data.films import FilmError, Transform, decode
+from mlx_cxr.data.decoding import FilmError, Transform, decode
 from mlx_cxr.errors import UserError
 
 _MAX_CHUNK = 8
@@ -36,7 +36,7 @@ class Decoded:
         row: as it was asked for.
         pixels: S * S bytes, row by row; None where the film cannot be used.
         reason: why not; None where it can.
-        notes: see `films.Film`.
+        notes: see `decoding.Film`.
     """
 
     row: int
@@ -97,7 +97,7 @@ def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list
         except FilmError as error:
             done.append(Decoded(row, None, str(error)))
         else:
-            done.append(Decoded(row, film.pixels.tobytes(), None, film.notes))
+            done.append(Decoded(row, film.image.tobytes(), None, film.notes))
     return done
 
 

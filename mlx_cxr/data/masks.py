@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.films import FORMATS, MAX_PIXELS, Transform
+from mlx_cxr.data.decoding import FORMATS, MAX_PIXELS, Transform
+from mlx_cxr.data.films import apply_mask
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.labels import LABELS, label_index
 
@@ -71,7 +72,7 @@ def load_masks(
         return {}
     film = Path(root, image_path)
     film_size = _film_size(film)
-    return {label: transform.apply_mask(_read_mask(found[label], film, film_size)) for label in wanted}
+    return {label: apply_mask(_read_mask(found[label], film, film_size), transform) for label in wanted}
 
 
 def _read_mask(path: Path, film: Path, film_size: tuple[int, int]) -> np.ndarray:

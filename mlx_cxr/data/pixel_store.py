@@ -12,7 +12,7 @@
     pillow      version of the decoder
     stored      films in the array
     unreadable  image_id -> why it could not be used
-    notes       image_id -> what is unusual about it (`films.Film.notes`)
+    notes       image_id -> what is unusual about it (`decoding.Film.notes`)
     image_ids   of each row
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.data.films import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.runs import RunFormatError, read_json

@@ -29,7 +29,7 @@ import PIL
 from tqdm import tqdm
 
 from mlx_cxr.data.decode_pool import Decoded, decode_films
-from mlx_cxr.data.films import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.pixel_store import SCHEMA, map_images, partial_paths, read_index, sample_hash
 from mlx_cxr.data.tables import DataError

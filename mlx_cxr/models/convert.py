@@ -206,8 +206,8 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
         seed: of fresh weights.
 
     Returns:
-        The model in training mode, and its provenance: `weights` (`imagenet`, `scratch` or `file`),
-        `requested`, and as they apply `path`, `sha256`, `source`, `revision`, `licence`, `reason`.
+        The model in training mode, and its provenance: `weights` (`imagenet`, `scratch` or `file`), `head`
+        (`fresh` or `loaded`), `requested`, and as they apply `path`, `sha256`, `source`, `revision`, `licence`, `reason`.
 
     Raises:
         FileNotFoundError: `config.weights` names a file that does not exist.
@@ -227,7 +227,7 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
         path = hub.IMAGENET.path(weights_dir)
         origin = {key: record.get(key) for key in ("source", "revision", "licence")}
         model = _filled(path, adapt(load_torchvision(path), wanted, seed), wanted)
-        return model, {"weights": "imagenet", "requested": "imagenet", **_file_entry(path), **origin}
+        return model, {"weights": "imagenet", "requested": "imagenet", "head": "fresh", **_file_entry(path), **origin}
     if config.weights == "scratch":
         return _scratch(wanted, seed)
     path = Path(config.weights)
@@ -243,10 +243,12 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
             log.warning(
                 "%s was trained at output stride %d, now %d", path, have.output_stride, wanted.output_stride
             )
-        model = _filled(path, arrays, wanted)
+        model, head = _filled(path, arrays, wanted), "loaded"
     else:
-        model = _filled(path, adapt(load_torchvision(path), wanted, seed), wanted)
-    return model, {"weights": "file", "requested": config.weights, **_file_entry(path)}
+        weights = load_torchvision(path)
+        head = "loaded" if weights["fc.weight"].shape[0] == wanted.num_classes else "fresh"
+        model = _filled(path, adapt(weights, wanted, seed), wanted)
+    return model, {"weights": "file", "requested": config.weights, "head": head, **_file_entry(path)}
 
 
 def fetch_imagenet(weights_dir: str | Path, local: Path | None = None, again: bool = False) -> dict[str, Any]:
@@ -315,7 +317,7 @@ def _scratch(config: ResNetConfig, seed: int) -> tuple[ResNet18, dict[str, Any]]
     model = ResNet18(config)
     initialize(model, seed)
     mx.eval(model.parameters())
-    return model, {"weights": "scratch", "requested": "scratch"}
+    return model, {"weights": "scratch", "requested": "scratch", "head": "fresh"}
 
 
 def _filled(path: str | Path, arrays: Mapping[str, mx.array], config: ResNetConfig) -> ResNet18:

@@ -16,7 +16,7 @@ from scipy.interpolate import PchipInterpolator
 from mlx_cxr.phantom.geometry import Ellipsoid, View, smoothstep
 
 RIGHT, LEFT = -1, 1
-HEART_WIDTH = 12.6
+HEART_WIDTH = 13.1
 """Right to left border of the heart solids at scale 1, cm; a test measures it."""
 DOME_CURVE_X, DOME_CURVE_Z, DOME_Z = np.float32(0.070), np.float32(0.038), np.float32(2.2)
 

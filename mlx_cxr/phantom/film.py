@@ -18,6 +18,10 @@ from mlx_cxr.phantom.skeleton import bones
 from mlx_cxr.phantom.vessels import airways, draw, grow
 
 
+OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia", "Edema", "Atelectasis", "Lung Lesion")
+"""Lung Opacity and its children in CheXpert's hierarchy of labels."""
+
+
 @dataclass(frozen=True)
 class Film:
     """A rendered film.
@@ -199,7 +203,7 @@ def _mark_side(pixels: np.ndarray, view: View, supine: bool, rng: np.random.Gene
 def _finished_masks(canvas: Canvas, findings: Mapping[str, Finding]) -> dict[str, np.ndarray]:
     """Masks of what shows; Lung Opacity, as the parent, takes in its children's."""
     masks = {label: mask for label, mask in canvas.masks.items() if label in findings and mask.any()}
-    children = [masks[label] for label in ("Lung Opacity", "Consolidation", "Pneumonia") if label in masks]
+    children = [masks[label] for label in OPACITIES if label in masks]
     if children:
         masks["Lung Opacity"] = np.logical_or.reduce(children)
     return masks

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 
-
 _PIECE = 256
 
 

@@ -69,3 +69,24 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
     elif rule != "balanced":
         raise ValueError(f"class weighting {rule!r}: none, inverse_sqrt or balanced")
     return np.minimum(ratio, largest).astype(np.float32)
+
+
+def prior_logits(targets: np.ndarray, positive_weight: np.ndarray | None = None) -> np.ndarray:
+    """The logits that minimize `masked_bce` when nothing is known of the film: where a fresh head's bias starts.
+
+    A head that starts at 0 learns to say "rare" through its weights, which makes the evidence of most films negative
+    and their class-activation maps empty; with the prior in the bias the weights hold what speaks for and against
+    (Lin et al., Focal Loss, arXiv:1708.02002, section 4.1, start a rare class's bias so).
+
+    Args:
+        targets: float (N, 14) in [0, 1], NaN where unknown.
+        positive_weight: (14,) factor on the positive term, or None.
+
+    Returns:
+        float32 (14,): log(w (n1 + 1/2) / (n0 + 1/2)), finite with no positives or no negatives; 0 where all is unknown.
+    """
+    positives = np.nansum(targets, axis=0)
+    negatives = np.sum(~np.isnan(targets), axis=0) - positives
+    weight = np.ones(len(positives)) if positive_weight is None else positive_weight
+    known = positives + negatives > 0
+    return np.where(known, np.log(weight * (positives + 0.5) / (negatives + 0.5)), 0.0).astype(np.float32)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cxr.training.losses import binary_cross_entropy, masked_bce, positive_weights
+from mlx_cxr.training.losses import binary_cross_entropy, masked_bce, positive_weights, prior_logits
 
 NAN = np.nan
 
@@ -106,3 +106,24 @@ def test_no_weights_and_unknown_rules():
     assert positive_weights(label_table(), "none", 8.0) is None
     with pytest.raises(ValueError, match="class weighting 'balance'"):
         positive_weights(label_table(), "balance", 8.0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_prior_logits_are_where_the_loss_of_a_constant_answer_is_least(weighted):
+    _, targets = draws(4000, seed=3)
+    weight = np.linspace(0.5, 10, 14).astype(np.float32) if weighted else None
+    prior = prior_logits(targets, weight)
+
+    def constant(bias: mx.array) -> mx.array:
+        return masked_bce(weight)(mx.broadcast_to(bias, targets.shape), mx.array(targets))
+
+    slope = np.array(mx.grad(constant)(mx.array(prior)))
+    at_zero = np.array(mx.grad(constant)(mx.zeros(14)))
+    # The half counts that keep the logarithm finite move the minimum by about 1 / 2700.
+    assert np.abs(slope).max() < 2e-3 * np.abs(at_zero).max()
+
+
+def test_prior_logits_by_hand():
+    prior = prior_logits(label_table())
+    np.testing.assert_allclose(prior[:6], np.log([1.5 / 9.5, 1, 9.5 / 1.5, 0.5 / 10.5, 1, 1]), rtol=1e-6)
+    assert prior.dtype == np.float32

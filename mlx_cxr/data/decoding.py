@@ -1,0 +1,294 @@
+"""From a film's file to a square 8-bit gray image: decoding, gray levels, geometry.
+
+Gray levels: an 8-bit film is taken as it is; a film of more bits is scaled from its own lowest to its own highest value
+to 0..255, fractions cut off, as MIMIC-CXR-JPG did with its DICOMs (Johnson et al., arXiv:1901.07042; the histogram
+equalization it did next is not repeated here). Colour becomes ITU-R 601 luma, transparent parts become black, an EXIF
+orientation is applied.
+
+This is all that a decoding worker imports, so it keeps to Pillow: a worker starts in half the time without NumPy.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mlx_cxr.errors import UserError
+
+Fit = Literal["letterbox", "center_crop"]
+Box = tuple[float, float, float, float]
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+"""What is opened at all; among Pillow's other readers are some that start programs."""
+_JPEG = ("JPEG", "MPO")
+INVERTED = "looks inverted"
+"""The note on a film that is more like a negative; see `looks_inverted`."""
+MIN_SIDE = 32
+MAX_SIDE = 12_000
+MAX_PIXELS = 80_000_000
+"""Refused by header, before anything is decoded. The largest chest films are about 4300 x 5000."""
+MAX_BYTES = 500_000_000
+_BLANK_RANGE = 2
+"""Gray levels between darkest and brightest: JPEG noise on a uniform image stays within this."""
+_TIFF_PHOTOMETRIC = 262
+_EXIF_ORIENTATION = 274
+
+
+class FilmError(UserError, ValueError):
+    """A film that cannot be used; the message is the reason, without the path where `decode` raises it."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a film of any size becomes a square one.
+
+    Attributes:
+        size: side of the result in pixels.
+        fit: `letterbox` shows the whole film, centred on black; `center_crop` fills the square with the film's
+            central square.
+    """
+
+    size: int
+    fit: Fit = "letterbox"
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.fit not in ("letterbox", "center_crop"):
+            raise ValueError(f"{self}: size must be positive, fit 'letterbox' or 'center_crop'")
+
+    def plain(self) -> dict[str, str | int]:
+        """JSON-ready: everything that the resulting pixels depend on; `version` counts changes of this module."""
+        return {"version": 1, "size": self.size, "fit": self.fit}
+
+    def key(self) -> str:
+        """One word for `plain()`, such as `letterbox-224-v1`."""
+        return "{fit}-{size}-v{version}".format(**self.plain())
+
+    def shown(self, width: int, height: int) -> Box:
+        """(left, top, right, bottom) of the part of a film that is seen, in the film's pixels."""
+        if self.fit == "letterbox":
+            return 0.0, 0.0, float(width), float(height)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+    def placed(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(left, top, width, height) of that part in the square, in its pixels; the rest is black."""
+        if self.fit == "center_crop":
+            return 0, 0, self.size, self.size
+        longest = max(width, height)
+        across = max(1, round(width * self.size / longest))
+        down = max(1, round(height * self.size / longest))
+        return (self.size - across) // 2, (self.size - down) // 2, across, down
+
+    def enlarges(self, width: int, height: int) -> bool:
+        """Whether a film has fewer pixels than the square shows of it."""
+        return self._film_side(width, height) < self.size
+
+    def reduction(self, width: int, height: int) -> int:
+        """1, 2, 4 or 8: the most a JPEG may be reduced while decoding and keep twice the pixels of the result."""
+        return next(s for s in (8, 4, 2, 1) if s == 1 or self._film_side(width, height) >= 2 * self.size * s)
+
+    def _film_side(self, width: int, height: int) -> int:
+        return max(width, height) if self.fit == "letterbox" else min(width, height)
+
+
+@dataclass(frozen=True)
+class Film:
+    """A decoded film.
+
+    Attributes:
+        image: mode `L`, `size` x `size`.
+        notes: what a user may want to know of, in words: `16-bit`, `RGB`, `palette`, `looks inverted`, ….
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+def decode(path: str | Path, transform: Transform) -> Film:
+    """Decode a film, with notes on anything unusual about it.
+
+    A JPEG much larger than needed is reduced by 2, 4 or 8 in the DCT domain while it is decoded, never below twice
+    the size of the result, and is then resized like any other. On films of 2500 x 3000 px this differs from
+    decoding in full by 0.15 gray levels on average.
+
+    Raises:
+        FilmError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
+    """
+    data = _read(Path(path))
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size)
+            if image.format in _JPEG and not _ends(data):
+                raise FilmError("cut short: the JPEG has no end marker; download or copy it again")
+            return _finished(image, transform)
+    except FilmError:
+        raise
+    except UnidentifiedImageError:
+        raise FilmError(_what_it_is(data)) from None
+    except Image.DecompressionBombError:
+        raise FilmError(f"more than {MAX_PIXELS:,} pixels by its header") from None
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files.
+        raise FilmError(f"damaged or cut short ({type(error).__name__}: {error})") from None
+
+
+def looks_inverted(film: Image.Image) -> bool:
+    """Whether a frontal film is more like the negative of a chest than like a chest.
+
+    The sign of the correlation with `CHEST`. Of the 567 real frontal films in ../shared/realcxr it is wrong about one
+    (a film with a black band over its lower third), and, being a sign, about the negative of the same one. One in
+    hundreds is too many to change films by, so this only leads to a note. Not measured on lateral films.
+
+    Args:
+        film: mode `L`, without padding.
+    """
+    small = film.resize((8, 8), Image.Resampling.BOX).tobytes()
+    mean = sum(small) / len(small)
+    return sum((value - mean) * chest for value, chest in zip(small, CHEST, strict=True)) < 0
+
+
+_LEFT_HALF = (
+    (-10, -8, -5, 0),
+    (-1, 0, -4, -1),
+    (0, 0, -6, 0),
+    (0, -1, -5, 2),
+    (-1, -1, -2, 5),
+    (-2, 1, 2, 6),
+    (-3, 3, 6, 8),
+    (-4, 6, 8, 8),
+)
+CHEST = tuple(value for row in _LEFT_HALF for value in (*row, *row[::-1]))
+"""Mean frontal chest of the real films, 8 x 8 by rows, made symmetrical: dark upper corners and lungs, bright
+mediastinum and abdomen. The three sources of those films weigh alike; a template from two does as well on the third."""
+
+
+def _finished(image: Image.Image, transform: Transform) -> Film:
+    width, height = image.size
+    notes = []
+    # Pillow itself turns a TIFF while loading it.
+    turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+    scale = 1
+    if image.format in _JPEG and not turned:
+        if image.mode != "L":
+            notes.append(image.mode)
+        scale = transform.reduction(width, height)
+        image.draft("L", (width // scale, height // scale))
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("several images in the file, the first is used")
+    image.load()
+    if turned:
+        ImageOps.exif_transpose(image, in_place=True)
+        notes.append("turned by its EXIF orientation")
+    if scale == 1:
+        width, height = image.size
+    gray = _gray(image, notes)
+    square, content = squared(gray, transform, (width, height), scale)
+    low, high = content.getextrema()
+    if high - low <= _BLANK_RANGE:
+        raise FilmError(f"blank: every pixel is about {low} of 255")
+    if transform.enlarges(width, height):
+        notes.append("smaller than the store, enlarged")
+    if looks_inverted(content):
+        notes.append(INVERTED)
+    return Film(square, tuple(dict.fromkeys(notes)))
+
+
+def squared(
+    gray: Image.Image, transform: Transform, film_size: tuple[int, int], scale: int
+) -> tuple[Image.Image, Image.Image]:
+    """Resize by a transform, antialiased bicubic.
+
+    Args:
+        gray: mode `L`.
+        transform: what to make of it.
+        film_size: (width, height) of the film.
+        scale: by which `gray` is smaller than the film, as it was reduced while decoding.
+
+    Returns:
+        The square, and the film's part of it.
+    """
+    left, top, across, down = transform.placed(*film_size)
+    box = tuple(edge / scale for edge in transform.shown(*film_size))
+    content = gray.resize((across, down), Image.Resampling.BICUBIC, box=box)
+    if content.size == (transform.size, transform.size):
+        return content, content
+    square = Image.new("L", (transform.size, transform.size))
+    square.paste(content, (left, top))
+    return square, content
+
+
+def _gray(image: Image.Image, notes: list[str]) -> Image.Image:
+    """An `L` image; says in `notes` what it was made from."""
+    if image.mode == "L":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        notes.append({"I": "32-bit", "F": "floating point"}.get(image.mode, "16-bit"))
+        inverted = image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0
+        if inverted:
+            notes.append("inverted, as its TIFF header says that white is 0")
+        return _to_8_bits(image, inverted)
+    notes.append({"1": "black and white", "P": "palette"}.get(image.mode, image.mode))
+    if image.mode == "1":
+        return image.convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        gray, alpha = image.convert("RGB").convert("L"), image.getchannel("A")
+        return Image.composite(gray, Image.new("L", image.size), alpha)
+    return image.convert("RGB").convert("L")
+
+
+def _to_8_bits(image: Image.Image, inverted: bool) -> Image.Image:
+    """Lowest value -> 0, highest -> 255, in between cut to whole levels; the other way round where `inverted`."""
+    import numpy as np
+
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise FilmError("holds NaN or infinite values")
+    wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+    low, high = wide.min(), wide.max()
+    if low == high:
+        raise FilmError(f"blank: every pixel is {low}")
+    wide = high - wide if inverted else wide - low
+    return Image.fromarray((wide * 255 // (high - low)).astype(np.uint8))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise FilmError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FilmError("no such file") from None
+    except OSError as error:
+        raise FilmError(f"cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise FilmError("empty (0 bytes); download or copy it again")
+    return data
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise FilmError(f"{width} x {height} px; shorter than {MIN_SIDE} px")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise FilmError(
+            f"{width} x {height} px by its header; more than {MAX_SIDE:,} px long or {MAX_PIXELS:,} px in all"
+        )
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether an end-of-image marker follows the last scan: a tail of zeros would otherwise decode as gray."""
+    return jpeg.endswith(b"\xff\xd9") or jpeg.rfind(b"\xff\xd9") > jpeg.rfind(b"\xff\xda")
+
+
+def _what_it_is(data: bytes) -> str:
+    if data[128:132] == b"DICM":
+        return "a DICOM file; convert it to 16-bit PNG or to JPEG first"
+    if data.lstrip()[:1] == b"<":
+        return "a web page, not an image, such as a log-in page saved by the download; download it again"
+    return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"

@@ -1,0 +1,150 @@
+"""The stage: exact layout, same bytes for any number of workers, restart, refusal to overwrite."""
+
+import gzip
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mlx_cxr import make_demo_data
+from mlx_cxr.config import load_config
+from mlx_cxr.labels import LABELS
+from mlx_cxr.make_demo_data import CohortExistsError, main, run
+from mlx_cxr.runs import sha256_file
+
+PATIENTS = 10
+
+
+def config_file(folder: Path, patients: int = PATIENTS, seed: int = 3) -> Path:
+    path = folder / "demo.yaml"
+    path.write_text(
+        f"name: tiny\nseed: {seed}\ndemo: {{patients: {patients}, image_size: 128}}\n"
+        f"data: {{synthetic: true, root: {folder / 'raw'}, work_dir: {folder}}}\n"
+    )
+    return path
+
+
+def hashes(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): sha256_file(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    return run(load_config(config_file(folder)), workers=1)
+
+
+def test_tables_have_mimics_names_and_columns(root):
+    columns = {
+        "metadata": [
+            "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns", "StudyDate",
+            "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning",
+        ],
+        "split": ["dicom_id", "study_id", "subject_id", "split"],
+        "chexpert": ["subject_id", "study_id", *LABELS],
+        "negbio": ["subject_id", "study_id", *LABELS],
+    }  # fmt: skip
+    for name, wanted in columns.items():
+        assert list(pd.read_csv(root / f"mimic-cxr-2.0.0-{name}.csv.gz").columns) == wanted
+    assert list(pd.read_csv(root / "patients.csv.gz").columns) == ["subject_id", "gender", "anchor_age"]
+    assert LABELS == tuple(sorted(LABELS))
+    text = gzip.decompress((root / "mimic-cxr-2.0.0-chexpert.csv.gz").read_bytes()).decode()
+    values = {value for line in text.splitlines()[1:] for value in line.split(",")[2:]}
+    assert values <= {"1.0", "0.0", "-1.0", ""}
+    # No time stamp in the gzip header, or two runs would differ.
+    assert (root / "patients.csv.gz").read_bytes()[4:8] == b"\0\0\0\0"
+
+
+def test_every_row_has_its_film_report_and_label(root):
+    metadata = pd.read_csv(root / "mimic-cxr-2.0.0-metadata.csv.gz", dtype={"StudyDate": str})
+    labels = pd.read_csv(root / "mimic-cxr-2.0.0-chexpert.csv.gz")
+    split = pd.read_csv(root / "mimic-cxr-2.0.0-split.csv.gz")
+    patients = pd.read_csv(root / "patients.csv.gz")
+    assert len(list((root / "files").rglob("*.jpg"))) == len(metadata) == len(split)
+    assert len(list((root / "files").rglob("*.txt"))) == len(labels) == metadata.study_id.nunique()
+    assert set(patients.subject_id) == set(metadata.subject_id)
+    assert metadata.StudyDate.str.fullmatch(r"2[12]\d{6}").all()
+    assert (split.groupby("subject_id").split.nunique() == 1).all()
+    for row in metadata.itertuples():
+        study = root / "files" / f"p{str(row.subject_id)[:2]}" / f"p{row.subject_id}" / f"s{row.study_id}"
+        assert "FINAL REPORT" in study.with_suffix(".txt").read_text()
+        with Image.open(study / f"{row.dicom_id}.jpg") as film:
+            assert (film.mode, film.size, film.format) == ("L", (row.Columns, row.Rows), "JPEG")
+            assert min(film.size) == 128
+
+
+def test_masks_are_film_sized_and_two_valued(root):
+    films = {path.stem: path for path in (root / "files").rglob("*.jpg")}
+    masks = sorted((root / "masks").rglob("*.png"))
+    assert len(masks) > PATIENTS
+    for path in masks:
+        assert path.stem.replace("_", " ") in LABELS
+        film = films[path.parent.name]
+        assert path.parent.parent.relative_to(root / "masks") == film.parent.relative_to(root / "files")
+        with Image.open(path) as mask, Image.open(film) as image:
+            assert mask.mode == "L"
+            assert mask.size == image.size
+            assert set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_it_says_what_it_is(root):
+    notice = (root / "SYNTHETIC.txt").read_text()
+    assert "SYNTHETIC" in notice
+    assert "Not for clinical use" in notice
+
+
+def test_same_bytes_with_two_workers(root, tmp_path):
+    other = run(load_config(config_file(tmp_path)), workers=2)
+    assert hashes(other) == hashes(root)
+
+
+def test_up_to_date_is_left_alone_and_other_settings_are_refused(root, caplog):
+    caplog.set_level("INFO", "mlx_cxr")
+    folder, before = root.parent, (root / "cohort.json").stat().st_mtime_ns
+    run(load_config(config_file(folder)))
+    assert "up to date" in caplog.text
+    assert (root / "cohort.json").stat().st_mtime_ns == before
+    with pytest.raises(CohortExistsError, match=re.escape(str(root)) + r".*seed 3.*--overwrite"):
+        run(load_config(config_file(folder, seed=4)))
+    assert hashes(root)
+
+
+def test_other_code_and_overwrite_replace_it_whole(tmp_path, monkeypatch, caplog):
+    root = run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    stray = root / "files" / "stray.txt"
+    stray.write_text("left over")
+    monkeypatch.setattr(make_demo_data, "code_hash", lambda: "newer")
+    caplog.set_level("INFO", "mlx_cxr")
+    run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    assert "another version of the code" in caplog.text
+    assert not stray.exists()
+    run(load_config(config_file(tmp_path, patients=2, seed=9)), overwrite=True, workers=1)
+    assert '"seed": 9' in (root / "cohort.json").read_text()
+
+
+def test_a_failed_run_leaves_the_old_cohort(tmp_path, monkeypatch):
+    root = run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    before = hashes(root)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_demo_data, "write_tables", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(load_config(config_file(tmp_path, patients=2, seed=9)), overwrite=True, workers=1)
+    assert hashes(root) == before
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "mimic.csv").write_text("real data")
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config_file(tmp_path)), "--overwrite"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path / "raw") in message
+    assert "data.root" in message
+    assert (tmp_path / "raw" / "mimic.csv").read_text() == "real data"
