@@ -177,4 +177,6 @@ def test_a_split_can_be_made_where_the_source_leaves_one_empty(tmp_path):
     check_patient_splits(manifest.frame)
     patients = manifest.frame.drop_duplicates("patient_id")["split"].value_counts()
     assert patients.sum() == 18
-    assert (patients["validate"], patients["test"]) == (3, 4)  # 15 % and 20 % of 18
+    # 15 % and 20 % of 18, to within a patient, as labels are spread too.
+    assert abs(patients["validate"] - 2.7) <= 1
+    assert abs(patients["test"] - 3.6) <= 1

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 
@@ -67,11 +68,13 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
     size = max(1, min(_MAX_CHUNK, len(jobs) // (workers * _CHUNKS_PER_WORKER)))
     chunks = (jobs[start : start + size] for start in range(0, len(jobs), size))
     context = multiprocessing.get_context("spawn")
+    # Started with the first worker otherwise, when some Pythons unblock SIGINT behind it.
+    resource_tracker.ensure_running()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]] = {}
     try:
         for chunk in chunks:
-            with _main_hidden():
+            with _lean_start():
                 under_way[pool.submit(decode_chunk, chunk, transform)] = chunk
             while len(under_way) >= workers * _CHUNKS_PER_WORKER:
                 yield from _finished(under_way)
@@ -117,22 +120,24 @@ def _finished(under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]]
 
 
 @contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep a new worker from importing the parent's main module again, as "spawn" has it do.
+def _lean_start() -> Iterator[None]:
+    """Around whatever may start a worker: what it must not inherit.
 
-    It would bring pandas and MLX into every worker, and run a user's script anew where it lacks the usual guard.
+    "spawn" has a worker import the parent's main module anew: it would bring pandas and MLX into each, and run a user's
+    script again where it lacks the usual guard. And Ctrl-C reaches workers as well as their parent, which alone should
+    act on it; a signal that is blocked here stays blocked in them from their first instruction.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole group; the parent decides what to do.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

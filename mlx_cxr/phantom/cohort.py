@@ -20,10 +20,10 @@ from mlx_cxr.phantom.geometry import Kind
 from mlx_cxr.phantom.labeler import Reader, labels_of, read_film, spoil
 from mlx_cxr.phantom.narrative import Report, Scene, write_report
 
-SEVERITY = (4.2, 2.4)
+SEVERITY = (4.5, 2.1)
 """Beta distribution of a finding's worst severity, rescaled to 0.15..1: leans to moderate and marked."""
 
-READER = Reader(missed=0.55, hedged=0.40, suspected=0.045)
+READER = Reader(missed=0.50, hedged=0.36, suspected=0.04)
 """The radiologist's errors; see `labeler.Reader`."""
 
 LABELER_ERROR: dict[str, float] = {

@@ -18,7 +18,7 @@ LABEL = "Support Devices"
 BYSTANDERS = ("ECG leads", "median sternotomy wires")
 """Drawn, but no support devices to the CheXpert labeler, and so in no mask."""
 # Thickness of iron, cm, that attenuates like the stripe or wall of each material.
-WIRE, STRIPE, PLASTIC = 1.0, 0.17, 0.03
+WIRE, STRIPE, PLASTIC = 1.0, 0.22, 0.035
 
 
 def draw_devices(canvas: Canvas, finding: Finding) -> None:

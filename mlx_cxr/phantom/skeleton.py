@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_cxr.phantom.anatomy import LEFT, RIGHT, Anatomy
-from mlx_cxr.phantom.geometry import View, paint, resample, smooth_curve, smoothstep, splat, tube
+from mlx_cxr.phantom.geometry import View, paint, resample, smooth_curve, smoothstep, splat_sections, tube
 
 SPACING = 2.2
 """Thoracic vertebra to vertebra, cm."""
@@ -74,7 +74,7 @@ def ribs(anatomy: Anatomy, breaks: list[RibBreak]) -> np.ndarray:
                 if (broken.side, broken.rib) == (side, rib):
                     line, girth = _break(line, girth, broken)
             scale = height * (0.8 if rib in (1, 11, 12) else 1.0)
-            splat(view, *_shell(view, line, girth, high=scale, thick=0.32, cortex=0.065, spongy=0.22), onto=total)
+            _add_shell(total, view, line, girth, high=scale, thick=0.32, cortex=0.065, spongy=0.22)
     return total
 
 
@@ -92,10 +92,10 @@ def _break(line: np.ndarray, girth: np.ndarray, broken: RibBreak) -> tuple[np.nd
     return moved, np.where(np.abs(share - broken.place) < 0.011, 0.05, girth)
 
 
-def _shell(
-    view: View, line: np.ndarray, girth: np.ndarray, high: float, thick: float, cortex: float, spongy: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points and volumes of a flat tube: cortex as a shell, the core at `spongy` times its density."""
+def _add_shell(
+    total: np.ndarray, view: View, line: np.ndarray, girth: np.ndarray, high: float, thick: float, cortex: float, spongy: float
+) -> None:
+    """Add a flat tube to a layer: cortex as a shell, the core at `spongy` times its density."""
     data = resample(np.column_stack([line, girth]), view.pixel * 0.9).astype(np.float32)
     center, girth = data[:, :3], data[:, 3]
     tangent = np.gradient(center, axis=0)
@@ -114,18 +114,15 @@ def _shell(
     area = np.concatenate(
         [np.full(count, perimeter * cortex / count), spongy * np.pi * high * thick * core_depth / core_depth.sum()]
     )
-    section, area = section.astype(np.float32), area.astype(np.float32)
-    points = center[:, None] + girth[:, None, None] * (
-        section[None, :, :1] * tall[:, None] + section[None, :, 1:] * outward[:, None]
-    )
     depth = center[:, 2] if view.frontal else center[:, 0]
     scale = view.magnification(depth) ** 2
     step = np.linalg.norm(np.diff(center, axis=0), axis=1).mean()
     # Bone thins towards the cartilage, which starts without an edge.
     share = np.linspace(0, 1, len(center))
     thinning = (1 - 0.5 * smoothstep(share, 0.35, 0.9)) * smoothstep(share, 1.0, 0.9)
-    weights = (scale * girth**1.5 * np.float32(step) * thinning.astype(np.float32))[:, None] * area
-    return points.reshape(-1, 3), weights.ravel()
+    weights = (scale * girth**1.5 * np.float32(step) * thinning)[:, None] * area
+    axes = (tall * girth[:, None], outward * girth[:, None])
+    splat_sections(view, center, axes, (section[None, :, 0], section[None, :, 1]), weights, onto=total)
 
 
 def clavicle_path(anatomy: Anatomy, side: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_cxr.phantom.anatomy import LEFT, RIGHT, Anatomy
-from mlx_cxr.phantom.geometry import smooth_curve, splat, tube
+from mlx_cxr.phantom.geometry import smooth_curve, splat_sections, tube
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _grow_side(anatomy: Anatomy, side: int, generations: int) -> tuple[np.ndarra
     for _ in range(generations):
         directions = heads / np.linalg.norm(heads, axis=1, keepdims=True)
         sag = rng.normal(0, 0.12, heads.shape) * lengths[:, None]
-        count = max(4, int(lengths.max() / 0.06))
+        count = max(4, int(lengths.max() / 0.07))
         t = np.linspace(0, 1, count)[None, :, None]
         ends = starts + directions * toward_side * lengths[:, None]
         line = starts[:, None] * (1 - t) + ends[:, None] * t + (sag * toward_side)[:, None] * (t * (1 - t) * 4 * 0.35)
@@ -83,7 +83,7 @@ def _grow_side(anatomy: Anatomy, side: int, generations: int) -> tuple[np.ndarra
         starts = np.concatenate([ends, ends])
         radii = np.concatenate([radii * share ** (1 / 3), radii * (1 - share) ** (1 / 3)]) * 0.90
         lengths = np.concatenate([lengths, lengths]) * rng.uniform(0.72, 0.98, 2 * len(lengths))
-        keep = (radii > 0.03) & anatomy.inside_lung(starts)
+        keep = (radii > 0.04) & anatomy.inside_lung(starts)
         heads, starts, radii, lengths = heads[keep], starts[keep], radii[keep], lengths[keep]
         if not len(radii):
             break
@@ -116,11 +116,10 @@ def draw(anatomy: Anatomy, tree: Tree, gain: np.ndarray | None = None) -> np.nda
         if not some.any():
             continue
         offsets = (np.arange(count) + 0.5) / count * 2 - 1
-        points = tree.points[some][:, None] + side[some][:, None] * (radii[some][:, None] * offsets)[..., None]
         chords = np.sqrt(1 - offsets**2)
         chords = chords / chords.sum() * np.pi
         weights = (scale[some] * radii[some] ** 2 * tree.spacing[some])[:, None] * chords
-        total += splat(view, points.reshape(-1, 3), weights.ravel())
+        splat_sections(view, tree.points[some], (side[some],), (radii[some][:, None] * offsets,), weights, onto=total)
     return total
 
 

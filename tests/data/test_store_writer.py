@@ -208,15 +208,22 @@ class TestKilled:
         index, other = (json.loads(path.with_suffix(".json").read_text()) for path in (store_path, unbroken))
         assert index == other
 
-    def test_ctrl_c_keeps_what_is_there(self, experiment):
+    @pytest.mark.parametrize("moment", ["workers start", "films are written"])
+    def test_ctrl_c_keeps_what_is_there(self, experiment, moment):
         store_path, command = experiment("interrupted")
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        wait_until(lambda: journaled(store_path) > 0)
+        wait_until(lambda: partial_paths(store_path)[1].exists())
+        if moment == "workers start":
+            time.sleep(0.05)
+        else:
+            wait_until(lambda: journaled(store_path) > 0)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=20)
-        assert process.returncode == 130
+        assert said.rstrip().endswith("stopped; what was written so far is kept")
         assert "Traceback" not in said
-        assert 0 < journaled(store_path) < 240
+        assert process.returncode == 130
+        assert (journaled(store_path) > 0) == (moment == "films are written")
+        assert journaled(store_path) < 240
 
     @pytest.mark.parametrize("moment", ["before the index", "torn journal line"])
     def test_other_moments(self, root, manifest, store_path, moment, monkeypatch):
