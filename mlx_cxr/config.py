@@ -173,8 +173,8 @@ class TrainingConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
     clip_norm: Positive = 5.0
     class_weighting: Literal["none", "inverse_sqrt", "balanced"] = "none"
-    """Weight of positives against negatives: 1, sqrt(n0/n1) or n0/n1, at most `max_class_weight`."""
-    max_class_weight: Positive = 10.0
+    """Weight of positives against negatives: 1, sqrt(n0/n1) or n0/n1; from 1 / `max_class_weight` up to it."""
+    max_class_weight: Annotated[float, Field(ge=1.0)] = 10.0
     patience: Annotated[int, Field(ge=0)] = 0
     """Epochs without a better validation macro AUC before stopping; 0 never stops early."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

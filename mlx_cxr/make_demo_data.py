@@ -60,16 +60,25 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
         return root
     cohort = plan_cohort(config.demo.patients, config.seed)
     films = sum(len(study.films) for study in cohort.studies)
-    log.info("rendering %d films of %d studies of %d patients into %s", films, len(cohort.studies), config.demo.patients, root)
+    log.info(
+        "rendering %d films of %d studies of %d patients into %s",
+        films,
+        len(cohort.studies),
+        config.demo.patients,
+        root,
+    )
     # Built beside its place and moved there at the end: a killed run leaves the old cohort or none.
     fresh = root.with_name(f".{root.name}-being-made")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05) as bar:
+    with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05, mininterval=1.0) as bar:
         shapes = write_films(cohort, fresh, config.demo.image_size, workers or os.cpu_count() or 1, bar.update)
     write_tables(cohort, fresh, shapes)
     (fresh / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
-    write_json(fresh / MARKER, {"schema": 1, "synthetic": True, "hash": wanted, **settings, "studies": len(cohort.studies), "films": films})
+    write_json(
+        fresh / MARKER,
+        {"schema": 1, "synthetic": True, "hash": wanted, **settings, "studies": len(cohort.studies), "films": films},
+    )
     if root.exists():
         shutil.rmtree(root)
     fresh.replace(root)
@@ -91,7 +100,9 @@ def _room_for(root: Path, wanted: str, settings: dict[str, int], overwrite: bool
         return True
     marker = root / MARKER
     if not marker.exists():
-        raise CohortExistsError(f"{root} holds files that are no synthetic cohort (no {MARKER}); move them, or set another data.root")
+        raise CohortExistsError(
+            f"{root} holds files that are no synthetic cohort (no {MARKER}); move them, or set another data.root"
+        )
     there = read_json(marker)
     if there.get("hash") == wanted:
         return False
@@ -99,7 +110,9 @@ def _room_for(root: Path, wanted: str, settings: dict[str, int], overwrite: bool
         log.info("%s was made by another version of the code; making it again", root)
     elif not overwrite:
         found = ", ".join(f"{key} {there.get(key)}" for key in settings)
-        raise CohortExistsError(f"{root} holds a cohort made with {found}; pass --overwrite to replace it, or set another data.root")
+        raise CohortExistsError(
+            f"{root} holds a cohort made with {found}; pass --overwrite to replace it, or set another data.root"
+        )
     return True
 
 

@@ -40,8 +40,9 @@ def root(tmp_path_factory) -> Path:
 def test_tables_have_mimics_names_and_columns(root):
     columns = {
         "metadata": [
-            "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns", "StudyDate",
-            "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning",
+            "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
+            "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+            "PatientOrientationCodeSequence_CodeMeaning",
         ],
         "split": ["dicom_id", "study_id", "subject_id", "split"],
         "chexpert": ["subject_id", "study_id", *LABELS],
@@ -50,7 +51,7 @@ def test_tables_have_mimics_names_and_columns(root):
     for name, wanted in columns.items():
         assert list(pd.read_csv(root / f"mimic-cxr-2.0.0-{name}.csv.gz").columns) == wanted
     assert list(pd.read_csv(root / "patients.csv.gz").columns) == ["subject_id", "gender", "anchor_age"]
-    assert LABELS == tuple(sorted(LABELS))
+    assert tuple(sorted(LABELS)) == LABELS
     text = gzip.decompress((root / "mimic-cxr-2.0.0-chexpert.csv.gz").read_bytes()).decode()
     values = {value for line in text.splitlines()[1:] for value in line.split(",")[2:]}
     assert values <= {"1.0", "0.0", "-1.0", ""}

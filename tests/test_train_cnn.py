@@ -24,7 +24,7 @@ from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.runs import read_json, sha256_file
 from mlx_cxr.training.cohort import Cohort
-from mlx_cxr.training.loop import TrainingDataError
+from mlx_cxr.training.loop import TrainingDataError, TrainingDivergedError
 from mlx_cxr.training.scoring import predict_logits
 
 SPLITS = ["train"] * 12 + ["validate"] * 8 + ["test"] * 4
@@ -260,7 +260,11 @@ def test_resume_and_overwrite_exclude_each_other(cohort, capsys):
 def test_overwriting_replaces_the_run(cohort):
     config = load_config(cohort / "trial.yaml", ["training.epochs=1"])
     folder = train_cnn.run(config, "again")
-    (folder / "training.json").write_text("old")
     train_cnn.run(config.model_copy(update={"seed": 5}), "again", overwrite=True)
     assert read_json(folder / "config.json")["seed"] == 5
     assert read_json(folder / "training.json")["epochs"] == 1
+    # One that fails has not left the old one's end behind, which says that a run is finished.
+    diverging = load_config(cohort / "trial.yaml", ["training.learning_rate=1e30", "training.warmup_fraction=0.0"])
+    with pytest.raises(TrainingDivergedError, match=r"lower training.learning_rate"):
+        train_cnn.run(diverging, "again", overwrite=True)
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"config.json", "metrics.jsonl"}

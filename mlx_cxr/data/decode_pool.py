@@ -20,7 +20,7 @@ from types import ModuleType
 from mlx_cxr.data.decoding import FilmError, Transform, decode
 from mlx_cxr.errors import UserError
 
-_MAX_CHUNK = 8
+_MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3
 """Handed out at a time: enough that none waits, few enough that 377,000 films do not pile up in memory."""
 

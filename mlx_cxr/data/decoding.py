@@ -132,6 +132,8 @@ def decode(path: str | Path, transform: Transform) -> Film:
         raise FilmError(_what_it_is(data)) from None
     except Image.DecompressionBombError:
         raise FilmError(f"more than {MAX_PIXELS:,} pixels by its header") from None
+    except MemoryError:
+        raise FilmError("too little memory to decode it; run again with --rebuild when there is more") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files.
         raise FilmError(f"damaged or cut short ({type(error).__name__}: {error})") from None
@@ -140,9 +142,10 @@ def decode(path: str | Path, transform: Transform) -> Film:
 def looks_inverted(film: Image.Image) -> bool:
     """Whether a frontal film is more like the negative of a chest than like a chest.
 
-    The sign of the correlation with `CHEST`. Of the 567 real frontal films in ../shared/realcxr it is wrong about one
-    (a film with a black band over its lower third), and, being a sign, about the negative of the same one. One in
-    hundreds is too many to change films by, so this only leads to a note. Not measured on lateral films.
+    The sign of the correlation with `CHEST`. Of 567 real frontal films of three public sources (NIH ChestX-ray14, the
+    Hannover and the Cohen COVID-19 collections) it is wrong about one, which has a black band over its lower third,
+    and, being a sign, about the negative of the same one. One in hundreds is too many to change films by, so this only
+    leads to a note. Not measured on real lateral films.
 
     Args:
         film: mode `L`, without padding.

@@ -190,7 +190,8 @@ class Anatomy:
         knob = 3.15 + 0.95 * p.aorta
         wide = sh.mediastinum * (1 + 0.04 * min(p.fat, 3.0) + (0.12 if sh.supine else 0.0))
         left = PchipInterpolator(
-            np.array([-12, -2, 2.0, 4.6, 6.3, 8.2, 9.8, 12, 15, 40]) * u, [2.4, 2.2, 2.3, 2.6, knob, 2.75, 3.35, 3.1, 2.3, 2.0]
+            np.array([-12, -2, 2.0, 4.6, 6.3, 8.2, 9.8, 12, 15, 40]) * u,
+            [2.4, 2.2, 2.3, 2.6, knob, 2.75, 3.35, 3.1, 2.3, 2.0],
         )(row)
         right = PchipInterpolator(
             np.array([-12, -2, 2.0, 5.0, 8.0, 11, 14, 40]) * u, [2.4, 2.1, 2.4, 2.65, 2.85, 3.0, 2.3, 2.0]
@@ -274,7 +275,9 @@ class Anatomy:
         fall = 1.0 if self.shape.supine else 0.0
         out, top = 8.3 + 1.6 * fall, 0.74 * p.height - 0.6 * fall
         solids = [
-            Ellipsoid((s * out, top, p.depth + 1.0), (p.breast * 1.06, p.breast, p.breast * (0.75 - 0.25 * fall)), s * 0.25)
+            Ellipsoid(
+                (s * out, top, p.depth + 1.0), (p.breast * 1.06, p.breast, p.breast * (0.75 - 0.25 * fall)), s * 0.25
+            )
             for s in (RIGHT, LEFT)
         ]
         _, y = self.view.plane(p.depth)
@@ -292,7 +295,9 @@ class Anatomy:
         top = self.dome(LEFT)
         gas = np.zeros_like(self.view.plane()[0])
         if shown:
-            gas += Ellipsoid((6.0 + dx, top + dy + size * flat, 1.0), (size * 1.25, size * flat, size), 0.15).chord(self.view)
+            gas += Ellipsoid((6.0 + dx, top + dy + size * flat, 1.0), (size * 1.25, size * flat, size), 0.15).chord(
+                self.view
+            )
         for here, (a, b, c) in zip(colon, loops, strict=True):
             if here:
                 spot = (5.0 + 5 * a, top + 6 + 3 * b, 3.0)

@@ -12,13 +12,13 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-from mlx_cxr.labels import LABELS
 from mlx_cxr.phantom.anatomy import Patient, sample_patient
 from mlx_cxr.phantom.canvas import Finding
 from mlx_cxr.phantom.disease import History, sample_history
 from mlx_cxr.phantom.geometry import Kind
-from mlx_cxr.phantom.labeler import Reader, labels_of, read_film, spoil
-from mlx_cxr.phantom.narrative import Report, Scene, write_report
+from mlx_cxr.phantom.labeler import Reader, labels_of, read_study, spoil
+from mlx_cxr.phantom.narrative import Report, write_report
+from mlx_cxr.phantom.opening import Scene
 
 SEVERITY = (4.5, 2.1)
 """Beta distribution of a finding's worst severity, rescaled to 0.15..1: leans to moderate and marked."""
@@ -163,8 +163,8 @@ def _study(
     when: datetime, study_id: int, rng: np.random.Generator,
 ) -> StudyPlan:  # fmt: skip
     films, views, procedure = _films(bedside, rng)
-    seen = read_film(findings, before, READER, rng)
-    scene = Scene(history.patient.sex, views, bedside, before is not None, _reasons(history.conditions, bedside))
+    seen = read_study(findings, before, READER, rng)
+    scene = Scene(history.patient.sex, views, before is not None, _reasons(history.conditions, bedside))
     report = write_report(seen, scene, rng)
     faultless = labels_of(report.mentions)
     return StudyPlan(
@@ -209,9 +209,29 @@ def _films(bedside: bool, rng: np.random.Generator) -> tuple[tuple[FilmPlan, ...
 
 
 _REASONS: dict[str, tuple[str, ...]] = {
-    "heart failure": ("CHF, shortness of breath", "dyspnea on exertion", "leg swelling and dyspnea", "CHF exacerbation", "hypoxia"),
-    "pneumonia": ("cough and fever", "productive cough", "fever, leukocytosis", "hypoxia and cough", "shortness of breath"),
-    "intensive care": ("respiratory failure, intubated", "s/p CABG", "sepsis", "hypoxia", "s/p surgery", "line placement", "altered mental status"),
+    "heart failure": (
+        "CHF, shortness of breath",
+        "dyspnea on exertion",
+        "leg swelling and dyspnea",
+        "CHF exacerbation",
+        "hypoxia",
+    ),
+    "pneumonia": (
+        "cough and fever",
+        "productive cough",
+        "fever, leukocytosis",
+        "hypoxia and cough",
+        "shortness of breath",
+    ),
+    "intensive care": (
+        "respiratory failure, intubated",
+        "s/p CABG",
+        "sepsis",
+        "hypoxia",
+        "s/p surgery",
+        "line placement",
+        "altered mental status",
+    ),
     "trauma": ("s/p fall", "MVC, chest pain", "rib pain after fall", "trauma"),
     "cancer": ("lung cancer", "weight loss", "metastatic cancer", "cough, smoker", "known malignancy"),
     "pleural disease": ("asbestos exposure", "chronic dyspnea", "cough", "follow up"),
@@ -219,7 +239,18 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "wide mediastinum": ("chest pain", "chest pain radiating to back", "hypertension", "lymphoma"),
     "long-term device": ("s/p pacemaker", "chest pain", "device check", "weakness"),
 }
-_COMMON = ("cough", "chest pain", "shortness of breath", "fever", "pre-op evaluation", "dizziness", "syncope", "weakness", "positive PPD", "abdominal pain")
+_COMMON = (
+    "cough",
+    "chest pain",
+    "shortness of breath",
+    "fever",
+    "pre-op evaluation",
+    "dizziness",
+    "syncope",
+    "weakness",
+    "positive PPD",
+    "abdominal pain",
+)
 
 
 def _reasons(conditions: tuple[str, ...], bedside: bool) -> tuple[str, ...]:

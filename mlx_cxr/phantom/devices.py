@@ -40,26 +40,44 @@ def tube_height(seed: int) -> float:
     return float(_rng(seed, "endotracheal tube").uniform(2.0, 5.5))
 
 
-def _line(canvas: Canvas, knots: list[list[float]], radius: float, gain: float, wall: float | None = None) -> np.ndarray:
+def _line(
+    canvas: Canvas, knots: list[list[float]], radius: float, gain: float, wall: float | None = None
+) -> np.ndarray:
     return gain * tube(canvas.view, smooth_curve(np.array(knots, float), 120), radius, wall)
 
 
 def _tracheal_tube(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
     tip = 8.3 * canvas.anatomy.unit - tube_height(finding.seed)
     course = [[rng.normal(0, 0.3), -11, 2.5], [0.1, -4, 1.5], [0.1, tip, 0.2]]
-    return _line(canvas, course, 0.5, 3 * PLASTIC, wall=0.12) + _line(canvas, [[a + 0.35, b, c] for a, b, c in course], 0.07, 2 * STRIPE)
+    return _line(canvas, course, 0.5, 3 * PLASTIC, wall=0.12) + _line(
+        canvas, [[a + 0.35, b, c] for a, b, c in course], 0.07, 2 * STRIPE
+    )
 
 
 def _gastric_tube(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
     low = canvas.anatomy.dome(LEFT)
-    course = [[0.6, -11, 1.0], [-0.3, 0, -2.5], [0.4, 9, -3.5], [0.9, low - 2, -2.5], [2.6, low + 3, 0], [5.5 + rng.normal(0, 1), low + 6.5, 2]]
+    course = [
+        [0.6, -11, 1.0],
+        [-0.3, 0, -2.5],
+        [0.4, 9, -3.5],
+        [0.9, low - 2, -2.5],
+        [2.6, low + 3, 0],
+        [5.5 + rng.normal(0, 1), low + 6.5, 2],
+    ]
     return _line(canvas, course, 0.26, 1.6 * PLASTIC) + _line(canvas, course, 0.09, STRIPE)
 
 
 def _jugular_line(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
     end = rng.uniform(8.5, 12.5) * canvas.anatomy.unit
     loop = rng.uniform(4, 7)
-    course = [[-loop - 3, -5.5, 3], [-loop, -8, 3], [-4.2, -5.5, 3], [-2.6, -0.5, 1.8], [-1.9, 5, 1.0], [-1.8, end, 1.2]]
+    course = [
+        [-loop - 3, -5.5, 3],
+        [-loop, -8, 3],
+        [-4.2, -5.5, 3],
+        [-2.6, -0.5, 1.8],
+        [-1.9, 5, 1.0],
+        [-1.8, end, 1.2],
+    ]
     return _line(canvas, course, 0.14, 1.3 * STRIPE)
 
 
@@ -75,7 +93,13 @@ def _subclavian_line(canvas: Canvas, finding: Finding, rng: np.random.Generator)
 def _picc(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
     side = 1 if rng.random() < 0.4 else -1
     w = canvas.patient.width
-    course = [[side * (w + 5.5), 16, 0], [side * (w + 2.5), 6, 0], [side * (w - 1), 2.2, 2], [side * 6, 1.2, 3], [side * 2.2, 3, 2]]
+    course = [
+        [side * (w + 5.5), 16, 0],
+        [side * (w + 2.5), 6, 0],
+        [side * (w - 1), 2.2, 2],
+        [side * 6, 1.2, 3],
+        [side * 2.2, 3, 2],
+    ]
     if side == LEFT:
         course.append([-0.6, 5.5, 2])
     return _line(canvas, [*course, [-1.9, rng.uniform(8, 12) * canvas.anatomy.unit, 1.2]], 0.10, 1.2 * STRIPE)
@@ -84,7 +108,14 @@ def _picc(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndar
 def _port(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np.ndarray:
     w = canvas.patient.width
     spot = [-0.62 * w, 6.2, 9.0]
-    course = [spot, [-0.55 * w, 2.0, 8], [-5, -0.5, 5], [-2.6, 1.5, 2], [-1.9, 6, 1.2], [-1.8, 11 * canvas.anatomy.unit, 1.2]]
+    course = [
+        spot,
+        [-0.55 * w, 2.0, 8],
+        [-5, -0.5, 5],
+        [-2.6, 1.5, 2],
+        [-1.9, 6, 1.2],
+        [-1.8, 11 * canvas.anatomy.unit, 1.2],
+    ]
     return _line(canvas, course, 0.13, 1.2 * STRIPE) + _disc(canvas, spot, 1.25, 0.75, 0.30)
 
 
@@ -104,7 +135,14 @@ def _pacemaker(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np
     outline = np.column_stack([spot[0] + shape[:, 0], spot[1] + shape[:, 1], np.full(6, spot[2])])
     metal = paint(canvas.view, smooth_curve(np.concatenate([outline, outline[:1]])), 0.6) * np.float32(0.42)
     top = anatomy.heart_level()
-    entry = [[spot[0] - 1.5, spot[1] - 1, 9], [0.42 * w, 0.8, 6], [4, 1.5, 4], [0.8, 4.0, 2.5], [-1.6, 6.5, 1.5], [-2.0, 10, 1.2]]
+    entry = [
+        [spot[0] - 1.5, spot[1] - 1, 9],
+        [0.42 * w, 0.8, 6],
+        [4, 1.5, 4],
+        [0.8, 4.0, 2.5],
+        [-1.6, 6.5, 1.5],
+        [-2.0, 10, 1.2],
+    ]
     ventricle = [*entry, [-2.2 * s, top - 0.5, 1.5], [1.2 * s, top + 3.2, 3], [5.2 * s, top + 3.9 * s, 4.5]]
     metal += _line(canvas, ventricle, 0.09, 0.9 * WIRE)
     if rng.random() < 0.75:
@@ -120,7 +158,12 @@ def _chest_drain(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> 
     side = finding.side or LEFT
     w = canvas.patient.width
     low = rng.uniform(10.5, 14.0)
-    course = [[side * (w + 5), low + 3.5, 2], [side * (w + 0.6), low, 1], [side * (w - 2.5), low - 3, -3], [side * rng.uniform(4, 7), rng.uniform(3, 6), -3]]
+    course = [
+        [side * (w + 5), low + 3.5, 2],
+        [side * (w + 0.6), low, 1],
+        [side * (w - 2.5), low - 3, -3],
+        [side * rng.uniform(4, 7), rng.uniform(3, 6), -3],
+    ]
     return _line(canvas, course, 0.42, 2.2 * PLASTIC, wall=0.12) + _line(canvas, course, 0.09, 2.2 * STRIPE)
 
 
@@ -133,7 +176,12 @@ def _ecg_leads(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> np
         metal += _disc(canvas, [x, y, 10.0], 0.45, 0.18, 0.25)
         away = np.sign(x) if x else 1.0
         out = [x + away * rng.uniform(3, 8), y + rng.uniform(2, 9), 10.5]
-        course = [[x, y, 10], [x + away * rng.uniform(0.5, 3), y + rng.uniform(-3, 4), 10.5], out, [out[0] + away * 6, out[1] + rng.uniform(2, 10), 10.5]]
+        course = [
+            [x, y, 10],
+            [x + away * rng.uniform(0.5, 3), y + rng.uniform(-3, 4), 10.5],
+            out,
+            [out[0] + away * 6, out[1] + rng.uniform(2, 10), 10.5],
+        ]
         metal += _line(canvas, course, 0.07, 0.75 * WIRE)
     return metal
 
@@ -144,7 +192,13 @@ def _sternal_wires(canvas: Canvas, finding: Finding, rng: np.random.Generator) -
         y = 3.2 + 2.25 * number
         turn = np.linspace(0, 2 * np.pi, 40)
         lean = rng.normal(0, 0.25)
-        ring = np.column_stack([0.95 * np.cos(turn) + rng.normal(0, 0.12), y + 0.42 * np.sin(turn) + lean * np.cos(turn), 8.0 + 0.7 * np.sin(turn)])
+        ring = np.column_stack(
+            [
+                0.95 * np.cos(turn) + rng.normal(0, 0.12),
+                y + 0.42 * np.sin(turn) + lean * np.cos(turn),
+                8.0 + 0.7 * np.sin(turn),
+            ]
+        )
         metal += WIRE * tube(canvas.view, ring, 0.06)
     return metal
 

@@ -40,7 +40,13 @@ CONDITIONS: dict[str, float] = {
 }
 """Share of patients with each condition; several may meet in one."""
 
-BEDSIDE: dict[str, float] = {"intensive care": 0.95, "heart failure": 0.45, "trauma": 0.45, "pneumonia": 0.25, "cancer": 0.15}
+BEDSIDE: dict[str, float] = {
+    "intensive care": 0.95,
+    "heart failure": 0.45,
+    "trauma": 0.45,
+    "pneumonia": 0.25,
+    "cancer": 0.15,
+}
 """Share of studies made at the bedside, by the condition that demands it most; 0.06 without any."""
 
 
@@ -142,7 +148,12 @@ class _Teller:
     """Collects episodes while the conditions are gone through."""
 
     def __init__(
-        self, patient: Patient, conditions: tuple[str, ...], studies: int, severity: tuple[float, float], rng: np.random.Generator
+        self,
+        patient: Patient,
+        conditions: tuple[str, ...],
+        studies: int,
+        severity: tuple[float, float],
+        rng: np.random.Generator,
     ) -> None:
         self.patient, self.conditions, self.studies, self.beta, self.rng = patient, conditions, studies, severity, rng
         self.episodes: list[Episode] = []
@@ -155,7 +166,13 @@ class _Teller:
         if not self.conditions and self.rng.random() < 0.04:
             self._wires()
         return History(
-            self.patient, self.conditions, tuple(self.episodes), tuple(self.stays), self.drain_side, self.studies, self._seed()
+            self.patient,
+            self.conditions,
+            tuple(self.episodes),
+            tuple(self.stays),
+            self.drain_side,
+            self.studies,
+            self._seed(),
         )
 
     def _seed(self) -> int:
@@ -182,7 +199,13 @@ class _Teller:
         return str(self.rng.choice(names, p=weights / weights.sum()))
 
     def _add(
-        self, label: str, side: int = 0, kind: str = "", first: int | None = None, course: Course | None = None, low: float = 0.0
+        self,
+        label: str,
+        side: int = 0,
+        kind: str = "",
+        first: int | None = None,
+        course: Course | None = None,
+        low: float = 0.0,
     ) -> Episode:
         peak = max(low, VISIBLE_FROM + (1 - VISIBLE_FROM) * float(self.rng.beta(*self.beta)))
         first = self._onset() if first is None else first
@@ -285,7 +308,14 @@ class _Teller:
     def _cancer(self) -> None:
         side = self._side()
         many = self._chance(0.35)
-        self._add("Lung Lesion", 0 if many else side, "multiple" if many else "single", 0, "growing" if self._chance(0.4) else "stable", 0.3)
+        self._add(
+            "Lung Lesion",
+            0 if many else side,
+            "multiple" if many else "single",
+            0,
+            "growing" if self._chance(0.4) else "stable",
+            0.3,
+        )
         if self._chance(0.3):
             self._collapse_beside(self._add("Pleural Effusion", side), 0.45)
         if self._chance(0.4):

@@ -17,7 +17,6 @@ from mlx_cxr.phantom.geometry import Kind, View, blur, noise_field, smoothstep
 from mlx_cxr.phantom.skeleton import bones
 from mlx_cxr.phantom.vessels import airways, draw, grow
 
-
 OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia", "Edema", "Atelectasis", "Lung Lesion")
 """Lung Opacity and its children in CheXpert's hierarchy of labels."""
 
@@ -83,7 +82,9 @@ def render_film(
     return Film(pixels, _finished_masks(canvas, findings), view, shape.ratio)
 
 
-def _shape(patient: Patient, findings: Mapping[str, Finding], kind: Kind, supine: bool, rng: np.random.Generator) -> Shape:
+def _shape(
+    patient: Patient, findings: Mapping[str, Finding], kind: Kind, supine: bool, rng: np.random.Generator
+) -> Shape:
     breath = float(np.clip(rng.normal(2.6 if supine else 0.7, 0.9), 0, 5))
     right = left = breath + rng.normal(0, 0.25)
     left += rng.normal(0, 0.3)
@@ -116,7 +117,7 @@ def _shape(patient: Patient, findings: Mapping[str, Finding], kind: Kind, supine
 
 def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.Generator) -> View:
     landscape = kind != "LATERAL" and rng.random() < (0.6 if supine else 0.25)
-    long = int(round(size * 43 / 35.5 / 2)) * 2
+    long = round(size * 43 / 35.5 / 2) * 2
     rows, columns = (size, long) if landscape else (long, size)
     # Lateral cassettes are filled more tightly; a film is collimated to the patient, small or large.
     build = patient.width / 13.4 * (1 + 0.012 * patient.fat)
@@ -143,7 +144,7 @@ def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random
     body = anatomy.body()
     air = canvas.air
     lung = np.maximum(np.minimum(canvas.lung() - canvas.opacity - air, body - 1.5), 0)
-    gas = np.clip(anatomy.stomach(rng), 0, np.maximum(body - canvas.lung() - 4.0, 0))
+    gas = np.minimum(anatomy.stomach(rng), 0.4 * body)
     # The lung's own grain: acini and vessels too small to draw.
     grain = noise_field(np.random.default_rng((canvas.patient.seed, 32)), lung.shape, 0.8 / (2 * view.pixel), 2)
     aeration = 1.0 + 0.05 * grain + (0.12 if canvas.shape.supine else 0.0)
@@ -184,7 +185,12 @@ def _mark_side(pixels: np.ndarray, view: View, supine: bool, rng: np.random.Gene
     pen = ImageDraw.Draw(tag)
     pen.text((size * 2, size), letter, font=font, fill=255, stroke_width=max(1, size // 14), stroke_fill=255)
     if supine and rng.random() < 0.35:
-        pen.text((int(size * 1.2), int(size * 2.2)), "PORTABLE", font=ImageFont.load_default(size=max(6, size // 2)), fill=230)
+        pen.text(
+            (int(size * 1.2), int(size * 2.2)),
+            "PORTABLE",
+            font=ImageFont.load_default(size=max(6, size // 2)),
+            fill=230,
+        )
     tag = tag.rotate(float(rng.normal(0, 6)), resample=Image.Resampling.BILINEAR)
     box = tag.getbbox()
     if box is None:

@@ -42,7 +42,9 @@ def _lobe(canvas: Canvas, name: str, size: float, jitter: tuple[float, float, fl
     return Ellipsoid((side * x * unit, y * unit * squeeze, z), tuple(r * size * unit for r in radii))  # type: ignore[arg-type]
 
 
-def _patch(canvas: Canvas, solid: Ellipsoid, fill: float, ragged: float, rng: np.random.Generator, cell: float) -> np.ndarray:
+def _patch(
+    canvas: Canvas, solid: Ellipsoid, fill: float, ragged: float, rng: np.random.Generator, cell: float
+) -> np.ndarray:
     """Tissue thickness of an ill-defined patch: the solid with a noisy edge and a noisy inside."""
     level = solid.level(canvas.view)
     texture = noise_field(rng, level.shape, cell / (2 * canvas.view.pixel), 4)
@@ -117,7 +119,9 @@ def draw_edema(canvas: Canvas, finding: Finding) -> None:
         level = anatomy.dome(side) - rng.uniform(-1.5, 6.0)
         wall = float(anatomy.half_width(np.array([level]))[0]) - 0.4
         length = rng.uniform(0.9, 2.2)
-        ends = np.array([[side * wall, level, rng.normal(0, 2)], [side * (wall - length), level + rng.normal(0, 0.15), 0]])
+        ends = np.array(
+            [[side * wall, level, rng.normal(0, 2)], [side * (wall - length), level + rng.normal(0, 0.15), 0]]
+        )
         lines += tube(view, ends, 0.06)
     canvas.soft += lines * (1.0 + 1.6 * s)
 
@@ -132,16 +136,21 @@ def draw_atelectasis(canvas: Canvas, finding: Finding) -> None:
         for _ in range(1 + int(2.4 * s + rng.random())):
             middle = np.array([side * rng.uniform(5.0, 9.5), base - rng.uniform(0.6, 4.2), rng.uniform(-4, 3)])
             reach, slope = rng.uniform(1.8, 3.4) * (0.8 + 0.5 * s), rng.normal(0.0, 0.28)
-            step = np.array([reach, reach * slope, 0.3])
-            path = smooth_curve(np.array([middle - step, middle + [0, rng.normal(0, 0.25), 0], middle + step]))
+            # A plate is as deep as it is wide; each view draws the edge that it sees.
+            step = np.array([reach, reach * slope, 0.3] if view.frontal else [0.3, reach * slope, 0.8 * reach])
+            bend = np.array([0.0, rng.normal(0, 0.25), 0.0])
+            path = smooth_curve(np.array([middle - step, middle + bend, middle + step]))
             profile = np.sin(np.linspace(0.15, np.pi - 0.15, len(path))) ** 0.5
             plate = tube(view, path, rng.uniform(0.22, 0.42) * (0.8 + 0.6 * s) * profile)
             # The plate lies nearly along the beam, so its depth adds to its thickness.
-            plate = blur(plate * (1.3 + 1.3 * s), 0.07 / view.pixel) * smoothstep(view.full(canvas.spaces[side]), 0.3, 2.5)
+            aerated = np.minimum(canvas.spaces[side], canvas.lung() - canvas.opacity - canvas.air)
+            plate = blur(plate * (1.3 + 1.3 * s), 0.07 / view.pixel) * smoothstep(view.full(aerated), 0.3, 3.0)
             canvas.soft += plate
             canvas.add_mask("Atelectasis", plate > 0.25, grow=2)
         if finding.kind == "lobar" or s > 0.55:
-            wedge = Ellipsoid((side * (4.6 + 0.8 * s), base - 1.8 - 1.2 * s, -4.5), (3.2 + 1.4 * s, 3.6 + 1.6 * s, 4.0), side * -0.35)
+            wedge = Ellipsoid(
+                (side * (4.6 + 0.8 * s), base - 1.8 - 1.2 * s, -4.5), (3.2 + 1.4 * s, 3.6 + 1.6 * s, 4.0), side * -0.35
+            )
             canvas.add_opacity("Atelectasis", _patch(canvas, wedge, 0.38 + 0.38 * s, 0.45, rng, 4.0))
 
 
@@ -252,7 +261,11 @@ def draw_pleural_other(canvas: Canvas, finding: Finding) -> None:
             tissue = band * (2.2 + 3.0 * s) * (1 + 0.2 * texture)
         else:
             upper, lower = rng.uniform(0.12, 0.35) * base, base + 3.0
-            band = _peel(canvas, side, 0.55 + 1.3 * s, 0.2) * smoothstep(y, upper, upper + 3.0) * smoothstep(y, lower + 1, lower)
+            band = (
+                _peel(canvas, side, 0.55 + 1.3 * s, 0.2)
+                * smoothstep(y, upper, upper + 3.0)
+                * smoothstep(y, lower + 1, lower)
+            )
             # The peel lies on the side wall, not on the dome.
             band = band * smoothstep(across * side, 0.55 * canvas.patient.width, 0.7 * canvas.patient.width)
             tissue = band * (1.6 + 3.0 * s) * (1 + 0.3 * texture)
@@ -311,9 +324,9 @@ DRAWERS: dict[str, Callable[[Canvas, Finding], None]] = {
     "Pneumonia": draw_pneumonia,
     "Lung Opacity": draw_opacity,
     "Lung Lesion": draw_lesion,
-    "Atelectasis": draw_atelectasis,
     "Edema": draw_edema,
     "Pleural Effusion": draw_effusion,
+    "Atelectasis": draw_atelectasis,
     "Fracture": draw_fracture,
 }
-"""In drawing order: what lies inside the lung before the fluid that covers it."""
+"""In drawing order: what replaces lung first leaves the less to what comes after."""

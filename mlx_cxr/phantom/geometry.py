@@ -84,7 +84,7 @@ class View:
         return across * scale - np.float32(np.sin(self.turn) * depth if self.frontal else 0.0), down * scale
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Full-resolution pixel coordinates (column, row; pixel centres at .5) of (N, 3) points in cm, in their dtype."""
+        """Film pixels (column, row; pixel centres at .5) of (N, 3) points in cm; floats of the points' dtype."""
         x, y, z = points[:, 0], points[:, 1], points[:, 2]
         depth, across = (z, x + float(np.sin(self.turn)) * z) if self.frontal else (x, z)
         scale = self.magnification(depth)
@@ -280,20 +280,22 @@ def tube(
         path: (N, 3) cm.
         radius: cm, one value or (N,).
         wall: thickness of the shell in cm; None for a solid rod.
-        step: spacing of the samples along the path in cm; None takes half a pixel.
+        step: spacing of the samples along the path in cm; None takes 0.8 of a pixel.
 
     Returns:
         float32 (rows, columns).
     """
-    step = step or view.pixel * 0.5
+    step = step or view.pixel * 0.8
     line = resample(np.column_stack([path, np.broadcast_to(radius, len(path))]), step)
     points, radii = line[:, :3], line[:, 3]
-    count = int(np.clip(np.ceil(4 * radii.max() / view.pixel), 3, 64))
+    count = int(np.clip(np.ceil(2.6 * radii.max() / view.pixel), 3, 48))
     offsets = (np.arange(count) + 0.5) / count * 2 - 1
-    chords = np.sqrt(1 - offsets**2)
+    chords, inner = np.sqrt(1 - offsets**2), 0.0
     if wall is not None:
-        inner = np.maximum(1 - wall / max(float(radii.mean()), 1e-6), 0)
+        inner = float(np.maximum(1 - wall / max(float(radii.mean()), 1e-6), 0))
         chords = chords - np.sqrt(np.maximum(inner**2 - offsets**2, 0))
+    # A few samples stand for the section: they are made to hold its area.
+    chords = chords * (np.pi / 4 * (1 - inner**2) / chords.mean())
     spacing = np.linalg.norm(np.diff(points, axis=0), axis=1).mean() if len(points) > 1 else step
     depth = points[:, 2] if view.frontal else points[:, 0]
     # Weights are volumes scaled by m², as `splat` divides by the area on the detector.

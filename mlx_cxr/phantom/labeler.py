@@ -22,7 +22,13 @@ from mlx_cxr.phantom.findings import LOBES
 
 Change = Literal["first", "new", "worse", "better", "stable", "resolved"]
 
-SUSPECTED: dict[str, float] = {"Atelectasis": 0.35, "Pneumonia": 0.3, "Lung Opacity": 0.15, "Pleural Effusion": 0.1, "Edema": 0.1}
+SUSPECTED: dict[str, float] = {
+    "Atelectasis": 0.35,
+    "Pneumonia": 0.3,
+    "Lung Opacity": 0.15,
+    "Pleural Effusion": 0.1,
+    "Edema": 0.1,
+}
 """Share of each finding among those suspected where there is nothing."""
 
 
@@ -56,7 +62,7 @@ class Seen:
     change: Change
 
 
-def read_film(
+def read_study(
     truth: Mapping[str, Finding], before: Mapping[str, Finding] | None, reader: Reader, rng: np.random.Generator
 ) -> list[Seen]:
     """What a radiologist makes of a study.
@@ -134,7 +140,9 @@ def labels_of(mentions: Mapping[str, int]) -> np.ndarray:
     return row
 
 
-def spoil(row: np.ndarray, error: Mapping[str, float], share: Mapping[str, float], rng: np.random.Generator) -> np.ndarray:
+def spoil(
+    row: np.ndarray, error: Mapping[str, float], share: Mapping[str, float], rng: np.random.Generator
+) -> np.ndarray:
     """A labeler's own errors.
 
     Args:
@@ -156,9 +164,7 @@ def spoil(row: np.ndarray, error: Mapping[str, float], share: Mapping[str, float
                 wrong[column] = np.nan if kinds[column] < 0.7 or label == "No Finding" else -1.0
         elif draws[column] < rate * common / (1 - common):
             wrong[column] = 1.0
-        elif row[column] == -1 and draws[column] < 2 * rate:
-            wrong[column] = np.nan
-        elif row[column] == 0 and draws[column] < rate:
+        elif (row[column] == -1 and draws[column] < 2 * rate) or (row[column] == 0 and draws[column] < rate):
             wrong[column] = np.nan
     none = LABELS.index("No Finding")
     others = [column for column, label in enumerate(LABELS) if label not in ("No Finding", DEVICE_LABEL)]

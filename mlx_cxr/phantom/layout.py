@@ -84,17 +84,28 @@ def write_tables(cohort: Cohort, root: Path, shapes: list[tuple[int, int]]) -> N
     for (study, plan), (rows, columns) in zip(films, shapes, strict=True):
         ids = {"dicom_id": plan.dicom_id, "subject_id": study.patient.subject_id, "study_id": study.study_id}
         metadata.append(ids | _metadata(study, plan, rows, columns))
-        split.append({"dicom_id": plan.dicom_id, "study_id": study.study_id, "subject_id": ids["subject_id"], "split": cohort.split[ids["subject_id"]]})
+        split.append(
+            {
+                "dicom_id": plan.dicom_id,
+                "study_id": study.study_id,
+                "subject_id": ids["subject_id"],
+                "split": cohort.split[ids["subject_id"]],
+            }
+        )
     _write_gzip(root / "mimic-cxr-2.0.0-metadata.csv.gz", metadata)
     _write_gzip(root / "mimic-cxr-2.0.0-split.csv.gz", split)
     for labeler in ("chexpert", "negbio"):
         rows_of = [
-            {"subject_id": study.patient.subject_id, "study_id": study.study_id} | dict(zip(LABELS, getattr(study, labeler).tolist(), strict=True))
+            {"subject_id": study.patient.subject_id, "study_id": study.study_id}
+            | dict(zip(LABELS, getattr(study, labeler).tolist(), strict=True))
             for study in cohort.studies
         ]
         _write_gzip(root / f"mimic-cxr-2.0.0-{labeler}.csv.gz", rows_of)
     patients = {study.patient.subject_id: study.patient for study in cohort.studies}
-    _write_gzip(root / "patients.csv.gz", [{"subject_id": p.subject_id, "gender": p.sex, "anchor_age": p.age} for p in patients.values()])
+    _write_gzip(
+        root / "patients.csv.gz",
+        [{"subject_id": p.subject_id, "gender": p.sex, "anchor_age": p.age} for p in patients.values()],
+    )
 
 
 def _metadata(study: StudyPlan, plan: FilmPlan, rows: int, columns: int) -> dict[str, object]:

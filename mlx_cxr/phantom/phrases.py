@@ -9,17 +9,16 @@ from __future__ import annotations
 
 Text = str | tuple[str, str]
 
-PRIOR = (
-    "[the prior study|the prior exam|the prior radiograph|the previous study|the most recent prior|the study of ___|___|"
-    "prior|the prior study from ___|the examination of ___]"
-)
-
 SIZE = {
     "small": "[small|small|trace|tiny|minimal]",
     "moderate": "[moderate|moderate|moderate-sized|small to moderate]",
     "large": "[large|large|moderate to large|substantial]",
 }
-GRADE = {"small": "[mild|mild|minimal|slight]", "moderate": "[moderate|moderate|mild to moderate]", "large": "[severe|marked|moderate to severe]"}
+GRADE = {
+    "small": "[mild|mild|minimal|slight]",
+    "moderate": "[moderate|moderate|mild to moderate]",
+    "large": "[severe|marked|moderate to severe]",
+}
 HEART = {"small": "[mildly|mildly|slightly]", "moderate": "moderately", "large": "[severely|markedly|massively]"}
 
 LOBES = {
@@ -40,7 +39,11 @@ NOUN: dict[str, dict[str, list[Text]]] = {
             "[linear|plate-like|subsegmental|discoid|bandlike] atelectasis [at|in] the <side> [base|lung base]",
             "<side> [lower lobe|basilar] [linear|subsegmental|plate-like] atelectasis",
         ],
-        "lobar": ["<side> lower lobe [collapse|atelectasis]", "[partial |near-complete |]<side> lower lobe collapse", "[substantial|extensive] <side> lower lobe atelectasis"],
+        "lobar": [
+            "<side> lower lobe [collapse|atelectasis]",
+            "[partial |near-complete |]<side> lower lobe collapse",
+            "[substantial|extensive] <side> lower lobe atelectasis",
+        ],
         "both": [
             "[|mild |minimal |moderate ]bibasilar atelectasis",
             "bibasilar [linear|subsegmental|plate-like] atelectasis",
@@ -48,13 +51,28 @@ NOUN: dict[str, dict[str, list[Text]]] = {
             "atelectasis at [both|the] lung bases",
         ],
     },
-    "Cardiomegaly": {"": ["<grade> cardiomegaly", "<grade> [enlargement of the cardiac silhouette|cardiac enlargement]", "<grade> cardiomegaly"]},
+    "Cardiomegaly": {
+        "": [
+            "<grade> cardiomegaly",
+            "<grade> [enlargement of the cardiac silhouette|cardiac enlargement]",
+            "<grade> cardiomegaly",
+        ]
+    },
     "Consolidation": {
         "": [
             "@[focal |dense |confluent |]consolidation [in|within] the <lobe>",
             "consolidation [in|of|within] the <lobe>",
-            ("@[dense|confluent|large] [|airspace ]opacity in the <lobe> [compatible|consistent] with consolidation", "Lung Opacity"),
-            ("[|confluent |dense ]airspace opacification [in|of] the <lobe> consistent with consolidation", "Lung Opacity"),
+            (
+                (
+                    "@[dense|confluent|large] [|airspace ]opacity in the <lobe> [compatible|consistent] "
+                    "with consolidation"
+                ),
+                "Lung Opacity",
+            ),
+            (
+                "[|confluent |dense ]airspace opacification [in|of] the <lobe> consistent with consolidation",
+                "Lung Opacity",
+            ),
         ]
     },
     "Edema": {
@@ -66,50 +84,116 @@ NOUN: dict[str, dict[str, list[Text]]] = {
         ]
     },
     "Enlarged Cardiomediastinum": {
-        "": ["[|<grade> ]widening of the [|upper |superior ]mediastinum", "@[|<gradely> ]widened [upper |superior |]mediastinum", "enlargement of the cardiomediastinal silhouette"]
+        "": [
+            "[|<grade> ]widening of the [|upper |superior ]mediastinum",
+            "@[|<gradely> ]widened [upper |superior |]mediastinum",
+            "enlargement of the cardiomediastinal silhouette",
+        ]
     },
     "Fracture": {
-        "acute one": ["@[|mildly displaced |displaced |acute ]fracture of @[|lateral |posterolateral ]<side> rib", "@[displaced |acute |]<side> [lateral |]rib fracture"],
-        "acute": ["multiple [acute |displaced |]<side> rib fractures", "<side> [lateral |posterolateral |]rib fractures", "[several|multiple] [mildly displaced |displaced |]<side>-sided rib fractures"],
+        "acute one": [
+            "@[|mildly displaced |displaced |acute ]fracture of @[|lateral |posterolateral ]<side> rib",
+            "@[displaced |acute |]<side> [lateral |]rib fracture",
+        ],
+        "acute": [
+            "multiple [acute |displaced |]<side> rib fractures",
+            "<side> [lateral |posterolateral |]rib fractures",
+            "[several|multiple] [mildly displaced |displaced |]<side>-sided rib fractures",
+        ],
         "old one": ["@[healed|healing|old] <side> [lateral |]rib fracture", "@chronic <side> rib fracture"],
-        "old": ["multiple [old|healed|healing|remote] <side> rib fractures", "[old|healed|chronic] <side>-sided rib fractures"],
+        "old": [
+            "multiple [old|healed|healing|remote] <side> rib fractures",
+            "[old|healed|chronic] <side>-sided rib fractures",
+        ],
     },
     "Lung Lesion": {
-        "nodule": ["@<cm> [|rounded |solid |spiculated ][nodule|pulmonary nodule] [in|projecting over] the <side> lung", "@<side> [lung|pulmonary] nodule [measuring|of] [approximately |]<cm>"],
-        "mass": ["@<cm> [|lobulated |spiculated |rounded ]mass in the <side> lung", "@<side> lung mass measuring [approximately |up to ]<cm>", "@[large |]<side> pulmonary mass"],
-        "multiple": ["multiple [bilateral |]pulmonary nodules", "multiple [rounded |]pulmonary nodules [bilaterally|in both lungs]", "innumerable [bilateral |]pulmonary nodules and masses"],
+        "nodule": [
+            "@<cm> [|rounded |solid |spiculated ][nodule|pulmonary nodule] [in|projecting over] the <side> lung",
+            "@<side> [lung|pulmonary] nodule [measuring|of] [approximately |]<cm>",
+        ],
+        "mass": [
+            "@<cm> [|lobulated |spiculated |rounded ]mass in the <side> lung",
+            "@<side> lung mass measuring [approximately |up to ]<cm>",
+            "@[large |]<side> pulmonary mass",
+        ],
+        "multiple": [
+            "multiple [bilateral |]pulmonary nodules",
+            "multiple [rounded |]pulmonary nodules [bilaterally|in both lungs]",
+            "innumerable [bilateral |]pulmonary nodules and masses",
+        ],
     },
     "Lung Opacity": {
         "": [
-            "@[patchy|hazy|ill-defined|heterogeneous|focal|vague] [|airspace ]opacity [in|within|projecting over] the <lobe>",
+            (
+                "@[patchy|hazy|ill-defined|heterogeneous|focal|vague] [|airspace ]opacity [in|within|"
+                "projecting over] the <lobe>"
+            ),
             "[patchy|hazy|heterogeneous|ill-defined] opacities [in|within|at] the <lobe>",
             "[hazy|patchy] opacification of the <lobe>",
         ]
     },
     "Pleural Effusion": {
-        "": ["@<size> <side> pleural effusion", "@<size> <side>-sided pleural effusion", "@<size> <side> effusion", "@<size>[| layering] <side> pleural effusion"],
-        "both": ["<size> bilateral pleural effusions", "bilateral [<size> |]pleural effusions", "<size> bilateral effusions, [right greater than left|left greater than right]"],
+        "": [
+            "@<size> <side> pleural effusion",
+            "@<size> <side>-sided pleural effusion",
+            "@<size> <side> effusion",
+            "@<size>[| layering] <side> pleural effusion",
+        ],
+        "both": [
+            "<size> bilateral pleural effusions",
+            "bilateral [<size> |]pleural effusions",
+            "<size> bilateral effusions, [right greater than left|left greater than right]",
+        ],
     },
     "Pleural Other": {
-        "apical cap": ["[|<grade> ]<side> apical pleural thickening", "<side> [biapical |apical |]pleural thickening"],
-        "thickening": ["[|<grade> |smooth |chronic ]<side>[-sided|] pleural thickening", "<side> [lateral |]pleural thickening", "<side> pleural thickening [along the lateral chest wall|at the lung base]"],
-        "plaques": ["calcified <side> pleural plaques and pleural thickening", "<side> [calcified |]pleural thickening", "pleural thickening with calcified plaques on the <side>"],
-        "both": ["[|<grade> ]bilateral pleural thickening", "bilateral [calcified |]pleural thickening[| and plaques]"],
+        ("apical cap"): [
+            "[|<grade> ]<side> apical pleural thickening",
+            "<side> [biapical |apical |]pleural thickening",
+        ],
+        "thickening": [
+            "[|<grade> |smooth |chronic ]<side>[-sided|] pleural thickening",
+            "<side> [lateral |]pleural thickening",
+            "<side> pleural thickening [along the lateral chest wall|at the lung base]",
+        ],
+        "plaques": [
+            "calcified <side> pleural plaques and pleural thickening",
+            "<side> [calcified |]pleural thickening",
+            "pleural thickening with calcified plaques on the <side>",
+        ],
+        ("both"): [
+            "[|<grade> ]bilateral pleural thickening",
+            "bilateral [calcified |]pleural thickening[| and plaques]",
+        ],
     },
     "Pneumonia": {
         "": [
-            ("[patchy|multifocal|heterogeneous] opacities in the <lobe> [compatible|consistent] with pneumonia", "Lung Opacity"),
+            (
+                "[patchy|multifocal|heterogeneous] opacities in the <lobe> [compatible|consistent] with pneumonia",
+                "Lung Opacity",
+            ),
             "<lobebare> pneumonia",
-            ("@[patchy|focal] opacity in the <lobe> [consistent with|compatible with|representing] pneumonia", "Lung Opacity"),
+            (
+                "@[patchy|focal] opacity in the <lobe> [consistent with|compatible with|representing] pneumonia",
+                "Lung Opacity",
+            ),
             "pneumonia [in|of|involving] the <lobe>",
         ],
         "both": [
             "multifocal pneumonia",
             "bilateral [|multifocal ]pneumonia",
-            ("[patchy|multifocal] bilateral opacities [compatible|consistent] with [|multifocal ]pneumonia", "Lung Opacity"),
+            (
+                "[patchy|multifocal] bilateral opacities [compatible|consistent] with [|multifocal ]pneumonia",
+                "Lung Opacity",
+            ),
         ],
     },
-    "Pneumothorax": {"": ["@<size> <side> [apical |]pneumothorax", "@<size> <side>-sided pneumothorax", "@<size> <side> pneumothorax"]},
+    "Pneumothorax": {
+        "": [
+            "@<size> <side> [apical |]pneumothorax",
+            "@<size> <side>-sided pneumothorax",
+            "@<size> <side> pneumothorax",
+        ]
+    },
 }
 """Noun phrases by label and variant."""
 
@@ -120,107 +204,116 @@ SENTENCE: dict[str, list[Text]] = {
         "Heart size is [enlarged|<gradely> enlarged].",
     ],
     "Edema": [
-        "There is [upper zone redistribution and |]<grade> indistinctness of the pulmonary vasculature, [compatible|consistent] with pulmonary edema.",
-        ("[Diffuse|Bilateral|Perihilar] [hazy |interstitial |]opacities are [consistent|compatible] with <grade> pulmonary edema.", "Lung Opacity"),
+        (
+            "There is [upper zone redistribution and |]<grade> indistinctness of the pulmonary "
+            "vasculature, [compatible|consistent] with pulmonary edema."
+        ),
+        (
+            (
+                "[Diffuse|Bilateral|Perihilar] [hazy |interstitial |]opacities are [consistent|"
+                "compatible] with <grade> pulmonary edema."
+            ),
+            "Lung Opacity",
+        ),
     ],
-    "Pleural Effusion": ["[Blunting|Obscuration] of the <side> costophrenic [angle|sulcus] [is|is] [consistent|compatible] with @<size> pleural effusion.", "There is [fluid layering|pleural fluid] on the <side>[|, <size> in amount] [with|and] @<size> pleural effusion."],
+    "Pleural Effusion": [
+        (
+            "[Blunting|Obscuration] of the <side> costophrenic [angle|sulcus] [is|is] [consistent|"
+            "compatible] with @<size> pleural effusion."
+        ),
+        (
+            "There is [fluid layering|pleural fluid] on the <side>[|, <size> in amount] [with|and] "
+            "@<size> pleural effusion."
+        ),
+    ],
     "Atelectasis": [
-        ("[Streaky|Linear|Patchy] <side> basilar [opacity|opacities], [likely|most likely] [representing |reflecting |]atelectasis.", "Lung Opacity"),
+        (
+            (
+                "[Streaky|Linear|Patchy] <side> basilar [opacity|opacities], [likely|most likely] "
+                "[representing |reflecting |]atelectasis."
+            ),
+            "Lung Opacity",
+        ),
         "There is volume loss at the <side> [base|lung base] with atelectasis.",
     ],
-    "Enlarged Cardiomediastinum": ["The [mediastinum|superior mediastinum|upper mediastinum] is <gradely> widened.", "The [cardiomediastinal silhouette|mediastinal contour] is [<gradely> |]widened."],
-    "Pneumothorax": ["A [pleural|visceral pleural] edge is [seen|visible] on the <side>, [consistent|compatible] with @<size> pneumothorax."],
-    "Lung Lesion": [("[A rounded|A focal] nodular opacity of <cm> [projects over|is seen in] the <side> lung.", "Lung Opacity")],
+    "Enlarged Cardiomediastinum": [
+        "The [mediastinum|superior mediastinum|upper mediastinum] is <gradely> widened.",
+        "The [cardiomediastinal silhouette|mediastinal contour] is [<gradely> |]widened.",
+    ],
+    "Pneumothorax": [
+        (
+            "A [pleural|visceral pleural] edge is [seen|visible] on the <side>, [consistent|compatible] "
+            "with @<size> pneumothorax."
+        )
+    ],
+    "Lung Lesion": [
+        ("[A rounded|A focal] nodular opacity of <cm> [projects over|is seen in] the <side> lung.", "Lung Opacity")
+    ],
     "Consolidation": ["[The <lobe> is consolidated|There is consolidation of the <lobe>][|, with air bronchograms]."],
-    "Fracture": ["[Cortical step-off|Deformity] of <side> ribs [is consistent|is compatible|in keeping] with fracture."],
+    "Fracture": [
+        "[Cortical step-off|Deformity] of <side> ribs [is consistent|is compatible|in keeping] with fracture."
+    ],
 }
 """Whole sentences for a finding that is new or seen for the first time."""
 
 HEDGED: dict[str, list[Text]] = {
-    "Atelectasis": [("@[streaky|faint] <side> basilar opacity may [represent|reflect] atelectasis.", "Lung Opacity"), "[Possible|Probable] [minimal |]<side> basilar atelectasis."],
-    "Cardiomegaly": ["Heart size is [difficult to assess|likely accentuated by technique], [possible|questionable] [mild |]cardiomegaly.", "[Possible|Questionable] [mild |]cardiomegaly."],
-    "Consolidation": ["[Early|Developing|Subtle] consolidation in the <lobe> cannot be excluded.", "[Possible|Questionable] consolidation in the <lobe>."],
-    "Edema": ["[Possible|Questionable] mild [interstitial edema|vascular congestion].", "Mild pulmonary edema [may be present|is possible|cannot be excluded]."],
-    "Enlarged Cardiomediastinum": ["The mediastinum [may be|is possibly] widened[|, which may be due to technique].", "Possible widening of the mediastinum."],
-    "Fracture": ["[Possible|Questionable] <side> rib fracture.", "@[subtle |nondisplaced |]<side> rib fracture cannot be excluded."],
-    "Lung Lesion": ["[Possible|Questionable] nodule [in|projecting over] the <side> lung[|, CT could be considered].", "@[subtle|vague|tiny] density over the <side> lung may represent @nodule."],
-    "Lung Opacity": ["[Possible|Questionable] [subtle |faint |]opacity in the <lobe>.", "@[subtle|faint] opacity in the <lobe> may be present."],
-    "Pleural Effusion": ["[Possible|Questionable] [trace|small] <side> pleural effusion.", "@[trace|small] <side> pleural effusion [cannot be excluded|is difficult to exclude|may be present]."],
-    "Pleural Other": ["[Possible|Questionable] <side> pleural thickening.", "Blunting on the <side> may reflect pleural thickening."],
+    "Atelectasis": [
+        ("@[streaky|faint] <side> basilar opacity may [represent|reflect] atelectasis.", "Lung Opacity"),
+        "[Possible|Probable] [minimal |]<side> basilar atelectasis.",
+    ],
+    "Cardiomegaly": [
+        (
+            "Heart size is [difficult to assess|likely accentuated by technique], [possible|"
+            "questionable] [mild |]cardiomegaly."
+        ),
+        "[Possible|Questionable] [mild |]cardiomegaly.",
+    ],
+    "Consolidation": [
+        "[Early|Developing|Subtle] consolidation in the <lobe> cannot be excluded.",
+        "[Possible|Questionable] consolidation in the <lobe>.",
+    ],
+    "Edema": [
+        "[Possible|Questionable] mild [interstitial edema|vascular congestion].",
+        "Mild pulmonary edema [may be present|is possible|cannot be excluded].",
+    ],
+    "Enlarged Cardiomediastinum": [
+        "The mediastinum [may be|is possibly] widened[|, which may be due to technique].",
+        "Possible widening of the mediastinum.",
+    ],
+    "Fracture": [
+        "[Possible|Questionable] <side> rib fracture.",
+        "@[subtle |nondisplaced |]<side> rib fracture cannot be excluded.",
+    ],
+    "Lung Lesion": [
+        "[Possible|Questionable] nodule [in|projecting over] the <side> lung[|, CT could be considered].",
+        "@[subtle|vague|tiny] density over the <side> lung may represent @nodule.",
+    ],
+    "Lung Opacity": [
+        "[Possible|Questionable] [subtle |faint |]opacity in the <lobe>.",
+        "@[subtle|faint] opacity in the <lobe> may be present.",
+    ],
+    "Pleural Effusion": [
+        "[Possible|Questionable] [trace|small] <side> pleural effusion.",
+        "@[trace|small] <side> pleural effusion [cannot be excluded|is difficult to exclude|may be present].",
+    ],
+    "Pleural Other": [
+        "[Possible|Questionable] <side> pleural thickening.",
+        "Blunting on the <side> may reflect pleural thickening.",
+    ],
     "Pneumonia": [
         "[Possible|Questionable] [early |]pneumonia [in|at] the <lobe>.",
-        ("@[patchy|vague|subtle] opacity in the <lobe>, [could represent|may represent|concerning for|suspicious for] pneumonia.", "Lung Opacity"),
+        (
+            (
+                "@[patchy|vague|subtle] opacity in the <lobe>, [could represent|may represent|concerning "
+                "for|suspicious for] pneumonia."
+            ),
+            "Lung Opacity",
+        ),
         "Pneumonia [in|at] the <lobe> [cannot be excluded|is not excluded][| in the appropriate clinical setting].",
     ],
-    "Pneumothorax": ["[Possible|Questionable] [tiny|small] <side> [apical |]pneumothorax.", "@[tiny|small] <side> pneumothorax [cannot be excluded|is not excluded|may be present]."],
+    "Pneumothorax": [
+        "[Possible|Questionable] [tiny|small] <side> [apical |]pneumothorax.",
+        "@[tiny|small] <side> pneumothorax [cannot be excluded|is not excluded|may be present].",
+    ],
 }
 """What is said of a finding the reader is not sure of."""
-
-ABSENT: dict[str, list[str]] = {
-    "Atelectasis": ["atelectasis"],
-    "Cardiomegaly": ["cardiomegaly"],
-    "Consolidation": ["focal consolidation", "focal consolidation", "consolidation", "focal airspace consolidation", "lobar consolidation"],
-    "Edema": ["pulmonary edema", "pulmonary edema", "overt pulmonary edema", "pulmonary vascular congestion", "evidence of edema"],
-    "Fracture": ["displaced rib fracture", "displaced fracture", "acute fracture", "rib fracture"],
-    "Lung Lesion": ["pulmonary nodule", "suspicious nodule", "discrete nodule", "mass"],
-    "Lung Opacity": ["focal opacity", "new opacity", "focal opacities"],
-    "Pleural Effusion": ["pleural effusion", "pleural effusion", "pleural effusions", "effusion", "large pleural effusion"],
-    "Pleural Other": ["pleural thickening"],
-    "Pneumonia": ["pneumonia", "evidence of pneumonia", "acute pneumonia", "infectious process"],
-    "Pneumothorax": ["pneumothorax", "pneumothorax", "evidence of pneumothorax", "pneumothoraces"],
-}
-"""What follows `no`."""
-
-NORMAL_HEART = ["Heart size is normal.", "The heart is normal in size.", "The cardiac silhouette is normal.", "Cardiac silhouette is within normal limits.", "The heart size is [within normal limits|normal]."]
-NORMAL_SILHOUETTE = [
-    "The cardiomediastinal silhouette is [normal|unremarkable|within normal limits].",
-    "[Mediastinal contour is|The mediastinal contours are] [normal|unremarkable|within normal limits].",
-    "Cardiomediastinal silhouette is [normal|unremarkable].",
-]
-NORMAL_LUNGS = ["The lungs are [clear|well expanded and clear|clear bilaterally|grossly clear].", "Lungs are [clear|well expanded|fully expanded and clear].", "[Lung volumes are normal|The lungs are well inflated] and [clear|the lungs are clear]."]
-FILLERS = [
-    "Hilar contours are [normal|unremarkable].",
-    "[The osseous structures are|Bony structures are|The visualized osseous structures are] [intact|unremarkable|grossly intact].",
-    "[Degenerative changes are [noted|seen] in the thoracic spine.|Mild degenerative changes of the [thoracic |]spine.]",
-    "[The aorta is [tortuous|mildly tortuous|calcified].|Atherosclerotic calcifications [are seen at|of] the aortic [knob|arch].]",
-    "[No free air below the [right |]hemidiaphragm is seen.|Upper abdomen is [unremarkable|within normal limits].]",
-    "[Lung volumes are low.|Low lung volumes accentuate the bronchovascular markings.|The patient is rotated.]",
-    "[Soft tissues are unremarkable.|Imaged upper abdomen is unremarkable.]",
-]
-NORMAL_IMPRESSION = [
-    "No acute cardiopulmonary [process|abnormality|disease|pathology].",
-    "No acute [intrathoracic|cardiothoracic|chest] [process|abnormality].",
-    "No evidence of acute cardiopulmonary [process|disease].",
-    "Normal [chest radiograph|chest|chest x-ray][|.  No acute process].",
-    "[Normal|Unremarkable] [radiograph of the chest|chest radiographs].",
-    "No radiographic evidence of [an |]acute cardiopulmonary [process|abnormality].",
-]
-
-DEVICES: dict[str, list[str]] = {
-    "endotracheal tube": [
-        "[The endotracheal tube|Endotracheal tube|ET tube|The ET tube] [terminates|ends|tip is] [approximately |about |]<tip> cm above the carina.",
-        "[Endotracheal tube|The endotracheal tube] [in standard position|is in appropriate position], with its tip <tip> cm above the carina.",
-    ],
-    "nasogastric tube": [
-        "[Enteric tube|Nasogastric tube|NG tube|The enteric tube|Orogastric tube] [courses below the diaphragm|passes into the stomach|terminates in the stomach|tip is in the stomach][| and out of view].",
-    ],
-    "right internal jugular central venous line": [
-        "[Right IJ|Right internal jugular|Right-sided] [central venous catheter|central line|catheter] [terminates|ends|tip is] [in|at] the [mid |lower |]SVC[|/cavoatrial junction].",
-    ],
-    "subclavian central venous line": ["[Subclavian|A subclavian] [central venous catheter|central line|line] [terminates|ends] in the [mid |lower |]SVC."],
-    "PICC": ["[PICC line|PICC|A PICC|The PICC line] [terminates|ends|tip lies] in the [mid |lower |upper |]SVC[| near the cavoatrial junction]."],
-    "Port-A-Cath": ["[Right-sided Port-A-Cath|Right chest wall port|Port-A-Cath] catheter [terminates|ends|tip is] in the [low |mid |]SVC."],
-    "pacemaker": [
-        "[Left-sided|Left chest wall|Left pectoral] [pacemaker|dual-lead pacemaker|pacemaker device] [is seen with leads in the expected positions|leads are in unchanged position|with leads in the right heart|in place].",
-    ],
-    "chest tube": ["[<Drain> chest tube|<Drain>-sided chest tube|<Drain> pleural drain|A <drain> chest tube] [is in place|remains in place|projects over the <drain> hemithorax|terminates near the apex]."],
-    "median sternotomy wires": ["Median sternotomy wires are [intact|in place|noted|aligned]."],
-}
-"""What is said of each device; ECG leads go without mention."""
-
-DEVICE_SUMMARY = [
-    "[Support devices|Lines and tubes|Monitoring and support devices] [in standard position|in place|as above|as described|are unchanged].",
-    "[Satisfactory|Standard|Appropriate] position of [the |]<devices>.",
-    "<Devices> in [place|standard position|appropriate position|unchanged position].",
-    "[Status post|Interval placement of] <devices>.",
-]

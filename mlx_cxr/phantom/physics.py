@@ -102,7 +102,9 @@ def display(density: np.ndarray, view: View, exposure: Exposure) -> np.ndarray:
     low, high = np.percentile(inside, (0.7, 99.5) if view.frontal else (3.0, 97.0))
     high += 0.05 * (high - low)
     levels = (np.clip((shown - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32)
-    counts = np.bincount((np.clip((inside - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32), minlength=1024).astype(np.float64)
+    counts = np.bincount(
+        (np.clip((inside - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32), minlength=1024
+    ).astype(np.float64)
     counts = np.minimum(counts, counts.sum() * 0.006)
     curve = np.cumsum(counts) / counts.sum()
     ramp = np.linspace(0, 1, 1024)

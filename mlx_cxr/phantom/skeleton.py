@@ -93,7 +93,14 @@ def _break(line: np.ndarray, girth: np.ndarray, broken: RibBreak) -> tuple[np.nd
 
 
 def _add_shell(
-    total: np.ndarray, view: View, line: np.ndarray, girth: np.ndarray, high: float, thick: float, cortex: float, spongy: float
+    total: np.ndarray,
+    view: View,
+    line: np.ndarray,
+    girth: np.ndarray,
+    high: float,
+    thick: float,
+    cortex: float,
+    spongy: float,
 ) -> None:
     """Add a flat tube to a layer: cortex as a shell, the core at `spongy` times its density."""
     data = resample(np.column_stack([line, girth]), view.pixel * 0.9).astype(np.float32)
@@ -148,9 +155,7 @@ def girdle(anatomy: Anatomy) -> np.ndarray:
         # Lateral: sternum in profile and the edges of the scapulae over the upper spine.
         front = float(anatomy.half_depth(np.array([9.0]))[0]) + 0.9
         levels = np.linspace(1.5, 0.82 * anatomy.patient.height, 30)
-        path = np.column_stack(
-            [np.zeros(30), levels, front - 2.6 * (1 - (levels - 1.5) / levels.max()) ** 1.6 + 0.4]
-        )
+        path = np.column_stack([np.zeros(30), levels, front - 2.6 * (1 - (levels - 1.5) / levels.max()) ** 1.6 + 0.4])
         total += 0.25 * tube(view, path, 0.62) + 1.0 * tube(view, path, 0.62, wall=0.12)
         for dz in (0.0, 1.0):
             edge = smooth_curve(np.array([[9, 0.5, -5.5 - dz], [10, 6, -7.2 - dz], [10, 12, -8.6 - dz]], float))
@@ -161,10 +166,10 @@ def girdle(anatomy: Anatomy) -> np.ndarray:
         total += tube(view, path, 0.6, wall=0.11) + 0.16 * tube(view, path, 0.55)
         total += _scapula(anatomy, side)
         head = np.array([side * (reach + 3.4), 1.8, 0.0])
-        shaft = smooth_curve(np.array([head + [side * 0.1, 0.8, 0], head + [side * 0.6, 4, 0], head + [side * 3.2, 16, 0]]))
+        shaft = smooth_curve(head + np.array([[side * 0.1, 0.8, 0], [side * 0.6, 4, 0], [side * 3.2, 16, 0]]))
         widths = 1.15 + 0.6 * np.exp(-np.linspace(0, 7, len(shaft)))
         total += 0.7 * tube(view, shaft, widths, wall=0.3)
-        ball = np.array([head + [0, -2.1, 0], head, head + [side * 0.2, 1.6, 0]])
+        ball = head + np.array([[0, -2.1, 0], [0, 0, 0], [side * 0.2, 1.6, 0]])
         total += 0.22 * tube(view, smooth_curve(ball), np.sin(np.linspace(0.1, 2.9, 60)) * 2.2)
     return total
 
@@ -174,12 +179,21 @@ def _scapula(anatomy: Anatomy, side: int) -> np.ndarray:
     # With the hands on the hips (PA) the blades swing off the lungs; at the bedside they lie over them.
     medial = reach * (0.58 if anatomy.shape.supine else 0.80)
     top, low = 0.2, 11.5
-    corner = [(medial, top + 0.8), (medial + 0.4, 5.5), (medial + 2.4, low), (reach + 1.6, 4.2), (reach + 2.0, 1.8), (medial + 2.6, top)]
+    corner = [
+        (medial, top + 0.8),
+        (medial + 0.4, 5.5),
+        (medial + 2.4, low),
+        (reach + 1.6, 4.2),
+        (reach + 2.0, 1.8),
+        (medial + 2.6, top),
+    ]
     outline = np.array([[side * x, y, -6.5] for x, y in corner])
     blade = paint(view, outline, 1.2) * np.float32(0.13)
     ring = np.concatenate([outline, outline[:1]])
     blade = blade + tube(view, smooth_curve(ring[:4]), 0.2) * 0.5 + tube(view, ring[2:4], 0.4, wall=0.12) * 0.5
-    spine = smooth_curve(np.array([[side * medial, 3.2, -7.5], [side * (reach - 0.5), 0.6, -7], [side * (reach + 2.6), -0.9, -4]]))
+    spine = smooth_curve(
+        np.array([[side * medial, 3.2, -7.5], [side * (reach - 0.5), 0.6, -7], [side * (reach + 2.6), -0.9, -4]])
+    )
     coracoid = np.array([[side * (reach + 0.6), 1.2, -2.0], [side * (reach + 0.2), 0.6, 0.5]])
     return blade + 0.5 * tube(view, spine, 0.5, wall=0.15) + 0.5 * tube(view, coracoid, 0.55, wall=0.15)
 
@@ -188,6 +202,10 @@ def spine(anatomy: Anatomy) -> np.ndarray:
     """Excess bone of the vertebrae in cm of cortex, on the half grid: bodies, end-plates, pedicles, spines."""
     view, u = anatomy.view, anatomy.unit
     across, y = view.plane(-6.0)
+    # All of it lies in a band of columns; the rest of the film is left alone.
+    whole = np.zeros_like(across)
+    band = slice(*np.flatnonzero((np.abs(across if view.frontal else across + 8.5) < 7.0).any(axis=0))[[0, -1]])
+    across, y = across[:, band], y[:, band]
     pitch = SPACING * u
     phase = np.mod((y + 1.6) / pitch, 1.0)
     half_gap = 0.09
@@ -206,13 +224,15 @@ def spine(anatomy: Anatomy) -> np.ndarray:
         layer += 0.30 * np.exp(-((x / 0.28) ** 2)) * np.exp(-(((phase - 0.75) / 0.2) ** 2))
         wings = np.exp(-(((phase - 0.3) * pitch / 0.42) ** 2)) * np.clip((half + 1.5 - np.abs(x)) / 0.4, 0, 1)
         neck = 0.72 - 0.27 * smoothstep(y, 1.0, -3.0)
-        return ((layer + 0.10 * wings) * neck).astype(np.float32)
+        whole[:, band] = (layer + 0.10 * wings) * neck
+        return whole
     kyphosis = 1.5 * np.clip((y - 9) / 12.0, -1.3, 1.3) ** 2
     z = across + 8.2 - kyphosis
     body = np.sqrt(np.maximum(1 - np.abs(z / 1.55) ** 4, 0))
     edge = np.exp(-(((np.abs(z) - 1.4) / 0.16) ** 2))
     arch = np.exp(-(((z + 3.0) / 1.0) ** 2)) * (0.35 + 0.65 * np.exp(-(((phase - 0.6) / 0.22) ** 2)))
-    return (body * (0.55 * bone + 0.45 * plate) + 0.35 * edge * bone + 0.30 * arch).astype(np.float32)
+    whole[:, band] = body * (0.55 * bone + 0.45 * plate) + 0.35 * edge * bone + 0.30 * arch
+    return whole
 
 
 def bones(anatomy: Anatomy, breaks: list[RibBreak]) -> tuple[np.ndarray, np.ndarray]:

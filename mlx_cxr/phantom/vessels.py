@@ -128,13 +128,19 @@ def airway_paths(anatomy: Anatomy) -> list[tuple[np.ndarray, float]]:
     s, u = anatomy.shape, anatomy.unit
     carina = np.array([0.3 + 0.9 * s.shift, 8.3 * u, -1.5])
     bow = 0.35 * anatomy.patient.aorta
-    trachea = smooth_curve(np.array([[0.0, -9.0, 1.5], [0.1, 0.0, 0.5], [bow * -0.6 + 0.5 * s.shift, 5.0 * u, -0.8], carina]))
+    trachea = smooth_curve(
+        np.array([[0.0, -9.0, 1.5], [0.1, 0.0, 0.5], [bow * -0.6 + 0.5 * s.shift, 5.0 * u, -0.8], carina])
+    )
     right, left = hilum(anatomy, RIGHT), hilum(anatomy, LEFT)
     return [
         (trachea, 0.85),
-        (smooth_curve(np.array([carina, (carina + right) / 2 + [0.1, 0.1, 0], right + [0.6, 1.2, -0.6]])), 0.6),
-        (smooth_curve(np.array([carina, (carina + left) / 2 + [0, 0.5, 0], left + [-0.4, 1.6, -0.8]])), 0.52),
+        (_bronchus(carina, right, [0.1, 0.1, 0.0], [0.6, 1.2, -0.6]), 0.6),
+        (_bronchus(carina, left, [0.0, 0.5, 0.0], [-0.4, 1.6, -0.8]), 0.52),
     ]
+
+
+def _bronchus(carina: np.ndarray, root: np.ndarray, sag: list[float], beyond: list[float]) -> np.ndarray:
+    return smooth_curve(np.array([carina, (carina + root) / 2 + np.array(sag), root + np.array(beyond)]))
 
 
 def airways(anatomy: Anatomy) -> np.ndarray:

@@ -50,10 +50,11 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
     Args:
         targets: float (N, 14) in [0, 1], NaN where unknown.
         rule: `none`, `inverse_sqrt` (sqrt(n0 / n1)) or `balanced` (n0 / n1).
-        largest: upper bound, so that a finding with three positives does not rule the gradient.
+        largest: upper bound, so that a finding with three positives does not rule the gradient; at least 1.
 
     Returns:
-        float32 (14,), or None for `none`. A finding without positives gets `largest`.
+        float32 (14,) in [1 / largest, largest], or None for `none`. A finding without positives gets `largest`, one
+        without negatives `1 / largest`.
 
     Raises:
         ValueError: unknown rule.
@@ -68,7 +69,7 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
         ratio = np.sqrt(ratio)
     elif rule != "balanced":
         raise ValueError(f"class weighting {rule!r}: none, inverse_sqrt or balanced")
-    return np.minimum(ratio, largest).astype(np.float32)
+    return np.clip(ratio, 1 / largest, largest).astype(np.float32)
 
 
 def prior_logits(targets: np.ndarray, positive_weight: np.ndarray | None = None) -> np.ndarray:

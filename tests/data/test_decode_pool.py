@@ -46,7 +46,7 @@ def test_films_are_handed_out_as_they_are_needed(large_film):
     for _ in range(20):
         next(results)
     results.close()
-    assert jobs.read_to <= 20 + 2 * 3 * 8 + 8
+    assert jobs.read_to <= 20 + 2 * 3 * 4 + 4
     assert not multiprocessing.active_children()
 
 

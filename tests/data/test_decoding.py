@@ -154,6 +154,15 @@ class TestReducedDecoding:
         assert "RGB" in result.notes
 
 
+    @pytest.mark.parametrize("options", [{"progressive": True}, {"format": "MPO", "save_all": True}])
+    def test_other_kinds_of_jpeg(self, saved, picture, options):
+        gray = picture(600, 500, noise=5)
+        more = {"append_images": [Image.fromarray(255 - gray)]} if "save_all" in options else {}
+        result = decode(saved(gray, "film.jpg", quality=95, **options, **more), Transform(64))
+        assert np.abs(result.pixels.astype(int) - apply(gray, Transform(64))).mean() < 1
+        assert bool(result.notes) == bool(more)
+
+
 class TestGrayLevels:
     def test_8_bit_is_taken_as_it_is(self, saved):
         film = np.full((64, 64), 90, np.uint8)

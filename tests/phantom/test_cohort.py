@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +46,10 @@ def raw(cohort):
 def drawn(cohort, label):
     if label == "Support Devices":
         return np.array(
-            [any(n not in BYSTANDERS for n in s.findings[label].kind.split("|")) if label in s.findings else False for s in cohort.studies]
+            [
+                any(n not in BYSTANDERS for n in s.findings[label].kind.split("|")) if label in s.findings else False
+                for s in cohort.studies
+            ]
         )
     return np.array([label in study.findings for study in cohort.studies])
 
@@ -62,7 +66,9 @@ def test_size_and_views(cohort):
 
 def test_label_frequencies_are_near_mimics(raw):
     share = dict(zip(LABELS, (raw == 1).mean(axis=0), strict=True))
-    assert {label: round(value, 3) for label, value in share.items() if not BOUNDS[label][0] < value < BOUNDS[label][1]} == {}
+    assert {
+        label: round(value, 3) for label, value in share.items() if not BOUNDS[label][0] < value < BOUNDS[label][1]
+    } == {}
     check_raw_labels(raw)
     assert not (raw[:, LABELS.index("No Finding")] == 0).any()
     for label in ("Pneumothorax", "Pleural Effusion", "Edema", "Pneumonia"):
@@ -89,13 +95,21 @@ def test_findings_come_together_as_in_life(cohort, given, then):
 def test_consolidation_and_pneumonia_are_reported_as_opacity(raw):
     column = LABELS.index
     airspace = (raw[:, column("Consolidation")] == 1) | (raw[:, column("Pneumonia")] == 1)
-    assert (raw[airspace, column("Lung Opacity")] == 1).mean() > 2 * (raw[~airspace, column("Lung Opacity")] == 1).mean()
+    assert (raw[airspace, column("Lung Opacity")] == 1).mean() > 2 * (
+        raw[~airspace, column("Lung Opacity")] == 1
+    ).mean()
 
 
 def test_drains_mark_pneumothoraces_and_devices_the_bedside(cohort):
-    drains = [study for study in cohort.studies if "chest tube" in getattr(study.findings.get("Support Devices"), "kind", "")]
+    drains = [
+        study for study in cohort.studies if "chest tube" in getattr(study.findings.get("Support Devices"), "kind", "")
+    ]
     assert np.mean(["Pneumothorax" in study.findings for study in drains]) > 0.6
-    assert all(s.findings["Support Devices"].side == s.findings["Pneumothorax"].side for s in drains if "Pneumothorax" in s.findings)
+    assert all(
+        s.findings["Support Devices"].side == s.findings["Pneumothorax"].side
+        for s in drains
+        if "Pneumothorax" in s.findings
+    )
     devices, bedside = drawn(cohort, "Support Devices"), np.array([study.bedside for study in cohort.studies])
     assert devices[bedside].mean() > 1.8 * devices[~bedside].mean()
     assert all(film.kind == "AP" for study in cohort.studies if study.bedside for film in study.films)
@@ -140,7 +154,7 @@ def test_findings_keep_their_place_and_change_in_degree(cohort):
     for studies in history.values():
         assert [s.when for s in studies] == sorted(s.when for s in studies)
         assert len({s.study_id for s in studies}) == len(studies)
-        for one, two in zip(studies, studies[1:], strict=False):
+        for one, two in pairwise(studies):
             for label in set(one.findings) | set(two.findings):
                 if label == "Support Devices":
                     continue

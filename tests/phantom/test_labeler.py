@@ -4,7 +4,7 @@ import numpy as np
 
 from mlx_cxr.labels import LABELS
 from mlx_cxr.phantom.canvas import Finding
-from mlx_cxr.phantom.labeler import Reader, labels_of, merge, read_film, spoil
+from mlx_cxr.phantom.labeler import Reader, labels_of, merge, read_study, spoil
 
 FAULTLESS = Reader(missed=0, hedged=0, suspected=0)
 
@@ -26,23 +26,31 @@ def test_no_finding_means_nothing_but_devices():
 
 
 def test_a_faultless_reader_states_all_with_the_change():
-    before = {"Edema": Finding("Edema", 0.8), "Fracture": Finding("Fracture", 0.6, 1), "Pneumonia": Finding("Pneumonia", 0.4, 1)}
-    now = {"Edema": Finding("Edema", 0.4), "Fracture": Finding("Fracture", 0.61, 1), "Cardiomegaly": Finding("Cardiomegaly", 0.5)}
-    seen = {item.finding.label: item for item in read_film(now, before, FAULTLESS, np.random.default_rng(0))}
+    before = {
+        "Edema": Finding("Edema", 0.8),
+        "Fracture": Finding("Fracture", 0.6, 1),
+        "Pneumonia": Finding("Pneumonia", 0.4, 1),
+    }
+    now = {
+        "Edema": Finding("Edema", 0.4),
+        "Fracture": Finding("Fracture", 0.61, 1),
+        "Cardiomegaly": Finding("Cardiomegaly", 0.5),
+    }
+    seen = {item.finding.label: item for item in read_study(now, before, FAULTLESS, np.random.default_rng(0))}
     assert {label: (item.value, item.change) for label, item in seen.items() if item.value} == {
         "Edema": (1, "better"),
         "Fracture": (1, "stable"),
         "Cardiomegaly": (1, "new"),
     }
-    first = read_film(now, None, FAULTLESS, np.random.default_rng(0))
+    first = read_study(now, None, FAULTLESS, np.random.default_rng(0))
     assert {item.change for item in first} == {"first"}
 
 
 def test_leads_and_wires_are_no_support_devices():
     wires = {"Support Devices": Finding("Support Devices", 1.0, 0, "median sternotomy wires|ECG leads")}
-    assert read_film(wires, None, FAULTLESS, np.random.default_rng(0)) == []
+    assert read_study(wires, None, FAULTLESS, np.random.default_rng(0)) == []
     tube = {"Support Devices": Finding("Support Devices", 1.0, 0, "ECG leads|endotracheal tube")}
-    assert len(read_film(tube, None, FAULTLESS, np.random.default_rng(0))) == 1
+    assert len(read_study(tube, None, FAULTLESS, np.random.default_rng(0))) == 1
 
 
 def test_subtle_findings_are_missed_and_hedged_more():
@@ -50,7 +58,7 @@ def test_subtle_findings_are_missed_and_hedged_more():
     reader = Reader(missed=0.6, hedged=0.5, suspected=0)
 
     def rates(severity):
-        read = [read_film({"Edema": Finding("Edema", severity)}, None, reader, rng) for _ in range(4000)]
+        read = [read_study({"Edema": Finding("Edema", severity)}, None, reader, rng) for _ in range(4000)]
         stated = [item[0].value for item in read if item]
         return 1 - len(stated) / len(read), np.mean(np.array(stated) == -1)
 

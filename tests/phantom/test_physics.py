@@ -9,7 +9,9 @@ from mlx_cxr.phantom.geometry import View
 from mlx_cxr.phantom.physics import MU_BONE, MU_FAT, MU_LUNG, MU_METAL, MU_SOFT, Exposure, display, expose
 
 VIEW = View("PA", 120, 100, 0.3, 180.0, 11.0, (0.0, 9.0))
-CLEAN = Exposure(quanta=1e12, scatter=0.0, sharpness=0.0, equalize=0.0, latitude=0.0, edge=0.0, gamma=1.0, shutter=(0, 0, 0, 0))
+CLEAN = Exposure(
+    quanta=1e12, scatter=0.0, sharpness=0.0, equalize=0.0, latitude=0.0, edge=0.0, gamma=1.0, shutter=(0, 0, 0, 0)
+)
 
 
 def test_attenuation_coefficients_in_order():

@@ -241,6 +241,19 @@ def test_dropout_and_augmentation_take_part(unbroken, tmp_path):
         assert np.abs(np.array(other.fc.weight) - np.array(wanted.fc.weight)).max() > 1e-4
 
 
+def test_a_network_in_evaluation_mode_is_trained_all_the_same(unbroken, tmp_path):
+    """As `load_model` returns one; and a validation may leave it in that mode."""
+    _, wanted, _, _ = unbroken
+    inner = validator(*TINY_VALIDATION)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        figures = inner(model)
+        model.eval()
+        return figures
+
+    assert_same_weights(run_tiny(tmp_path, model=TinyNet().eval(), validate=validate)[0], wanted)
+
+
 def test_films_from_disk_train_to_the_same_weights(unbroken, tmp_path, monkeypatch):
     _, wanted, _, _ = unbroken
     real = FilmSource.__init__

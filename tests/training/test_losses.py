@@ -81,25 +81,27 @@ def test_reduced_precision_logits_are_summed_in_float32(dtype):
 
 
 def label_table() -> np.ndarray:
-    """Column: positives, negatives; the rest unknown. 0: 1, 9. 1: 5, 5. 2: 9, 1. 3: 0, 10. 4: 2, 2. 5: none known."""
+    """Positives, negatives by column; the rest unknown: 1, 9; 5, 5; 9, 1; 0, 10; 2, 2; none; 5, 5 (soft); 10, 0."""
     table = np.zeros((10, 14), dtype=np.float32)
     for column, (positives, known) in enumerate([(1, 10), (5, 10), (9, 10), (0, 10), (2, 4), (0, 0)]):
         table[:positives, column] = 1
         table[known:, column] = NAN
-    table[:, 6] = 0.5  # soft: 5 positives, 5 negatives
+    table[:, 6] = 0.5
+    table[:, 7] = 1
     return table
 
 
 def test_balanced_weights_by_hand():
     weights = positive_weights(label_table(), "balanced", 8.0)
     assert weights.dtype == np.float32
-    np.testing.assert_allclose(weights[:7], [8, 1, 1 / 9, 8, 1, 8, 1], rtol=1e-6)
-    np.testing.assert_allclose(positive_weights(label_table(), "balanced", 100.0)[:4], [9, 1, 1 / 9, 100], rtol=1e-6)
+    np.testing.assert_allclose(weights[:8], [8, 1, 1 / 8, 8, 1, 8, 1, 1 / 8], rtol=1e-6)
+    wider = positive_weights(label_table(), "balanced", 100.0)
+    np.testing.assert_allclose(wider[:8], [9, 1, 1 / 9, 100, 1, 100, 1, 1 / 100], rtol=1e-6)
 
 
 def test_square_root_weights_by_hand():
     weights = positive_weights(label_table(), "inverse_sqrt", 8.0)
-    np.testing.assert_allclose(weights[:7], [3, 1, 1 / 3, 8, 1, 8, 1], rtol=1e-6)
+    np.testing.assert_allclose(weights[:8], [3, 1, 1 / 3, 8, 1, 8, 1, 1 / 8], rtol=1e-6)
 
 
 def test_no_weights_and_unknown_rules():
@@ -127,3 +129,4 @@ def test_prior_logits_by_hand():
     prior = prior_logits(label_table())
     np.testing.assert_allclose(prior[:6], np.log([1.5 / 9.5, 1, 9.5 / 1.5, 0.5 / 10.5, 1, 1]), rtol=1e-6)
     assert prior.dtype == np.float32
+    assert np.isfinite(prior_logits(label_table(), positive_weights(label_table(), "balanced", 10.0))).all()
