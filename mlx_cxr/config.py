@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mlx_cxr.errors import UserError
+from mlx_cxr.config_file import ConfigError, read_settings
 from mlx_cxr.labels import LABELS, Empty, LabelPolicy, Uncertain
 from mlx_cxr.runs import run_folder
 
@@ -28,10 +25,6 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Label = Literal[LABELS]  # type: ignore[valid-type]
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message names the file, each key and the way out."""
 
 
 class _Section(BaseModel):
@@ -101,8 +94,8 @@ class DataConfig(_Section):
     partial that the official validation patients are not in it; figures are then not comparable with published ones."""
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
-    """Shares of patients in a split that is made here, and least shares of a sample of `n_studies`: MIMIC-CXR's official
-    validation and test splits are so small that a proportional sample would leave too few to score."""
+    """Shares of patients in a split that is made here, and least shares of a sample of `n_studies`: MIMIC-CXR's
+    official validation and test splits are so small that a proportional sample would leave too few to score."""
     csv: CsvSource | None = None
 
     @model_validator(mode="after")
@@ -284,30 +277,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
         ConfigError: a missing file, invalid YAML, an unknown key, a wrong type or range, an unset `${NAME}`; every
             fault is listed with its key.
     """
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in ./configs"
-        raise ConfigError(f"{path}: no such file; configurations here: {near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, such as training.epochs=3")
-        try:
-            parsed = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text!r}: not a YAML value: {error}") from None
-        _set_key(raw, key, parsed, f"--set {text}")
-    for key, value in direct.items():
-        if value is not None:
-            _set_key(raw, key.replace("__", "."), value, f"--{key}")
-    raw = _expand(raw, path, "")
-    return _validated(raw, path)
+    return _validated(read_settings(path, overrides, direct), path)
 
 
 def config_from_plain(plain: Mapping[str, Any], where: str | Path) -> Config:
@@ -351,53 +321,3 @@ def _known_keys(location: Sequence[str]) -> list[str]:
         if section is None:
             return []
     return list(section.model_fields)
-
-
-def _set_key(raw: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
-    *parents, last = dotted.split(".")
-    node = raw
-    for part in parents:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(f"{origin}: {part!r} is not a section of the configuration")
-    node[last] = value
-
-
-def _expand(value: Any, path: Path, key: str) -> Any:
-    if isinstance(value, dict):
-        return {name: _expand(item, path, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, path, key) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def replace(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(3)
-        if (found := os.environ.get(name, default)) is None:
-            raise ConfigError(
-                f"{path}: key '{key}' needs the environment variable {name}; set it, or pass --set {key}=…"
-            )
-        return found
-
-    return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", replace, value)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everyone who writes a learning rate means it.
-
-    A key given twice is an error: PyYAML would keep the second and say nothing.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if key.value in (earlier.value for earlier in keys[:position]):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

@@ -207,7 +207,8 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
 
     Returns:
         The model in training mode, and its provenance: `weights` (`imagenet`, `scratch` or `file`), `head`
-        (`fresh` or `loaded`), `requested`, and as they apply `path`, `sha256`, `source`, `revision`, `licence`, `reason`.
+        (`fresh` or `loaded`), `requested`, and as they apply `path`, `sha256`, `source`, `revision`, `licence`,
+        `reason`.
 
     Raises:
         FileNotFoundError: `config.weights` names a file that does not exist.

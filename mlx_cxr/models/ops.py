@@ -15,7 +15,7 @@ _enabled = True
 
 
 def use_fast_ops(enabled: bool) -> None:
-    """Choose between the CPU paths of this module (default) and MLX's stock operations, for graphs built from now on."""
+    """Choose between the CPU paths of this module (default) and MLX's own operations, for graphs built from now on."""
     global _enabled
     _enabled = enabled
 

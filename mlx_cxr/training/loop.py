@@ -113,6 +113,9 @@ def train(
     optimizer.init(model.trainable_parameters())
     run_dir.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = run_dir / "last" / "state.safetensors", run_dir / "metrics.jsonl"
+    # What kills in the middle of a save left behind, 130 MB each.
+    for stray in (*run_dir.glob(".*.safetensors"), *state_path.parent.glob(".*.safetensors")):
+        stray.unlink()
     progress = Progress(settings=settings)
     if resume:
         progress = load_state(state_path, model, optimizer, settings)

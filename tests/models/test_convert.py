@@ -452,7 +452,7 @@ def test_initial_scratch_is_by_seed(tmp_path):
     first, origin = initial_model(ModelConfig(weights="scratch"), tmp_path, 5)
     second, _ = initial_model(ModelConfig(weights="scratch"), tmp_path, 5)
     third, _ = initial_model(ModelConfig(weights="scratch"), tmp_path, 6)
-    assert origin == {"weights": "scratch", "requested": "scratch"}
+    assert origin == {"weights": "scratch", "requested": "scratch", "head": "fresh"}
     assert_equal_bits(parameters(first), parameters(second))
     assert not mx.array_equal(first.conv1.weight, third.conv1.weight).item()
     assert first.training
