@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,12 +50,12 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
     """Decode films and yield each when it is done, in no particular order.
 
     Worker processes are started afresh ("spawn"), as forking a process that holds MLX or a threaded BLAS is not safe.
-    They end with this process, however it ends.
+    They end with this process, however it ends. This process decodes too, in a thread, which counts as one of them.
 
     Args:
         jobs: (row, path of the film).
         transform: what to make of each.
-        workers: processes; 0 takes one per core. With 1, or very few films, this process does it itself.
+        workers: processes; 0 takes one per core. With 1, or very few films, this process does it alone.
 
     Raises:
         WorkerDiedError: a worker was killed, as happens when memory runs out; names the films it may have been at.
@@ -67,28 +67,33 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
         return
     size = max(1, min(_MAX_CHUNK, len(jobs) // (workers * _CHUNKS_PER_WORKER)))
     chunks = (jobs[start : start + size] for start in range(0, len(jobs), size))
-    context = multiprocessing.get_context("spawn")
     # Started with the first worker otherwise, when some Pythons unblock SIGINT behind it.
     resource_tracker.ensure_running()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]] = {}
+    others = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), _start_worker)
+    # Pillow decodes without the GIL, so this process need not wait idly, least of all while the others start.
+    here = ThreadPoolExecutor(1)
+    free = {others: (workers - 1) * _CHUNKS_PER_WORKER, here: _CHUNKS_PER_WORKER}
+    under_way: dict[Future[list[Decoded]], tuple[Executor, Sequence[tuple[int, Path]]]] = {}
     try:
         for chunk in chunks:
+            pool = others if free[others] else here
+            free[pool] -= 1
             with _lean_start():
-                under_way[pool.submit(decode_chunk, chunk, transform)] = chunk
-            while len(under_way) >= workers * _CHUNKS_PER_WORKER:
-                yield from _finished(under_way)
+                under_way[pool.submit(decode_chunk, chunk, transform)] = pool, chunk
+            while not any(free.values()):
+                yield from _finished(under_way, free)
         while under_way:
-            yield from _finished(under_way)
+            yield from _finished(under_way, free)
     except BrokenProcessPool:
-        suspects = ", ".join(str(path) for chunk in list(under_way.values())[: workers + 1] for _, path in chunk[:1])
+        suspects = ", ".join(str(path) for _, chunk in list(under_way.values())[: workers + 1] for _, path in chunk[:1])
         raise WorkerDiedError(
             f"a decoding process was ended by the system, perhaps for lack of memory, at or soon after one of: "
             f"{suspects}. What was written is kept; run the same command again, with fewer processes: "
             f"--set pixels.workers={max(1, workers // 2)}"
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in free:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list[Decoded]:
@@ -111,11 +116,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _finished(under_way: dict[Future[list[Decoded]], Sequence[tuple[int, Path]]]) -> Iterator[Decoded]:
+def _finished(
+    under_way: dict[Future[list[Decoded]], tuple[Executor, Sequence[tuple[int, Path]]]], free: dict[Executor, int]
+) -> Iterator[Decoded]:
     done, _ = wait(under_way, return_when=FIRST_COMPLETED)
     for future in done:
         result = future.result()
-        del under_way[future]
+        pool, _ = under_way.pop(future)
+        free[pool] += 1
         yield from result
 
 

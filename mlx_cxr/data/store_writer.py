@@ -159,7 +159,7 @@ class _Partial:
         self.done: set[int] = set()
         self.notes: dict[int, list[str]] = {}
         self._unsaved: list[int] = []
-        self._saved_at = time.monotonic()
+        self._save_at = time.monotonic() + CHECKPOINT_SECONDS
         path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = self._journal_path.open("a+b")
         try:
@@ -201,7 +201,7 @@ class _Partial:
             self._unsaved.append(film.row)
             if film.notes:
                 self.notes[film.row] = list(film.notes)
-            if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+            if time.monotonic() > self._save_at:
                 self._checkpoint()
         except OSError as error:
             raise self._disk_error(error) from error
@@ -279,12 +279,15 @@ class _Partial:
 
     def _checkpoint(self) -> None:
         """Films to the disk first, then their rows into the journal."""
+        begun = time.monotonic()
         if self._unsaved:
             os.fsync(self._pixels)
             notes = {row: self.notes[row] for row in self._unsaved if row in self.notes}
             self._append({"rows": self._unsaved, "notes": notes})
             self._unsaved = []
-        self._saved_at = time.monotonic()
+        # Less often where the disk is slow, so that decoding does not wait for it.
+        now = time.monotonic()
+        self._save_at = now + max(CHECKPOINT_SECONDS, 20 * (now - begun))
 
     def _append(self, record: dict[str, Any]) -> None:
         self._journal.write(json.dumps(record).encode() + b"\n")

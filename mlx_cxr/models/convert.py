@@ -316,7 +316,7 @@ def freeze(model: ResNet18, stages: int, batchnorm: bool) -> None:
 
 def _scratch(config: ResNetConfig, seed: int) -> tuple[ResNet18, dict[str, Any]]:
     model = ResNet18(config)
-    initialize(model, seed)
+    initialize(model, seed, zero_init_residual=True)
     mx.eval(model.parameters())
     return model, {"weights": "scratch", "requested": "scratch", "head": "fresh"}
 

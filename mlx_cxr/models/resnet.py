@@ -138,10 +138,17 @@ def preprocess(pixels: mx.array, in_channels: int) -> mx.array:
     return (x - mx.array(RGB_MEAN)) / mx.array(RGB_STD)
 
 
-def initialize(model: ResNet18, seed: int) -> None:
+def initialize(model: ResNet18, seed: int, zero_init_residual: bool = False) -> None:
     """Set weights for training from scratch: He normal (fan out) convolutions, unit BatchNorm, as torchvision does.
 
-    The second BatchNorm of each block starts at 1, not 0. The head is uniform within 1/sqrt(512).
+    Args:
+        model: changed in place.
+        seed: of the draws.
+        zero_init_residual: start the second BatchNorm's scale of each block at 0 instead of 1, so that a block starts as
+            its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's option of that name). What a cell of
+            the last map sees then widens only as far as training asks for, and maps point better at what they explain.
+
+    The head is uniform within 1/sqrt(512).
     """
     rng = np.random.default_rng(seed)
     weights = []
@@ -152,6 +159,8 @@ def initialize(model: ResNet18, seed: int) -> None:
             weights.append((name, rng.normal(0.0, std, value.shape)))
         elif name.startswith("fc."):
             weights.append((name, rng.uniform(-1, 1, value.shape) / np.sqrt(512)))
+        elif zero_init_residual and name.endswith("bn2.weight"):
+            weights.append((name, np.zeros(value.shape)))
     model.load_weights([(name, mx.array(value.astype(np.float32))) for name, value in weights], strict=False)
 
 

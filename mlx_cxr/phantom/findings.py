@@ -154,6 +154,16 @@ def draw_atelectasis(canvas: Canvas, finding: Finding) -> None:
             canvas.add_opacity("Atelectasis", _patch(canvas, wedge, 0.38 + 0.38 * s, 0.45, rng, 4.0))
 
 
+def lesion_radius(severity: float) -> float:
+    """Radius of a single nodule or mass, cm, before it varies by about a fifth."""
+    return 0.75 + 2.4 * severity**1.3
+
+
+def broken_ribs(severity: float) -> int:
+    """How many neighbouring ribs are broken."""
+    return 1 + int(4.6 * severity)
+
+
 def draw_lesion(canvas: Canvas, finding: Finding) -> None:
     """One to several round nodules, or a mass with a lobulated, spiculated border."""
     rng = _rng(finding)
@@ -164,13 +174,13 @@ def draw_lesion(canvas: Canvas, finding: Finding) -> None:
     for _ in range(400):
         side = int(rng.choice(finding.sides))
         spot = np.array([side * rng.uniform(2.5, 11.5), rng.uniform(2.0, anatomy.dome(side)), rng.uniform(-5.5, 5.5)])
-        radius = (0.55 + 2.4 * s**1.3) * (rng.uniform(0.7, 1.05) if count == 1 else rng.uniform(0.45, 0.75))
+        radius = lesion_radius(s) * (rng.uniform(0.7, 1.05) if count == 1 else rng.uniform(0.45, 0.75))
         if not anatomy.inside_lung(spot[None])[0]:
             continue
         solid = Ellipsoid(tuple(spot), (radius, radius * rng.uniform(0.85, 1.1), radius), rng.uniform(-1, 1))  # type: ignore[arg-type]
         level = solid.level(canvas.view)
         lobed = level + 0.10 * noise_field(rng, level.shape, max(radius, 0.8) / (2 * canvas.view.pixel))
-        tissue = 2 * radius * np.sqrt(np.clip(lobed, 0, 1)) * 1.25
+        tissue = 2 * radius * np.sqrt(np.clip(lobed, 0, 1)) * 1.4
         canvas.opacity = canvas.opacity + np.minimum(tissue, np.maximum(canvas.lung() - canvas.opacity, 0))
         canvas.add_mask("Lung Lesion", canvas.view.full((lobed > 0.02).astype(np.float32)) > 0.5)
         for _ in range(int(rng.uniform(4, 9)) if radius > 1.2 else 0):
@@ -257,23 +267,23 @@ def draw_pleural_other(canvas: Canvas, finding: Finding) -> None:
     for side in finding.sides:
         base, space = canvas.anatomy.dome(side), canvas.spaces[side]
         if finding.kind == "apical cap":
-            band = _peel(canvas, side, 0.15, 1.2 + 1.9 * s) * smoothstep(y, 0.3 * base, 0.2 * base)
-            tissue = band * (2.2 + 3.0 * s) * (1 + 0.2 * texture)
+            band = _peel(canvas, side, 0.15, 1.5 + 2.2 * s) * smoothstep(y, 0.3 * base, 0.2 * base)
+            tissue = band * (2.8 + 3.6 * s) * (1 + 0.2 * texture)
         else:
             upper, lower = rng.uniform(0.12, 0.35) * base, base + 3.0
             band = (
-                _peel(canvas, side, 0.55 + 1.3 * s, 0.2)
+                _peel(canvas, side, 0.8 + 1.5 * s, 0.2)
                 * smoothstep(y, upper, upper + 3.0)
                 * smoothstep(y, lower + 1, lower)
             )
             # The peel lies on the side wall, not on the dome.
             band = band * smoothstep(across * side, 0.55 * canvas.patient.width, 0.7 * canvas.patient.width)
-            tissue = band * (1.6 + 3.0 * s) * (1 + 0.3 * texture)
+            tissue = band * (2.2 + 3.6 * s) * (1 + 0.3 * texture)
         canvas.add_opacity("Pleural Other", tissue, visible=0.5)
         if finding.kind == "plaques":
             spots = smoothstep(noise_field(rng, across.shape, 1.8 / (2 * view.pixel), 2), 0.5, 1.3)
             field = smoothstep(y, 5.0, 9.0) * smoothstep(across * side, 4.0, 7.0) * (space > 0.3)
-            flecks = view.full((spots * field * (0.25 + 0.45 * s)).astype(np.float32))
+            flecks = view.full((spots * field * (0.3 + 0.6 * s)).astype(np.float32))
             canvas.bone += flecks
             canvas.add_mask("Pleural Other", flecks > 0.12, grow=1)
 
@@ -283,24 +293,24 @@ def draw_fracture(canvas: Canvas, finding: Finding) -> None:
     rng = _rng(finding)
     s = finding.severity
     side = finding.side or RIGHT
-    count = 1 + int(4.6 * s)
+    count = broken_ribs(s)
     first = int(rng.integers(3, 9 - count + 2))
     place = float(rng.uniform(0.28, 0.62))
     for rib in range(first, first + count):
         here = float(np.clip(place + rng.normal(0, 0.03), 0.15, 0.85))
         healed = finding.kind == "old"
-        broken = RibBreak(side, rib, here, (0.15 if healed else 0.45 + 0.6 * s), (0.65 + 0.5 * s) if healed else 0.0)
+        broken = RibBreak(side, rib, here, (0.15 if healed else 0.45 + 0.6 * s), (0.6 + 0.35 * s) if healed else 0.0)
         canvas.breaks.append(broken)
         path = rib_path(canvas.anatomy, side, rib)
         column, row = canvas.view.project(path[[int(here * (len(path) - 1))]])
         rows, columns = np.ogrid[: canvas.view.rows, : canvas.view.columns]
-        near = np.square(rows - row[0]) + np.square(columns - column[0]) < (1.5 / canvas.view.pixel) ** 2
+        near = np.square(rows - row[0]) + np.square(columns - column[0]) < (1.7 / canvas.view.pixel) ** 2
         canvas.add_mask("Fracture", near)
         if not healed:
-            # Blood under the pleura beside a fresh break.
-            canvas.soft += canvas.view.full(
-                Ellipsoid(tuple(path[int(here * 89)]), (1.2 + 0.6 * s, 1.4, 1.2)).chord(canvas.view)  # type: ignore[arg-type]
-            ) * (0.3 + 0.4 * s)
+            # Blood under the pleura beside a fresh break bulges into the lung.
+            x, y, z = path[int(here * (len(path) - 1))]
+            clot = Ellipsoid((x - 0.9 * side, y, z), (1.4 + 0.7 * s, 1.6, 1.4)).chord(canvas.view)
+            canvas.soft += canvas.view.full(clot * smoothstep(canvas.lung(), 0.0, 1.5)) * (0.5 + 0.5 * s)
 
 
 def draw_heart(canvas: Canvas, finding: Finding) -> None:

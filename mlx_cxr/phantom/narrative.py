@@ -18,6 +18,7 @@ from mlx_cxr.phantom import phrases, stock_phrases
 from mlx_cxr.phantom.canvas import Finding
 from mlx_cxr.phantom.devices import BYSTANDERS, tube_height
 from mlx_cxr.phantom.devices import LABEL as DEVICE_LABEL
+from mlx_cxr.phantom.findings import broken_ribs, lesion_radius
 from mlx_cxr.phantom.grammar import capital, page, pick, pick_weighted, spin, typo
 from mlx_cxr.phantom.labeler import Seen, merge
 from mlx_cxr.phantom.opening import Scene, opening_sections
@@ -279,7 +280,7 @@ BRIEF: dict[str, list[str]] = {
 def _variant(finding: Finding, variants: Mapping[str, object]) -> str:
     s, label = finding.severity, finding.label
     wanted = {
-        "Fracture": f"{finding.kind} one" if 1 + int(4.6 * s) == 1 else finding.kind,
+        "Fracture": f"{finding.kind} one" if broken_ribs(s) == 1 else finding.kind,
         "Lung Lesion": "multiple" if finding.kind == "multiple" else ("mass" if _diameter(s) >= 3 else "nodule"),
     }.get(label, "both" if finding.side == 0 else finding.kind)
     return wanted if wanted in variants else next(iter(variants))
@@ -287,7 +288,7 @@ def _variant(finding: Finding, variants: Mapping[str, object]) -> str:
 
 def _diameter(severity: float) -> float:
     """Of a single lesion, cm, as `findings.draw_lesion` draws it on average."""
-    return 2 * (0.55 + 2.4 * severity**1.3) * 0.875
+    return 2 * lesion_radius(severity) * 0.875
 
 
 def _fields(finding: Finding, rng: np.random.Generator) -> dict[str, str]:
