@@ -23,36 +23,42 @@ def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
 
 
-def upsample(maps: np.ndarray | mx.array, size: int | tuple[int, int]) -> np.ndarray:
-    """Bilinear resize with half-pixel centres, as `torch.nn.functional.interpolate(align_corners=False)`.
+def upsample(
+    maps: np.ndarray | mx.array, size: int | tuple[int, int], film: int | tuple[int, int] | None = None
+) -> np.ndarray:
+    """Bilinear resize that puts every cell where the network looked: cell i at film pixel `stride * i`.
 
-    Where a cell truly lies is uncertain by about half a cell. By its padding, cell i of a ResNet is centred
-    on input pixel `stride * i`, (stride - 1) / 2 before the middle that this resize gives it, but training
-    moves it: peaks of two networks trained on synthetic discs at stride 16 lay 2 to 10 px right of and below
-    the discs, 4 as a rule. So read places to half a cell, and give the pointing game that tolerance beside
-    the strict score.
+    In a ResNet each layer with stride pads as much before as after an odd kernel, so the receptive field of cell i of
+    the last map is centred on pixel `stride * i` (Araujo et al., Distill 2019, on receptive field arithmetic; a test
+    follows the gradient). The usual resize takes cells for tiles and centres cell i on `stride * i + (stride - 1) / 2`:
+    half a cell too far to the right and down, 7.5 pixels at stride 16. What lies beyond the last cell's centre takes
+    that cell's value.
 
     Args:
         maps: float (..., h, w).
-        size: (height, width), or one number for a square.
+        size: (height, width) of the result, or one number for a square.
+        film: (height, width) of the films that the maps were made of, or one number; None means `size`. The stride is
+            taken as film over map, which is exact where the film's side is a multiple of it.
 
     Returns:
-        float32 (..., height, width). Like its model it does not average when shrinking.
+        float32 (..., height, width). It does not average when shrinking.
 
     Raises:
         ValueError: fewer than two axes, an empty map, or a size below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width) < 1:
+    film_height, film_width = (height, width) if film is None else (film, film) if isinstance(film, int) else film
+    if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width, film_height, film_width) < 1:
         raise ValueError(f"cannot resize maps of shape {tuple(maps.shape)} to {height} x {width} pixels")
-    rows = mx.array(_bilinear_matrix(maps.shape[-2], height))
-    columns = mx.array(_bilinear_matrix(maps.shape[-1], width))
+    rows = mx.array(_bilinear_matrix(maps.shape[-2], height, film_height))
+    columns = mx.array(_bilinear_matrix(maps.shape[-1], width, film_width))
     return np.array(rows @ mx.array(maps).astype(mx.float32) @ columns.T)
 
 
-def _bilinear_matrix(old: int, new: int) -> np.ndarray:
-    """(new, old) weights: output pixel i samples (i + 1/2) old / new - 1/2, clamped to the grid."""
-    at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0, old - 1)
+def _bilinear_matrix(old: int, new: int, film: int) -> np.ndarray:
+    """(new, old) weights: output pixel i is film pixel (i + 1/2) film / new - 1/2, a stride of film / old to a cell."""
+    at_film = (np.arange(new) + 0.5) * (film / new) - 0.5
+    at = np.clip(at_film * (old / film), 0.0, old - 1)
     low = np.floor(at).astype(int)
     share = at - low
     weights = np.zeros((new, old))

@@ -236,7 +236,7 @@ def map_tile(film: np.ndarray, heat: np.ndarray, side: int) -> Image.Image:
             f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps"
         )
     gray = np.asarray(film_tile(film, side).getchannel(0))
-    return Image.fromarray(_blend(gray, upsample(heat, side)))
+    return Image.fromarray(_blend(gray, upsample(heat, side, film=np.shape(film)[0])))
 
 
 def mask_tile(film: np.ndarray, mask: np.ndarray, side: int) -> Image.Image:

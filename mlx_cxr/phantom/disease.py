@@ -295,7 +295,7 @@ class _Teller:
 
     def _air(self, side: int, drained: float) -> None:
         """A pneumothorax, and the drain that treats it."""
-        air = self._add("Pneumothorax", side, "deep sulcus" if self._chance(0.4) else "", None, None)
+        air = self._add("Pneumothorax", side, "deep sulcus" if self._chance(0.25) else "", None, None)
         if self._chance(drained):
             self.drain_side = side
             self._stay("chest tube", air.first, int(self.rng.integers(1, 4)))

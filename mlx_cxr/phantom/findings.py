@@ -93,7 +93,7 @@ def draw_opacity(canvas: Canvas, finding: Finding) -> None:
     rng = _rng(finding)
     s = finding.severity
     solid = _lobe(canvas, finding.kind, 0.75 + 0.4 * s, tuple(rng.normal(0, 1.2, 3)))
-    canvas.add_opacity("Lung Opacity", _patch(canvas, solid, 0.20 + 0.28 * s, 1.0, rng, 4.5))
+    canvas.add_opacity("Lung Opacity", _patch(canvas, solid, 0.26 + 0.32 * s, 1.0, rng, 4.5))
 
 
 def draw_edema(canvas: Canvas, finding: Finding) -> None:

@@ -1,29 +1,53 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import scipy.ndimage
+from mlx.utils import tree_flatten
 
 from mlx_cxr.explain.maps import fit_reference, random_maps, scale_maps, upsample
+from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [((7, 7), 224), ((3, 5), (96, 64)), ((1, 1), 4), ((14, 14), (10, 9))]
+    ("old", "new", "film"),
+    [((7, 7), 224, None), ((6, 8), (96, 128), None), ((1, 1), 4, None), ((7, 7), 448, 224), ((14, 14), (10, 9), 224)],
 )
-def test_upsample_equals_torch(torch, old, new):
-    maps = np.random.default_rng(1).random((2, 3, *old), dtype=np.float32)
-    size = (new, new) if isinstance(new, int) else new
-    expected = torch.nn.functional.interpolate(
-        torch.from_numpy(maps), size, mode="bilinear", align_corners=False
-    )
-    np.testing.assert_allclose(upsample(maps, new), expected.numpy(), atol=1e-5)
+def test_upsample_equals_scipy_sampling_at_stride_times_cell(old, new, film):
+    maps = np.random.default_rng(1).random(old, dtype=np.float32)
+    height, width = (new, new) if isinstance(new, int) else new
+    film_height, film_width = (height, width) if film is None else (film, film)
+    rows = ((np.arange(height) + 0.5) * film_height / height - 0.5) / (film_height / old[0])
+    columns = ((np.arange(width) + 0.5) * film_width / width - 0.5) / (film_width / old[1])
+    at = np.meshgrid(rows, columns, indexing="ij")
+    expected = scipy.ndimage.map_coordinates(maps, at, order=1, mode="nearest")
+    np.testing.assert_allclose(upsample(maps, new, film), expected, atol=1e-5)
 
 
 def test_upsample_by_hand_and_its_errors():
-    np.testing.assert_allclose(upsample(np.array([[0.0, 4.0]]), (1, 4)), [[0, 1, 3, 4]])
+    np.testing.assert_allclose(upsample(np.array([[0.0, 4.0]]), (1, 4)), [[0, 2, 4, 4]])
     np.testing.assert_allclose(upsample(mx.array([[0.0, 4.0]]), (2, 2)), [[0, 4], [0, 4]])
     with pytest.raises(ValueError, match="resize"):
         upsample(np.zeros(4), 8)
     with pytest.raises(ValueError, match="0 x 0"):
         upsample(np.zeros((4, 4)), 0)
+
+
+@pytest.mark.parametrize("output_stride", [16, 32])
+def test_a_cell_looks_at_the_pixel_where_its_peak_is_drawn(output_stride):
+    """Of a network of all-positive weights, the gradient of one cell spreads evenly around what it looks at."""
+    side, row, column = 32 * output_stride, 16, 15
+    model = ResNet18(ResNetConfig(output_stride=output_stride)).eval()
+    ones = [(n, mx.ones_like(v) / v[0].size) for n, v in tree_flatten(model.parameters()) if v.ndim == 4]
+    model.load_weights(ones, strict=False)
+    seen = mx.grad(lambda x: model.features(x)[0, row, column].sum())(mx.ones((1, side, side, 1)))
+    weight = np.array(seen)[0, :, :, 0].astype(np.float64)
+    # Max pooling of a constant film hands each window's gradient to some of its pixels: a bias of up to 2 pixels.
+    middle = [float((weight.sum(axis=1 - k) * np.arange(side)).sum() / weight.sum()) for k in (0, 1)]
+    one = np.zeros((32, 32), np.float32)
+    one[row, column] = 1
+    peak = np.unravel_index(upsample(one, side).argmax(), (side, side))
+    assert peak == (row * output_stride, column * output_stride)
+    np.testing.assert_allclose(middle, peak, atol=2.5)
 
 
 def test_random_maps_are_uniform_and_repeatable():
