@@ -93,7 +93,8 @@ class Ledger:
             before, after = old[what], new[what]
             changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
             if changed:
-                return f"changed: {', '.join(changed[:4])}" + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+                return f"changed: {', '.join(changed[:4])}{more}"
         return ""
 
     def record(self, step: str, fingerprint: Fingerprint, *, finished: bool) -> None:

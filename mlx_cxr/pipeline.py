@@ -166,7 +166,9 @@ def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> b
     if recorded and not changes:
         return not (run_dir / "training.json").exists()
     why = changes or "it was not made by the pipeline"
-    raise RunExistsError(f"{run_dir} exists and would be replaced ({why}); choose another --run_name, or pass --overwrite")
+    raise RunExistsError(
+        f"{run_dir} exists and would be replaced ({why}); choose another --run_name, or pass --overwrite"
+    )
 
 
 def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
@@ -182,7 +184,7 @@ def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
     message = f"gate not met: validation macro AUC {reached:.4f} < pipeline.min_val_auc {minimum:.2f} ({run_dir})"
     if not ignore:
         raise GateError(
-            f"{message}. Train longer or on more data, or lower the gate in the configuration, or go on with --ignore_gates"
+            f"{message}. Train longer or on more data, lower the gate in the configuration, or pass --ignore_gates"
         )
     log.warning("WARNING: %s; going on because of --ignore_gates", message)
 

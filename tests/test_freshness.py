@@ -60,9 +60,9 @@ def test_a_lost_output_an_unfinished_step_and_another_version_make_it_run(tmp_pa
 
 
 def test_a_missing_input_and_a_foreign_ledger_are_errors_that_name_the_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere.csv is missing"):
+    with pytest.raises(UserError, match=r"nowhere\.csv is missing"):
         fingerprint({}, [tmp_path / "nowhere.csv"])
     path = tmp_path / "pipeline.json"
     path.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(RunFormatError, match="pipeline.json"):
+    with pytest.raises(RunFormatError, match=r"pipeline\.json"):
         Ledger(path)

@@ -53,9 +53,7 @@ class TorchResNet18(nn.Module):
         self.layer3 = self._stage(128, 256, 2)
         self.layer4 = self._stage(256, 512, 2)
         if output_stride == 16:
-            self.layer4 = nn.Sequential(
-                TorchBasicBlock(256, 512, 1, (1, 2)), TorchBasicBlock(512, 512, 1, (2, 2))
-            )
+            self.layer4 = nn.Sequential(TorchBasicBlock(256, 512, 1, (1, 2)), TorchBasicBlock(512, 512, 1, (2, 2)))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512, num_classes)
 

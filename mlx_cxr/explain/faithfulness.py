@@ -181,9 +181,7 @@ def randomize_parameters(model: nn.Module, parts: Sequence[str], seed: int) -> n
             raise KeyError(f"the model has no parameter under {part!r}; it has: {_roots(parameters)}")
         weights = [(name, np.array(parameters[name].astype(mx.float32))) for name in names]
         changed = [(name, rng.permutation(w.ravel()).reshape(w.shape)) for name, w in weights]
-        shuffled.load_weights(
-            [(name, mx.array(w).astype(parameters[name].dtype)) for name, w in changed], strict=False
-        )
+        shuffled.load_weights([(name, mx.array(w).astype(parameters[name].dtype)) for name, w in changed], strict=False)
     return shuffled
 
 

@@ -102,9 +102,7 @@ def class_activation_maps(
     lowest = mx.min(a)
     mx.eval(raw, logits, scores, lowest)
     if method == "grad_cam_pp" and lowest.item() < 0:
-        raise ValueError(
-            "Grad-CAM++ needs a feature map that is nowhere negative; use grad_cam or hires_cam here"
-        )
+        raise ValueError("Grad-CAM++ needs a feature map that is nowhere negative; use grad_cam or hires_cam here")
     result = Maps(
         raw=np.array(raw),
         logits=np.array(logits.astype(mx.float32)),
@@ -114,17 +112,13 @@ def class_activation_maps(
     )
     finite = np.isfinite(result.logits).all(axis=1)
     if not finite.all():
-        raise ValueError(
-            f"film {int(np.argmin(finite))} of the batch: logits are not finite; check weights and input"
-        )
+        raise ValueError(f"film {int(np.argmin(finite))} of the batch: logits are not finite; check weights and input")
     return result
 
 
 def _check_evaluation_mode(model: SplitNetwork) -> None:
     if any(module.training for module in model.modules()):
-        raise RuntimeError(
-            "the model, or a part of it, is in training mode: call model.eval() before explaining it"
-        )
+        raise RuntimeError("the model, or a part of it, is in training mode: call model.eval() before explaining it")
 
 
 def _name(target: Target) -> str:
@@ -138,9 +132,7 @@ def _target_gradients(targets: Sequence[Target], logits: mx.array) -> tuple[mx.a
         values = [target(rows[k]) for k, target in enumerate(targets)]
         for target, value in zip(targets, values, strict=True):
             if value.shape != (logits.shape[0],):
-                raise ValueError(
-                    f"target {_name(target)} gave shape {value.shape}, expected ({logits.shape[0]},)"
-                )
+                raise ValueError(f"target {_name(target)} gave shape {value.shape}, expected ({logits.shape[0]},)")
         scores = mx.stack(values)
         return mx.sum(scores), scores
 

@@ -107,10 +107,7 @@ class Scores:
     def means(self) -> dict[str, float]:
         """Mean of each score over the films where it is defined; NaN where it is nowhere."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
-            for name, x in columns.items()
-        }
+        return {name: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan") for name, x in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -178,20 +175,14 @@ def localize(
     """
     raw, masks = np.asarray(raw, dtype=np.float32), np.asarray(masks) > 0
     if raw.ndim != 3 or masks.ndim != 3 or len(raw) != len(masks) or not len(raw):
-        raise ValueError(
-            f"maps {raw.shape} and masks {masks.shape}; expected (N, h, w) and (N, S, S) with N >= 1"
-        )
+        raise ValueError(f"maps {raw.shape} and masks {masks.shape}; expected (N, h, w) and (N, S, S) with N >= 1")
     if not masks.any(axis=(1, 2)).all():
         row = int(np.argmin(masks.any(axis=(1, 2))))
         raise ValueError(f"mask {row} is empty; keep only films on which the finding was drawn")
     if not np.isfinite(raw).all() or raw.min() < 0:
-        raise ValueError(
-            "maps hold negative or non-finite values; pass them as class_activation_maps made them"
-        )
+        raise ValueError("maps hold negative or non-finite values; pass them as class_activation_maps made them")
     if not 0 < fraction <= 1 or tolerance < 0 or random_draws < 1:
-        raise ValueError(
-            f"fraction {fraction}, tolerance {tolerance} or random_draws {random_draws} is out of range"
-        )
+        raise ValueError(f"fraction {fraction}, tolerance {tolerance} or random_draws {random_draws} is out of range")
     n, size = len(raw), masks.shape[1:]
     heats = upsample(raw, size)
     centre = _centre_guess(size)
@@ -202,8 +193,7 @@ def localize(
 
         def scored(candidates: np.ndarray, mask: np.ndarray = mask, wide: np.ndarray = wide) -> np.ndarray:
             rows = [
-                (_hit(h, wide), _iou(h, mask, fraction), _iou(h, mask, mask.mean()), _mass(h, mask))
-                for h in candidates
+                (_hit(h, wide), _iou(h, mask, fraction), _iou(h, mask, mask.mean()), _mass(h, mask)) for h in candidates
             ]
             return np.mean(rows, axis=0) if rows else np.full(4, np.nan)
 
@@ -224,9 +214,7 @@ def localize(
 def _checked(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     heat, mask = np.asarray(heat), np.asarray(mask) > 0
     if heat.ndim != 2 or heat.shape != mask.shape:
-        raise ValueError(
-            f"map {heat.shape} and mask {mask.shape}; both must be one (H, W): upsample the map first"
-        )
+        raise ValueError(f"map {heat.shape} and mask {mask.shape}; both must be one (H, W): upsample the map first")
     if not mask.any():
         raise ValueError("the mask is empty: there is nothing to find")
     if not np.isfinite(heat).all() or heat.min() < 0:

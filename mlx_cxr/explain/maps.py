@@ -89,9 +89,7 @@ def fit_reference(raw: np.ndarray, quantile: float = 0.99) -> np.ndarray:
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile is {quantile}; it lies in (0, 1]")
     if not np.isfinite(raw).all() or raw.min() < 0:
-        raise ValueError(
-            "maps hold negative or non-finite values; pass them as class_activation_maps made them"
-        )
+        raise ValueError("maps hold negative or non-finite values; pass them as class_activation_maps made them")
     maxima = raw if raw.ndim == 2 else raw.max(axis=(2, 3))
     reference = np.quantile(maxima, quantile, axis=1).astype(np.float32)
     return np.where(reference > 0, reference, np.float32(np.nan))
@@ -113,11 +111,7 @@ def scale_maps(raw: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
     raw, reference = np.asarray(raw, dtype=np.float32), np.asarray(reference, dtype=np.float32)
     if reference.shape != raw.shape[:1]:
-        raise ValueError(
-            f"{reference.shape} references for maps of shape {raw.shape}; one per target is needed"
-        )
+        raise ValueError(f"{reference.shape} references for maps of shape {raw.shape}; one per target is needed")
     if (reference <= 0).any():
-        raise ValueError(
-            f"reference {int(np.argmax(reference <= 0))} is not positive; fit it with fit_reference"
-        )
+        raise ValueError(f"reference {int(np.argmax(reference <= 0))} is not positive; fit it with fit_reference")
     return raw / reference.reshape(-1, *[1] * (raw.ndim - 1))

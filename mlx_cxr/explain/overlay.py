@@ -73,9 +73,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"{self.film} {self.finding}: probability is {self.probability}; it lies in [0, 1]"
-            )
+            raise ValueError(f"{self.film} {self.finding}: probability is {self.probability}; it lies in [0, 1]")
         if not (math.isnan(self.threshold) or 0 <= self.threshold <= 1):
             raise ValueError(f"{self.film} {self.finding}: threshold is {self.threshold}; it lies in [0, 1]")
         if not (math.isnan(self.label) or self.label in (1, 0, -1)):
@@ -91,18 +89,12 @@ class Reading:
     @property
     def label_words(self) -> str:
         """The label in words: present, absent, uncertain or not mentioned."""
-        return (
-            "not mentioned"
-            if math.isnan(self.label)
-            else {1: "present", 0: "absent", -1: "uncertain"}[self.label]
-        )
+        return "not mentioned" if math.isnan(self.label) else {1: "present", 0: "absent", -1: "uncertain"}[self.label]
 
     def summary(self) -> str:
         """One line: probability against threshold, and the report's label."""
         probability, threshold = self._numbers()
-        verdict = (
-            f"{'≥' if self.above_threshold else '<'} threshold {threshold}" if threshold else "no threshold"
-        )
+        verdict = f"{'≥' if self.above_threshold else '<'} threshold {threshold}" if threshold else "no threshold"
         return f"calibrated p = {probability} {verdict}   ·   report label: {self.label_words}"
 
     def withheld(self, heat: np.ndarray) -> str:
@@ -232,9 +224,7 @@ def map_tile(film: np.ndarray, heat: np.ndarray, side: int) -> Image.Image:
     """A film (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels."""
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not np.isfinite(heat).all():
-        raise ValueError(
-            f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps"
-        )
+        raise ValueError(f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps")
     gray = np.asarray(film_tile(film, side).getchannel(0))
     return Image.fromarray(_blend(gray, upsample(heat, side, film=np.shape(film)[0])))
 
@@ -277,9 +267,7 @@ def _outlined(tile: Image.Image, mask: np.ndarray | None) -> Image.Image:
     inside = Image.fromarray((mask > 0).astype(np.uint8) * 255).resize(double, Image.Resampling.BILINEAR)
     inside = inside.filter(ImageFilter.BoxBlur(2)).point(lambda v: 255 if v > 127 else 0)
     # A blurred pixel that is not 0 has the mask within reach: a dilation, ten times as fast as Pillow's.
-    line, casing = (
-        inside.filter(ImageFilter.BoxBlur(reach)).point(lambda v: 255 if v else 0) for reach in (3, 4)
-    )
+    line, casing = (inside.filter(ImageFilter.BoxBlur(reach)).point(lambda v: 255 if v else 0) for reach in (3, 4))
     cased = tile.copy()
     for outer, colour in ((casing, (0, 0, 0)), (line, (255, 255, 255))):
         ring = ImageChops.subtract(outer, inside).resize(tile.size, Image.Resampling.BOX)
@@ -315,9 +303,7 @@ def montage(
     """
     sizes = {tile.image.size for tile in tiles}
     if len(sizes) != 1 or columns < 1:
-        raise ValueError(
-            f"a montage needs at least one column and tiles of one size; got {columns}, {sorted(sizes)}"
-        )
+        raise ValueError(f"a montage needs at least one column and tiles of one size; got {columns}, {sorted(sizes)}")
     tile_width, tile_height = sizes.pop()
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)

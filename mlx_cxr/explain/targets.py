@@ -57,9 +57,7 @@ class LabelProbability:
     def __post_init__(self) -> None:
         label_index(self.label)
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(
-                f"{self.label}: temperature is {self.temperature}; it must be positive and finite"
-            )
+            raise ValueError(f"{self.label}: temperature is {self.temperature}; it must be positive and finite")
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Logits (N, 14) -> (N,) in [0, 1]."""

@@ -64,9 +64,7 @@ def load_torchvision(path: str | Path) -> dict[str, mx.array]:
             "torchvision's layout is nchw; export it with convert.export_torchvision or from PyTorch"
         )
     weights = {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
-    while prefix := next(
-        (p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None
-    ):
+    while prefix := next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     stem, head = weights.get("conv1.weight"), weights.get("fc.weight")
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 and stem.shape[1] in (1, 3) else 3
@@ -215,9 +213,7 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
         ModelFormatError: a file that does not hold these weights.
         WeightsCorruptError: ImageNet weights that changed since they were fetched.
     """
-    wanted = ResNetConfig(
-        in_channels=config.in_channels, dropout=config.dropout, output_stride=config.output_stride
-    )
+    wanted = ResNetConfig(in_channels=config.in_channels, dropout=config.dropout, output_stride=config.output_stride)
     if config.weights == "imagenet":
         try:
             record = fetch_imagenet(weights_dir)
@@ -241,9 +237,7 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
                 f"set model.in_channels: {have.in_channels}"
             )
         if have.output_stride != wanted.output_stride:
-            log.warning(
-                "%s was trained at output stride %d, now %d", path, have.output_stride, wanted.output_stride
-            )
+            log.warning("%s was trained at output stride %d, now %d", path, have.output_stride, wanted.output_stride)
         model, head = _filled(path, arrays, wanted), "loaded"
     else:
         weights = load_torchvision(path)
@@ -278,9 +272,7 @@ def check_imagenet(path: Path) -> None:
     weights = load_torchvision(path)
     channels, classes = weights["conv1.weight"].shape[1], weights["fc.weight"].shape[0]
     if (channels, classes) != (3, 1000):
-        raise ModelFormatError(
-            f"{path} has {channels} input channels and {classes} classes; ImageNet's has 3 and 1000"
-        )
+        raise ModelFormatError(f"{path} has {channels} input channels and {classes} classes; ImageNet's has 3 and 1000")
 
 
 def freeze(model: ResNet18, stages: int, batchnorm: bool) -> None:
@@ -365,9 +357,7 @@ def _checkpoint_config(path: str | Path, header: Mapping[str, str]) -> ResNetCon
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFormatError(f"{path}: the configuration in its header cannot be used: {error}") from None
     if header.get("labels") != _labels_entry(config).get("labels"):
-        raise ModelFormatError(
-            f"{path} was trained on other labels, or in another order: {header.get('labels')}"
-        )
+        raise ModelFormatError(f"{path} was trained on other labels, or in another order: {header.get('labels')}")
     return config
 
 

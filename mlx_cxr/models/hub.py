@@ -161,9 +161,7 @@ def check_record(source: Source, weights_dir: str | Path) -> dict[str, Any]:
     try:
         expected = {name: entry["sha256"] for name, entry in record["files"].items()}
     except (KeyError, TypeError, AttributeError):
-        raise WeightsCorruptError(
-            f"{record_path} is not a record of fetched weights; {_again(source)}"
-        ) from None
+        raise WeightsCorruptError(f"{record_path} is not a record of fetched weights; {_again(source)}") from None
     faults = []
     for name, sha256 in expected.items():
         if not (root / name).is_file():
@@ -261,9 +259,7 @@ def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]
         # One request without retries first: a machine without network then knows in moments.
         remote = get_hf_file_metadata(hf_hub_url(source.repo, source.file), timeout=_TIMEOUT_SECONDS)
         log.info("fetching %s from %s", source.what, source.repo)
-        found = Path(
-            hf_hub_download(source.repo, source.file, revision=remote.commit_hash, local_dir=scratch)
-        )
+        found = Path(hf_hub_download(source.repo, source.file, revision=remote.commit_hash, local_dir=scratch))
     except _network_errors() as error:
         raise _unavailable(source, error) from None
     # For large files the hub's entity tag is their SHA-256; for small ones it is a 40-digit git hash.
@@ -328,9 +324,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _record(
-    source: Source, weights_dir: str | Path, origin: dict[str, Any], files: dict[str, Path]
-) -> dict[str, Any]:
+def _record(source: Source, weights_dir: str | Path, origin: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
     record = _described(source, origin, files) | {
         "fetched": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "pinned": False,
@@ -346,7 +340,5 @@ def _described(source: Source, origin: dict[str, Any], files: dict[str, Path]) -
         "what": source.what,
         **origin,
         "licence": source.licence,
-        "files": {
-            name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in files.items()
-        },
+        "files": {name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in files.items()},
     }

@@ -141,9 +141,7 @@ def _stride2_input_gradient(dy: mx.array, weight: mx.array, height: int, width: 
     taps = weight.transpose(1, 2, 0, 3)
 
     def phase(row_taps: tuple[tuple[int, int], ...], column_taps: tuple[tuple[int, int], ...]) -> mx.array:
-        return sum(
-            dy[:, r : r + rows, c : c + columns] @ taps[ky, kx] for ky, r in row_taps for kx, c in column_taps
-        )
+        return sum(dy[:, r : r + rows, c : c + columns] @ taps[ky, kx] for ky, r in row_taps for kx, c in column_taps)
 
     even, odd = ((1, 0),), ((2, 0), (0, 1))
     top = mx.stack([phase(even, even), phase(even, odd)], axis=3)

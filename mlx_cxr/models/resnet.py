@@ -144,9 +144,10 @@ def initialize(model: ResNet18, seed: int, zero_init_residual: bool = False) -> 
     Args:
         model: changed in place.
         seed: of the draws.
-        zero_init_residual: start the second BatchNorm's scale of each block at 0 instead of 1, so that a block starts as
-            its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's option of that name). What a cell of
-            the last map sees then widens only as far as training asks for, and maps point better at what they explain.
+        zero_init_residual: start the second BatchNorm's scale of each block at 0 instead of 1, so that a block
+            starts as its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's option of that name).
+            What a cell of the last map sees then widens only as far as training asks for, and maps point better at
+            what they explain.
 
     The head is uniform within 1/sqrt(512).
     """

@@ -93,9 +93,7 @@ def check_weights(
     }
     lines = [f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in faults.items() if names]
     if lines:
-        raise ModelFormatError(
-            f"{path} does not hold this ResNet-18{_resemblance(weights)}:\n" + "\n".join(lines)
-        )
+        raise ModelFormatError(f"{path} does not hold this ResNet-18{_resemblance(weights)}:\n" + "\n".join(lines))
 
 
 def _resemblance(names: Iterable[str]) -> str:

@@ -51,8 +51,8 @@ def resnet() -> ResNet18:
 
 
 def quarter_map(corner: str, n: int = 2) -> np.ndarray:
-    heat = np.zeros((n, 2, 2), dtype=np.float32)
-    heat[:, 0, 0 if corner == "true" else 1] = 1.0
+    heat = np.zeros((n, 16, 16), dtype=np.float32)
+    heat[:, :8, slice(0, 8) if corner == "true" else slice(8, 16)] = 1.0
     return heat
 
 
@@ -70,12 +70,8 @@ def test_deletion_of_the_true_region_falls_as_computed_by_hand(quarter):
 
 def test_the_true_region_beats_random_and_the_wrong_one_does_not(quarter):
     x = mx.array(np.random.default_rng(0).uniform(0.5, 1.5, (3, 16, 16, 1)).astype(np.float32))
-    right = faithfulness_curves(
-        quarter, x, quarter_map("true", 3), LabelLogit("Edema"), steps=8, random_draws=6
-    )
-    wrong = faithfulness_curves(
-        quarter, x, quarter_map("wrong", 3), LabelLogit("Edema"), steps=8, random_draws=6
-    )
+    right = faithfulness_curves(quarter, x, quarter_map("true", 3), LabelLogit("Edema"), steps=8, random_draws=6)
+    wrong = faithfulness_curves(quarter, x, quarter_map("wrong", 3), LabelLogit("Edema"), steps=8, random_draws=6)
     assert (right.areas()["deletion"] < right.areas()["random_deletion"] - 0.1).all()
     assert (wrong.areas()["deletion"] > wrong.areas()["random_deletion"]).all()
     summary = right.summary()

@@ -89,9 +89,11 @@ def planted(n: int = 12, cells: int = 8, size: int = 64, seed: int = 0) -> tuple
     raw = rng.random((n, cells, cells)).astype(np.float32)
     masks = np.zeros((n, size, size), dtype=np.uint8)
     step = size // cells
-    for film, (y, x) in enumerate(rng.integers(0, cells - 1, (n, 2))):
+    for film, (y, x) in enumerate(rng.integers(1, cells - 2, (n, 2))):
         raw[film, y : y + 2, x : x + 2] += 3
-        masks[film, y * step : (y + 2) * step, x * step : (x + 2) * step] = 255
+        # Cell i is centred on pixel step * i.
+        top, left = y * step - step // 2, x * step - step // 2
+        masks[film, top : top + 2 * step, left : left + 2 * step] = 255
     return raw, masks
 
 

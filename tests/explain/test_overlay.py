@@ -35,9 +35,7 @@ def saturation(pixels: np.ndarray) -> np.ndarray:
 
 
 def test_no_evidence_leaves_the_film_as_it_is():
-    np.testing.assert_array_equal(
-        np.asarray(map_tile(FILM, np.zeros((4, 4)), 128)), np.asarray(film_tile(FILM, 128))
-    )
+    np.testing.assert_array_equal(np.asarray(map_tile(FILM, np.zeros((4, 4)), 128)), np.asarray(film_tile(FILM, 128)))
 
 
 def test_colour_lies_where_the_map_does_and_nowhere_else():
@@ -51,9 +49,7 @@ def test_colour_lies_where_the_map_does_and_nowhere_else():
 
 def test_more_evidence_is_more_colour_and_over_one_clips():
     film = np.full((32, 32), 110, np.uint8)
-    levels = [
-        saturation(np.asarray(map_tile(film, np.full((2, 2), v), 32)).astype(int))[0, 0] for v in (0, 0.25, 1)
-    ]
+    levels = [saturation(np.asarray(map_tile(film, np.full((2, 2), v), 32)).astype(int))[0, 0] for v in (0, 0.25, 1)]
     assert levels[0] == 0
     assert levels[0] < levels[1] < levels[2]
     np.testing.assert_array_equal(
@@ -140,10 +136,7 @@ def test_montage_places_every_tile_in_order():
     tiles = [Tile(Image.new("RGB", (40, 40), (value, 0, 0)), str(value)) for value in (60, 120, 180, 240)]
     picture = np.asarray(montage(tiles, 3, "title", synthetic=True, scale=False))
     assert picture.shape[1] == 2 * 20 + 3 * 40 + 2 * 14
-    reds = [
-        picture[62 + 20 + row * 74, 20 + 20 + column * 54, 0]
-        for row, column in ((0, 0), (0, 1), (0, 2), (1, 0))
-    ]
+    reds = [picture[62 + 20 + row * 74, 20 + 20 + column * 54, 0] for row, column in ((0, 0), (0, 1), (0, 2), (1, 0))]
     assert reds == [60, 120, 180, 240]
     with pytest.raises(ValueError, match="one size"):
         montage([tiles[0], Tile(Image.new("RGB", (41, 40)), "")], 2)

@@ -59,9 +59,7 @@ def test_maps_of_a_trained_network_find_what_was_drawn(trained):
     for k in range(2):
         assert ((maps.scores[k] > 0) == labels[:, k]).mean() > 0.9
         called = labels[:, k] & (maps.scores[k] > 0)
-        summary = localize(
-            maps.raw[k, called], masks[called, k], fraction=0.05, tolerance=half_a_cell
-        ).summary()
+        summary = localize(maps.raw[k, called], masks[called, k], fraction=0.05, tolerance=half_a_cell).summary()
         for control in ("random", "swapped", "chance"):
             assert summary["maps"]["hit"] > 2.5 * summary[control]["hit"], control
             assert summary["maps"]["iou"] > 2.5 * summary[control]["iou"], control

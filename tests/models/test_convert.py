@@ -154,9 +154,7 @@ def test_prefixes_and_batch_counters_are_tolerated(tmp_path, prefix):
 
 def test_half_precision_file_becomes_float32(tmp_path):
     model = random_model(in_channels=3)
-    arrays = {
-        n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in torchvision_arrays(model).items()
-    }
+    arrays = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in torchvision_arrays(model).items()}
     save_file(arrays, tmp_path / "w.safetensors")
     weights = load_torchvision(tmp_path / "w.safetensors")
     assert {value.dtype for value in weights.values()} == {mx.float32}
@@ -468,9 +466,9 @@ def test_initial_imagenet_from_the_weights_folder(tmp_path, imagenet_like):
     assert origin["licence"] == "BSD-3-Clause"
     assert (
         origin["sha256"]
-        == json.loads((tmp_path / "resnet18.tv_in1k.json").read_text())["files"][
-            "resnet18.tv_in1k.safetensors"
-        ]["sha256"]
+        == json.loads((tmp_path / "resnet18.tv_in1k.json").read_text())["files"]["resnet18.tv_in1k.safetensors"][
+            "sha256"
+        ]
     )
     wanted = load_file(imagenet_like)["layer3.0.conv1.weight"]
     np.testing.assert_array_equal(np.array(model.layer3[0].conv1.weight), np.moveaxis(wanted, 1, 3))
@@ -576,8 +574,6 @@ def test_a_training_step_leaves_frozen_parts_as_they_were():
     loss_and_gradient = nn.value_and_grad(model, lambda m, x: m(x).square().mean())
     _, gradients = loss_and_gradient(model, x)
     optim.SGD(0.1).update(model, gradients)
-    changed = {
-        name for name, value in parameters(model).items() if not np.array_equal(np.array(value), before[name])
-    }
+    changed = {name for name, value in parameters(model).items() if not np.array_equal(np.array(value), before[name])}
     assert not {n for n in changed if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
     assert {"layer3.0.bn1.running_mean", "layer4.1.conv2.weight", "fc.weight"} <= changed

@@ -106,9 +106,7 @@ def language_model_files() -> dict[str, bytes]:
     }
 
 
-def fetch(
-    endpoint: str, weights: Path, *options: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def fetch(endpoint: str, weights: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The stage in its own process, because the hub's client reads its environment when it is imported."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
