@@ -21,6 +21,7 @@ from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.evaluation.tables import closing_table
 from mlx_cxr.freshness import Ledger, fingerprint
 from mlx_cxr.runs import RunExistsError, read_json
+from mlx_cxr.showcase import update_readme
 
 log = logging.getLogger("mlx_cxr")
 
@@ -105,6 +106,7 @@ def run(
     start_at: str | None = None,
     overwrite: bool = False,
     ignore_gates: bool = False,
+    readme: Path | None = None,
 ) -> Path:
     """Bring an experiment up to date, and return the run's folder.
 
@@ -114,6 +116,7 @@ def run(
         start_at: run this stage and those after it, up to date or not.
         overwrite: replace a run of that name that was made with another configuration or other data.
         ignore_gates: go on, and say so, where a gate is not met.
+        readme: a README whose figures and picture are replaced with this run's.
 
     Raises:
         GateError: a gate is not met.
@@ -146,8 +149,10 @@ def run(
             ledger.record(step.name, now, finished=True)
         if step.name == "train_cnn":
             check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)
-    results = read_json(run_dir / "test_results.json")
-    log.info("\n%s\nDone in %.0f s. To open:", closing_table(results), time.perf_counter() - begun)
+    results, seconds = read_json(run_dir / "test_results.json"), time.perf_counter() - begun
+    if readme is not None:
+        update_readme(readme, run_dir, seconds)
+    log.info("\n%s\nDone in %.0f s. To open:", closing_table(results), seconds)
     for name in ("results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json"):
         if (run_dir / name).exists():
             log.info("  %s", run_dir / name)
@@ -199,6 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start_at", metavar="STAGE", help="run this stage and those after it, up to date or not")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that was made differently")
     parser.add_argument("--ignore_gates", action="store_true", help="go on where a gate is not met")
+    parser.add_argument(
+        "--update_readme", type=Path, metavar="README.md", help="put this run's figures and a map into it"
+    )
     return parser
 
 
@@ -208,7 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     with readable_errors():
         config = load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies)
         try:
-            run(config, args.run_name, start_at=args.start_at, overwrite=args.overwrite, ignore_gates=args.ignore_gates)
+            run(
+                config,
+                args.run_name,
+                start_at=args.start_at,
+                overwrite=args.overwrite,
+                ignore_gates=args.ignore_gates,
+                readme=args.update_readme,
+            )
         except GateError as error:
             log.error("error: %s", error)
             raise SystemExit(3) from None
