@@ -131,11 +131,15 @@ def run(
         raise UserError(f"--start_at {start_at}: the stages of this experiment are {', '.join(names)}")
     forced = names[names.index(start_at) :] if start_at else []
     data_ledger, run_ledger = Ledger(config.data.work_dir / "pipeline.json"), Ledger(run_dir / "pipeline.json")
+    data_changed = False
     for number, step in enumerate(chain, 1):
         ledger = run_ledger if step.in_run else data_ledger
         plain = config.plain()
         now = fingerprint({key: plain[key] for key in step.settings}, step.inputs())
         why = ledger.why_run(step.name, now, step.outputs) or ("asked for" if step.name in forced else "")
+        if not why and data_changed and not step.in_run:
+            # Films can change under tables that do not; the stage itself looks at the films.
+            why = "an earlier stage ran"
         title = f"[{number}/{len(chain)}] {step.name}"
         if not why:
             log.info("%s: up to date, skipped (configuration, inputs and outputs unchanged)", title)
@@ -147,6 +151,7 @@ def run(
             ledger.record(step.name, now, finished=False)
             step.run(resume)
             ledger.record(step.name, now, finished=True)
+            data_changed = data_changed or not step.in_run
         if step.name == "train_cnn":
             check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)
     results, seconds = read_json(run_dir / "test_results.json"), time.perf_counter() - begun

@@ -136,3 +136,18 @@ def test_a_killed_pipeline_goes_on_and_ends_with_the_weights_of_an_unbroken_one(
     subprocess.run([*command, "killed"], check=True, capture_output=True)
     ours, theirs = (mx.load(str(outputs / run / "best_model.safetensors")) for run in ("killed", "unbroken"))
     assert {name for name in ours if not mx.array_equal(ours[name], theirs[name])} == set()
+
+
+def test_a_cohort_made_again_reaches_the_pixel_store_though_its_tables_are_the_same(tiny, caplog):
+    config = load_config(tiny)
+    marker = config.data.root / "cohort.json"
+    marker.write_text(marker.read_text().replace('"hash": "', '"hash": "0'))  # as one of another version of the code
+    _, stages = _run(tiny, caplog, start_at="make_demo_data")
+    assert stages["build_manifest"] == stages["prepare_images"] == "asked for"
+    marker.unlink()
+    (config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
+    for path in sorted(config.data.root.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    _, stages = _run(tiny, caplog)
+    assert "is missing" in stages["make_demo_data"]
+    assert stages["build_manifest"] == stages["prepare_images"] == "an earlier stage ran"
