@@ -20,10 +20,10 @@ from mlx_cxr.phantom.labeler import Reader, labels_of, read_study, spoil
 from mlx_cxr.phantom.narrative import Report, write_report
 from mlx_cxr.phantom.opening import Scene
 
-SEVERITY = (4.5, 2.1)
+SEVERITY = (5.0, 2.0)
 """Beta distribution of a finding's worst severity, rescaled to 0.15..1: leans to moderate and marked."""
 
-READER = Reader(missed=0.50, hedged=0.36, suspected=0.04)
+READER = Reader(missed=0.45, hedged=0.34, suspected=0.04)
 """The radiologist's errors; see `labeler.Reader`."""
 
 LABELER_ERROR: dict[str, float] = {
@@ -31,14 +31,14 @@ LABELER_ERROR: dict[str, float] = {
     "Cardiomegaly": 0.03,
     "Consolidation": 0.05,
     "Edema": 0.03,
-    "Enlarged Cardiomediastinum": 0.14,
-    "Fracture": 0.06,
-    "Lung Lesion": 0.07,
+    "Enlarged Cardiomediastinum": 0.10,
+    "Fracture": 0.05,
+    "Lung Lesion": 0.06,
     "Lung Opacity": 0.05,
-    "No Finding": 0.09,
+    "No Finding": 0.07,
     "Pleural Effusion": 0.02,
-    "Pleural Other": 0.11,
-    "Pneumonia": 0.07,
+    "Pleural Other": 0.08,
+    "Pneumonia": 0.06,
     "Pneumothorax": 0.03,
     "Support Devices": 0.02,
 }
