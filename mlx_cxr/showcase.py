@@ -73,5 +73,18 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             "| finding | films | hit rate | random | difference | IoU | random |",
             "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
             *rows,
+            "",
+            _verdict(table["per_label"]),
         ]
+    )
+
+
+def _verdict(per_label: Mapping[str, Any]) -> str:
+    """Which findings the maps find, by the interval of the difference, and a warning about the rest."""
+    found = [label for label, entry in per_label.items() if entry["hit"]["random"]["difference"]["low"] > 0]
+    rest = [label for label in per_label if label not in found]
+    return (
+        f"The maps find, with an interval above 0: {', '.join(found) or 'nothing'}. They do not, so far: "
+        f"{', '.join(rest) or 'nothing'}. A finding can be predicted well from somewhere else on the film than where it "
+        "lies, which is what this table is for; on MIMIC-CXR there are no masks to show it."
     )
