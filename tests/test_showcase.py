@@ -25,10 +25,20 @@ def run_dir(tmp_path):
     (folder / "grad_cam").mkdir(parents=True)
     table = {
         "per_label": {
-            "Edema": {"films": 20, "hit": score(0.60, 0.40), "iou": score(0.3, 0.1)},
-            "Pleural Effusion": {"films": 12, "hit": score(0.55, 0.10), "iou": score(0.2, 0.05)},
+            "Edema": {"films": 20, "hit": score(0.60, 0.40), "hit_half_cell": score(0.7, 0.5), "iou": score(0.3, 0.1)},
+            "Pleural Effusion": {
+                "films": 12,
+                "hit": score(0.55, 0.10),
+                "hit_half_cell": score(0.65, 0.2),
+                "iou": score(0.2, 0.05),
+            },
         },
-        "macro": {"labels": 2, "hit": score(0.575, 0.25), "iou": score(0.25, 0.075)},
+        "macro": {
+            "labels": 2,
+            "hit": score(0.575, 0.25),
+            "hit_half_cell": score(0.675, 0.35),
+            "iou": score(0.25, 0.075),
+        },
     }
     entry = {"positives": 7, "roc_auc": interval(0.8125), "average_precision": interval(0.4)}
     protocol = {
@@ -58,10 +68,10 @@ def test_the_finding_that_maps_hit_best_beyond_chance_is_shown(run_dir, tmp_path
     update_readme(tmp_path / "README.md", run_dir, 90)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("top\n<!-- begin demo -->")
-    assert "| Pleural Effusion | 12 | 0.55 | 0.10 | 0.45 [0.35, 0.55] | 0.20 | 0.05 |" in text
+    assert "| Pleural Effusion | 12 | 0.55 | 0.10 | 0.45 [0.35, 0.55] | 0.65 | 0.20 | 0.20 | 0.05 |" in text
     assert "0.812 [0.713, 0.912]" in text or "0.812 [0.712, 0.912]" in text
     assert "1.5 minutes" in text
-    assert "above 0: Edema, Pleural Effusion." in text  # 0.2 and 0.45, each less 0.1
+    assert "find: Edema, Pleural Effusion." in text  # 0.2 and 0.45, each less 0.1
     assert "synthetic" in text
     assert "not for clinical use" in text
     with Image.open(tmp_path / ".github" / "images" / "map.png") as picture:
