@@ -93,7 +93,7 @@ class Scores:
     """Localization scores of N films, float64 (N,) each, in [0, 1].
 
     Attributes:
-        hit: pointing game.
+        hit: pointing game, at the centre of the strongest cell.
         iou: IoU of the strongest `fraction` of pixels.
         iou_area: IoU at the mask's own area.
         mass: share of the map's sum within the mask.
@@ -191,17 +191,22 @@ def localize(
     for row, mask in enumerate(masks):
         wide = _widened(mask, tolerance)
 
-        def scored(candidates: np.ndarray, mask: np.ndarray = mask, wide: np.ndarray = wide) -> np.ndarray:
+        def scored(
+            candidates: np.ndarray, cells: np.ndarray | None, mask: np.ndarray = mask, wide: np.ndarray = wide
+        ) -> np.ndarray:
+            hits = [_hit(h, wide) for h in candidates] if cells is None else [_peak_hit(c, wide) for c in cells]
             rows = [
-                (_hit(h, wide), _iou(h, mask, fraction), _iou(h, mask, mask.mean()), _mass(h, mask)) for h in candidates
+                (hit, _iou(h, mask, fraction), _iou(h, mask, mask.mean()), _mass(h, mask))
+                for hit, h in zip(hits, candidates, strict=True)
             ]
             return np.mean(rows, axis=0) if rows else np.full(4, np.nan)
 
         draws = random_maps((random_draws, *raw.shape[1:]), seed=seed * 1_000_003 + row)
-        arms["maps"].append(scored(heats[row : row + 1]))
-        arms["random"].append(scored(upsample(draws, size)))
-        arms["centre"].append(scored(centre[None]))
-        arms["swapped"].append(scored(heats[[(row + 1 + k) % n for k in range(others)]]))
+        other = [(row + 1 + k) % n for k in range(others)]
+        arms["maps"].append(scored(heats[row : row + 1], raw[row : row + 1]))
+        arms["random"].append(scored(upsample(draws, size), draws))
+        arms["centre"].append(scored(centre[None], None))
+        arms["swapped"].append(scored(heats[other], raw[other]))
         arms["chance"].append(_chance(mask.mean(), wide.mean(), fraction))
     return Localization(
         **{arm: Scores(*np.array(rows, dtype=np.float64).T) for arm, rows in arms.items()},
@@ -231,6 +236,19 @@ def _widened(mask: np.ndarray, tolerance: float) -> np.ndarray:
 def _hit(heat: np.ndarray, mask: np.ndarray) -> float:
     highest = heat.max()
     return float(mask[heat == highest].mean()) if highest > 0 else 0.0
+
+
+def _peak_hit(cells: np.ndarray, mask: np.ndarray) -> float:
+    """`_hit` of a map before its resize: its peak is the centre of its strongest cell.
+
+    A bilinear map peaks at cell centres, but past the last one it is level, and that plateau is no place.
+    """
+    highest = cells.max()
+    if highest <= 0:
+        return 0.0
+    peaks = np.argwhere(cells == highest) * (np.array(mask.shape) / cells.shape)
+    rows, columns = np.rint(peaks).astype(int).T
+    return float(mask[rows, columns].mean())
 
 
 def _iou(heat: np.ndarray, mask: np.ndarray, fraction: float) -> float:

@@ -178,3 +178,16 @@ def test_bad_input_is_named():
         pointing_game(np.ones((2, 2)), np.ones((2, 2)), -1)
     with pytest.raises(ValueError, match=r"fraction is 1\.5"):
         iou_at_fraction(np.ones((2, 2)), np.ones((2, 2)), 1.5)
+
+
+def test_a_peak_in_the_last_cell_is_its_centre_and_not_the_level_ground_past_it():
+    raw = np.zeros((1, 6, 6), dtype=np.float32)
+    raw[0, 5, 2] = 1
+    mask = np.zeros((1, 96, 96), dtype=np.uint8)
+    mask[0, 78:83, 30:35] = 1  # around pixel 16 * (5, 2)
+    assert localize(raw, mask, random_draws=1).maps.hit.item() == 1.0
+    assert pointing_game(upsample(raw[0], 96), mask[0]) == pytest.approx(3 / 16)  # rows 80 to 95 share the maximum
+    mask[0] = 0
+    mask[0, 88:, 30:35] = 1
+    assert localize(raw, mask, random_draws=1).maps.hit.item() == 0.0
+    assert localize(raw, mask, tolerance=8.0, random_draws=1).maps.hit.item() == 1.0
