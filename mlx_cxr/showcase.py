@@ -58,7 +58,7 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
     return "\n".join(
         [
             f"What the demo printed ({where}; the stages took {seconds / 60:.1f} minutes). These lines and the picture "
-            f"are written by the run (`--update_readme`), and the cohort is synthetic: {NOT_CLINICAL}.",
+            f"are written by the run (`--update_readme`). The cohort is synthetic. {NOT_CLINICAL}.",
             "",
             "```",
             closing_table(results),

@@ -12,48 +12,15 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from few_films import TRANSFORM, film, manifest_of
 
 from mlx_cxr.data import store_writer
 from mlx_cxr.data.decode_pool import decode_films
 from mlx_cxr.data.films import Transform, read_film
-from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import StoreBusyError, build_store
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.labels import LABELS
-
-TRANSFORM = Transform(32)
-
-
-def film(number, height=70, width=50):
-    grain = np.random.default_rng(number).integers(0, 256, (height // 5, width // 5), dtype=np.uint8)
-    return Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def manifest_of(paths, sha256="a" * 64):
-    frame = pd.DataFrame({"image_id": [f"id{row:04d}" for row in range(len(paths))], "path": list(paths)})
-    return Manifest(frame, np.full((len(paths), len(LABELS)), np.nan, np.float32), sha256)
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Twelve small films of random content in `films/`."""
-    (tmp_path / "films").mkdir()
-    for number in range(12):
-        film(number).save(tmp_path / "films" / f"f{number:02d}.jpg", quality=95)
-    return tmp_path
-
-
-@pytest.fixture
-def manifest():
-    # Not in the order of the names, so that sorting somewhere would be noticed.
-    return manifest_of([f"films/f{number:02d}.jpg" for number in (5, 0, 7, 1, 2, 11, 3, 4, 6, 8, 10, 9)])
-
-
-@pytest.fixture
-def store_path(root):
-    return root / "work" / "images_32.npy"
 
 
 class TestMostFilmsFail:

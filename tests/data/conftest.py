@@ -1,0 +1,24 @@
+"""What the tests of the pixel store build it from."""
+
+import pytest
+from few_films import film, manifest_of
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Twelve small films of random content in `films/`."""
+    (tmp_path / "films").mkdir()
+    for number in range(12):
+        film(number).save(tmp_path / "films" / f"f{number:02d}.jpg", quality=95)
+    return tmp_path
+
+
+@pytest.fixture
+def manifest():
+    # Not in the order of the names, so that sorting somewhere would be noticed.
+    return manifest_of([f"films/f{number:02d}.jpg" for number in (5, 0, 7, 1, 2, 11, 3, 4, 6, 8, 10, 9)])
+
+
+@pytest.fixture
+def store_path(root):
+    return root / "work" / "images_32.npy"
