@@ -79,10 +79,16 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
 
 def _verdict(per_label: Mapping[str, Any]) -> str:
     """Which findings the maps find, by the interval of the difference, and a warning about the rest."""
-    found = [label for label, entry in per_label.items() if entry["hit"]["random"]["difference"]["low"] > 0]
-    rest = [label for label in per_label if label not in found]
+
+    def found(score: str) -> list[str]:
+        return [label for label, entry in per_label.items() if entry[score]["random"]["difference"]["low"] > 0]
+
+    strict, near = found("hit"), found("hit_half_cell")
+    near = [label for label in near if label not in strict]
+    rest = [label for label in per_label if label not in (*strict, *near)]
     return (
-        f"With an interval of the difference above 0, the maps find: {', '.join(found) or 'nothing'}. They do not, "
-        f"so far: {', '.join(rest) or 'nothing'}. A finding can be predicted well from somewhere else on the film than "
-        "where it lies, which is what this table is for; real cohorts have no such masks to show it."
+        f"With an interval of the difference above 0, the maps find: {', '.join(strict) or 'nothing'}; allowing half a "
+        f"cell also {', '.join(near) or 'nothing'}. They do not, so far: {', '.join(rest) or 'nothing'}. A finding can "
+        "be predicted well from somewhere else on the film than where it lies, which is what this table is for; real "
+        "cohorts have no such masks to show it."
     )
