@@ -201,7 +201,8 @@ def test_probabilities_are_the_sigmoid_of_mean_logits_over_a_temperature_of_vali
 
 
 def test_results_are_scikit_learns_on_the_predictions(evaluated):
-    table = pd.read_csv(folder_of(evaluated) / "predictions.csv")
+    # pandas 2 reads floats to within the last bit unless told otherwise.
+    table = pd.read_csv(folder_of(evaluated) / "predictions.csv", float_precision="round_trip")
     results = read_json(folder_of(evaluated) / "test_results.json")
     for label, rows in table[table["split"] == "test"].groupby("label"):
         y = (rows["raw_label"] == 1).to_numpy().astype(int)

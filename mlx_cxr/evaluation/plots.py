@@ -136,7 +136,8 @@ def _columns(test: Predictions, points: OperatingPoints) -> list[tuple[np.ndarra
 
 
 def _page(kind: str, test: Predictions, points: OperatingPoints, x: str, y: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(15, 10.2), dpi=100, facecolor="white")
+    # 1500 x 1020 pixels; inches that binary fractions hold, as versions of Matplotlib round others differently.
+    figure = Figure(figsize=(15.625, 10.625), dpi=96, facecolor="white")
     FigureCanvasAgg(figure)
     patients = len(set(test.patient_ids.tolist()))
     figure.text(0.04, 0.965, f"{kind} on the {test.split[0]} split", fontsize=17, fontweight="bold", color=BLACK)
