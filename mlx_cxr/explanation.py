@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr.config import ExplainConfig
+from mlx_cxr.config_sections import ExplainConfig
 from mlx_cxr.evaluation.localization_table import FilmScores, localization_markdown, localization_table
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS, OperatingPoints

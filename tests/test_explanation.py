@@ -7,7 +7,7 @@ import pytest
 from simulated_predictions import simulated
 
 from mlx_cxr import explanation
-from mlx_cxr.config import ExplainConfig
+from mlx_cxr.config_sections import ExplainConfig
 from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize

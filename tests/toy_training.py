@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_cxr.config import AugmentConfig, TrainingConfig
+from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
 from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models import ops
 from mlx_cxr.models.resnet import ResNetConfig

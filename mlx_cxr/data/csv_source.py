@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.config import CsvSource, DataConfig
+from mlx_cxr.config_sections import CsvSource, DataConfig
 from mlx_cxr.data.source_rows import (
     SourceRows,
     normalized_ages,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.config import DataConfig
+from mlx_cxr.config_sections import DataConfig
 from mlx_cxr.data.source_rows import (
     OLDEST,
     TEXT_COLUMNS,

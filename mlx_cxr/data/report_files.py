@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mlx_cxr.config import DataConfig
+from mlx_cxr.config_sections import DataConfig
 from mlx_cxr.data.reports import decode, has_headings, report_text
 from mlx_cxr.data.tables import DataError
 

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_cxr import __version__
-from mlx_cxr.config import ModelConfig
+from mlx_cxr.config_sections import ModelConfig
 from mlx_cxr.labels import LABELS
 from mlx_cxr.models import hub, ops
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD, ResNet18, ResNetConfig, initialize

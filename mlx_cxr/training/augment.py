@@ -9,7 +9,7 @@ import math
 
 import mlx.core as mx
 
-from mlx_cxr.config import AugmentConfig
+from mlx_cxr.config_sections import AugmentConfig
 
 
 def augment(films: mx.array, key: mx.array, config: AugmentConfig) -> mx.array:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
-from mlx_cxr.config import AugmentConfig, TrainingConfig
+from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
 from mlx_cxr.errors import UserError
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, preprocess

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_cxr.config import CsvSource, DataConfig
+from mlx_cxr.config_sections import CsvSource, DataConfig
 from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.labels import LABELS

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from mlx_cxr.config import DataConfig
+from mlx_cxr.config_sections import DataConfig
 from mlx_cxr.data.report_files import read_reports, texts_of_column
 from mlx_cxr.data.tables import DataError
 

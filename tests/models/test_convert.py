@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlx_cxr.config import ModelConfig
+from mlx_cxr.config_sections import ModelConfig
 from mlx_cxr.labels import LABELS
 from mlx_cxr.models import convert, hub
 from mlx_cxr.models.convert import (

@@ -28,7 +28,7 @@ from toy_training import (
     validator,
 )
 
-from mlx_cxr.config import AugmentConfig, TrainingConfig
+from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
 from mlx_cxr.models.convert import freeze, load_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
 from mlx_cxr.runs import RunFormatError
