@@ -1,7 +1,8 @@
 """Turn raw films, tables and reports into a manifest: `python -m mlx_cxr.build_manifest --config configs/demo.yaml`.
 
-Writes into `data.work_dir`: `manifest.csv` (one row per image), `splits.json` (the patients of each split and the
-manifest's hash), `manifest_summary.md` and `manifest_summary.json` (counts, and what was left out and why).
+Writes into `data.work_dir`: `manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
+(the sections of each study's report, where there are reports), `splits.json` (the patients of each split, and the
+hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and what was left out and why).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.manifest import check_patient_splits, split_counts, write_manifest, write_splits
 from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
 from mlx_cxr.data.mimic import find_tables, read_mimic
-from mlx_cxr.data.report_files import ReportTexts, read_reports, texts_of_column
+from mlx_cxr.data.report_files import ReportTexts, read_reports, reports_of_table
 from mlx_cxr.data.sampling import sample_studies, split_patients
 from mlx_cxr.data.source_rows import SourceRows
+from mlx_cxr.data.study_reports import write_reports
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.runs import provenance, write_json, write_text
 
@@ -38,8 +40,10 @@ def run(config: Config) -> Path:
     """
     data = config.data
     rows = read_mimic(data) if data.source == "mimic-cxr-jpg" else read_csv_source(data)
-    log.info("%s images read from %s", f"{rows.read:,}", data.source)
-    rows = rows.on_disk(data.root)
+    text_only = data.csv is not None and data.csv.text_only
+    log.info("%s %s read from %s", f"{rows.read:,}", "reports" if text_only else "images", data.source)
+    if not text_only:
+        rows = rows.on_disk(data.root)
     rows, split_from = _with_splits(rows, config)
     before = rows.frame
     if data.n_studies is not None:
@@ -50,7 +54,13 @@ def run(config: Config) -> Path:
     rows, reports = _with_texts(rows, config)
 
     sha256 = write_manifest(config.manifest_path, rows.frame)
-    about = {"source": data.source, "synthetic": data.synthetic, "seed": config.seed, "split_from": split_from}
+    about = {
+        "reports_sha256": write_reports(config.reports_path, reports.sections),
+        "source": data.source,
+        "synthetic": data.synthetic,
+        "seed": config.seed,
+        "split_from": split_from,
+    }
     write_splits(config.splits_path, rows.frame, sha256, about)
     summary = {
         "schema": SCHEMA,
@@ -67,8 +77,9 @@ def run(config: Config) -> Path:
     for name, counts in split_counts(rows.frame).items():
         if not counts["images"]:
             log.warning(
-                "no film is in split %r: a model cannot be trained and scored on this manifest; "
+                "no %s is in split %r: a model cannot be trained and scored on this manifest; "
                 "get more of the data, or set data.split: made",
+                "report" if text_only else "film",
                 name,
             )
     return config.manifest_path
@@ -100,7 +111,7 @@ def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
 def _with_texts(rows: SourceRows, config: Config) -> tuple[SourceRows, ReportTexts]:
     frame = rows.frame
     if config.data.csv is not None:
-        reports = texts_of_column(config.data, frame["image_id"].tolist(), frame["text"].tolist())
+        reports = reports_of_table(config.data, frame)
         key = "image_id"
     else:
         studies: pd.DataFrame = frame.drop_duplicates("study_id")

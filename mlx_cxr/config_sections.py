@@ -34,29 +34,52 @@ class DemoConfig(Section):
 
 
 class CsvSource(Section):
-    """How to read any table of films: column names, label mapping, separator. Used when `data.source` is `csv`."""
+    """How to read any table of films or of reports: column names, label mapping, separator. Used when `data.source` is
+    `csv`."""
 
     table: Path
+    """`.csv`, `.csv.gz`, or `.jsonl`, an object per line, whose keys are the columns."""
     separator: Annotated[str, Field(min_length=1)] = ","
     patient: str = "patient_id"
+    """May be the column of `study`, where a patient is not told from a study."""
     study: str | None = "study_id"
-    image: str = "image_file"
-    """Column with the film's path relative to `data.root`; also the film's id."""
+    """None takes each film as a study of its own."""
+    image: str | None = "image_file"
+    """Column with the film's path relative to `data.root`; also the film's id. None: reports without films."""
     view: str | None = None
     age: str | None = None
     sex: str | None = None
     text: str | None = None
+    """Column with the report, or a note."""
+    sections: dict[Literal["indication", "findings", "impression"], str] = {}
+    """Columns with the report's sections, in place of `text`."""
     split: str | None = None
     """Column with train / validate / test; None makes a patient-grouped split."""
     where: dict[str, str] = {}
     """Keep only rows whose column matches this regular expression (from its beginning)."""
     findings: str | None = None
-    """Column with a list of findings as text; None means one 1 / 0 / -1 / empty column per label."""
+    """Column with a list of findings; None means one 1 / 0 / -1 / empty column per label. A row where it is empty is
+    left out as not annotated; the empty list of a `.jsonl`, or a separator alone, says that nothing was found."""
     findings_separator: Annotated[str, Field(min_length=1)] = "|"
     label_map: dict[str, Label] = {}
     """Source name -> one of the 14; names mapped to nothing are counted and ignored."""
     labels_covered: tuple[Label, ...] | None = None
     """Labels the source annotates: absent from the list means 0. The others stay empty. None: those mapped to."""
+
+    @property
+    def text_only(self) -> bool:
+        """Whether these are reports without films."""
+        return self.image is None
+
+    @model_validator(mode="after")
+    def _columns_go_together(self) -> CsvSource:
+        if self.text is not None and self.sections:
+            raise ValueError("'text' is a column of whole reports, 'sections' are columns of their parts: give one")
+        if self.text_only and self.study is None:
+            raise ValueError("'image: null' means reports without films: then 'study' has to name the report's id")
+        if self.text_only and self.text is None and not self.sections:
+            raise ValueError("'image: null' means reports without films: name their column in 'text' or 'sections'")
+        return self
 
 
 class DataConfig(Section):
@@ -75,6 +98,7 @@ class DataConfig(Section):
         "findings",
         "last_paragraph",
     )
+    """What the manifest's text is made of; `reports.csv` has every section."""
     report_mode: Literal["first", "all"] = "first"
     """`first`: the first of `report_sections` that a report has (a fall-back order). `all`: all of them, in order."""
     labeler: Literal["chexpert", "negbio"] = "chexpert"
@@ -294,9 +318,8 @@ class DistillationConfig(Section):
 
     run_name: Name = "student_v1"
     targets: Literal["teacher", "hard", "smoothed", "shuffled"] = "teacher"
-    """What takes the teacher's place in the loss. Controls: `hard` has no second term; `smoothed` pulls each label
-    towards its prevalence as strongly as the teacher does on average; `shuffled` gives each study the soft label of
-    another one."""
+    """What the loss has beside the hard labels. Controls: `hard` has nothing; `smoothed` pulls each label towards its
+    prevalence as strongly as the teacher does on average; `shuffled` gives each study the soft label of another one."""
     alpha: Fraction = 0.3
     """Weight of the hard labels; 1 - alpha is that of the soft ones."""
     temperature: Annotated[float, Field(ge=1.0)] = 2.0
@@ -305,7 +328,8 @@ class DistillationConfig(Section):
     init: Literal["model", "cnn"] = "model"
     """`model`: as `model.weights` says (ImageNet, scratch or a file). `cnn`: the weights of the CNN run."""
     feature_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the cosine distance to the teacher's features, for a teacher that sees the film."""
+    """Weight of the cosine distance to the teacher's features, for a teacher that sees the film; the controls `hard`
+    and `smoothed` have no such term."""
     epochs: Count | None = None
     """None takes those of `training`."""
     learning_rate: Positive | None = None

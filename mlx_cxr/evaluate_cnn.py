@@ -1,9 +1,9 @@
 """Score and explain a trained run: `python -m mlx_cxr.evaluate_cnn --config configs/demo.yaml --run_name demo_cnn`.
 
-Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses nothing of an earlier one:
-`predictions.csv` (validation and test), `test_results.json`, `results.md`, `roc.png`, `precision_recall.png`,
-`reliability.png`, `grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it
-replaces each of them.
+The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
+nothing of an earlier one: `predictions.csv` (validation and test), `test_results.json`, `results.md`, `roc.png`,
+`precision_recall.png`, `reliability.png`, `cost.json`, `grad_cam/*.png`, `localization.json` (where the cohort has
+masks) and `findings.md`. Run again, it replaces each of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mlx_cxr import explanation, runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
@@ -19,14 +22,13 @@ from mlx_cxr.data.films import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import readable_errors
-from mlx_cxr.evaluation import plots
-from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
-from mlx_cxr.evaluation.results import OperatingPoints, evaluate, fit_operating_points
-from mlx_cxr.evaluation.shortcuts import study_metadata
-from mlx_cxr.evaluation.tables import results_markdown
+from mlx_cxr.evaluation.predictions import Predictions, join
+from mlx_cxr.evaluation.results import OperatingPoints
 from mlx_cxr.inference import TrainedRun, study_predictions
-from mlx_cxr.runs import provenance, write_json, write_text
+from mlx_cxr.runs import provenance, write_json
+from mlx_cxr.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.training.cohort import Cohort, SplitData
+from mlx_cxr.training.scoring import compiled_forward
 
 log = logging.getLogger("mlx_cxr")
 
@@ -57,52 +59,29 @@ def run(config: Config, run_name: str | None = None) -> Path:
 
     inputs = {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
     record = provenance("evaluate_cnn", config.plain(), inputs, device)
-    predictions, points = score(trained, cohort, validation, test, config, record)
+    parts = [study_predictions(trained.model, data, config.evaluation.batch_size) for data in (validation, test)]
+    predictions = join(*parts)
+    points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
+    measure_cost(trained, test, config, device)
     explain(trained, validation, test, predictions.of_split("test"), points, config)
     return trained.folder
 
 
-def score(
-    trained: TrainedRun, cohort: Cohort, validation: SplitData, test: SplitData, config: Config, record: Mapping
-) -> tuple[Predictions, OperatingPoints]:
-    """Predictions, results, tables and plots; thresholds and temperatures follow the protocol of the training."""
-    folder, settings = trained.folder, config.evaluation
-    parts = [study_predictions(trained.model, data, settings.batch_size) for data in (validation, test)]
-    predictions = join(*parts)
-    points = fit_operating_points(predictions.of_split("validate"), trained.protocol, settings.threshold_rule)
-    write_predictions(folder / "predictions.csv", predictions, points.calibration, points.thresholds)
-
-    frame = cohort.manifest.frame
-    rows = (frame["split"] == "train").to_numpy()
-    first = ~frame["study_id"].duplicated().to_numpy() & rows
-    results = evaluate(
-        predictions,
-        points,
-        run=folder.name,
-        synthetic=config.data.synthetic,
-        samples=settings.bootstrap_samples,
-        seed=config.seed,
-        bins=settings.calibration_bins,
-        provenance=record,
-        train=(study_metadata(frame[rows]), cohort.manifest.raw_labels[first]),
-        test_metadata=study_metadata(test.frame),
+def measure_cost(trained: TrainedRun, test: SplitData, config: Config, device: Mapping[str, Any]) -> None:
+    """Write `cost.json`: parameters, and milliseconds per film of the forward pass on films in memory."""
+    items = np.arange(min(config.evaluation.batch_size, len(test)))
+    films = test.films.batch(items)
+    forward = compiled_forward(trained.model)
+    per_film, films_timed = milliseconds_per_sample(lambda: forward(films), len(items))
+    write_cost(
+        trained.folder,
+        parameters=trained.parameters,
+        ms_per_sample=per_film,
+        samples=films_timed,
+        batch_size=len(items),
+        what=f"one film of {config.pixels.size} px in memory, forward pass in batches of {len(items)}",
+        device=device,
     )
-    write_json(folder / "test_results.json", results)
-    write_text(folder / "results.md", results_markdown(results))
-    part = predictions.of_split("test")
-    plots.plot_roc(folder / "roc.png", part, points, config.data.synthetic)
-    plots.plot_precision_recall(folder / "precision_recall.png", part, points, config.data.synthetic)
-    plots.plot_reliability(
-        folder / "reliability.png", part, points, config.data.synthetic, bins=settings.calibration_bins
-    )
-    macro = results["protocols"][points.protocol]["macro"]["roc_auc"]
-    log.info(
-        "test macro ROC-AUC %.3f [%.3f, %.3f] (%s, per study); tables in %s",
-        *(macro[key] for key in ("value", "low", "high")),
-        points.protocol,
-        folder / "results.md",
-    )
-    return predictions, points
 
 
 def explain(

@@ -11,14 +11,15 @@ import numpy as np
 from mlx_cxr.config import Config, config_from_plain
 from mlx_cxr.evaluation.predictions import Predictions, study_level
 from mlx_cxr.explain.grad_cam import Method, class_activation_maps
-from mlx_cxr.models.convert import load_model
-from mlx_cxr.models.resnet import ResNet18, preprocess
+from mlx_cxr.models.convert import freeze, load_model
+from mlx_cxr.models.resnet import ResNet18, parameter_counts, preprocess
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.training.scoring import predict_logits
 
-CHECKPOINTS = ("best_model.safetensors", "best_student.safetensors")
+CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
+"""The stages whose runs are opened here, and the weights that each of them leaves."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class TrainedRun:
         """Read a run's record and weights.
 
         Raises:
-            RunFormatError: there is no such run, its record is incomplete, or it has no weights yet.
+            RunFormatError: there is no such run, its record is incomplete, it is no CNN's or student's, or it has
+                no weights yet.
             ConfigError: its configuration does not fit this version.
             ModelFormatError: its weights cannot be used.
         """
@@ -61,15 +63,27 @@ class TrainedRun:
             raise RunFormatError(
                 f"{record_path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?"
             ) from None
-        checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
-        if checkpoint is None:
-            raise RunFormatError(f"{folder} has no {' or '.join(CHECKPOINTS)}; has its training saved an epoch yet?")
+        if record.get("stage") not in CHECKPOINTS:
+            raise RunFormatError(
+                f"{folder} was made by the stage {record.get('stage')!r}; a run of {' or '.join(CHECKPOINTS)} is "
+                "asked for here"
+            )
+        checkpoint = folder / CHECKPOINTS[record["stage"]]
+        if not checkpoint.exists():
+            raise RunFormatError(f"{folder} has no {checkpoint.name}; has its training saved an epoch yet?")
         return cls(folder, config_from_plain(plain, record_path), manifest_sha256, checkpoint, load_model(checkpoint))
 
     @property
     def protocol(self) -> str:
         """The key of `labels.SCORING_PROTOCOLS` that treats empty labels as the training did."""
         return f"empty_{self.config.labels.empty}"
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """`parameter_counts` of the network as it was trained, with what was frozen then."""
+        model = ResNet18(self.model.config)
+        freeze(model, self.config.model.freeze_stages, self.config.model.freeze_batchnorm)
+        return parameter_counts(model)
 
     def check(self, config: Config) -> None:
         """Refuse to be shown other data than the run was trained for.

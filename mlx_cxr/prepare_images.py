@@ -19,6 +19,7 @@ from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.data.decoding import INVERTED, Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.store_writer import StoreReport, build_store
+from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.runs import atomic_path
 
@@ -33,11 +34,16 @@ def run(config: Config, rebuild: bool = False) -> Path:
         rebuild: decode every film again.
 
     Raises:
-        DataError: the manifest is missing, or more than half of its films cannot be used.
+        DataError: the manifest is missing or has no films, or more than half of them cannot be used.
         OSError: the disk is full or not writable.
     """
     path = config.pixels_path
     manifest = load_manifest(config.manifest_path)
+    if manifest.text_only:
+        raise DataError(
+            f"{config.manifest_path} has no films to prepare: it is one of reports alone (data.csv.image: null). "
+            "A text teacher is trained on it as it is; a model of films needs films"
+        )
     transform = Transform(config.pixels.size, config.pixels.fit)
     report = build_store(path, manifest, transform, config.data.root, config.pixels.workers, rebuild)
     what = f"{path}: {report.films - len(report.unreadable)} of {report.films} films, {transform.key()}"

@@ -10,6 +10,8 @@ from mimic_tree import Study, write_tree
 from mlx_cxr import build_manifest
 from mlx_cxr.config import load_config
 from mlx_cxr.data.manifest import check_patient_splits, load_manifest
+from mlx_cxr.data.reports import section_texts
+from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.labels import LABELS
 
@@ -57,6 +59,18 @@ def test_from_tables_to_manifest(config_file, caplog):
     assert summary["manifest_sha256"] == manifest.sha256
     assert summary["reports"]["found"] == 44
     assert summary["reports"]["text_from"] == {"impression": 44}
+    reports = load_reports(path.with_name("reports.csv"), manifest)
+    assert dict(reports.sections) == {
+        study.study: section_texts(study.report) for study in studies() if study.report and study.labels is not None
+    }
+    assert summary["reports_sha256"] == reports.sha256
+    assert json.loads(path.with_name("splits.json").read_text())["reports_sha256"] == reports.sha256
+    split_of = dict(zip(manifest.frame["study_id"], manifest.frame["split"], strict=True))
+    in_train = sum(split_of[study] == "train" for study in reports.sections)
+    for name in ("any", "findings", "impression", "last_paragraph", "whole"):
+        assert summary["report_sections"][name]["train"] == in_train
+    for name in ("indication", "findings and impression in one"):
+        assert set(summary["report_sections"][name].values()) == {0}
     edema = summary["labels"]["Edema"]["train"]
     train = manifest.raw_labels[(manifest.frame["split"] == "train").to_numpy(), LABELS.index("Edema")]
     assert edema == {
@@ -131,6 +145,48 @@ def test_a_table_without_split(tmp_path):
     assert summary["dropped"] == {"no film on disk": 1}
     assert summary["split_from"] == "made by patient"
     assert summary["reports"]["found"] == 31
+
+
+def test_a_cohort_that_loses_its_reports_loses_reports_csv(config_file, tmp_path):
+    path = build_manifest.run(load_config(config_file))
+    assert path.with_name("reports.csv").exists()
+    for report in (tmp_path / "raw").rglob("s*.txt"):
+        report.unlink()
+    build_manifest.run(load_config(config_file))
+    assert not path.with_name("reports.csv").exists()
+    assert summary_of(path)["reports_sha256"] is None
+    assert "Sections of the reports" not in path.with_name("manifest_summary.md").read_text()
+
+
+def test_reports_without_films(tmp_path):
+    said = ["Edema." if i % 3 else "" for i in range(30)]
+    records = [
+        {"uid": f"r{i}", "impression": text, "why": "XXXX.", "gold": ["Edema"] * (i % 3)} for i, text in enumerate(said)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"name: t\ndata:\n  source: csv\n  root: {tmp_path / 'nowhere'}\n  work_dir: {tmp_path / 'work'}\n"
+        f"  csv:\n    table: {tmp_path / 't.jsonl'}\n    patient: uid\n    study: uid\n    image: null\n"
+        "    findings: gold\n    sections: {indication: why, impression: impression}\n"
+    )
+    config = load_config(path)
+    manifest = load_manifest(build_manifest.run(config))
+    assert manifest.text_only
+    assert manifest.frame["split"].value_counts().to_dict() == {"train": 19, "test": 6, "validate": 5}
+    assert manifest.frame["text"].value_counts().to_dict() == {"Edema.": 20, "": 10}
+    reports = load_reports(config.reports_path, manifest)
+    # "XXXX." in the indication of the others is a report, in which nothing is left.
+    assert len(reports) == 30
+    assert [reports.sections["r0"][name] for name in ("indication", "impression", "whole")] == ["", "", ""]
+    assert reports.sections["r1"]["whole"] == "IMPRESSION: Edema."
+    summary = summary_of(config.manifest_path)
+    assert summary["text_only"]
+    assert sum(summary["report_sections"]["impression"].values()) == 20
+    text = config.manifest_path.with_name("manifest_summary.md").read_text()
+    assert "30 reports read, 30 kept." in text
+    assert "images" not in text
+    assert "Views" not in text
 
 
 def test_another_seed_another_split(tmp_path):

@@ -25,6 +25,7 @@ from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.inference import TrainedRun
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
@@ -34,7 +35,7 @@ SIZE = 64
 EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")
 OUTPUTS = {
     *("predictions.csv", "test_results.json", "results.md", "roc.png", "precision_recall.png", "reliability.png"),
-    *("grad_cam", "localization.json", "findings.md"),
+    *("cost.json", "grad_cam", "localization.json", "findings.md"),
 }
 PATIENTS = {"train": 20, "validate": 18, "test": 20}
 
@@ -220,6 +221,40 @@ def test_results_are_scikit_learns_on_the_predictions(evaluated):
     assert results["provenance"]["stage"] == "evaluate_cnn"
 
 
+def test_cost_counts_what_was_trained_and_names_what_is_timed(evaluated, copy):
+    cost = read_json(folder_of(evaluated) / "cost.json")
+    # torchvision's resnet18 with one input channel and 14 classes.
+    total = 11_689_512 - 2 * 3136 - 513 * 1000 + 513 * 14
+    assert cost["parameters"] == {"total": total, "trainable": total}
+    assert cost["what"] == f"one film of {SIZE} px in memory, forward pass in batches of 16"
+    assert cost["samples"] >= 3 * 16
+    assert 0.05 < cost["ms_per_sample"] < 1000
+    assert cost["device"] == read_json(folder_of(evaluated) / "test_results.json")["provenance"]["device"]
+    record = read_json(folder_of(config_in(copy)) / "config.json")
+    record["config"]["model"]["freeze_stages"] = 5
+    (folder_of(config_in(copy)) / "config.json").write_text(json.dumps(record))
+    assert TrainedRun.open(folder_of(config_in(copy))).parameters == {"total": total, "trainable": 513 * 14}
+
+
+def test_a_student_is_scored_as_the_cnn_is(evaluated, copy, monkeypatch):
+    """By the weights that its stage leaves, whatever an earlier run of that name left beside them."""
+    folder = folder_of(config_in(copy))
+    (folder / "best_model.safetensors").rename(folder / "best_student.safetensors")
+    other = ResNet18(ResNetConfig(output_stride=16))
+    initialize(other, 5)
+    save_model(folder / "best_model.safetensors", other)
+    record = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(record | {"stage": "distillation"}))
+    monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)
+    evaluate_cnn.run(config_in(copy))
+    assert (folder / "predictions.csv").read_bytes() == (folder_of(evaluated) / "predictions.csv").read_bytes()
+    inputs = read_json(folder / "test_results.json")["provenance"]["inputs"]
+    assert inputs["checkpoint"]["path"].endswith("best_student.safetensors")
+    (folder / "config.json").write_text(json.dumps(record | {"stage": "lfm_finetune"}))
+    with pytest.raises(RunFormatError, match=r"made by the stage 'lfm_finetune'; a run of train_cnn or distillation"):
+        evaluate_cnn.run(config_in(copy))
+
+
 def test_the_fitted_head_ranks_its_findings_and_its_maps_find_them(evaluated):
     results = read_json(folder_of(evaluated) / "test_results.json")
     located = read_json(folder_of(evaluated) / "localization.json")
@@ -317,7 +352,7 @@ def test_what_lacks_is_named(copy):
     with pytest.raises(DataError, match=r"images_64\.npy"):
         evaluate_cnn.run(config)
     (folder_of(config) / "best_model.safetensors").unlink()
-    with pytest.raises(RunFormatError, match=r"has no best_model\.safetensors or best_student\.safetensors"):
+    with pytest.raises(RunFormatError, match=r"has no best_model\.safetensors; has its training saved an epoch"):
         evaluate_cnn.run(config)
     (folder_of(config) / "config.json").write_text(json.dumps({"stage": "train_cnn"}))
     with pytest.raises(RunFormatError, match=r"lacks 'config' or 'inputs\.manifest\.sha256'"):

@@ -113,6 +113,19 @@ def test_a_wrong_root_ends_with_status_2_and_the_first_reasons(root, capsys):
     assert "data.root" in said
 
 
+def test_a_manifest_of_reports_alone(root, capsys):
+    manifest = root / "work" / "manifest.csv"
+    manifest.write_text(
+        "".join(line.replace(f"f{n - 1}.png", "") + "\n" for n, line in enumerate(manifest.read_text().splitlines()))
+    )
+    assert load_manifest(manifest).text_only
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(root / "config.yaml")])
+    assert ended.value.code == 2
+    assert "manifest.csv has no films to prepare: it is one of reports alone" in capsys.readouterr().err
+    assert {path.name for path in (root / "work").iterdir()} == {"manifest.csv"}
+
+
 def test_no_manifest(root, capsys):
     (root / "work" / "manifest.csv").unlink()
     with pytest.raises(SystemExit) as ended:

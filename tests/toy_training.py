@@ -17,12 +17,16 @@ from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models import ops
 from mlx_cxr.models.resnet import ResNetConfig
 from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.loop import TrainingData, TrainingResult, train
-from mlx_cxr.training.losses import masked_bce
+from mlx_cxr.training.film_task import TrainingData, film_task
+from mlx_cxr.training.loop import TrainingResult, train
+from mlx_cxr.training.losses import Loss, masked_bce
 from mlx_cxr.training.scoring import predict_logits
 
 NO_AUGMENTATION = AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0)
-UNTIMED = ("seconds", "images_per_second", "peak_memory_bytes", "active_memory_bytes", "cache_memory_bytes")
+UNTIMED = (
+    *("seconds", "samples_per_second", "tokens_per_second"),
+    *("peak_memory_bytes", "active_memory_bytes", "cache_memory_bytes"),
+)
 
 
 def square_films(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +105,7 @@ def run_tiny(
     """The loop on the toy task: by default 2 epochs of 5 steps, saved every 3 steps, logged every 2."""
     model = model or TinyNet()
     chosen = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "save_every": 3, "log_every": 2} | training
-    result = train(
+    result = train_films(
         model,
         masked_bce(),
         TrainingData(source(TINY[0]), TINY[1] if targets is None else targets),
@@ -116,6 +120,33 @@ def run_tiny(
     return model, result
 
 
+def train_films(
+    model: nn.Module,
+    loss: Loss,
+    data: TrainingData,
+    validate: Callable[[nn.Module], dict[str, float]],
+    *,
+    training: TrainingConfig,
+    augmentation: AugmentConfig,
+    seed: int,
+    run_dir: Path,
+    settings: str = "",
+    resume: bool = False,
+) -> TrainingResult:
+    """The loop on films, as the stage runs it."""
+    return train(
+        film_task(model, loss, data, validate, training=training, augmentation=augmentation, seed=seed),
+        epochs=training.epochs,
+        seed=seed,
+        patience=training.patience,
+        save_every=training.save_every,
+        log_every=training.log_every,
+        run_dir=run_dir,
+        settings=settings,
+        resume=resume,
+    )
+
+
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
     """Every parameter and running statistic by name."""
     return {name: np.array(value) for name, value in tree_flatten(model.parameters())}
@@ -125,3 +156,11 @@ def metrics(run_dir: Path, timed: bool = False) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, without what differs from run to run."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return lines if timed else [{k: v for k, v in line.items() if k not in UNTIMED} for line in lines]
+
+
+def assert_same_weights(got: nn.Module, wanted: nn.Module) -> None:
+    """Bit by bit, by name."""
+    ours, theirs = arrays(got), arrays(wanted)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)

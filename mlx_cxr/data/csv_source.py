@@ -1,4 +1,4 @@
-"""The source `csv`: any table of films, as `data.csv` of the configuration describes it."""
+"""The source `csv`: any table of films, or of reports alone, as `data.csv` of the configuration describes it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mlx_cxr.data.tables import (
     DataError,
     label_of_name,
     label_values,
+    read_json_lines,
     read_table,
     refuse_blank,
     refuse_duplicates,
@@ -32,22 +33,26 @@ from mlx_cxr.labels import LABELS
 def read_csv_source(data: DataConfig) -> SourceRows:
     """Every film of the table that the row filter lets through, of the views wanted; files are not looked for yet.
 
+    Of a table of reports alone, every report: `image_id` is then that of the study, and `path` is "".
+
     Args:
         data: `csv`, `root` and `views` are used. `views` is not applied where no view column is named.
 
     Returns:
-        Rows with `split` "" where no split column is named, and the text column, if any, as written.
+        Rows with `split` "" where no split column is named, and the text column, if any, as written; for columns of
+        sections the frame has a column of the section's name each, as written.
 
     Raises:
         DataError: table or column missing, another separator, a filter that lets nothing through, a blank patient,
-            study or image, an image twice, a label or split that is none, films of one study that disagree; names
-            file, row, column and value.
+            study or image, an image (a study, where there are none) twice, a label or split that is none, films of one
+            study that disagree; names file, row, column and value.
     """
     source = data.csv
     if source is None:
         raise DataError("source 'csv' needs the section data.csv of the configuration")
+    image = source.image or source.study
     columns = {
-        "image_id": source.image,
+        "image_id": image,
         "patient_id": source.patient,
         "study_id": source.study or source.image,
         "split": source.split,
@@ -56,15 +61,16 @@ def read_csv_source(data: DataConfig) -> SourceRows:
         "sex": source.sex,
         "path": source.image,
         "text": source.text,
+        **source.sections,
     }
     table = _read(source, {*filter(None, columns.values()), *source.where})
     read = len(table)
     table = _matching(table, source.where, source.table)
     dropped = {"not matching data.csv.where": read - len(table)} if len(table) < read else {}
-    for name in (source.patient, columns["study_id"], source.image):
+    for name in (source.patient, columns["study_id"], image):
         refuse_blank(table, name, source.table)
-    refuse_duplicates(table, source.image, source.table, "image")
-    labels, unmapped = _listed_findings(table, source) if source.findings else _label_columns(table, source)
+    refuse_duplicates(table, image, source.table, "study" if source.text_only else "image")
+    labels, notes = _listed_findings(table, source) if source.findings else _label_columns(table, source)
     text = pd.DataFrame({role: table[name] if name else "" for role, name in columns.items()}, index=table.index)
     ages, odd_ages = normalized_ages(text["age"])
     frame = text.assign(
@@ -75,32 +81,34 @@ def read_csv_source(data: DataConfig) -> SourceRows:
         age=ages,
     )
     frame = pd.concat([frame, labels.reindex(columns=LABELS).astype(np.float32)], axis=1)
-    notes = {f"finding not mapped: {name}": count for name, count in unmapped.items()}
     notes |= {"ages not usable": odd_ages} if odd_ages else {}
     rows = SourceRows(frame.reset_index(drop=True), read, dropped, notes, {"table": source.table})
     if source.findings:
-        rows = rows.keep((table[source.findings] != "").to_numpy(), "no findings given")
+        rows = rows.keep(table[source.findings].notna().to_numpy(), "no findings given")
     refuse_inconsistent_studies(rows.frame, source.table, "set data.csv.study: null to take each film as its own study")
     return rows.of_views(data.views if source.view else None)
 
 
 def _read(source: CsvSource, needed: set[str]) -> pd.DataFrame:
-    everything = read_table(source.table, None, separator=source.separator)
-    more = [source.findings] if source.findings else list(source.label_map)
-    needed |= set(more)
-    if needed - set(everything.columns):
+    """All columns as text; only a cell of `source.findings` can be missing (NaN), where no list is given."""
+    needed |= {source.findings} if source.findings else set(source.label_map)
+    if source.table.suffix == ".jsonl":
+        table = read_json_lines(source.table, sorted(needed), separator=source.findings_separator)
+        return table.fillna({name: "" for name in table.columns if name != source.findings})
+    table = read_table(source.table, None, separator=source.separator)
+    if needed - set(table.columns):
         # Once more with names, for an error that says which are missing and what is there.
-        read_table(
-            source.table, sorted(needed), separator=source.separator, separator_key="data.csv.separator"
-        )
-    return everything
+        read_table(source.table, sorted(needed), separator=source.separator, separator_key="data.csv.separator")
+    if source.findings:
+        table[source.findings] = table[source.findings].replace("", np.nan)
+    return table
 
 
 def _matching(table: pd.DataFrame, where: dict[str, str], path: Path) -> pd.DataFrame:
     """The rows whose cells match the patterns from their beginning; row numbers of the file are kept in the index."""
     for column, pattern in where.items():
         try:
-            matching = table[column].str.match(re.compile(pattern)).to_numpy(dtype=bool)
+            matching = table[column].fillna("").str.match(re.compile(pattern)).to_numpy(dtype=bool)
         except re.error as error:
             raise DataError(f"data.csv.where: {pattern!r} for {column!r} is no regular expression: {error}") from None
         if not matching.any():
@@ -111,12 +119,12 @@ def _matching(table: pd.DataFrame, where: dict[str, str], path: Path) -> pd.Data
 
 
 def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Labels from a column that lists findings, and the names that mean none of the 14 with their counts.
+    """Labels from a column that lists findings, and notes with the counts of names that no label was taken from.
 
     A label that the source covers is 1 where listed, else 0; the others are empty. A name that is one of the 14 counts
     as itself without being mapped.
     """
-    lists = table[source.findings].str.split(re.escape(source.findings_separator), regex=True)
+    lists = table[source.findings].fillna("").str.split(re.escape(source.findings_separator), regex=True)
     names = lists.explode().str.strip()
     names = names[names != ""]
     mapped = {name: source.label_map.get(name) or label_of_name(name) for name in names.unique()}
@@ -125,7 +133,12 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
     present = pd.DataFrame(0.0, index=table.index, columns=[name for name in LABELS if name in covered])
     for name in present.columns:
         present.loc[label.index[label == name].unique(), name] = 1.0
-    return present, dict(Counter(names[label.isna()].tolist()).most_common())
+    unused = {"not mapped": names[label.isna()], "of a label not covered": names[label.notna() & ~label.isin(covered)]}
+    return present, {
+        f"finding {why}: {name}": count
+        for why, of_them in unused.items()
+        for name, count in Counter(of_them.tolist()).most_common()
+    }
 
 
 def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:

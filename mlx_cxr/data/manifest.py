@@ -1,4 +1,5 @@
-"""`manifest.csv`, one row per image, and `splits.json`: what every later stage works on.
+"""`manifest.csv`, one row per image (per report, where there are no images), and `splits.json`: what every later stage
+works on.
 
 Labels are written exactly as the source has them, 1 / 0 / -1 / empty; what they are taken to mean is decided where they
 are read (`labels.LabelPolicy`). The same input and seed give the same bytes.
@@ -28,7 +29,7 @@ class Manifest:
     """A manifest as read from disk.
 
     Attributes:
-        frame: a row per image: str columns `TEXT_COLUMNS`, then a float32 column per label.
+        frame: a row per image, or per report: str columns `TEXT_COLUMNS`, then a float32 column per label.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN, in the order of `LABELS`.
         sha256: of the bytes of `manifest.csv`.
     """
@@ -40,6 +41,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.frame)
 
+    @property
+    def text_only(self) -> bool:
+        """Whether its rows are reports without films: no row has a path."""
+        return _without_films(self.frame)
+
 
 def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
     """Write `manifest.csv` atomically: UTF-8, a header, rows in the order of patient, study and image id.
@@ -50,7 +56,8 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         view: view position in capitals, such as `AP`, `PA`, `LATERAL`; empty when missing.
         age: whole years, or empty.
         sex: `M`, `F`, empty, or what else the source says.
-        path: the film's file, relative to `data.root`.
+        path: the film's file, relative to `data.root`; empty in all rows of a manifest of reports without films, where
+            the image id is that of the study.
         text: cleaned text of the report, by `data.report_sections`; empty when there is none.
         the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
 
@@ -62,10 +69,12 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         Hex SHA-256 of what was written.
 
     Raises:
-        DataError: no rows, an image twice, or a patient in two splits.
+        DataError: no rows, an image twice, a path in some rows only, or a patient in two splits.
     """
     if frame.empty:
         raise DataError(f"{path}: there is no film to write; see the counts of dropped images")
+    if not _without_films(frame):
+        refuse_blank(frame.reset_index(drop=True), "path", path)
     refuse_duplicates(frame.reset_index(drop=True), "image_id", path, "image")
     check_patient_splits(frame)
     table = frame.sort_values(["patient_id", "study_id", "image_id"], kind="stable")[[*TEXT_COLUMNS, *LABELS]]
@@ -86,7 +95,7 @@ def load_manifest(path: str | Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{path} is missing; run build_manifest first")
     table = read_table(path, [*TEXT_COLUMNS, *LABELS])
-    for name in ("image_id", "patient_id", "study_id", "path"):
+    for name in ("image_id", "patient_id", "study_id", *([] if _without_films(table) else ["path"])):
         refuse_blank(table, name, path)
     refuse_duplicates(table, "image_id", path, "image")
     if (wrong := np.flatnonzero(~table["split"].isin(SPLITS).to_numpy())).size:
@@ -114,6 +123,10 @@ def check_patient_splits(frame: pd.DataFrame) -> None:
             f"{len(leaked)} patient(s) are in more than one split: {named}. Scores would be of films much like those "
             "trained on: mend the source's split, or leave it out to have one made by patient"
         )
+
+
+def _without_films(frame: pd.DataFrame) -> bool:
+    return bool((frame["path"] == "").all())
 
 
 def split_counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from mlx_cxr.data.manifest import split_counts
 from mlx_cxr.data.report_files import ReportTexts
+from mlx_cxr.data.reports import FINDINGS, IMPRESSION, SECTIONS
 from mlx_cxr.data.source_rows import MISSING_VIEW, SPLITS, SourceRows
 from mlx_cxr.labels import LABELS
 
@@ -17,6 +18,8 @@ SCHEMA = 1
 _AGE_EDGES = (0, 20, 40, 60, 80, 121)
 _AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")
 _UNKNOWN = "unknown"
+_COUNTED = ("patients", "studies", "images")
+_IN_ONE = "findings and impression in one"
 
 
 def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | None) -> dict[str, Any]:
@@ -28,13 +31,16 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         before: what `rows` were sampled from, with study ids and labels; None when nothing was sampled.
 
     Keys:
-        images_read: images that the source lists; equal to those kept and those dropped together.
+        images_read: images (reports, where `text_only`) that the source lists: those kept and those dropped together.
+        text_only: whether these are reports without films.
         dropped: reason -> images.
         notes: what else to know -> how many.
         splits: split -> patients, studies, images.
         labels: label -> split -> studies with 1, 0, -1 and empty.
         views: view -> split -> images. sex, age: group -> split -> studies.
-        reports: counts, sections that served, where they lie.
+        reports: counts, sections that served for the manifest's text, where they lie.
+        report_sections: section -> split -> studies whose report has it; `any` stands for having a report, and
+            `findings and impression in one` for the same text as both.
         sample: studies before and after, and the share of studies positive for each label; null when not sampled.
     """
     frame = rows.frame
@@ -43,6 +49,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
     bands = pd.cut(ages, _AGE_EDGES, right=False, labels=_AGE_BANDS).astype(object).where(ages.notna(), _UNKNOWN)
     return {
         "images_read": rows.read,
+        "text_only": bool((frame["path"] == "").all()),
         "dropped": dict(rows.dropped),
         "notes": dict(rows.notes),
         "splits": split_counts(frame),
@@ -51,6 +58,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         "sex": _by_split(studies["sex"].replace("", _UNKNOWN), studies["split"]),
         "age": _by_split(bands, studies["split"], (*_AGE_BANDS, _UNKNOWN)),
         "reports": {**reports.counts, "text_from": reports.served, "where": reports.where},
+        "report_sections": _report_sections(reports.sections, studies),
         "sample": None if before is None else _sample(before.drop_duplicates("study_id"), studies),
     }
 
@@ -58,26 +66,27 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
 def render(summary: Mapping[str, Any], title: str, synthetic: bool) -> str:
     """The summary as Markdown that reads well on a terminal too."""
     kept = sum(counts["images"] for counts in summary["splits"].values())
+    what, counted = ("reports", ("patients", "studies")) if summary["text_only"] else ("images", _COUNTED)
     lines = [f"# {title}", ""]
     if synthetic:
         lines += ["**Synthetic films: rendered by a program, not of people.**", ""]
-    lines += ["Not for clinical use.", "", f"{summary['images_read']:,} images read, {kept:,} kept.", ""]
-    lines += _table(("dropped because", "images"), list(summary["dropped"].items()), "Nothing was dropped.")
+    lines += ["Not for clinical use.", "", f"{summary['images_read']:,} {what} read, {kept:,} kept.", ""]
+    lines += _table(("dropped because", what), list(summary["dropped"].items()), "Nothing was dropped.")
     if summary["notes"]:
         lines += _table(("note", "count"), list(summary["notes"].items()))
     lines += ["## Splits", ""]
     lines += _table(
         ("", *SPLITS, "all"),
-        [_with_total(what, [summary["splits"][s][what] for s in SPLITS]) for what in ("patients", "studies", "images")],
+        [_with_total(name, [summary["splits"][split][name] for split in SPLITS]) for name in counted],
     )
     lines += ["## Labels, by study: 1 / 0 / -1 / empty", ""]
     lines += _table(("", *SPLITS), [(name, *map(_quad, by.values())) for name, by in summary["labels"].items()])
-    for key, heading in (("views", "Views, by image"), ("sex", "Sex, by study"), ("age", "Age in years, by study")):
-        lines += [f"## {heading}", ""]
-        lines += _table(
-            ("", *SPLITS, "all"), [_with_total(name, list(by.values())) for name, by in summary[key].items()]
-        )
+    lines += [] if summary["text_only"] else _split_table("Views, by image", summary["views"])
+    lines += _split_table("Sex, by study", summary["sex"])
+    lines += _split_table("Age in years, by study", summary["age"])
     lines += ["## Report text", "", *_report_lines(summary["reports"])]
+    if summary["reports"]["found"]:
+        lines += _split_table("Sections of the reports, by study", summary["report_sections"])
     if summary["sample"]:
         lines += ["## Sample", "", *_sample_lines(summary["sample"])]
     return "\n".join(lines).rstrip() + "\n"
@@ -100,6 +109,17 @@ def _by_split(groups: pd.Series, splits: pd.Series, order: Sequence[str] | None 
     }
 
 
+def _report_sections(reports: Mapping[str, Mapping[str, str]], studies: pd.DataFrame) -> dict[str, dict[str, int]]:
+    split_of = dict(zip(studies["study_id"], studies["split"], strict=True))
+    counts = {name: dict.fromkeys(SPLITS, 0) for name in ("any", *SECTIONS, _IN_ONE)}
+    for study, report in reports.items():
+        there = ["any", *(name for name in SECTIONS if report[name])]
+        there += [_IN_ONE] if report[FINDINGS] and report[FINDINGS] == report[IMPRESSION] else []
+        for name in there:
+            counts[name][split_of[study]] += 1
+    return counts
+
+
 def _sample(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     """Positive shares by split, as validation and test may weigh more in a sample than in the source."""
     prevalence: dict[str, dict[str, dict[str, float]]] = {}
@@ -114,6 +134,11 @@ def _sample(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
                 for name in LABELS
             }
     return {"studies_before": len(before), "studies_after": len(after), "positive_share": prevalence}
+
+
+def _split_table(heading: str, groups: Mapping[str, Mapping[str, int]]) -> list[str]:
+    rows = [_with_total(name, list(by.values())) for name, by in groups.items()]
+    return [f"## {heading}", "", *_table(("", *SPLITS, "all"), rows)]
 
 
 def _report_lines(reports: Mapping[str, Any]) -> list[str]:

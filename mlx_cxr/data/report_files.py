@@ -1,4 +1,4 @@
-"""Where MIMIC-CXR's reports lie (a folder, `mimic-cxr-reports.zip`, or neither), and the text of the studies chosen."""
+"""The reports of the studies chosen: out of MIMIC-CXR's folder or `mimic-cxr-reports.zip`, or a table's own columns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import pandas as pd
+
 from mlx_cxr.config_sections import DataConfig
-from mlx_cxr.data.reports import decode, has_headings, report_text
+from mlx_cxr.data.reports import decode, has_headings, joined_text, section_texts, texts_of_sections
 from mlx_cxr.data.tables import DataError
 
 ZIP_NAME = "mimic-cxr-reports.zip"
@@ -23,17 +25,19 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class ReportTexts:
-    """The text that goes with each study.
+    """The reports of some studies.
 
     Attributes:
-        texts: study id -> cleaned text, "" where there is none.
-        counts: `found`, `missing`, `not UTF-8` (decoded even so).
+        texts: study id (of a table: image id) -> cleaned text by `data.report_sections`, "" where there is none.
+        sections: study id -> each of `reports.SECTIONS`, cleaned, of the studies that have a report.
+        counts: of texts `found`, `missing`, `not UTF-8` (decoded even so).
         served: what the texts came from, such as `impression` -> studies; `none` for reports without any of the
             sections wanted.
         where: the folder or zip, for the summary; None when there are no reports.
     """
 
     texts: dict[str, str]
+    sections: dict[str, dict[str, str]]
     counts: dict[str, int]
     served: dict[str, int]
     where: str | None
@@ -56,17 +60,16 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
     """
     with _stores(data) as (stores, where):
 
-        def one(patient: str, study: str) -> tuple[str, str, bool] | None:
+        def one(patient: str, study: str) -> tuple[dict[str, str], bool] | None:
             for store in stores:
                 if (raw := store.read(patient, study)) is not None:
                     report, utf8 = decode(raw)
-                    text, served = report_text(report, data.report_sections, data.report_mode)
-                    return text, " + ".join(served) or "none", utf8
+                    return section_texts(report), utf8
             return None
 
         with ThreadPoolExecutor(_THREADS) as pool:
             answers = list(pool.map(one, patients, studies, chunksize=256)) if stores else [None] * len(studies)
-    found = [answer for answer in answers if answer is not None]
+    found = {study: answer for study, answer in zip(studies, answers, strict=True) if answer is not None}
     if data.reports is not None and len(studies) and not found:
         raise DataError(
             f"data.reports {data.reports} holds none of {len(studies)} reports; the first one looked for is "
@@ -75,30 +78,55 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
     counts = {
         "found": len(found),
         "missing": len(studies) - len(found),
-        "not UTF-8": sum(not utf8 for _, _, utf8 in found),
+        "not UTF-8": sum(not utf8 for _, utf8 in found.values()),
     }
-    texts = {study: answer[0] if answer else "" for study, answer in zip(studies, answers, strict=True)}
-    return ReportTexts(texts, counts, _counted(served for _, served, _ in found), where if found else None)
+    texts, served_by = dict.fromkeys(studies, ""), []
+    for study, (sections, _) in found.items():
+        texts[study], served = joined_text(sections, data.report_sections, data.report_mode)
+        served_by.append(_named(served))
+    by_study = {study: sections for study, (sections, _) in found.items()}
+    return ReportTexts(texts, by_study, counts, _counted(served_by), where if found else None)
 
 
-def texts_of_column(data: DataConfig, studies: Sequence[str], column: Sequence[str]) -> ReportTexts:
-    """What `read_reports` gives, for a table that brings the reports in a column of its own.
+def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
+    """What `read_reports` gives, for a table that brings the reports in columns of its own.
 
-    A text with a findings or impression heading is cut like a report; any other is taken whole. Either is cleaned.
+    Where the columns are sections, each is cleaned. A text with a findings or impression heading is cut like a report;
+    in a manifest's text any other is taken whole. The report of a study of several films is what stands at them, the
+    same text once.
 
     Args:
-        data: `report_sections` and `report_mode` are used.
-        studies: id of each text.
-        column: the texts, "" where there is none.
+        data: `report_sections`, `report_mode` and `csv.sections` are used.
+        frame: a row per film (or per report): `image_id`, `study_id`, and `text` or a column per section, as written.
     """
+    columns = list(data.csv.sections) if data.csv is not None and data.csv.sections else ["text"]
+    written: dict[str, dict[str, list[str]]] = {}
     texts, served_by = {}, []
-    for study, report in zip(studies, column, strict=True):
-        wanted = data.report_sections if has_headings(report) else ("whole",)
-        texts[study], served = report_text(report, wanted, data.report_mode)
-        if report:
-            served_by.append(" + ".join(served) or "none")
+    for image, study, *cells in frame[["image_id", "study_id", *columns]].itertuples(index=False):
+        row = dict(zip(columns, cells, strict=True))
+        report = _report_of(row)
+        wanted = ("whole",) if "text" in row and not has_headings(row["text"]) else data.report_sections
+        texts[image], served = joined_text(report, wanted, data.report_mode)
+        if any(cells):
+            served_by.append(_named(served))
+            parts = written.setdefault(study, {name: [] for name in columns})
+            for name, text in row.items():
+                parts[name] += [text] if text and text not in parts[name] else []
+    by_study = {
+        study: _report_of({name: "\n\n".join(cells) for name, cells in parts.items()})
+        for study, parts in written.items()
+    }
     counts = {"found": len(served_by), "missing": len(texts) - len(served_by), "not UTF-8": 0}
-    return ReportTexts(texts, counts, _counted(served_by), "the table's text column" if served_by else None)
+    where = "the table's text column" if columns == ["text"] else "the table's section columns"
+    return ReportTexts(texts, by_study, counts, _counted(served_by), where if served_by else None)
+
+
+def _report_of(cells: dict[str, str]) -> dict[str, str]:
+    return section_texts(cells["text"]) if "text" in cells else texts_of_sections(cells)
+
+
+def _named(served: Sequence[str]) -> str:
+    return " + ".join(served) or "none"
 
 
 @contextmanager
@@ -165,5 +193,5 @@ def _has_patient_groups(folder: Path) -> bool:
         return any(len(entry.name) == 3 and entry.name[0] == "p" and entry.name[1:].isdigit() for entry in entries)
 
 
-def _counted(names: Iterator[str] | Sequence[str]) -> dict[str, int]:
+def _counted(names: Sequence[str]) -> dict[str, int]:
     return dict(Counter(names).most_common())

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 INDICATION, FINDINGS, IMPRESSION, BOTH = "indication", "findings", "impression", "findings_and_impression"
 LAST_PARAGRAPH, WHOLE = "last_paragraph", "whole"
 BODY, OTHER, EXAMINATION = "body", "other", "examination"
+SECTIONS: tuple[str, ...] = (INDICATION, FINDINGS, IMPRESSION, LAST_PARAGRAPH, WHOLE)
+"""What can be asked for of a report."""
 
 _KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("addendum", ("ADDENDUM", "AMENDMENT")),
@@ -137,16 +139,55 @@ def report_text(report: str, wanted: Sequence[str], mode: str = "first") -> tupl
         under one heading serves as either, and is given once. The last paragraph is that of findings, impression
         and what stands under no heading, never of indication, comparison, recommendation, wet read or addendum.
     """
+    return joined_text(section_texts(report), wanted, mode)
+
+
+def section_texts(report: str) -> dict[str, str]:
+    """Each of `SECTIONS`, cleaned; "" where the report lacks it.
+
+    Under a heading "findings and impression" both are the same text.
+    """
     sections = parse_sections(report)
-    texts: list[str] = []
-    served: list[str] = []
+    return {name: clean(report) if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
+
+
+def texts_of_sections(parts: Mapping[str, str]) -> dict[str, str]:
+    """What `section_texts` gives, for a report that comes in parts.
+
+    A part keeps what stands in it, even the heading of another; `whole` is all of them, each under its heading.
+
+    Args:
+        parts: of `indication`, `findings` and `impression`, those that there are, as written.
+    """
+    sections = [Section(name, name.upper(), text) for name in SECTIONS if clean(text := parts.get(name, ""))]
+    whole = clean("\n\n".join(f"{section.heading}: {section.text}" for section in sections))
+    return {name: whole if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
+
+
+def joined_text(texts: Mapping[str, str], wanted: Sequence[str], mode: str = "first") -> tuple[str, tuple[str, ...]]:
+    """What `report_text` gives, from the texts of `section_texts`."""
+    served = tuple(name for name in wanted if texts.get(name))[: 1 if mode == "first" else None]
+    return " ".join(text for _, text in select(texts, wanted, mode)), served
+
+
+def select(texts: Mapping[str, str], wanted: Sequence[str], mode: str = "first") -> list[tuple[str, str]]:
+    """The sections of a report that may be read.
+
+    Args:
+        texts: section -> cleaned text; one that the report lacks is "" or not there.
+        wanted: sections in the order of preference.
+        mode: `first`: the first of `wanted` that the report has. `all`: all of them.
+
+    Returns:
+        (section, text) in the order of `wanted`; a text that serves as two of them is given once, as the first. Empty
+        when the report has none of them.
+    """
+    chosen: dict[str, str] = {}
     for name in wanted:
-        if text := clean(report) if name == WHOLE else _wanted_text(sections, name):
-            served.append(name)
-            texts += [text] if text not in texts else []
-            if mode == "first":
-                break
-    return " ".join(texts), tuple(served)
+        if text := texts.get(name, ""):
+            chosen.setdefault(text, name)
+    pairs = [(name, text) for text, name in chosen.items()]
+    return pairs[:1] if mode == "first" else pairs
 
 
 def has_headings(report: str) -> bool:

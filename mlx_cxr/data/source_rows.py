@@ -32,9 +32,9 @@ class SourceRows:
     """Films of a source, a row per image.
 
     Attributes:
-        frame: str columns `TEXT_COLUMNS` (`split` is "" where the source brings none), then one float32 column per
-            label: 1, 0, -1 or NaN.
-        read: images that the source's table lists.
+        frame: str columns `TEXT_COLUMNS` (`split` is "" where the source brings none), one for each section of the
+            reports that the source has in a column of its own, then one float32 column per label: 1, 0, -1 or NaN.
+        read: images that the source's table lists; of a table of reports alone, reports.
         dropped: reason -> images left out.
         notes: what a reader of the summary should know -> how many.
         inputs: role -> table that was read.
@@ -145,4 +145,3 @@ def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: 
             study = frame["study_id"].iloc[differs[0]]
             values = frame.loc[frame["study_id"] == study, column].drop_duplicates().tolist()[:3]
             raise DataError(f"{path}: the films of study {study!r} disagree in {column}: {values}; {way_out}")
-

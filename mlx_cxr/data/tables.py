@@ -9,11 +9,13 @@ from __future__ import annotations
 import codecs
 import difflib
 import gzip
+import json
 import logging
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,9 +78,7 @@ def read_table(
     table = _read_csv(path, separator, encoding)
     table = table.rename(columns={old: new for old, new in (renamed or {}).items() if new not in table.columns})
     header = [str(name) for name in table.columns]
-    if columns is not None and (missing := [name for name in columns if name not in header]):
-        hint = _separator_hint(header, separator, separator_key) or _near_names(missing, header)
-        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
+    _refuse_missing(path, columns or (), header, _separator_hint(header, separator, separator_key))
     wanted = header if columns is None else [*columns, *(name for name in optional if name in header)]
     table = table[list(dict.fromkeys(wanted))].copy()
     if table.empty:
@@ -86,6 +86,51 @@ def read_table(
     for name in table.columns:
         table[name] = table[name].str.strip()
     return table
+
+
+def read_json_lines(path: str | Path, columns: Sequence[str], *, separator: str) -> pd.DataFrame:
+    """Read a `.jsonl`, UTF-8 with an object per line, as a table of text; blank lines are skipped.
+
+    Texts lose surrounding blanks, numbers stay as written, a list of these is joined by `separator`. Keys that hold an
+    object somewhere, or a list with one in it, are left out.
+
+    Args:
+        path: the file.
+        columns: keys that must be there, in some line at least.
+        separator: put between the items of a list.
+
+    Returns:
+        A str column per key of any line. A cell is missing (NaN) where the line lacks the key, or has null, NaN or ""
+        for it, and "" where it has an empty list. `row_number` gives the line of the file.
+
+    Raises:
+        DataError: the file is missing or empty, a line is not a JSON object, a key of `columns` is in no line or holds
+            an object; names file, line and key.
+    """
+    path = Path(path)
+    records: dict[int, dict[str, Any]] = {}
+    try:
+        with path.open("rb") as data:
+            for number, line in enumerate(data, 1):
+                if line.strip():
+                    record = _json_object(line, f"{path}, line {number}")
+                    records[number] = {name: _json_cell(value, separator) for name, value in record.items()}
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise DataError(f"{path}: no such table; {_neighbours(path)}") from None
+    if not records:
+        raise DataError(f"{path} has no rows; download or export it again")
+    names = dict.fromkeys(name for cells in records.values() for name in cells)
+    values = {name: [cells.get(name) for cells in records.values()] for name in names}
+    _refuse_missing(path, columns, list(values))
+    for name in columns:
+        if _NESTED in values[name]:
+            line = list(records)[values[name].index(_NESTED)]
+            raise DataError(
+                f"{path}, line {line}: {name!r} holds an object; text, numbers and lists of them can be read"
+            )
+    rows = [line - 2 for line in records]  # as `row_number` counts, with a header
+    plain = {name: cells for name, cells in values.items() if _NESTED not in cells}
+    return pd.DataFrame(plain, rows, dtype="str")
 
 
 def label_values(table: pd.DataFrame, columns: Mapping[str, str], path: str | Path) -> pd.DataFrame:
@@ -197,6 +242,40 @@ def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> p
     return table.fillna("")
 
 
+_NESTED: Any = object()
+"""Stands for a value that is, or has in it, an object."""
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line, parse_int=str, parse_float=str, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}); mend or remove the line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is not a JSON object in braces; mend or remove the line")
+    return record
+
+
+def _json_cell(value: Any, separator: str) -> str | None:
+    if isinstance(value, dict):
+        return _NESTED
+    if isinstance(value, list):
+        cells = [_json_cell(item, separator) for item in value]
+        return _NESTED if _NESTED in cells else separator.join(cell for cell in cells if cell)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return None
+    # Half a character, as where another program cut a text, cannot be written as UTF-8.
+    return value.encode("utf-8", "replace").decode().strip() or None
+
+
+def _refuse_missing(path: Path, wanted: Sequence[str], header: Sequence[str], hint: str = "") -> None:
+    if missing := [name for name in wanted if name not in header]:
+        hint = hint or _near_names(missing, header)
+        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
+
+
 def _separator_hint(header: Sequence[str], separator: str, key: str | None) -> str:
     if len(header) != 1:
         return ""
@@ -217,7 +296,7 @@ def _near_names(missing: Iterable[str], there: Sequence[str]) -> str:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    tables = sorted(item.name for item in path.parent.iterdir() if ".csv" in item.name)
+    tables = sorted(item.name for item in path.parent.iterdir() if ".csv" in item.name or item.suffix == ".jsonl")
     return f"tables in {path.parent}: {_listed(tables)}"
 
 

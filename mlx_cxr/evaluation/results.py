@@ -155,7 +155,9 @@ def evaluate(
         "operating_points": _points(points),
         "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
         "calibration_bins": {"count": bins, "kind": "equal_width"},
-        "protocols": {name: _protocol(test, name, points, resamples, bins) for name in SCORING_PROTOCOLS},
+        "protocols": {
+            name: protocol_section(score_protocol(test, name, points, resamples), bins) for name in SCORING_PROTOCOLS
+        },
         "validation": {name: {"roc_auc": _macro_auc(validation, name)} for name in SCORING_PROTOCOLS},
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
@@ -164,30 +166,71 @@ def evaluate(
     }
 
 
-def _protocol(
-    test: Predictions, name: str, points: OperatingPoints, resamples: PatientResamples, bins: int
-) -> dict[str, Any]:
-    targets = SCORING_PROTOCOLS[name].apply(test.raw_labels).astype(np.float64)
+@dataclass(frozen=True)
+class ProtocolScores:
+    """A model under one protocol on one set of studies, with replicates that other models' can be subtracted from.
+
+    Attributes:
+        protocol: a key of `labels.SCORING_PROTOCOLS`.
+        targets: float64 (N, 14), each 1, 0 or NaN (left out).
+        logits: float64 (N, 14).
+        probabilities: float64 (N, 14), calibrated.
+        values: float64 (14, 7), the metrics in the order of `METRICS`, NaN where undefined.
+        replicates: float64 (B, 14, 7), the same under each resample of patients.
+    """
+
+    protocol: str
+    targets: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    values: np.ndarray
+    replicates: np.ndarray
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool (14,): the labels with both classes, which a mean over labels takes."""
+        return both_classes(self.targets)
+
+
+def score_protocol(
+    test: Predictions, protocol: str, points: OperatingPoints, resamples: PatientResamples
+) -> ProtocolScores:
+    """Every metric of every label, and its replicates.
+
+    Args:
+        test: the studies to score.
+        protocol: of their targets, a key of `labels.SCORING_PROTOCOLS`.
+        points: fitted on validation.
+        resamples: of the patients of these studies; models that share it can be compared replicate by replicate.
+    """
+    targets = SCORING_PROTOCOLS[protocol].apply(test.raw_labels).astype(np.float64)
     logits = test.logits.astype(np.float64)
-    calibrated = points.calibration.probabilities(logits)
-    uncalibrated = expit(logits)
-    columns = [(targets[:, k], logits[:, k], calibrated[:, k], points.thresholds.values[k]) for k in range(len(LABELS))]
+    probabilities = points.calibration.probabilities(logits)
+    columns = [
+        (targets[:, k], logits[:, k], probabilities[:, k], points.thresholds.values[k]) for k in range(len(LABELS))
+    ]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         return np.stack([weighted_metrics(*column, weights) for column in columns], axis=1)
 
     values = np.array([list(label_metrics(*column).values()) for column in columns])
-    replicates = patient_bootstrap(statistic, resamples)
-    pairs = list(zip(uncalibrated.T, targets.T, strict=True))
+    return ProtocolScores(protocol, targets, logits, probabilities, values, patient_bootstrap(statistic, resamples))
+
+
+def protocol_section(scores: ProtocolScores, bins: int) -> dict[str, Any]:
+    """An entry of `protocols` in `test_results.json`, as this module's docstring describes it."""
+    values, replicates, scored = scores.values, scores.replicates, scores.scored
+    uncalibrated = expit(scores.logits)
+    pairs = list(zip(uncalibrated.T, scores.targets.T, strict=True))
+    calibrated = zip(scores.probabilities.T, scores.targets.T, strict=True)
     numbers = {
         "brier_uncalibrated": [label_metrics(y, p, p, 0.5)["brier"] for p, y in pairs],
         "ece_uncalibrated": [expected_calibration_error(p, y, bins) for p, y in pairs],
-        "ece": [expected_calibration_error(p, y, bins) for p, y in zip(calibrated.T, targets.T, strict=True)],
+        "ece": [expected_calibration_error(p, y, bins) for p, y in calibrated],
     }
-    scored = both_classes(targets)
     per_label = {}
     for k, label in enumerate(LABELS):
-        y = targets[:, k]
+        y = scores.targets[:, k]
         per_label[label] = {
             "positives": int((y == 1).sum()),
             "negatives": int((y == 0).sum()),
@@ -199,7 +242,7 @@ def _protocol(
     macro = {metric: macro_interval(masked[:, i], replicates[:, :, i]).plain() for i, metric in enumerate(METRICS)}
     macro |= {key: macro_auc(np.where(scored, column, np.nan)) for key, column in numbers.items()}
     return {
-        "meaning": MEANINGS[name],
+        "meaning": MEANINGS[scores.protocol],
         "per_label": per_label,
         "macro": macro,
         "macro_labels": [label for label, there in zip(LABELS, scored, strict=True) if there],

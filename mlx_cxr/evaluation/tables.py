@@ -74,10 +74,10 @@ def _protocol(name: str, protocol: Mapping[str, Any], points: Mapping[str, Any],
     ranked = [[label, *(str(entry[key]) for key in counts), *_ranking(entry)] for label, entry in rows]
     ranked.append([macro, "", "", "", *_ranking(protocol["macro"])])
     header = ["finding", "positive", "negative", "left out", *_RANKING.values(), "Brier", "ECE before → after scaling"]
-    lines += _table(header, ranked, right=(1, 2, 3))
+    lines += markdown_table(header, ranked, right=(1, 2, 3))
     called = [[label, _threshold(points[label]), *_calls(entry)] for label, entry in rows]
     called.append([macro, "", *_calls(protocol["macro"])])
-    lines += _table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
+    lines += markdown_table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
     defaults = [label for label in LABELS if points[label]["threshold_source"] == "default"]
     if defaults:
         lines += [f"\\* 0.5 by default, as validation has only one class: {', '.join(defaults)}.", ""]
@@ -109,10 +109,10 @@ def _shortcuts(results: Mapping[str, Any]) -> list[str]:
             entry = metadata["macro"] if label == "mean" else metadata["per_label"][label]
             cells += [interval_text(entry[arm]) for arm in ("roc_auc", "model_minus_metadata")]
         rows.append([f"**{label}**" if label == "mean" else label, *cells])
-    lines += _table(header, rows)
+    lines += markdown_table(header, rows)
     devices = results["pneumothorax_by_support_devices"]
     lines += ["Pneumothorax with and without Support Devices, as drains mark treated ones:", ""]
-    return lines + _table(
+    return lines + markdown_table(
         ["studies", "pneumothorax", "no pneumothorax", "ROC-AUC"],
         [
             [name.replace("_", " "), str(entry["positives"]), str(entry["negatives"]), interval_text(entry["roc_auc"])]
@@ -135,6 +135,7 @@ def _threshold(point: Mapping[str, Any]) -> str:
     return number(point["threshold"]) + ("\\*" if point["threshold_source"] == "default" else "")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a Markdown table, and an empty one; columns at the positions `right` are set to the right."""
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)] + [""]

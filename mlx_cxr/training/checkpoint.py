@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
@@ -40,20 +41,38 @@ class Progress:
     settings: str = ""
 
 
-def save_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> None:
+def save_state(
+    path: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, trainable_only: bool = False
+) -> None:
     """Write `path` (safetensors) atomically; the progress stands in its header.
+
+    Args:
+        path: the file.
+        model: all its parameters are saved, with running statistics, or only those that are not frozen.
+        optimizer: its state is saved.
+        progress: where the run stands.
+        trainable_only: leave out what is frozen.
 
     Raises:
         OSError: the file cannot be written; what was there before is kept.
     """
-    arrays = {f"model.{name}": value for name, value in tree_flatten(model.parameters())}
+    arrays = {f"model.{name}": value for name, value in _weights(model, trainable_only)}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     header = {"format": _FORMAT, "progress": json.dumps(asdict(progress))}
     write_safetensors(path, arrays, header)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, settings: str) -> Progress:
-    """Put a saved state into `model` and `optimizer`.
+def load_state(
+    path: Path, model: nn.Module, optimizer: optim.Optimizer, settings: str, trainable_only: bool = False
+) -> Progress:
+    """Put a saved state into `model` and `optimizer`, in place: a step compiled before sees it.
+
+    Args:
+        path: the file.
+        model: of the same structure as the one that was saved, and frozen alike.
+        optimizer: initialized with the model's trainable parameters.
+        settings: hash of what may not change between a run and its resumption.
+        trainable_only: as it was saved; what is frozen is left as it is.
 
     Raises:
         RunFormatError: the file is missing, is no training state, does not fit the model, or was made with other
@@ -79,12 +98,32 @@ def load_state(path: Path, model: nn.Module, optimizer: optim.Optimizer, setting
             f"{path} was made with other data or settings, so resuming would mix two runs; "
             "restore the configuration, or start again with another --run_name or --overwrite"
         )
-    weights = [(name.removeprefix("model."), value) for name, value in arrays.items() if name.startswith("model.")]
-    try:
-        model.load_weights(weights, strict=True)
-    except ValueError as error:
-        raise RunFormatError(f"{path} does not fit the model: {error}") from None
-    optimizer.state = tree_unflatten(
-        [(name.removeprefix("optimizer."), value) for name, value in arrays.items() if name.startswith("optimizer.")]
-    )
+    weights = {name.removeprefix("model."): a for name, a in arrays.items() if name.startswith("model.")}
+    moments = {name.removeprefix("optimizer."): a for name, a in arrays.items() if name.startswith("optimizer.")}
+    _check_fit(path, "model", weights, dict(_weights(model, trainable_only)))
+    _check_fit(path, "optimizer", moments, dict(tree_flatten(optimizer.state)))
+    model.load_weights(list(weights.items()), strict=False)
+    _put(optimizer.state, tree_unflatten(list(moments.items())))
     return progress
+
+
+def _weights(model: nn.Module, trainable_only: bool) -> list[tuple[str, mx.array]]:
+    return tree_flatten(model.trainable_parameters() if trainable_only else model.parameters())
+
+
+def _check_fit(path: Path, what: str, saved: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
+    shapes = [{name: array.shape for name, array in arrays.items()} for arrays in (saved, wanted)]
+    faults = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+    if faults:
+        raise RunFormatError(
+            f"{path} does not fit the {what}: {', '.join(dict.fromkeys(faults))} missing, unexpected or of another "
+            "shape; start the run again with --overwrite"
+        )
+
+
+def _put(tree: dict | list, values: dict | list) -> None:
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, mx.array):
+            tree[key] = value
+        else:
+            _put(tree[key], value)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from mlx_cxr.labels import LABELS
+
 Loss = Callable[[mx.array, mx.array], mx.array]
-"""(logits (B, 14), targets (B, K)) -> scalar. K is what the loss needs: 14 hard labels here."""
+"""(outputs (B, C), targets (B, K)) -> scalar. C is 14 logits, and H features where a network gives them; K is what the
+loss needs: 14 hard labels, then for `distillation_loss` 14 soft ones and H features."""
 
 
 def binary_cross_entropy(logits: mx.array, targets: mx.array, positive_weight: mx.array | None = None) -> mx.array:
@@ -39,9 +42,58 @@ def masked_bce(positive_weight: np.ndarray | None = None) -> Loss:
     def loss(logits: mx.array, targets: mx.array) -> mx.array:
         known = ~mx.isnan(targets)
         each = binary_cross_entropy(logits, mx.where(known, targets, 0.0), weight)
-        return mx.sum(mx.where(known, each, 0.0)) / mx.maximum(mx.sum(known), 1)
+        return _mean_where(known, each)
 
     return loss
+
+
+def distillation_loss(
+    alpha: float, temperature: float, positive_weight: np.ndarray | None = None, feature_weight: float = 0.0
+) -> Loss:
+    """`alpha * hard + (1 - alpha) * T^2 * soft`, after Hinton et al., arXiv:1503.02531, for sigmoid outputs.
+
+    `hard` is `masked_bce`. `soft` is the cross-entropy between sigmoid(teacher logit / T) and sigmoid(logit / T), the
+    mean over the entries that have a teacher logit, and 0 where a batch has none. The softened sigmoids' gradient
+    falls as 1 / T^2, which the factor makes up for: as T grows, `T^2 * soft` tends to have the gradient
+    (logit - teacher logit) / 4 per entry.
+
+    Args:
+        alpha: weight of the hard labels, in [0, 1]; at 1 the loss is `masked_bce`.
+        temperature: T, at least 1.
+        positive_weight: float (14,) of the hard labels, from `positive_weights`; the soft ones are taken as they are.
+        feature_weight: of the mean of 1 - cosine(outputs[:, 14:], targets[:, 28:]), over the studies that have
+            features; 0 leaves them alone.
+
+    Returns:
+        A loss of outputs (B, 14) or (B, 14 + H) and targets (B, 28) or (B, 28 + H): hard labels in [0, 1], the
+        teacher's logits, its features; NaN in each where there is none.
+    """
+    hard, labels = masked_bce(positive_weight), len(LABELS)
+
+    def loss(outputs: mx.array, targets: mx.array) -> mx.array:
+        logits, teacher = outputs[:, :labels], targets[:, labels : 2 * labels]
+        known = ~mx.isnan(teacher)
+        softened = mx.sigmoid(mx.where(known, teacher, 0.0) / temperature)
+        each = binary_cross_entropy(logits.astype(mx.float32) / temperature, softened)
+        value = alpha * hard(logits, targets[:, :labels])
+        value = value + (1 - alpha) * temperature**2 * _mean_where(known, each)
+        if feature_weight:
+            value = value + feature_weight * _cosine_distance(outputs[:, labels:], targets[:, 2 * labels :])
+        return value
+
+    return loss
+
+
+def _cosine_distance(predicted: mx.array, features: mx.array) -> mx.array:
+    known = ~mx.isnan(features[:, 0])
+    a, b = predicted.astype(mx.float32), mx.where(known[:, None], features, 1.0)
+    # The small number keeps the gradient of an output that is all 0 finite.
+    squares = (mx.sum(a * a, axis=1) + 1e-12) * (mx.sum(b * b, axis=1) + 1e-12)
+    return _mean_where(known, 1 - mx.sum(a * b, axis=1) * mx.rsqrt(squares))
+
+
+def _mean_where(known: mx.array, values: mx.array) -> mx.array:
+    return mx.sum(mx.where(known, values, 0.0)) / mx.maximum(mx.sum(known), 1)
 
 
 def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarray | None:

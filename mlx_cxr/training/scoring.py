@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import FilmSource
+
+
+def compiled_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
+    """Films (B, S, S) as the pixel store has them -> float32 logits (B, 14), by the model's weights of the moment.
+
+    The mode that the model is in at the first call stays.
+    """
+
+    def forward(films: mx.array) -> mx.array:
+        return model(preprocess(films, model.config.in_channels)).astype(mx.float32)
+
+    return mx.compile(forward, inputs=model.state)
 
 
 def predict_logits(model: ResNet18, source: FilmSource, batch_size: int) -> np.ndarray:
@@ -22,14 +36,14 @@ def predict_logits(model: ResNet18, source: FilmSource, batch_size: int) -> np.n
     """
     was_training = model.training
     model.eval()
-    forward = mx.compile(lambda films: model(preprocess(films, model.config.in_channels)), inputs=model.state)
+    forward = compiled_forward(model)
     items = np.arange(len(source))
     starts = range(0, len(source), batch_size)
     filled = [np.resize(items[i : i + batch_size], min(batch_size, len(items))) for i in starts]
     logits = []
     try:
         for films in source.batches(filled):
-            logits.append(np.array(forward(films).astype(mx.float32)))
+            logits.append(np.array(forward(films)))
     finally:
         model.train(was_training)
     if not logits:

@@ -1,11 +1,14 @@
 """The source `csv`: findings in a list or a column each, filters, and tables at odds with the configuration."""
 
+import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlx_cxr.config import load_config
 from mlx_cxr.config_sections import CsvSource, DataConfig
 from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.tables import DataError
@@ -57,11 +60,22 @@ def test_listed_findings(tmp_path):
     assert frame["Edema"].dtype == np.float32
 
 
+def test_a_separator_alone_is_an_empty_list_and_an_empty_cell_none(tmp_path):
+    rows = read_csv_source(source(tmp_path, LISTED.replace("d.jpg,,7,,,,", "d.jpg,,7,,|,,")))
+    assert rows.frame["image_id"].tolist() == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    assert labels(rows, "Pleural Effusion") == [1, 0, 0, 0, 0]
+
+
 def test_labels_covered_are_zero_where_not_listed(tmp_path):
     rows = read_csv_source(source(tmp_path, labels_covered=("Fracture", "Pleural Effusion")))
     assert labels(rows, "Fracture") == [0, 0, 0, 0]
     assert labels(rows, "Pleural Effusion") == [1, 0, 0, 0]
     assert labels(rows, "Lung Lesion") == [9, 9, 9, 9]
+    assert rows.notes == {
+        **{f"finding not mapped: {name}": 1 for name in ("Hernia", "COVID-19")},
+        **{f"finding of a label not covered: {name}": 1 for name in ("Mass", "No Finding", "Edema", "Nodule")},
+        "ages not usable": 1,
+    }
 
 
 def test_split_column_with_usual_names(tmp_path):
@@ -149,11 +163,130 @@ def test_absolute_paths_become_relative_to_the_root(tmp_path):
         read_csv_source(elsewhere)
 
 
-def test_the_real_films():
-    """381 films of 348 patients of ChestX-ray14, counted from the table's own list of findings."""
+RECORDS = [
+    {"uid": 1, "note": " Edema. ", "gold": ["Edema", "Mass"], "sex": "f", "box": {"a": 1}},
+    {"uid": 2, "note": "Clear.", "gold": []},
+    {"uid": 3, "note": "Not read."},
+    {"uid": 4, "note": "Not read.", "gold": None},
+    {"uid": 5, "gold": "No Finding|Hernia"},
+]
+REPORTS = {"patient": "uid", "study": "uid", "image": None, "view": None, "age": None, "text": "note"}
+
+
+def json_lines(tmp_path, records, **csv):
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    config = source(tmp_path, lines, **{**REPORTS, "findings": "gold", **csv})
+    table = tmp_path / "films.csv"
+    table.rename(table.with_suffix(".jsonl"))
+    return config.model_copy(update={"csv": config.csv.model_copy(update={"table": table.with_suffix(".jsonl")})})
+
+
+def test_json_lines_of_reports_without_films(tmp_path):
+    rows = read_csv_source(json_lines(tmp_path, RECORDS))
+    frame = rows.frame
+    assert (rows.read, rows.dropped) == (5, {"no findings given": 2})
+    for column in ("image_id", "patient_id", "study_id"):
+        assert frame[column].tolist() == ["1", "2", "5"]
+    assert frame["path"].tolist() == ["", "", ""]
+    assert frame["text"].tolist() == ["Edema.", "Clear.", ""]
+    assert frame["sex"].tolist() == ["F", "", ""]
+    assert labels(rows, "Edema") == [1, 0, 0]
+    assert labels(rows, "Lung Lesion") == [1, 0, 0]
+    assert labels(rows, "No Finding") == [0, 0, 1]
+    assert labels(rows, "Fracture") == [9, 9, 9]
+    assert rows.notes == {"finding not mapped: Hernia": 1}
+
+
+def test_a_json_line_per_film_and_a_key_per_label(tmp_path):
+    records = [{"uid": "p", "film": "a.jpg", "edema": 1.0}, {"uid": "q", "film": "b.jpg", "edema": -1, "note": "x"}]
+    rows = read_csv_source(json_lines(tmp_path, records, image="film", findings=None, label_map={}, sex=None))
+    assert labels(rows, "Edema") == [1, -1]
+    assert rows.frame["path"].tolist() == ["a.jpg", "b.jpg"]
+    records[1]["edema"] = 2
+    with pytest.raises(DataError, match=r"films\.jsonl, row 2, column 'edema': label '2' is not"):
+        read_csv_source(json_lines(tmp_path, records, image="film", findings=None, label_map={}, sex=None))
+
+
+def test_lists_can_be_filtered_by(tmp_path):
+    rows = read_csv_source(json_lines(tmp_path, RECORDS, where={"gold": "(?!No Finding)"}))
+    assert rows.dropped == {"not matching data.csv.where": 1, "no findings given": 2}
+    assert rows.frame["image_id"].tolist() == ["1", "2"]
+
+
+def test_reports_without_films_are_told_apart_by_their_study(tmp_path):
+    with pytest.raises(DataError, match=r"films\.jsonl: study '1' appears twice, in rows 1 and 2"):
+        read_csv_source(json_lines(tmp_path, [RECORDS[0], RECORDS[0]]))
+    with pytest.raises(DataError, match=r"films\.jsonl, row 2: column 'uid' is empty"):
+        read_csv_source(json_lines(tmp_path, [RECORDS[0], {"uid": None, "note": "x", "gold": []}]))
+    with pytest.raises(DataError, match=r"line 1: 'box' holds an object"):
+        read_csv_source(json_lines(tmp_path, RECORDS, text="box"))
+
+
+def test_columns_of_sections(tmp_path):
+    records = [{"uid": 1, "gold": [], "why": "Cough?", "said": "1. Clear."}, {"uid": 2, "gold": [], "said": None}]
+    sections = {"impression": "said", "indication": "why"}
+    frame = read_csv_source(json_lines(tmp_path, records, text=None, sections=sections, sex=None)).frame
+    assert frame[["indication", "impression", "text"]].to_numpy().tolist() == [
+        ["Cough?", "1. Clear.", ""],
+        ["", "", ""],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study": None}, "'study' has to name the report's id"),
+        ({"text": None}, "name their column in 'text' or 'sections'"),
+        (
+            {"sections": {"findings": "said"}},
+            "'text' is a column of whole reports, 'sections' are columns of their parts",
+        ),
+        ({"text": None, "sections": {"comparison": "x"}}, "'indication', 'findings' or 'impression'"),
+    ],
+)
+def test_columns_that_do_not_go_together(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CsvSource(**{"table": tmp_path / "t.jsonl", **REPORTS, **changes})
+
+
+def real_data():
     root = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr"))
     if not (root / "metadata.csv").is_file():
-        pytest.skip("the real films (shared/realcxr) are not on this machine")
+        pytest.skip("the real films and reports (shared/realcxr) are not on this machine")
+    return root
+
+
+def test_the_real_reports(monkeypatch):
+    """The configuration that comes with the package, against counts from the file itself."""
+    root = real_data()
+    monkeypatch.setenv("REALCXR", str(root))
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "real_reports.yaml")
+    rows = read_csv_source(config.data)
+    everything = [json.loads(line) for line in config.data.csv.table.read_text(encoding="utf-8").splitlines()]
+    indexed = [record for record in everything if record["mesh_major"] != ["No Indexing"]]
+    assert (rows.read, rows.dropped) == (3059, {"not matching data.csv.where": 72})
+    assert rows.frame["study_id"].tolist() == [record["uid"] for record in indexed]
+    assert rows.frame["findings"].tolist() == [record["findings"].strip() for record in indexed]
+    names = {name: name for name in LABELS} | {"No Finding": "normal", "Pleural Effusion": "Effusion"}
+    names |= {"Pleural Other": "Pleural_Thickening", "Lung Lesion": ("Mass", "Nodule")}
+    for label in LABELS:
+        there = rows.frame[label].to_numpy()
+        if label in ("Enlarged Cardiomediastinum", "Fracture", "Lung Opacity", "Support Devices"):
+            assert np.isnan(there).all(), label
+            continue
+        wanted = names[label] if isinstance(names[label], tuple) else (names[label],)
+        listed = [float(any(name in record["gold14"] for name in wanted)) for record in indexed]
+        np.testing.assert_array_equal(there, listed, err_msg=label)
+    counts = Counter(name for record in indexed for name in record["gold14"])
+    assert rows.notes == {
+        f"finding not mapped: {name}": counts[name] for name in ("Emphysema", "Infiltration", "Fibrosis")
+    }
+    assert rows.notes["finding not mapped: Infiltration"] == 43
+
+
+def test_the_real_films():
+    """381 films of 348 patients of ChestX-ray14, counted from the table's own list of findings."""
+    root = real_data()
     mapping = {"Effusion": "Pleural Effusion", "Infiltration": "Lung Opacity", "Pleural_Thickening": "Pleural Other"}
     csv = CsvSource(
         table=root / "metadata.csv",

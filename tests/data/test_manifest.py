@@ -61,6 +61,22 @@ def test_a_patient_in_two_splits_is_not_written(tmp_path):
     assert not (tmp_path / "manifest.csv").exists()
 
 
+def test_reports_without_films(tmp_path):
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, cohort().assign(path=""))
+    manifest = load_manifest(path)
+    assert manifest.text_only
+    assert manifest.frame["path"].tolist() == ["", "", ""]
+    np.testing.assert_array_equal(manifest.raw_labels[0], cohort()[list(LABELS)].to_numpy()[1])
+    with pytest.raises(DataError, match=r"row 3: column 'path' is empty \(1 such"):
+        write_manifest(tmp_path / "other.csv", cohort().assign(path=["x/c.jpg", "", "b.jpg"]))
+    write_manifest(path, cohort())
+    assert not load_manifest(path).text_only
+    path.write_text(path.read_text(encoding="utf-8").replace(",x/c.jpg,", ",,"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"manifest\.csv, row 3: column 'path' is empty"):
+        load_manifest(path)
+
+
 def test_nothing_or_an_image_twice_is_not_written(tmp_path):
     with pytest.raises(DataError, match="no film to write"):
         write_manifest(tmp_path / "m.csv", cohort().iloc[:0])

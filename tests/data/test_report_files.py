@@ -1,11 +1,15 @@
 """Where reports are found: beside the films, in a folder, in a zip; and what is missing or in another encoding."""
 
 import zipfile
+from collections import Counter
 
+import pandas as pd
 import pytest
 
-from mlx_cxr.config_sections import DataConfig
-from mlx_cxr.data.report_files import read_reports, texts_of_column
+from mlx_cxr.config_sections import CsvSource, DataConfig
+from mlx_cxr.data import report_files
+from mlx_cxr.data.report_files import read_reports, reports_of_table
+from mlx_cxr.data.reports import decode, section_texts
 from mlx_cxr.data.tables import DataError
 
 IDS = (["10000032", "10000032", "11000045"], ["50414267", "53189527", "50000001"])
@@ -47,14 +51,33 @@ def test_reports_are_found(tmp_path, place):
     root.mkdir()
     reports = read_reports(data(root, reports=place(root)[-1]), *IDS)
     assert reports.texts == {"50414267": "No pneumonia.", "53189527": "No pneumonia.", "50000001": ""}
+    assert reports.sections == dict.fromkeys(IDS[1][:2], section_texts(REPORT))
     assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}
     assert reports.served == {"impression": 2}
     assert str(tmp_path) in reports.where
 
 
+def test_each_report_is_read_once(tmp_path, monkeypatch):
+    put(tmp_path / "raw")
+    read = Counter()
+
+    def counting(raw):
+        read[raw] += 1
+        return decode(raw)
+
+    for member, text in zip(MEMBERS, ("IMPRESSION: One.", "FINDINGS: Two."), strict=True):
+        (tmp_path / "raw" / member).write_text(text)
+    monkeypatch.setattr(report_files, "decode", counting)
+    reports = read_reports(data(tmp_path / "raw"), *IDS)
+    assert read == {b"IMPRESSION: One.": 1, b"FINDINGS: Two.": 1}
+    assert reports.texts == {"50414267": "One.", "53189527": "Two.", "50000001": ""}
+    assert reports.sections["53189527"]["findings"] == "Two."
+
+
 def test_no_reports_is_a_cohort_without_text(tmp_path):
     reports = read_reports(data(tmp_path / "raw"), *IDS)
     assert set(reports.texts.values()) == {""}
+    assert reports.sections == {}
     assert (reports.counts["found"], reports.where) == (0, None)
 
 
@@ -93,8 +116,44 @@ def test_a_zip_cut_short(tmp_path):
         read_reports(data(tmp_path / "raw", reports=path), *IDS)
 
 
+def table(*rows, columns=("text",)):
+    return pd.DataFrame(rows, columns=["image_id", "study_id", *columns], dtype=str)
+
+
 def test_a_text_column_is_cut_where_it_is_a_report_and_cleaned_anyway(tmp_path):
-    reports = texts_of_column(data(tmp_path), ["a", "b", "c"], [REPORT, "1. Tube in place\n2. ___ No effusion", ""])
+    note = "1. Tube in place\n2. ___ No effusion"
+    reports = reports_of_table(data(tmp_path), table(("a", "1", REPORT), ("b", "2", note), ("c", "3", "")))
     assert reports.texts == {"a": "No pneumonia.", "b": "Tube in place. No effusion", "c": ""}
     assert reports.served == {"impression": 1, "whole": 1}
     assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}
+    assert reports.sections == {"1": section_texts(REPORT), "2": section_texts(note)}
+
+
+def test_the_report_of_a_study_is_what_stands_at_its_films(tmp_path):
+    films = table(("a", "1", "Old tube."), ("b", "1", "New tube."), ("c", "1", "Old tube."), ("d", "2", ""))
+    reports = reports_of_table(data(tmp_path), films)
+    assert reports.texts == {"a": "Old tube.", "b": "New tube.", "c": "Old tube.", "d": ""}
+    assert {study: report["whole"] for study, report in reports.sections.items()} == {"1": "Old tube. New tube."}
+
+
+def test_columns_of_sections(tmp_path):
+    csv = CsvSource(table=tmp_path / "t.csv", sections={"impression": "x", "findings": "y"})
+    columns = ("impression", "findings")
+    rows = table(
+        ("a", "1", "1. Normal.", "XXXX lungs clear."), ("b", "2", "", "Effusion."), ("c", "3", "", ""), columns=columns
+    )
+    settings = data(tmp_path, source="csv", csv=csv)
+    reports = reports_of_table(settings, rows)
+    assert reports.texts == {"a": "Normal.", "b": "Effusion.", "c": ""}
+    assert reports.sections["1"] == {
+        "indication": "",
+        "findings": "lungs clear.",
+        "impression": "Normal.",
+        "last_paragraph": "Normal.",
+        "whole": "FINDINGS: lungs clear. IMPRESSION: Normal.",
+    }
+    assert list(reports.sections) == ["1", "2"]
+    assert (reports.served, reports.counts["missing"]) == ({"impression": 1, "findings": 1}, 1)
+    assert reports.where == "the table's section columns"
+    both = settings.model_copy(update={"report_mode": "all"})
+    assert reports_of_table(both, rows).texts["a"] == "Normal. lungs clear."

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_cxr.data.reports import clean, decode, has_headings, parse_sections, report_text
+from mlx_cxr.data.reports import (
+    clean,
+    decode,
+    has_headings,
+    parse_sections,
+    report_text,
+    section_texts,
+    select,
+    texts_of_sections,
+)
 
 PLAIN = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -181,6 +190,50 @@ def test_all_sections_in_order_and_none_twice():
     assert report_text(report, ["whole"])[0] == "INDICATION: Cough. FINDINGS: Clear. IMPRESSION: Normal."
 
 
+def test_every_section_of_a_report():
+    assert section_texts(NO_HEADING) == {
+        "indication": "Fall.",
+        "findings": "",
+        "impression": "",
+        "last_paragraph": "Rib fractures are not seen. No pneumothorax.",
+        "whole": "CHEST RADIOGRAPH PERFORMED ON. COMPARISON: None. CLINICAL HISTORY: Fall. Upright portable view of "
+        "the chest was obtained. The lungs are clear. Rib fractures are not seen. No pneumothorax.",
+    }
+    assert set(section_texts("").values()) == {""}
+
+
+@pytest.mark.parametrize("report", [PLAIN, WET_READ, NO_HEADING, VIEW_HEADING, " FINDINGS AND IMPRESSION: Clear.", ""])
+@pytest.mark.parametrize("name", ["indication", "findings", "impression", "last_paragraph", "whole"])
+def test_each_section_is_what_it_is_when_asked_for_alone(report, name):
+    text, served = report_text(report, [name])
+    assert section_texts(report)[name] == text
+    assert served == ((name,) if text else ())
+
+
+def test_sections_that_may_be_read():
+    report = {"indication": "Cough.", "findings": "Clear.", "impression": "", "last_paragraph": "Clear."}
+    assert select(report, ["impression", "findings", "indication"]) == [("findings", "Clear.")]
+    everything = ["last_paragraph", "impression", "indication", "findings", "whole"]
+    assert select(report, everything, "all") == [("last_paragraph", "Clear."), ("indication", "Cough.")]
+    assert select(report, ["impression"], "all") == []
+    both = section_texts(" INDICATION: Cough.\n\n FINDINGS AND IMPRESSION: Clear.")
+    assert select(both, ["findings", "impression"], "all") == [("findings", "Clear.")]
+    assert select(both, ["impression", "indication"], "all") == [("impression", "Clear."), ("indication", "Cough.")]
+
+
+def test_a_report_that_comes_in_parts():
+    parts = {"indication": "XXXX-year-old\n\nCough?", "findings": "XXXX.", "impression": "1. Clear.\n\nFINDINGS: x"}
+    assert texts_of_sections(parts) == {
+        "indication": "year-old. Cough?",
+        "findings": "",
+        "impression": "Clear. FINDINGS: x",
+        "last_paragraph": "FINDINGS: x",
+        "whole": "INDICATION: year-old. Cough? IMPRESSION: Clear. FINDINGS: x",
+    }
+    assert texts_of_sections({"indication": "Cough.", "findings": "Clear."})["last_paragraph"] == "Clear."
+    assert set(texts_of_sections({"indication": ""}).values()) == {""}
+
+
 def test_addendum_before_the_report():
     report = (
         " ADDENDUM  The tube was seen later.\n\n ADDENDUM:\n Now in place.\n ______________________________\n"
@@ -293,4 +346,8 @@ def test_real_reports_as_whole_texts_give_back_their_sections(openi):
         text = "\n\n".join(f" {name.upper()}:  {part}" for name, part in parts.items())
         for name in ("findings", "impression"):
             assert report_text(text, [name])[0] == clean(report[name]), report["uid"]
+        del parts["comparison"]
+        text = "\n\n".join(f" {name.upper()}:  {part}" for name, part in parts.items() if clean(part))
+        for name in ("whole", "last_paragraph"):
+            assert texts_of_sections(parts)[name] == report_text(text, [name])[0], report["uid"]
     assert checked == len(openi) - 1

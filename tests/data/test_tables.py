@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlx_cxr.data.tables import DataError, label_of_name, label_values, read_table, refuse_duplicates
+from mlx_cxr.data.tables import (
+    DataError,
+    label_of_name,
+    label_values,
+    read_json_lines,
+    read_table,
+    refuse_blank,
+    refuse_duplicates,
+)
 
 
 def test_ids_stay_text_and_blanks_are_removed(tmp_path):
@@ -111,3 +119,62 @@ def test_rows_are_numbered_as_in_the_file_after_filtering():
 )
 def test_names_of_labels(name, label):
     assert label_of_name(name) == label
+
+
+LINES = """{"id": "007", "n": 1.0, "age": 58, "list": ["b", " a ", 2], "box": {"x": 1}, "flag": true}
+
+{"id": " x\\u2028y ", "n": -1e3, "age": NaN, "list": [], "box": null}
+{"list": null, "id": "", "cut": "\\ud83d", "more": ["", [1]], "boxes": [1, {"x": 1}]}
+"""
+
+
+def test_json_lines_as_a_table_of_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff" + LINES, encoding="utf-8")
+    table = read_json_lines(path, ["id", "more"], separator="|")
+    assert table.index.tolist() == [-1, 1, 2]
+    got = {name: [None if cell != cell else cell for cell in table[name]] for name in table.columns}
+    assert got == {
+        "id": ["007", "x\u2028y", None],
+        "n": ["1.0", "-1e3", None],
+        "age": ["58", None, None],
+        "list": ["b|a|2", "", None],
+        "flag": ["true", None, None],
+        "cut": [None, None, "?"],
+        "more": [None, None, "1"],
+    }
+    with pytest.raises(DataError, match=r"a\.jsonl, row 4: column 'id' is empty"):
+        refuse_blank(table.fillna(""), "id", path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b"', r"a\.jsonl, line 3 is not JSON \(Expecting ',' delimiter"),
+        ('{"id": "b"} {"id": "c"}', r"line 3 is not JSON \(Extra data"),
+        ('["b"]', r"line 3 is not a JSON object in braces"),
+        ('"b"', r"line 3 is not a JSON object"),
+        ("[" * 20000, r"line 3 is not JSON"),
+        (b'{"id": "M\xfcller"}', r"line 3 is not JSON \(.utf-8. codec"),
+        ('{"id": {"is": "b"}}', r"a\.jsonl, line 3: 'id' holds an object"),
+        ('{"id": ["b", {}]}', r"line 3: 'id' holds an object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"id": "a"}\n\n' + line + b'\n{"id": "d"}\n')
+    with pytest.raises(DataError, match=message):
+        read_json_lines(path, ["id"], separator="|")
+
+
+def test_json_lines_that_are_no_table(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match=r"a\.jsonl has no rows"):
+        read_json_lines(path, [], separator="|")
+    with pytest.raises(DataError, match=r"b\.jsonl: no such table; tables in .*: a\.jsonl"):
+        read_json_lines(tmp_path / "b.jsonl", [], separator="|")
+    path.write_text('{"uid": "1", "gold": []}\n')
+    with pytest.raises(DataError, match=r"lacks the column\(s\) golds; did you mean 'gold' .*there: uid, gold"):
+        read_json_lines(path, ["uid", "golds"], separator="|")

@@ -98,6 +98,39 @@ def test_another_network_is_refused_and_its_parameters_named(tmp_path):
     assert "fc" in message
 
 
+def test_what_is_frozen_can_be_left_out(tmp_path):
+    path = tmp_path / "state.safetensors"
+
+    def half_frozen(seed: int) -> TinyNet:
+        model = TinyNet(seed)
+        model.conv1.freeze()
+        model.bn1.freeze()
+        return model
+
+    model = half_frozen(0)
+    optimizer = fresh_optimizer()
+    optimizer.init(model.trainable_parameters())
+    save_state(path, model, optimizer, PROGRESS, trainable_only=True)
+    assert not [name for name in load_file(path) if "conv1" in name or "bn1" in name]
+    other, fresh = half_frozen(9), fresh_optimizer()
+    fresh.init(other.trainable_parameters())
+    assert load_state(path, other, fresh, "settings", trainable_only=True) == PROGRESS
+    np.testing.assert_array_equal(np.array(other.fc.weight), np.array(model.fc.weight))
+    np.testing.assert_array_equal(np.array(other.conv1.weight), np.array(TinyNet(9).conv1.weight))
+    whole = TinyNet()
+    with pytest.raises(RunFormatError, match=r"does not fit the model: .*conv1\.weight"):
+        load_state(path, whole, fresh_optimizer(), "settings")
+
+
+def test_moments_of_another_freezing_are_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(path, *trained(), PROGRESS)
+    frozen = TinyNet()
+    frozen.conv1.freeze()
+    message = loading(path, frozen)
+    assert "does not fit the optimizer: states.0.conv1.weight.m, states.0.conv1.weight.v missing, unexpected" in message
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     save_model(path, TinyNet())

@@ -1,4 +1,4 @@
-"""The loss against PyTorch's, and class weights worked out by hand."""
+"""The losses against PyTorch's, and class weights worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cxr.training.losses import binary_cross_entropy, masked_bce, positive_weights, prior_logits
+from mlx_cxr.training.losses import (
+    binary_cross_entropy,
+    distillation_loss,
+    masked_bce,
+    positive_weights,
+    prior_logits,
+)
 
 NAN = np.nan
 
@@ -78,6 +84,96 @@ def test_reduced_precision_logits_are_summed_in_float32(dtype):
     value = masked_bce()(logits, mx.zeros((8, 14)))
     assert value.dtype == mx.float32
     assert value.item() == pytest.approx(np.logaddexp(0, 4.0), rel=1e-6)
+
+
+def soft_draws(rows: int = 9, features: int = 0, seed: int = 1) -> np.ndarray:
+    """Hard labels, teacher logits of which a third is unknown, and features that every third study lacks."""
+    rng = np.random.default_rng(seed)
+    _, hard = draws(rows, seed)
+    teacher = (rng.normal(size=(rows, 14)) * 3).astype(np.float32)
+    teacher[rng.random((rows, 14)) < 0.3] = NAN
+    teacher[1] = NAN
+    seen = rng.normal(size=(rows, features)).astype(np.float32)
+    seen[::3] = NAN
+    return np.concatenate([hard, teacher, seen], axis=1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("features", [0, 5])
+def test_distillation_is_that_of_torch(torch, alpha, temperature, features):
+    """Each term by PyTorch's own function, in float64: values and gradients."""
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(9, 14 + features)).astype(np.float32) * 4
+    targets, weight = soft_draws(features=features), np.linspace(0.5, 10, 14)
+    loss = distillation_loss(alpha, temperature, weight, 0.7 if features else 0.0)
+    value, gradient = mx.value_and_grad(loss)(mx.array(outputs), mx.array(targets))
+
+    theirs = torch.tensor(outputs, dtype=torch.float64, requires_grad=True)
+    logits, wanted = theirs[:, :14], torch.tensor(targets, dtype=torch.float64)
+    hard, teacher, seen = wanted[:, :14], wanted[:, 14:28], wanted[:, 28:]
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    each = bce(logits, torch.nan_to_num(hard), pos_weight=torch.tensor(weight), reduction="none")
+    known = ~torch.isnan(teacher)
+    soft = bce(logits[known] / temperature, torch.sigmoid(teacher[known] / temperature))
+    total = alpha * each[~torch.isnan(hard)].mean() + (1 - alpha) * temperature**2 * soft
+    if features:
+        there = ~torch.isnan(seen[:, 0])
+        assert 0 < there.sum() < 9
+        cosine = torch.nn.functional.cosine_similarity(theirs[there][:, 14:], seen[there])
+        total = total + 0.7 * (1 - cosine).mean()
+    total.backward()
+    assert value.item() == pytest.approx(total.item(), rel=1e-6)
+    np.testing.assert_allclose(np.array(gradient), theirs.grad.numpy(), rtol=5e-5, atol=1e-8)
+    assert np.array(gradient)[1, :14].any() == (alpha > 0), "study 1 has no soft label, so hard ones alone"
+
+
+def test_alpha_one_is_the_hard_loss_to_the_last_bit():
+    logits, _ = draws()
+    targets, weight = soft_draws(), np.linspace(0.5, 10, 14)
+    got = mx.value_and_grad(distillation_loss(1.0, 3.0, weight))(mx.array(logits), mx.array(targets))
+    wanted = mx.value_and_grad(masked_bce(weight))(mx.array(logits), mx.array(targets[:, :14]))
+    assert got[0].item() == wanted[0].item()
+    np.testing.assert_array_equal(np.array(got[1]), np.array(wanted[1]))
+
+
+def test_the_square_of_the_temperature_keeps_the_gradients_size():
+    """Its limit is (z_s - z_t) / 4 per entry; without the factor it would fall 10,000-fold from T = 1 to 100."""
+    rng = np.random.default_rng(0)
+    student, teacher = (rng.normal(size=(6, 14)).astype(np.float32) * 2 for _ in range(2))
+    targets = mx.array(np.concatenate([np.full((6, 14), NAN, np.float32), teacher], axis=1))
+
+    def gradient(temperature: float) -> np.ndarray:
+        # A mean over 84 entries, so each has 1/84 of its own.
+        return 84 * np.array(mx.grad(distillation_loss(0.0, temperature))(mx.array(student), targets))
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+    for temperature in (1.0, 2.0, 5.0):
+        wanted = temperature * (sigmoid(student / temperature) - sigmoid(teacher / temperature))
+        np.testing.assert_allclose(gradient(temperature), wanted, atol=1e-5)
+    np.testing.assert_allclose(gradient(100.0), (student - teacher) / 4, atol=5e-3)
+    sizes = [np.linalg.norm(gradient(temperature)) for temperature in (1.0, 4.0, 20.0, 100.0)]
+    assert min(sizes) / max(sizes) > 0.3
+
+
+def test_a_teacher_that_agrees_has_no_gradient():
+    logits = np.random.default_rng(0).normal(size=(4, 14)).astype(np.float32)
+    targets = np.concatenate([np.full((4, 14), NAN, np.float32), logits], axis=1)
+    gradient = mx.grad(distillation_loss(0.5, 3.0))(mx.array(logits), mx.array(targets))
+    assert np.abs(np.array(gradient)).max() < 1e-7
+
+
+def test_a_batch_without_soft_labels_learns_from_the_hard_ones():
+    logits, hard = draws()
+    targets = np.concatenate([hard, np.full((9, 14 + 3), NAN, np.float32)], axis=1)
+    outputs = mx.array(np.concatenate([logits, np.zeros((9, 3), np.float32)], axis=1))
+    value, gradient = mx.value_and_grad(distillation_loss(0.25, 4.0, None, 2.0))(outputs, mx.array(targets))
+    wanted, slope = mx.value_and_grad(masked_bce())(mx.array(logits), mx.array(hard))
+    assert value.item() == pytest.approx(0.25 * wanted.item(), rel=1e-6)
+    np.testing.assert_allclose(np.array(gradient)[:, :14], 0.25 * np.array(slope), rtol=1e-6)
+    assert not np.array(gradient)[:, 14:].any(), "not even where the features are all 0, whose direction is none"
 
 
 def label_table() -> np.ndarray:

@@ -1,0 +1,140 @@
+"""Store what the teacher says: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
+
+Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
+(`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test
+with tables and plots, for the comparison. Killed, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.soft_label_writer import SoftLabelWriter
+from mlx_cxr.errors import readable_errors
+from mlx_cxr.evaluation.calibration import fit_temperatures
+from mlx_cxr.evaluation.predictions import Predictions, join, study_level
+from mlx_cxr.labels import SCORING_PROTOCOLS
+from mlx_cxr.runs import provenance, read_json
+from mlx_cxr.scoring_report import write_cost, write_scores
+from mlx_cxr.teacher.lora import WEIGHTS
+from mlx_cxr.teacher.scoring import Answers, score
+from mlx_cxr.teacher.studies import Studies
+from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
+
+log = logging.getLogger("mlx_cxr")
+
+
+def run(config: Config, teacher_run: str | None = None) -> Path:
+    """Cache a teacher's answers, and return its run's folder.
+
+    Args:
+        config: the experiment; manifest, reports and films must be those that the teacher was trained on.
+        teacher_run: folder under `outputs`; None takes `teacher.run_name`.
+
+    Raises:
+        RunFormatError: there is no such run, or it was trained for something else.
+        AdapterError: its adapter is missing or does not fit.
+        DataError: a file is missing, or no study can be read.
+        SoftLabelError: an answer is not finite, or another process writes there.
+    """
+    device = runtime.start("cache_teacher_outputs")
+    teacher = TrainedTeacher.open(config.run_dir(teacher_run or config.teacher.run_name))
+    material = Material.open(teacher.config)
+    teacher.check(config, material)
+    learned, test = (
+        material.studies(teacher.config, teacher.form, *splits) for splits in (("train", "validate"), ("test",))
+    )
+    protocol = SCORING_PROTOCOLS[teacher.protocol]
+
+    rows = np.flatnonzero((learned.frame["split"] == "validate").to_numpy())
+    with SoftLabelWriter.open(
+        teacher.folder,
+        learned.study_ids,
+        learned.frame["split"].tolist(),
+        teacher.header(material),
+        None if teacher.config.teacher.modality == "text" else teacher.base.hidden_size,
+    ) as writer:
+        _fill(writer, teacher, material, learned)
+        logits = writer.logits
+        calibration = fit_temperatures(logits[rows], protocol.apply(learned.raw_labels[rows]))
+        writer.finish(calibration.temperatures, **learned.counts)
+    log.info(
+        "soft labels of %d studies (%d skipped for want of text, %d cut) in %s",
+        len(learned),
+        learned.counts["without_text"],
+        learned.counts["cut"],
+        teacher.folder,
+    )
+
+    answers = _answers(teacher, material, test)
+    validation = _predictions(learned.of_split("validate"), logits[rows])
+    inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
+    record = provenance("cache_teacher_outputs", config.plain(), inputs, device)
+    predictions = join(validation, _predictions(test, answers.logits))
+    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record)
+    size = teacher.config.teacher.batch_size
+    write_cost(
+        teacher.folder,
+        parameters=read_json(teacher.folder / "training.json")["parameters"],
+        ms_per_sample=1000 * answers.seconds / len(test),
+        samples=len(test),
+        batch_size=size,
+        what=f"one study ({teacher.record['reads']}), {answers.tokens / len(test):.0f} tokens on average, "
+        f"forward pass, batch {size}",
+        device=device,
+    )
+    return teacher.folder
+
+
+def _fill(writer: SoftLabelWriter, teacher: TrainedTeacher, material: Material, studies: Studies) -> None:
+    todo = writer.todo
+    if len(todo) < len(studies):
+        log.info("going on: %d of %d studies are done", len(studies) - len(todo), len(studies))
+    if not len(todo):
+        return
+    films = material.films(teacher.base, studies, teacher.config)
+    keeps_features = teacher.config.teacher.modality != "text"
+    score(
+        teacher.base,
+        teacher.form,
+        [studies.prompts[i] for i in todo],
+        None if films is None else films[todo],
+        teacher.config.teacher,
+        lambda rows, logits, features: writer.put(todo[rows], logits, features if keeps_features else None),
+    )
+
+
+def _answers(teacher: TrainedTeacher, material: Material, studies: Studies) -> Answers:
+    films = material.films(teacher.base, studies, teacher.config)
+    return score(teacher.base, teacher.form, studies.prompts, films, teacher.config.teacher)
+
+
+def _predictions(studies: Studies, logits: np.ndarray) -> Predictions:
+    return study_level(studies.frame, studies.raw_labels, logits)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_cxr.cache_teacher_outputs", description=__doc__.splitlines()[0]
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(load_config(args.config, args.overrides), args.teacher_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Making soft labels, study by study, so that a stopped run can be gone on with; what they are is in `soft_labels`.
+
+While they are made, `teacher_soft_labels.partial.npy` holds the logits, NaN in the rows still to do, and
+`teacher_features.partial.npy` the features; `teacher_soft_labels.partial.json` says what they are for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr.data.soft_labels import (
+    FEATURES_NAME,
+    INDEX_NAME,
+    LOGITS_NAME,
+    SCHEMA,
+    SoftLabelError,
+    check_studies,
+    checked_temperatures,
+    has_form,
+    load_soft_labels,
+    partial_paths,
+)
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
+
+_CHUNK = 4096
+
+
+class SoftLabelWriter:
+    """Soft labels that are being made: `open`, then `put` the rows of `todo`, then `finish`; a context manager."""
+
+    def __init__(self, folder: Path, key: dict[str, Any], lock: int) -> None:
+        self._folder, self._key, self._lock = folder, key, lock
+        self._logits_path, self._features_path, self._key_path = partial_paths(folder)
+        shape = (len(key["study_ids"]), len(LABELS))
+        sizes = {} if key["features"] is None else {self._features_path: ((shape[0], key["features"]), np.float16)}
+        sizes = {self._logits_path: (shape, np.float32)} | sizes
+        if not self._can_go_on(sizes):
+            self._begin(sizes)
+        self._files = {path: _RowFile(path) for path in sizes}
+        self._logits = np.load(self._logits_path, allow_pickle=False)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        study_ids: Sequence[str],
+        splits: Sequence[str],
+        header: Mapping[str, Any],
+        feature_size: int | None = None,
+    ) -> SoftLabelWriter:
+        """Begin, or go on where a stopped run was, if it was for the same studies and header.
+
+        Finished soft labels in the folder stay until `finish` replaces them. Where these are for the same, nothing is
+        left to do.
+
+        Args:
+            folder: the teacher's run.
+            study_ids: (N,), each once.
+            splits: (N,), `train` or `validate`.
+            header: JSON-ready; hashes of whatever the logits depend on, for `SoftLabels.check`.
+            feature_size: H of the features to be put; None for none.
+
+        Raises:
+            SoftLabelError: a study is of another split or there twice, or another process is writing there.
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        check_studies(study_ids, splits, f"soft labels for {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            entries = {"study_ids": list(study_ids), "splits": list(splits), "header": dict(header)}
+            return cls(folder, {"labels": list(LABELS), **entries, "features": feature_size}, lock)
+        except BlockingIOError:
+            os.close(lock)
+            raise SoftLabelError(
+                f"another process is writing soft labels into {folder}; wait for it, or end it"
+            ) from None
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def __enter__(self) -> SoftLabelWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; what was put is kept."""
+        for file in self._files.values():
+            file.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._files, self._lock = {}, -1
+
+    @property
+    def todo(self) -> np.ndarray:
+        """int64 (K,): rows that are not done yet, in order."""
+        return np.flatnonzero(np.isnan(self._logits).any(axis=1))
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 (N, 14): a copy of what was put, NaN in rows that are not done; for fitting temperatures."""
+        return self._logits.copy()
+
+    def put(self, rows: Sequence[int] | np.ndarray, logits: np.ndarray, features: np.ndarray | None = None) -> None:
+        """Store rows; they are on the disk when this returns.
+
+        Args:
+            rows: int (M,).
+            logits: float (M, 14), finite.
+            features: float (M, H), within float16; given if and only if `open` was told their size.
+
+        Raises:
+            SoftLabelError: a value is not a finite number; names the study.
+            ValueError: shapes that do not go together.
+            OSError: the disk is full; what was put before is kept.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._logits):
+            raise ValueError(f"rows {rows.min()} to {rows.max()}, but there are {len(self._logits)} studies")
+        size = self._key["features"]
+        if (features is None) != (size is None):
+            raise ValueError(f"features are {'missing' if features is None else 'given'}, feature_size is {size}")
+        logits = self._checked(rows, logits, (len(rows), len(LABELS)), np.float32, "logits")
+        if features is not None:
+            features = self._checked(rows, features, (len(rows), size), np.float16, "features")
+            # Before the logits, as it is these that say that a row is done.
+            self._files[self._features_path].write(rows, features)
+        self._files[self._logits_path].write(rows, logits)
+        self._logits[rows] = logits
+
+    def finish(self, temperatures: np.ndarray | Sequence[float], **counts: int) -> Path:
+        """Move the arrays to their place, write the JSON, and close.
+
+        Args:
+            temperatures: (14,), positive, fitted on validation.
+            counts: for the header, such as `truncated=3, skipped=1`.
+
+        Returns:
+            The JSON's path.
+
+        Raises:
+            SoftLabelError: rows are not done, or a temperature is not a positive number.
+            OSError: as `put`; the same run can be gone on with.
+        """
+        if len(todo := self.todo):
+            first = self._key["study_ids"][todo[0]]
+            raise SoftLabelError(f"{len(todo)} of {len(self._logits)} studies have no soft label, first {first!r}")
+        fitted = checked_temperatures(temperatures, f"soft labels for {self._folder}")
+        header = {**self._key["header"], "temperatures": fitted, **counts}
+        names = {self._logits_path: "logits", self._features_path: "features"}
+        hashes = {names[path]: sha256_file(path) for path in self._files}
+        index_path = self._folder / INDEX_NAME
+        index_path.unlink(missing_ok=True)
+        for partial, final in _moves(self._folder):
+            if partial in self._files:
+                partial.replace(final)
+            else:
+                final.unlink(missing_ok=True)
+        made_for = hash_of(self._key)
+        write_json(
+            index_path, {"schema": SCHEMA, **self._key, "header": header, "made_for": made_for, "sha256": hashes}
+        )
+        self._key_path.unlink()
+        self.close()
+        return index_path
+
+    def _checked(
+        self, rows: np.ndarray, values: np.ndarray, shape: tuple[int, int], dtype: type, what: str
+    ) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(values, dtype=dtype)
+        if values.shape != shape:
+            raise ValueError(f"{what} have shape {values.shape}, expected {shape}")
+        if (wrong := np.flatnonzero(~np.isfinite(values).all(axis=1))).size:
+            study = self._key["study_ids"][rows[wrong[0]]]
+            raise SoftLabelError(
+                f"the teacher's {what} for study {study!r} are not finite as {np.dtype(dtype)} "
+                f"({len(wrong)} of {len(rows)} studies). Did its training diverge? A base in float16 may overflow: set "
+                "teacher.training.precision: float32"
+            )
+        return values
+
+    def _can_go_on(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> bool:
+        """Whether a stopped run left files that are for this; those it had moved to their place are moved back."""
+        try:
+            if read_json(self._key_path) != {"key": hash_of(self._key)}:
+                return False
+        except RunFormatError:
+            return False
+        if not (self._folder / INDEX_NAME).exists():
+            for partial, final in _moves(self._folder):
+                if partial in sizes and final.exists() and not partial.exists():
+                    final.replace(partial)
+        try:
+            return all(has_form(np.load(path, mmap_mode="r", allow_pickle=False), *sizes[path]) for path in sizes)
+        except (OSError, ValueError, EOFError):
+            return False
+
+    def _begin(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> None:
+        finished = self._is_finished()
+        self._key_path.unlink(missing_ok=True)
+        for partial, final in _moves(self._folder):
+            if partial in sizes:
+                with atomic_path(partial) as temporary:
+                    if finished:
+                        shutil.copyfile(final, temporary)
+                    else:
+                        _write_blank(temporary, *sizes[partial])
+        write_json(self._key_path, {"key": hash_of(self._key)})
+
+    def _is_finished(self) -> bool:
+        """Whether the soft labels in the folder are those that are to be made."""
+        try:
+            load_soft_labels(self._folder)
+            return read_json(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
+        except SoftLabelError:
+            return False
+
+
+class _RowFile:
+    """A `.npy` whose rows are written one by one."""
+
+    def __init__(self, path: Path) -> None:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._start, self._row_bytes = array.offset, array[:1].nbytes
+        self._file = os.open(path, os.O_RDWR)
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Put rows in their place, and on the disk."""
+        for row, value in zip(rows.tolist(), values, strict=True):
+            # Not through a memory map: on a full disk that ends the process without a word.
+            offset, rest = self._start + row * self._row_bytes, memoryview(value.tobytes())
+            while rest:
+                written = os.pwrite(self._file, rest, offset)
+                offset, rest = offset + written, rest[written:]
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+
+def _write_blank(path: Path, shape: tuple[int, int], dtype: type) -> None:
+    """A `.npy` of NaN, in full, so that a disk that is too small says so before the teacher has worked for hours."""
+    with path.open("wb") as out:
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
+        for start in range(0, shape[0], _CHUNK):
+            out.write(np.full((min(_CHUNK, shape[0] - start), shape[1]), np.nan, dtype).tobytes())
+
+
+def _moves(folder: Path) -> list[tuple[Path, Path]]:
+    """(partial, final) of the two arrays."""
+    logits, features, _ = partial_paths(folder)
+    return [(features, folder / FEATURES_NAME), (logits, folder / LOGITS_NAME)]

@@ -1,0 +1,95 @@
+"""`reports.csv` beside the manifest: the sections of each study's report, for a teacher to read what it may.
+
+Columns: study_id, then each of `reports.SECTIONS` as cleaned text of one line, empty where the report lacks it. A study
+without a report has no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.reports import SECTIONS, select
+from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
+from mlx_cxr.runs import atomic_path, sha256_file
+
+__all__ = ["StudyReports", "load_reports", "select", "write_reports"]
+
+
+@dataclass(frozen=True)
+class StudyReports:
+    """Reports as read from disk.
+
+    Attributes:
+        sections: study id -> section -> cleaned text, "" where the report lacks it; of the studies with a report.
+        sha256: of the bytes of `reports.csv`.
+    """
+
+    sections: Mapping[str, Mapping[str, str]]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.sections)
+
+
+def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.
+
+    Args:
+        path: the file.
+        reports: study id -> each of `reports.SECTIONS`.
+
+    Returns:
+        Hex SHA-256 of what was written; None when there was nothing to write.
+    """
+    if not reports:
+        Path(path).unlink(missing_ok=True)
+        return None
+    rows = [(study, *(reports[study][name] for name in SECTIONS)) for study in sorted(reports)]
+    with atomic_path(path) as temporary:
+        table = pd.DataFrame(rows, columns=["study_id", *SECTIONS])
+        table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+    return sha256_file(path)
+
+
+def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyReports:
+    """Read and check what `write_reports` wrote.
+
+    Args:
+        path: the file.
+        manifest: the one beside it, if the two are to be checked against each other.
+
+    Raises:
+        DataError: the file is missing or lacks a column, a study is there twice, or the manifest and it are of
+            different studies; names file, row and study.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: run build_manifest. If its summary says that no reports were found, set data.reports"
+        )
+    table = read_table(path, ["study_id", *SECTIONS])
+    refuse_blank(table, "study_id", path)
+    refuse_duplicates(table, "study_id", path, "study")
+    texts = table[list(SECTIONS)].to_dict("records")
+    sections = dict(zip(table["study_id"].tolist(), texts, strict=True))
+    if manifest is not None:
+        _refuse_other_studies(path, sections, manifest.frame)
+    return StudyReports(sections, sha256_file(path))
+
+
+def _refuse_other_studies(path: Path, sections: Mapping[str, Mapping[str, str]], frame: pd.DataFrame) -> None:
+    again = "they were not made together: run build_manifest again"
+    known = set(frame["study_id"])
+    if strange := [study for study in sections if study not in known]:
+        raise DataError(f"{path}: study {strange[0]!r} is not in the manifest ({len(strange)} such in all); {again}")
+    with_text = frame.loc[frame["text"] != "", "study_id"].drop_duplicates()
+    if lacking := [study for study in with_text if study not in sections]:
+        raise DataError(
+            f"{path}: study {lacking[0]!r} has a text in the manifest and no report here "
+            f"({len(lacking)} such in all); {again}"
+        )

@@ -1,0 +1,180 @@
+"""Train a student by soft labels: `python -m mlx_cxr.distillation --config configs/demo.yaml --run_name student_v1`.
+
+The student is the ResNet-18 of `model`; the teacher's soft labels are those that `cache_teacher_outputs` left in the
+teacher's run. Writes `outputs/<run>/` as `train_cnn` does: `config.json` first, then `metrics.jsonl`,
+`best_student.safetensors`, `last/` and `training.json` with how it ended and how the soft labels agree with the hard.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.config_sections import ModelConfig, TrainingConfig
+from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.inference import TrainedRun
+from mlx_cxr.models.convert import save_model
+from mlx_cxr.models.resnet import parameter_counts
+from mlx_cxr.runs import sha256_file
+from mlx_cxr.training import film_run
+from mlx_cxr.training.film_task import TrainingData, film_task
+from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
+from mlx_cxr.training.soft_targets import SoftTargets, read_soft_targets
+from mlx_cxr.training.student import FeatureStudent
+
+
+def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train a student, and return the run's folder.
+
+    Args:
+        config: the experiment; its manifest and pixel store must be there, and the soft labels in the run
+            `teacher.run_name` unless `distillation.targets` is `hard`.
+        run_name: folder under `outputs`; None takes `distillation.run_name`.
+        resume: go on with a run that was stopped; one that saved nothing yet begins anew.
+        overwrite: replace a run of that name.
+
+    Raises:
+        RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
+        RunFormatError: the run to resume was made with other data or settings, or the CNN to start from with others.
+        SoftLabelError: soft labels missing, of another manifest or label policy, or of test studies.
+        UserError: the student would replace a run that it reads.
+        DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
+    """
+    device = runtime.start("distillation")
+    settings = config.distillation
+    run_dir = config.run_dir(settings.run_name if run_name is None else run_name)
+    _refuse_to_replace_what_is_read(config, run_dir)
+    resume_state = film_run.can_resume(run_dir, resume, overwrite)
+    cohort, train_data, validation = film_run.open_films(config)
+    hard = config.labels.policy().apply(train_data.raw_labels)
+    inputs: dict[str, Path] = {}
+    soft = None
+    if settings.targets != "hard":
+        soft, inputs = read_soft_targets(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
+    validate = film_run.validator(validation, config.evaluation.batch_size)
+    section = initial_section(config)
+    if settings.init == "cnn":
+        inputs["initial_weights"] = Path(section.weights)
+    student, origin, weights = film_run.initial_network(config, section, hard)
+    film_run.begin(config, run_dir, "distillation", inputs, device, resume_state)
+
+    training = effective_training(config)
+    model, keeps_features = student, soft is not None and soft.features is not None
+    if keeps_features:
+        model = FeatureStudent(student, soft.features.shape[1], config.seed)
+    loss, targets = loss_and_targets(config, hard, soft, weights)
+    task = film_task(
+        model,
+        loss,
+        TrainingData(train_data.films, targets),
+        lambda trained: validate(trained.student if keeps_features else trained),
+        training=training,
+        augmentation=config.augment,
+        seed=config.seed,
+        best_name="best_student.safetensors",
+        keep=lambda path: save_model(path, student),
+    )
+    if settings.learning_rate is not None:
+        task = replace(task, remedy=task.remedy.replace("training.learning_rate", "distillation.learning_rate"))
+    film_run.fit(
+        task,
+        training,
+        seed=config.seed,
+        run_dir=run_dir,
+        settings=film_run.settings_hash(
+            config,
+            training,
+            cohort.manifest.sha256,
+            distillation=settings.model_dump(mode="json", exclude={"run_name"}),
+            inputs={role: sha256_file(path) for role, path in inputs.items()},
+        ),
+        resume=resume_state,
+        summary={
+            "parameters": parameter_counts(student),
+            "initial_weights": origin,
+            "synthetic": config.data.synthetic,
+            "soft_labels": None if soft is None else soft.summary,
+        },
+    )
+    return run_dir
+
+
+def loss_and_targets(
+    config: Config, hard: np.ndarray, soft: SoftTargets | None, positive_weight: np.ndarray | None
+) -> tuple[Loss, np.ndarray]:
+    """The loss, and its target rows: the hard labels alone where there are no soft ones."""
+    settings = config.distillation
+    if soft is None:
+        return masked_bce(positive_weight), hard
+    weight = 0.0 if soft.features is None else settings.feature_weight
+    parts = [hard, soft.logits, *([] if soft.features is None else [soft.features])]
+    return distillation_loss(settings.alpha, settings.temperature, positive_weight, weight), np.concatenate(parts, 1)
+
+
+def effective_training(config: Config) -> TrainingConfig:
+    """The training section with the epochs and the learning rate of the distillation section, where it has them."""
+    changes: dict[str, Any] = {key: getattr(config.distillation, key) for key in ("epochs", "learning_rate")}
+    return config.training.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+def initial_section(config: Config) -> ModelConfig:
+    """The model section, with the weights of the CNN run `run_name` where the student starts from it.
+
+    Raises:
+        RunFormatError: there is no such run, or it was trained for something else.
+    """
+    if config.distillation.init == "model":
+        return config.model
+    trained = TrainedRun.open(config.run_dir())
+    trained.check(config)
+    return config.model.model_copy(update={"weights": str(trained.checkpoint)})
+
+
+def _refuse_to_replace_what_is_read(config: Config, run_dir: Path) -> None:
+    read = {} if config.distillation.targets == "hard" else {"teacher": config.run_dir(config.teacher.run_name)}
+    read |= {"CNN": config.run_dir()} if config.distillation.init == "cnn" else {}
+    for what, folder in read.items():
+        if folder == run_dir:
+            raise UserError(f"{run_dir} is the {what}'s run, which the student learns from; choose another --run_name")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.distillation", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--run_name", help="folder under outputs/; default: distillation.run_name")
+    parser.add_argument("--teacher_run", help="the teacher's folder under outputs/; default: teacher.run_name")
+    parser.add_argument("--cnn_run", help="the CNN's, for distillation.init: cnn; default: run_name")
+    parser.add_argument(
+        "--targets", choices=("teacher", "hard", "smoothed", "shuffled"), help="what takes the teacher's place"
+    )
+    parser.add_argument("--seed", type=int)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        config = load_config(
+            args.config,
+            args.overrides,
+            seed=args.seed,
+            run_name=args.cnn_run,
+            teacher__run_name=args.teacher_run,
+            distillation__targets=args.targets,
+        )
+        run(config, args.run_name, args.resume, args.overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""`final_comparison.json`: CNN, teacher, student and controls on the same test studies, from their predictions.
+
+An interval is as in `results`: `{"value", "low", "high", "replicates"}`, 95 %, from resampling patients. All models
+share the resamples, and a difference is taken replicate by replicate. What is undefined is null. Keys:
+
+- `schema` (1), `experiment`, `synthetic`, `notice`, `unit` (`study`), `manifest` (SHA-256), `provenance`.
+- `fitted_under`, `threshold_rule`: the same for all runs. `bootstrap`, `calibration_bins` as in `results`.
+- `counts`: `studies` and `patients` that all of `models` scored; `runs`: run to `test_studies` and `left_out` of them.
+- `models`: in order of display, `run`, `role`, `title`, `parameters` and `trainable`, `ms_per_sample`, `cost` (the
+  content of `cost.json`), `make_cost` (the command that makes it where it lacks). A teacher has `reads`, `modality`,
+  `reads_label_source`, `reads_findings`, `zero_shot_auc`, `tuned_auc` (validation macro ROC-AUC); a student or control
+  `targets`, `alpha`, `temperature`, `init`.
+- `protocols`: for each of `labels.SCORING_PROTOCOLS`:
+  - `meaning`, `macro_labels`, `single_class` as in `results`; `models`: run to `macro` and `per_label` as there.
+  - `differences`: `student_minus_cnn`, `student_minus_teacher`, `teacher_minus_cnn`, each with `macro` (metric to
+    interval), `verdict` (of macro ROC-AUC) and `per_label`: label to metric intervals, `p_value` (`delong`, by
+    patient) and `p_holm` (over the labels of this pair).
+  - `controls`: run to `macro` (student minus it) and `verdict`.
+  - `retention`: `retention`, of macro ROC-AUC.
+- `graded_teachers`: null without any; else `counts` and `protocol`, and `models` as above with `macro` and
+  `minus_teacher` (macro ROC-AUC minus the teacher's, and `verdict`), on the studies that all teachers scored.
+- `gates`: `teacher_beats_cnn` and `retention`, each with `met`, under `protocol`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mlx_cxr.evaluation.bootstrap import (
+    LEVEL,
+    MIN_REPLICATES,
+    PatientResamples,
+    macro_interval,
+    patient_resamples,
+    percentile_interval,
+)
+from mlx_cxr.evaluation.delong import holm, paired_delong
+from mlx_cxr.evaluation.metrics import METRICS
+from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.results import ProtocolScores, protocol_section, score_protocol
+from mlx_cxr.evaluation.scored_runs import ScoredRun, check_teacher, shared_studies
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.wording import footer
+
+SCHEMA = 1
+COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
+"""Metrics whose differences are given: precision is undefined where a model calls nothing, so that the means of two
+models would be over different labels."""
+PAIRS: tuple[tuple[str, str], ...] = (("student", "cnn"), ("student", "teacher"), ("teacher", "cnn"))
+CHANCE = 0.5
+"""ROC-AUC of a model that knows nothing."""
+
+_COLUMN = {metric: METRICS.index(metric) for metric in COMPARED}
+
+Verdict = Literal["better", "worse", "within noise", "no interval"]
+
+
+def compare(
+    runs: Sequence[ScoredRun],
+    *,
+    experiment: str,
+    min_retention: float,
+    samples: int,
+    seed: int,
+    bins: int,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `final_comparison.json`, as this module's docstring describes it.
+
+    Args:
+        runs: one `cnn`, one `teacher`, one `student`, and any `control` and `graded teacher`.
+        experiment: the configuration's name.
+        min_retention: least share of the teacher's macro ROC-AUC that the student should keep.
+        samples: bootstrap resamples; 0 gives no intervals.
+        seed: of the resamples.
+        bins: of the calibration error.
+        provenance: `runs.provenance`.
+
+    Raises:
+        ComparisonError: the runs cannot be compared; see `scored_runs.check_teacher` and `shared_studies`.
+    """
+    main = [run for run in runs if run.role != "graded teacher"]
+    check_teacher(main)
+    arms = {run.role: run for run in main if run.role != "control"}
+    study_ids = shared_studies(main)
+    settings = arms["cnn"].settings
+    fitted_under = settings["fitted_under"]
+    graded = _graded(runs, arms["teacher"], fitted_under, samples, seed, bins)
+    resamples = patient_resamples(arms["cnn"].on(study_ids).patient_ids, samples, seed)
+    protocols = {name: _protocol(main, arms, study_ids, name, resamples, bins) for name in SCORING_PROTOCOLS}
+    return {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "synthetic": settings["synthetic"],
+        "notice": footer(settings["synthetic"]),
+        "unit": "study",
+        "manifest": settings["manifest"],
+        "counts": _counts(main, study_ids),
+        "fitted_under": fitted_under,
+        "threshold_rule": settings["threshold_rule"],
+        "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
+        "calibration_bins": {"count": bins, "kind": "equal_width"},
+        "models": [_about(run) for run in main],
+        "protocols": protocols,
+        "graded_teachers": graded,
+        "gates": _gates(protocols[fitted_under], fitted_under, min_retention),
+        "provenance": provenance,
+    }
+
+
+def verdict(difference: Mapping[str, Any]) -> Verdict:
+    """What an interval of a difference says, where more is better: it lies above 0, below 0, or reaches it."""
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return "no interval"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "within noise"
+
+
+def retention(student: np.ndarray, teacher: np.ndarray, cnn: np.ndarray) -> dict[str, Any]:
+    """How much of the teacher the student keeps, by macro ROC-AUC.
+
+    Args:
+        student: (1 + B,) macro ROC-AUC, first on the data, then on each resample of patients.
+        teacher: (1 + B,), the same of the teacher.
+        cnn: (1 + B,), the same of the CNN.
+
+    Returns:
+        `share`: interval of student / teacher. `chance_share`: what a model that knows nothing would keep, 0.5 /
+        teacher. `gap`: interval of teacher - CNN. `gain`: interval of student - CNN. `gap_closed`: interval of gain /
+        gap, or null where the gap is not clearly positive, with `gap_closed_undefined`, why, in words (else null).
+    """
+    gap, gain = teacher - cnn, student - cnn
+    share = np.divide(student, teacher, out=np.full(len(student), np.nan), where=teacher > 0)
+    gap_interval = percentile_interval(float(gap[0]), gap[1:])
+    closed, why = None, None
+    if math.isnan(gap[0]) or gap[0] <= 0:
+        why = "the teacher is not above the CNN"
+    elif math.isnan(gap_interval.low):
+        why = "there is no interval of the gap"
+    elif gap_interval.low <= 0:
+        why = "the interval of the gap reaches 0, so the quotient has no bounds"
+    else:
+        closed = ratio_interval(gain, gap)
+    return {
+        "share": percentile_interval(float(share[0]), share[1:]).plain(),
+        "chance_share": float(CHANCE / teacher[0]) if teacher[0] > 0 else math.nan,
+        "gap": gap_interval.plain(),
+        "gain": percentile_interval(float(gain[0]), gain[1:]).plain(),
+        "gap_closed": closed,
+        "gap_closed_undefined": why,
+    }
+
+
+def ratio_interval(over: np.ndarray, under: np.ndarray) -> dict[str, Any]:
+    """A quotient and its 95 % interval, where the denominator's own interval lies above 0.
+
+    The interval holds each r for which the percentile interval of over - r * under reaches 0: Fieller's set, with the
+    bootstrap in the place of the normal distribution. So a replicate whose denominator is not positive counts as
+    beyond the end that its numerator points to.
+
+    Args:
+        over: (1 + B,) numerators, first on the data, then on each resample.
+        under: (1 + B,) denominators.
+
+    Returns:
+        As `bootstrap.Interval.plain`; no bounds with fewer than `MIN_REPLICATES` replicates.
+    """
+    value, over, under = over[0] / under[0], over[1:], under[1:]
+    valid = ~np.isnan(over) & ~np.isnan(under)
+    over, under = over[valid], under[valid]
+    low = high = math.nan
+    if len(over) >= MIN_REPLICATES:
+        ratios = np.divide(over, under, out=np.copysign(np.inf, over), where=under > 0)
+        tail = (1 - LEVEL) / 2
+        low = np.quantile(ratios, tail, method="lower")
+        high = np.quantile(ratios, 1 - tail, method="higher")
+    bounded = np.isfinite(low) and np.isfinite(high)
+    ends = (float(low), float(high)) if bounded else (math.nan, math.nan)
+    return {"value": float(value), "low": ends[0], "high": ends[1], "replicates": len(over)}
+
+
+def _protocol(
+    main: Sequence[ScoredRun],
+    arms: Mapping[str, ScoredRun],
+    study_ids: np.ndarray,
+    name: str,
+    resamples: PatientResamples,
+    bins: int,
+) -> dict[str, Any]:
+    scores = {run.name: score_protocol(run.on(study_ids), name, run.points, resamples) for run in main}
+    sections = {run: protocol_section(one, bins) for run, one in scores.items()}
+    patients = arms["cnn"].on(study_ids).patient_ids
+    of = {role: scores[run.name] for role, run in arms.items()}
+    controls = {}
+    for run in main:
+        if run.role == "control":
+            macro = _macro_difference(of["student"], scores[run.name])
+            controls[run.name] = {"macro": macro, "verdict": verdict(macro["roc_auc"])}
+    first = next(iter(sections.values()))
+    return {
+        **{key: first[key] for key in ("meaning", "macro_labels", "single_class")},
+        "models": {run: {key: section[key] for key in ("macro", "per_label")} for run, section in sections.items()},
+        "differences": {f"{a}_minus_{b}": _difference(of[a], of[b], patients) for a, b in PAIRS},
+        "controls": controls,
+        "retention": retention(*(_macro_auc(of[role]) for role in ("student", "teacher", "cnn"))),
+    }
+
+
+def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarray) -> dict[str, Any]:
+    tests = [
+        paired_delong(first.targets[:, k], first.logits[:, k], second.logits[:, k], patient_ids)
+        for k in range(len(LABELS))
+    ]
+    p_values = np.array([test.p_value for test in tests])
+    values, replicates = first.values - second.values, first.replicates - second.replicates
+    per_label = {}
+    for k, (label, p, adjusted) in enumerate(zip(LABELS, p_values, holm(p_values), strict=True)):
+        per_label[label] = {
+            metric: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain()
+            for metric, i in _COLUMN.items()
+        }
+        per_label[label] |= {"p_value": float(p), "p_holm": float(adjusted)}
+    macro = _macro_difference(first, second)
+    return {"macro": macro, "verdict": verdict(macro["roc_auc"]), "per_label": per_label}
+
+
+def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> dict[str, Any]:
+    values = np.where(first.scored[:, None], first.values - second.values, np.nan)
+    replicates = first.replicates - second.replicates
+    return {metric: macro_interval(values[:, i], replicates[:, :, i]).plain() for metric, i in _COLUMN.items()}
+
+
+def _macro_auc(scores: ProtocolScores) -> np.ndarray:
+    """(1 + B,): on the data, then on each resample; NaN without a label that has both classes."""
+    if not scores.scored.any():
+        return np.full(1 + len(scores.replicates), np.nan)
+    column = _COLUMN["roc_auc"]
+    per_label = np.concatenate([scores.values[None, :, column], scores.replicates[:, :, column]])
+    return per_label[:, scores.scored].mean(axis=1)
+
+
+def _graded(
+    runs: Sequence[ScoredRun], teacher: ScoredRun, protocol: str, samples: int, seed: int, bins: int
+) -> dict[str, Any] | None:
+    """Teachers by what they may read, on the studies that all of them scored."""
+    teachers = [teacher, *(run for run in runs if run.role == "graded teacher")]
+    if len(teachers) == 1:
+        return None
+    study_ids = shared_studies(teachers)
+    tests: list[Predictions] = [run.on(study_ids) for run in teachers]
+    resamples = patient_resamples(tests[0].patient_ids, samples, seed)
+    scores = [score_protocol(test, protocol, run.points, resamples) for run, test in zip(teachers, tests, strict=True)]
+    models = []
+    for run, one in zip(teachers, scores, strict=True):
+        difference = _macro_difference(one, scores[0])["roc_auc"]
+        entry = _about(run) | {"macro": protocol_section(one, bins)["macro"], "minus_teacher": None}
+        if run is not teacher:
+            entry["minus_teacher"] = difference | {"verdict": verdict(difference)}
+        models.append(entry)
+    return {"counts": _counts(teachers, study_ids), "protocol": protocol, "models": models}
+
+
+def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> dict[str, Any]:
+    difference = section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"]
+    share = section["retention"]["share"]
+    return {
+        "teacher_beats_cnn": {
+            "protocol": protocol,
+            "difference": difference,
+            "interval_above_0": verdict(difference) == "better",
+            "met": bool(difference["value"] > 0),
+        },
+        "retention": {
+            "protocol": protocol,
+            "share": share,
+            "minimum": min_retention,
+            "interval_above_minimum": bool(share["low"] >= min_retention),
+            "met": bool(share["value"] >= min_retention),
+        },
+    }
+
+
+def _about(run: ScoredRun) -> dict[str, Any]:
+    cost = run.cost or {"parameters": {"total": None, "trainable": None}, "ms_per_sample": None}
+    about = {
+        "run": run.name,
+        "role": run.role,
+        "title": run.title,
+        "parameters": cost["parameters"]["total"],
+        "trainable": cost["parameters"]["trainable"],
+        "ms_per_sample": cost["ms_per_sample"],
+        "cost": run.cost,
+        "make_cost": None if run.cost else run.command("cost.json"),
+    }
+    if run.teacher is not None:
+        about |= {key: run.teacher.get(key) for key in ("reads", "modality", "zero_shot_auc", "tuned_auc")}
+        about |= {"reads_label_source": run.reads_label_source, "reads_findings": run.reads_findings}
+    elif run.role != "cnn":
+        about |= {key: run.config["distillation"].get(key) for key in ("targets", "alpha", "temperature", "init")}
+    return about
+
+
+def _counts(runs: Sequence[ScoredRun], study_ids: np.ndarray) -> dict[str, Any]:
+    there = {run.name: len(run.test) for run in runs}
+    return {
+        "studies": len(study_ids),
+        "patients": len(set(runs[0].on(study_ids).patient_ids.tolist())),
+        "runs": {run: {"test_studies": n, "left_out": n - len(study_ids)} for run, n in there.items()},
+    }

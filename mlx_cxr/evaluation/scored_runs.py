@@ -1,0 +1,301 @@
+"""Run folders as a comparison reads them, and the test studies that several of them share.
+
+Read are `config.json`, `predictions.csv` and `test_results.json` of each run, `teacher.json` of a teacher, and
+`cost.json` where there is one. Nothing is fitted here: temperatures and thresholds are those of each run's own
+validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlx_cxr.errors import UserError
+from mlx_cxr.evaluation.calibration import Calibration
+from mlx_cxr.evaluation.metrics import Thresholds
+from mlx_cxr.evaluation.predictions import Predictions, read_predictions
+from mlx_cxr.evaluation.results import SCHEMA, OperatingPoints
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import RunFormatError, read_json, sha256_file
+
+Role = Literal["cnn", "teacher", "student", "control", "graded teacher"]
+
+LABEL_SOURCES = frozenset(("impression", "last_paragraph", "whole"))
+"""Sections of a report that hold, or may be, what MIMIC-CXR's labels were taken from: first of all the impression."""
+
+SOFT_LABELS = "teacher_soft_labels.npy"
+"""Among the inputs of a run that a teacher taught, in the teacher's folder."""
+
+_STAGES: Mapping[Role, tuple[str, str]] = {
+    "cnn": ("train_cnn --run_name", "evaluate_cnn --run_name"),
+    "teacher": ("lfm_finetune --run_name", "cache_teacher_outputs --teacher_run"),
+    "student": ("distillation --run_name", "evaluate_cnn --run_name"),
+    "control": ("distillation --targets … --run_name", "evaluate_cnn --run_name"),
+    "graded teacher": ("lfm_finetune --run_name", "cache_teacher_outputs --teacher_run"),
+}
+"""What trains, and what scores, a run of each role."""
+
+
+class ComparisonError(UserError, ValueError):
+    """Runs that cannot be set side by side; names the files and what each of them says."""
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run with its predictions on test, and what was fitted on its validation split.
+
+    Attributes:
+        folder: the run's.
+        role: what it is in the comparison.
+        test: its predictions on the test split.
+        points: temperatures and thresholds, and the protocol they were fitted under.
+        settings: what must be the same in all: `manifest` (SHA-256), `synthetic`, `fitted_under`, `threshold_rule`.
+        config: the configuration that it was trained with, as plain data.
+        soft_labels: `path` and `sha256` of the soft labels that it learned from; None for a run that read none.
+        teacher: `teacher.json`; None for a run that is no teacher.
+        cost: `cost.json`; None where there is none.
+    """
+
+    folder: Path
+    role: Role
+    test: Predictions
+    points: OperatingPoints
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+    soft_labels: Mapping[str, str] | None
+    teacher: Mapping[str, Any] | None
+    cost: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def title(self) -> str:
+        """What stands in a column or row head; a teacher's says what it may read, a control's what it learned from."""
+        if self.teacher is not None:
+            source = " (the labels' source)" if self.reads_label_source else ""
+            return f"teacher, reads: {self.teacher['reads']}{source}"
+        if self.role == "control":
+            return f"control: {self.config['distillation']['targets']}"
+        return {"cnn": "CNN"}.get(self.role, self.role)
+
+    @property
+    def reads_label_source(self) -> bool:
+        """Whether it is a teacher that may read where the labels were taken from."""
+        return bool(LABEL_SOURCES & self._sections)
+
+    @property
+    def reads_findings(self) -> bool:
+        """Whether it is a teacher that may read the report's findings, and no `LABEL_SOURCES`."""
+        return "findings" in self._sections and not self.reads_label_source
+
+    @property
+    def _sections(self) -> frozenset[str]:
+        """Of the report, that a teacher may read."""
+        if self.teacher is None or "text" not in self.teacher["modality"]:
+            return frozenset()
+        return frozenset(self.config["teacher"]["sections"])
+
+    def command(self, file: str) -> str:
+        """The command that makes one of the run's files."""
+        return _command(self.role, self.name, file)
+
+    def on(self, study_ids: np.ndarray) -> Predictions:
+        """Its test predictions of these studies, in this order.
+
+        Raises:
+            KeyError: it has none of one of them.
+        """
+        row_of = {study: row for row, study in enumerate(self.test.study_ids.tolist())}
+        return self.test.select(np.array([row_of[study] for study in study_ids.tolist()], dtype=np.intp))
+
+
+def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
+    """Read and check a run.
+
+    Args:
+        folder: the run's.
+        role: what it is in the comparison.
+
+    Raises:
+        ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
+            are of different evaluations, or a student's training does not fit its role.
+        RunFormatError: a file is not JSON.
+        PredictionsError: `predictions.csv` is not usable, or has no test studies.
+    """
+    folder = Path(folder)
+    needed = ["config.json", "predictions.csv", "test_results.json"]
+    needed += ["teacher.json"] if role in ("teacher", "graded teacher") else []
+    for file in needed:
+        if not (folder / file).exists():
+            raise ComparisonError(
+                f"{folder / file} is missing, so run {folder.name!r} cannot be compared; make it with "
+                f"{_command(role, folder.name, file)}"
+            )
+    scored = read_predictions(folder / "predictions.csv")
+    path = folder / "test_results.json"
+    results = read_json(path)
+    if results.get("schema") != SCHEMA:
+        raise ComparisonError(f"{path} has schema {results.get('schema')}, not {SCHEMA}; {_again(role, folder)}")
+    points = _read(path, lambda: _operating_points(results))
+    settings = _read(
+        path,
+        lambda: {
+            "manifest": results["provenance"]["inputs"]["manifest"]["sha256"],
+            **{key: results[key] for key in ("synthetic", "fitted_under", "threshold_rule")},
+        },
+    )
+    expected = points.calibration.probabilities(scored.predictions.logits)
+    if not np.array_equal(scored.thresholds, points.thresholds.values) or not np.allclose(
+        scored.probabilities, expected, rtol=0, atol=1e-9
+    ):
+        raise ComparisonError(
+            f"{folder / 'predictions.csv'} has other thresholds or temperatures than {path}: they are of different "
+            f"evaluations; {_again(role, folder)}"
+        )
+    record = read_json(folder / "config.json")
+    config = _read(folder / "config.json", lambda: record["config"])
+    inputs = record.get("inputs", {}).values()
+    soft_labels = next((entry for entry in inputs if Path(entry["path"]).name == SOFT_LABELS), None)
+    teacher = None
+    if "teacher.json" in needed:
+        teacher = read_json(folder / "teacher.json")
+        _read(folder / "teacher.json", lambda: (teacher["reads"], teacher["modality"]))
+        _read(folder / "config.json", lambda: config["teacher"]["sections"])
+    elif role != "cnn":
+        _check_student(folder, role, _read(folder / "config.json", lambda: config["distillation"]["targets"]))
+    cost = None
+    if (folder / "cost.json").exists():
+        cost = read_json(folder / "cost.json")
+        _read(folder / "cost.json", lambda: (cost["parameters"]["total"], cost["parameters"]["trainable"]))
+        _read(folder / "cost.json", lambda: (cost["ms_per_sample"], cost["what"], cost["device"]["kind"]))
+    test = scored.predictions.of_split("test")
+    return ScoredRun(folder, role, test, points, settings, config, soft_labels, teacher, cost)
+
+
+def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:
+    """The test studies that every one of the runs scored.
+
+    Args:
+        runs: at least one, each once.
+
+    Returns:
+        (N,) str, sorted; N > 0.
+
+    Raises:
+        ComparisonError: a run is named twice, two of them come from different data or were fitted differently, give a
+            study different labels or patients, or they share no study; names both files and both values.
+    """
+    first = runs[0]
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ComparisonError(f"run {name!r} is named {names.count(name)} times; compare each run once")
+    for run in runs[1:]:
+        for key, value in first.settings.items():
+            if run.settings[key] != value:
+                raise ComparisonError(
+                    f"{key}: {first.folder / 'test_results.json'} has {value}, {run.folder / 'test_results.json'} has "
+                    f"{run.settings[key]}; only runs of one manifest and one way of fitting can be compared"
+                )
+    shared = set(first.test.study_ids.tolist()).intersection(*(run.test.study_ids.tolist() for run in runs[1:]))
+    if not shared:
+        counts = ", ".join(f"{run.name} {len(run.test)}" for run in runs)
+        raise ComparisonError(f"no test study was scored by all of the runs ({counts} studies)")
+    study_ids = np.array(sorted(shared), dtype=str)
+    ours = first.on(study_ids)
+    for run in runs[1:]:
+        _refuse_disagreement(first, ours, run, run.on(study_ids))
+    return study_ids
+
+
+def check_teacher(runs: Sequence[ScoredRun]) -> None:
+    """Refuse a student or control that another teacher taught than the one it is compared with.
+
+    Raises:
+        ComparisonError: its soft labels are another run's, or not those that the teacher's run holds now.
+    """
+    teacher = next(run for run in runs if run.role == "teacher")
+    path = teacher.folder / SOFT_LABELS
+    now = sha256_file(path) if path.exists() else None
+    for run in runs:
+        if run.soft_labels is None or run.role not in ("student", "control"):
+            continue
+        record, name = run.folder / "config.json", Path(run.soft_labels["path"]).parent.name
+        if name != teacher.name:
+            raise ComparisonError(
+                f"{record}: {run.name!r} learned from the soft labels of {name!r}, not of {teacher.name!r}; give "
+                f"--teacher_run {name}"
+            )
+        if now not in (None, run.soft_labels["sha256"]):
+            raise ComparisonError(
+                f"{record}: {run.name!r} learned from soft labels {run.soft_labels['sha256']}, {path} is {now} now; "
+                f"train it again: {run.command('config.json')} --overwrite"
+            )
+
+
+def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, theirs: Predictions) -> None:
+    files = [other.folder / "predictions.csv" for other in (first, run)]
+    rows = np.flatnonzero(ours.patient_ids != theirs.patient_ids)
+    if len(rows):
+        row = rows[0]
+        raise ComparisonError(
+            f"study {ours.study_ids[row]}: patient {ours.patient_ids[row]} in {files[0]}, "
+            f"{theirs.patient_ids[row]} in {files[1]}; score both on the same manifest"
+        )
+    a, b = ours.raw_labels, theirs.raw_labels
+    cells = np.argwhere(~((a == b) | (np.isnan(a) & np.isnan(b))))
+    if len(cells):
+        row, column = cells[0]
+        values = ["empty" if np.isnan(x) else f"{x:g}" for x in (a[row, column], b[row, column])]
+        raise ComparisonError(
+            f"study {ours.study_ids[row]}, {LABELS[column]}: label {values[0]} in {files[0]}, {values[1]} in "
+            f"{files[1]}; score both on the same manifest"
+        )
+
+
+def _operating_points(results: Mapping[str, Any]) -> OperatingPoints:
+    points = [results["operating_points"][label] for label in LABELS]
+
+    def column(key: str) -> np.ndarray:
+        return np.array([point[key] for point in points], dtype=np.float64)
+
+    def sources(key: str) -> tuple[str, ...]:
+        return tuple(point[key] for point in points)
+
+    return OperatingPoints(
+        Calibration(column("temperature"), sources("temperature_source")),
+        Thresholds(column("threshold"), sources("threshold_source"), results["threshold_rule"]),
+        results["fitted_under"],
+    )
+
+
+def _check_student(folder: Path, role: Role, targets: str) -> None:
+    if role == "student" and targets != "teacher":
+        raise ComparisonError(
+            f"{folder / 'config.json'}: the run learned from {targets!r} targets, so it is a control; name it with "
+            "--control_run, and a run with distillation.targets 'teacher' with --student_run"
+        )
+
+
+def _command(role: Role, name: str, file: str) -> str:
+    train, score = _STAGES[role]
+    return f"python -m mlx_cxr.{train if file in ('config.json', 'teacher.json') else score} {name} --config …"
+
+
+def _again(role: Role, folder: Path) -> str:
+    return f"run {_command(role, folder.name, 'predictions.csv')} again"
+
+
+def _read(path: Path, get: Any) -> Any:
+    """What `get` takes from a parsed file; a key that lacks is an error that names the file."""
+    try:
+        return get()
+    except (KeyError, TypeError) as error:
+        raise RunFormatError(f"{path} lacks {error}; was it written by another version?") from None

@@ -1,0 +1,186 @@
+"""Fine-tune the teacher by LoRA: `python -m mlx_cxr.lfm_finetune --config configs/demo.yaml`.
+
+Writes `outputs/<run>/`: `config.json` first, then `teacher.json` (what it reads, its zero-shot and tuned validation
+AUC), `metrics.jsonl`, `adapter_weights/` in mlx-vlm's own schema, `last/` to resume from, and `training.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.errors import readable_errors
+from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, write_json
+from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.fine_tuning import lora_task, validator
+from mlx_cxr.teacher.lora import attach_lora, target_layers
+from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
+from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
+from mlx_cxr.training.loop import train
+from mlx_cxr.training.losses import masked_bce, positive_weights
+
+log = logging.getLogger("mlx_cxr")
+
+
+def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train the adapters, and return the run's folder.
+
+    Args:
+        config: the experiment; its manifest, and the reports and pixel store that the teacher reads, must be there.
+        run_name: folder under `outputs`; None takes `teacher.run_name`.
+        resume: go on with a run that was stopped; one that saved nothing yet begins anew.
+        overwrite: replace a run of that name.
+
+    Raises:
+        RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
+        RunFormatError: the run to resume was made with other data or settings.
+        DataError: manifest, reports or pixel store missing or not matching, or no study that can be read.
+        BaseUnavailableError: the base is not on this machine.
+        WeightsCorruptError: the base is incomplete.
+        AdapterError: `teacher.lora` names what the base has not.
+        MemoryLimitError: it would not fit; names a setting that would.
+        TrainingDivergedError: the loss is no longer a number.
+    """
+    device = runtime.start("lfm_finetune")
+    teacher = config.teacher
+    run_dir = config.run_dir(run_name or teacher.run_name)
+    begun = (run_dir / "config.json").exists()
+    resume_state = resume and (run_dir / "last" / "state.safetensors").exists()
+    if begun and not (resume or overwrite):
+        raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
+    material = Material.open(config)
+    base = Base.open(teacher, config.weights_dir, vision=teacher.modality != "text")
+    form = prompt_format(base, config)
+    training, validation = (material.studies(config, form, split) for split in ("train", "validate"))
+    longest = int(max(training.lengths().max(), validation.lengths().max()))
+    names = target_layers(base.model, teacher.lora)
+    widths = adapted_widths(base.model, names)
+    log.info(
+        "reads %s: %d training and %d validation studies, up to %d tokens; skipped for want of text: %d; cut: %d",
+        what_it_reads(config),
+        len(training),
+        len(validation),
+        longest,
+        training.counts["without_text"] + validation.counts["without_text"],
+        training.counts["cut"] + validation.counts["cut"],
+    )
+    estimate = check_training_fits(Decoder.of(base.model), widths, teacher, longest, base.precision)
+    log.info("memory: about %s", estimate)
+    if not resume_state:
+        create_run(
+            config.outputs,
+            run_dir.name,
+            stage="lfm_finetune",
+            config=config.plain(),
+            inputs=material.inputs(config),
+            device=device,
+            overwrite=overwrite or resume,
+        )
+        for old in ("training.json", RECORD, f"{ADAPTER}/adapters.safetensors"):
+            (run_dir / old).unlink(missing_ok=True)
+
+    films, validation_films = (material.films(base, studies, config) for studies in (training, validation))
+    base.release_vision()
+    validate = validator(base, form, validation, validation_films, teacher)
+    if resume_state:
+        log.info("going on from the last saved state of %s", run_dir)
+        zero_shot = read_json(run_dir / RECORD)["zero_shot"]
+    else:
+        zero_shot = validate(base.model)
+    about = {
+        "schema": 1,
+        "base": teacher.base,
+        "base_sha256": base.sha256,
+        "bits": base.bits,
+        "precision": base.precision,
+        "modality": teacher.modality,
+        "reads": what_it_reads(config),
+        "studies": {"train": dict(training.counts), "validate": dict(validation.counts)},
+        "zero_shot": zero_shot,
+        "zero_shot_auc": zero_shot["macro_auc"],
+    }
+    write_json(run_dir / RECORD, about)
+    log.info("zero-shot validation macro AUC %.4f", zero_shot["macro_auc"])
+
+    targets = config.labels.policy().apply(training.raw_labels)
+    weights = positive_weights(targets, teacher.training.class_weighting, teacher.training.max_class_weight)
+    attach_lora(base.model, teacher.lora, config.seed)
+    trainable = sum(teacher.lora.rank * (inputs + outputs) for inputs, outputs in widths)
+    mx.reset_peak_memory()
+    result = train(
+        lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed),
+        epochs=teacher.training.epochs,
+        seed=config.seed,
+        patience=teacher.training.patience,
+        save_every=teacher.training.save_every,
+        log_every=teacher.training.log_every,
+        run_dir=run_dir,
+        settings=settings_hash(config, material, base),
+        resume=resume_state,
+    )
+    write_json(run_dir / RECORD, {**about, "tuned_auc": result.best_auc})
+    summary = {
+        "schema": 1,
+        **asdict(result),
+        "parameters": {"total": base.parameters + trainable, "trainable": trainable},
+        "memory_estimate_bytes": estimate.total,
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "synthetic": config.data.synthetic,
+    }
+    write_json(run_dir / "training.json", summary)
+    log.info(
+        "validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s",
+        zero_shot["macro_auc"],
+        result.best_auc,
+        result.best_epoch,
+        run_dir / ADAPTER,
+    )
+    return run_dir
+
+
+def settings_hash(config: Config, material: Material, base: Base) -> str:
+    """Hash of what decides the adapter, and so may not change when a run is resumed."""
+    plain = config.plain()
+    teacher = {
+        key: value for key, value in plain["teacher"].items() if key not in ("batch_size", "memory_limit_gb", "tiny")
+    }
+    return hash_of(
+        {
+            "manifest": material.manifest.sha256,
+            "reports": material.reports.sha256 if material.reports is not None else None,
+            "pixels": material.store_sha256,
+            "base": base.identity,
+            "seed": config.seed,
+            "labels": plain["labels"],
+            "teacher": teacher,
+        }
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.lfm_finetune", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--run_name", help="folder under outputs/; default: teacher.run_name of the configuration")
+    parser.add_argument("--seed", type=int)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(load_config(args.config, args.overrides, seed=args.seed), args.run_name, args.resume, args.overwrite)
+
+
+if __name__ == "__main__":
+    main()

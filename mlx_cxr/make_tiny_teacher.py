@@ -1,0 +1,83 @@
+"""Make a small base for the teacher: `python -m mlx_cxr.make_tiny_teacher --config configs/demo.yaml`.
+
+Writes a complete checkpoint of LFM2.5-VL's architecture (about a million parameters) to `teacher.base`, its language
+model trained on the reports of the training split: for machines and tests without the published base. Nothing that a
+teacher on it says carries over to the published one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.manifest import load_manifest
+from mlx_cxr.data.study_reports import load_reports
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.runs import provenance, write_json
+from mlx_cxr.teacher.tiny import make_tiny_teacher
+
+log = logging.getLogger("mlx_cxr")
+
+RECORD = "made_by_mlx_cxr.json"
+
+
+def run(config: Config) -> Path:
+    """Write the checkpoint, and return its folder.
+
+    Raises:
+        UserError: `teacher.base` is a hub id, or a folder that holds something that was not made here.
+        DataError: no manifest, no reports, or no training study with one.
+    """
+    device = runtime.start("make_tiny_teacher")
+    folder = Path(config.teacher.base)
+    if config.teacher.base == type(config.teacher)().base:
+        raise UserError(
+            f"teacher.base is {config.teacher.base}, the published base, which is fetched and not made here; "
+            "name a folder, such as --set teacher.base=weights/tiny-lfm2.5-vl"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
+        raise UserError(f"{folder} holds something that was not made here; name another folder as teacher.base")
+    manifest = load_manifest(config.manifest_path)
+    reports = load_reports(config.reports_path, manifest)
+    training = manifest.frame.loc[manifest.frame["split"] == "train", "study_id"].drop_duplicates()
+    texts = [reports.sections[study] for study in training if study in reports.sections]
+    if not texts:
+        raise DataError(f"{config.reports_path}: no training study has a report to train the language model on")
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = {"manifest": config.manifest_path, "reports": config.reports_path}
+    record = provenance("make_tiny_teacher", config.plain(), inputs, device)
+    write_json(folder / RECORD, record)
+    made = make_tiny_teacher(folder, texts, config.teacher.tiny, config.seed)
+    write_json(folder / RECORD, {**record, "made": made})
+    log.info(
+        "%s: %s parameters, %d reports, %.3f nats per token, %.0f s",
+        folder,
+        f"{made['parameters']:,}",
+        made["reports"],
+        made["loss"],
+        made["seconds"],
+    )
+    return folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.make_tiny_teacher", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--seed", type=int)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(load_config(args.config, args.overrides, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""LoRA fine-tuning as a task of the training loop: bucketed batches, accumulated gradients, masked cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
+from mlx_cxr.labels import SCORING_PROTOCOLS
+from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.lora import save_adapter
+from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
+from mlx_cxr.teacher.readout import answer_direction, finding_logits
+from mlx_cxr.teacher.scoring import prompt_embeddings, score
+from mlx_cxr.teacher.studies import Studies
+from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError
+from mlx_cxr.training.losses import Loss
+from mlx_cxr.training.optimizer import make_optimizer
+
+_SORTED_TOGETHER = 16
+"""Batches whose studies are sorted by length among themselves: little padding, and still a random order."""
+
+
+def lora_task(
+    base: Base,
+    form: PromptFormat,
+    studies: Studies,
+    targets: np.ndarray,
+    films: np.ndarray | None,
+    loss: Loss,
+    validate: Callable[[nn.Module], dict[str, float]],
+    config: TeacherConfig,
+    seed: int,
+) -> Task:
+    """The task of training the adapters on `base.model`.
+
+    Args:
+        base: with adapters attached.
+        form: of its prompts.
+        studies: training studies.
+        targets: float32 (N, 14) in [0, 1], NaN where unknown.
+        films: float16 (N, T, H) embeddings, or None for a teacher that reads text only.
+        loss: logits and targets to a scalar.
+        validate: as `Task.validate`.
+        config: the teacher's section.
+        seed: of the order of the studies.
+    """
+    training = config.training
+    plan = BatchPlan(studies.lengths(), training.batch_size, training.accumulate, seed)
+    steps_per_epoch = plan.steps
+    optimizer = make_optimizer(
+        learning_rate=training.learning_rate,
+        final_learning_rate=training.final_learning_rate,
+        warmup_fraction=training.warmup_fraction,
+        weight_decay=training.weight_decay,
+        total_steps=steps_per_epoch * training.epochs,
+    )
+    optimizer.init(base.model.trainable_parameters())
+
+    def batches(epoch: int, skip: int) -> Iterator[tuple[mx.array, ...]]:
+        for group in plan.epoch(epoch)[skip:]:
+            arrays: list[mx.array] = []
+            for items in group:
+                arrays += batch_arrays([studies.prompts[i] for i in items], training.bucket)
+                arrays.append(mx.array(targets[items]))
+                if films is not None:
+                    arrays.append(mx.array(films[items]))
+            yield tuple(arrays)
+
+    def tokens(epoch: int, skip: int) -> int:
+        return int(sum(plan.lengths[items].sum() for group in plan.epoch(epoch)[skip:] for items in group))
+
+    return Task(
+        model=base.model,
+        optimizer=optimizer,
+        step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (films is not None)),
+        batches=batches,
+        steps_per_epoch=steps_per_epoch,
+        samples=lambda epoch, skip: (steps_per_epoch - skip) * plan.accumulate * plan.batch_size,
+        validate=validate,
+        keep=lambda path: save_adapter(path.parent, base.model, base.identity),
+        best_name="adapter_weights/adapters.safetensors",
+        trainable_only=True,
+        tokens=tokens,
+        unit="studies",
+        remedy="lower teacher.training.learning_rate, or use teacher.training.precision: float32",
+    )
+
+
+class BatchPlan:
+    """Which studies go into which forward pass and step: a function of seed and epoch alone.
+
+    Attributes:
+        lengths: int (N,), tokens of each study's prompt.
+        batch_size: studies per forward pass; all of them where there are fewer.
+        accumulate: forward passes per step; as many as there are where there are fewer.
+        steps: per epoch; what is left over is left out of this epoch.
+
+    Raises:
+        TrainingDataError: no studies.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, accumulate: int, seed: int) -> None:
+        if not len(lengths):
+            raise TrainingDataError("no training study can be read; look at the manifest's summary for the reports")
+        self.lengths, self.seed = lengths, seed
+        self.batch_size = min(batch_size, len(lengths))
+        passes = len(lengths) // self.batch_size
+        self.accumulate = min(accumulate, passes)
+        self.steps = passes // self.accumulate
+
+    def epoch(self, epoch: int) -> list[list[np.ndarray]]:
+        """Per step, per forward pass: the studies, of like length within a pass."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        window = self.batch_size * _SORTED_TOGETHER
+        passes: list[np.ndarray] = []
+        for start in range(0, len(order) // self.batch_size * self.batch_size, window):
+            items = order[start : start + window]
+            items = items[np.argsort(self.lengths[items], kind="stable")]
+            passes += [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        passes = [items for items in passes if len(items) == self.batch_size]
+        mixed = [passes[i] for i in rng.permutation(len(passes))]
+        return [mixed[i * self.accumulate : (i + 1) * self.accumulate] for i in range(self.steps)]
+
+
+def batch_arrays(prompts: Sequence[Prompt], bucket: int) -> list[mx.array]:
+    """Token ids (B, L) and positions read (B, 14) of a batch."""
+    batch = padded(prompts, bucket)
+    return [mx.array(batch.ids), mx.array(batch.read)]
+
+
+def accumulating_step(
+    model: nn.Module,
+    form: PromptFormat,
+    optimizer: optim.Optimizer,
+    loss: Loss,
+    config: TeacherConfig,
+    arrays: int,
+) -> Callable[..., tuple[mx.array, mx.array]]:
+    """A step over several forward passes, whose mean loss it descends; one pass is in memory at a time.
+
+    Args:
+        model: with adapters, the only weights that are not frozen.
+        form: of the prompts.
+        optimizer: initialized.
+        loss: logits and targets to a scalar.
+        config: the teacher's section.
+        arrays: how many of the arguments belong to one pass: ids, read, targets and, with films, embeddings.
+    """
+    language = model.language_model
+    direction = answer_direction(language, form.yes, form.no)
+
+    def objective(ids: mx.array, read: mx.array, targets: mx.array, *film: mx.array) -> mx.array:
+        embeddings = prompt_embeddings(language, form, ids, *film)
+        logits = finding_logits(language, embeddings, read, direction, config.training.gradient_checkpointing)
+        return loss(logits, targets)
+
+    state = [model.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def gradient(*batch: mx.array) -> tuple[mx.array, dict]:
+        return nn.value_and_grad(model, objective)(*batch)
+
+    updated = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=updated, outputs=updated)
+    def update(gradients: dict) -> mx.array:
+        gradients, norm = optim.clip_grad_norm(gradients, config.training.clip_norm)
+        optimizer.update(model, gradients)
+        return norm
+
+    def step(*batches: mx.array) -> tuple[mx.array, mx.array]:
+        passes = [batches[i : i + arrays] for i in range(0, len(batches), arrays)]
+        total, summed = mx.array(0.0), None
+        for batch in passes:
+            value, gradients = gradient(*batch)
+            summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
+            total = total + value
+            mx.eval(total, summed, mx.random.state)
+        norm = update(tree_map(lambda g: g / len(passes), summed))
+        return total / len(passes), norm
+
+    return step
+
+
+def validator(
+    base: Base, form: PromptFormat, studies: Studies, films: np.ndarray | None, config: TeacherConfig
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What the loop calls after each epoch: loss and macro AUC per study, -1 and empty counted as 0.
+
+    Raises:
+        TrainingDataError: no label of these studies has both classes.
+    """
+    targets = SCORING_PROTOCOLS["empty_negative"].apply(studies.raw_labels)
+    if not both_classes(targets).any():
+        raise TrainingDataError(
+            f"{len(studies)} validation studies can be read and have both classes of no label, so the best weights "
+            "cannot be chosen; give more studies or another split"
+        )
+
+    def validate(_: nn.Module) -> dict[str, float]:
+        logits = score(base, form, studies.prompts, films, config).logits
+        if not np.isfinite(logits).all():
+            raise TrainingDivergedError(
+                "logits of validation studies are not finite; lower teacher.training.learning_rate. "
+                "The last saved state and the best weights so far are kept"
+            )
+        loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
+        return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
+
+    return validate

@@ -1,0 +1,149 @@
+"""LoRA adapters on the language model, in mlx-vlm's own schema, and the checks before one is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_cxr.config_sections import LoraConfig
+from mlx_cxr.errors import UserError
+from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
+from mlx_cxr.runs import read_json, write_json
+
+WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
+_LAYERS = "language_model.model.layers"
+
+
+class AdapterError(UserError, ValueError):
+    """An adapter that cannot be attached: to this base, in this shape, or at all; names file and fault."""
+
+
+def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
+    """Freeze the model and put fresh adapters on it, A uniform and B zero, so that nothing changes yet.
+
+    Args:
+        model: an LFM2.5-VL, quantized or not.
+        config: rank, scale, dropout, and which layers.
+        seed: of A.
+
+    Returns:
+        Names of the adapted layers.
+
+    Raises:
+        AdapterError: a module name that no decoder layer has, or more layers than there are.
+    """
+    from mlx_vlm.trainer.peft import get_peft_model
+
+    names = target_layers(model, config)
+    mx.random.seed(seed)
+    get_peft_model(model, names, rank=config.rank, alpha=config.alpha, dropout=config.dropout, verbose=False)
+    mx.eval(model.trainable_parameters())
+    return names
+
+
+def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the linear layers that a configuration adapts, in the order of the decoder.
+
+    Raises:
+        AdapterError: as `attach_lora`.
+    """
+    layers = model.language_model.model.layers
+    if config.layers is not None and config.layers > len(layers):
+        raise AdapterError(f"teacher.lora.layers {config.layers}: the base has {len(layers)} decoder layers")
+    first = len(layers) - (config.layers or len(layers))
+    linear = {
+        f"{number}.{name}"
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+    }
+    known = {name.split(".", 1)[1] for name in linear}
+    if unknown := [name for name in config.modules if name not in known]:
+        raise AdapterError(
+            f"teacher.lora.modules: the base has no {', '.join(unknown)}; "
+            f"its linear layers are {', '.join(sorted(known))}"
+        )
+    wanted = [f"{i}.{name}" for i in range(first, len(layers)) for name in config.modules]
+    names = [f"{_LAYERS}.{name}" for name in wanted if name in linear]
+    if not names:
+        raise AdapterError(
+            f"the last {config.layers} decoder layers have none of teacher.lora.modules; adapt more layers or modules"
+        )
+    return names
+
+
+def save_adapter(folder: Path, model: nn.Module, base: dict[str, Any]) -> None:
+    """Write `adapters.safetensors` and `adapter_config.json`, each atomically; `mlx_vlm` loads the folder as it is.
+
+    Args:
+        folder: made where it is not.
+        model: with adapters.
+        base: what says which base they belong to; stands under `base` in the settings, which mlx-vlm passes over.
+    """
+    settings = model._vlm_adapter_config
+    write_safetensors(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())), {"format": "mlx"})
+    write_json(folder / SETTINGS, {**settings, "base": base})
+
+
+def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
+    """Put a saved adapter on a fresh base, frozen and in evaluation mode.
+
+    Args:
+        model: the base.
+        folder: with the two files.
+        base: as `save_adapter` was given; every entry must agree.
+
+    Raises:
+        AdapterError: a file is missing or unreadable, the adapter is of another base or kind, or an array of it is
+            missing, superfluous, or of another rank or width than the settings say.
+    """
+    from mlx_vlm.trainer.peft import load_adapters
+
+    settings_path, weights_path = folder / SETTINGS, folder / WEIGHTS
+    for path in (settings_path, weights_path):
+        if not path.exists():
+            raise AdapterError(
+                f"{path} is missing: no teacher is saved there; run lfm_finetune, or give its --run_name"
+            )
+    settings = read_json(settings_path)
+    theirs = settings.get("base", {})
+    if faults := [
+        f"{key}: {theirs.get(key)} there, {value} here" for key, value in base.items() if theirs.get(key) != value
+    ]:
+        raise AdapterError(f"{settings_path} belongs to another base:\n  " + "\n  ".join(faults))
+    try:
+        parameters = settings["lora_parameters"]
+        keys, rank = parameters["keys"], parameters["rank"]
+    except (KeyError, TypeError):
+        raise AdapterError(f"{settings_path} lacks lora_parameters with keys and rank; is it a LoRA adapter?") from None
+    arrays, _ = read_safetensors(weights_path)
+    _check_arrays(weights_path, model, arrays, keys, rank)
+    load_adapters(model, folder)
+    model.freeze()
+    model.eval()
+
+
+def _check_arrays(path: Path, model: nn.Module, arrays: dict[str, mx.array], keys: list[str], rank: int) -> None:
+    modules = dict(model.named_modules())
+    expected = {}
+    for name in keys:
+        if name not in modules:
+            raise AdapterError(f"{path}: the base has no layer {name}; it was made for another base")
+        outputs, inputs = modules[name].weight.shape
+        if isinstance(modules[name], nn.QuantizedLinear):
+            inputs = inputs * 32 // modules[name].bits
+        expected |= {f"{name}.lora_a": (inputs, rank), f"{name}.lora_b": (rank, outputs)}
+    faults = [f"{name} is missing" for name in expected if name not in arrays]
+    faults += [f"{name} is not expected" for name in arrays if name not in expected]
+    faults += [
+        f"{name} is {arrays[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in arrays and tuple(arrays[name].shape) != shape
+    ]
+    if faults:
+        shown = "\n  ".join([*faults[:5], *([f"and {len(faults) - 5} more"] if len(faults) > 5 else [])])
+        raise AdapterError(f"{path} does not fit the base and {SETTINGS}:\n  {shown}")

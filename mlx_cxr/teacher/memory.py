@@ -1,0 +1,219 @@
+"""What fine-tuning and scoring take of memory, said before they start, and the setting that would fit if they don't.
+
+The count follows what each decoder layer keeps for the backward pass. For the 1.6B model on the CPU backend it is
+within 15 % of MLX's peak (`python -m mlx_cxr.benchmark --teacher_size full` shows both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_cxr import runtime
+from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.errors import UserError
+
+_RECOMPUTED = 2.8
+"""A recomputed layer's activations with the gradients that flow back through them, in multiples of the former."""
+_COPIES = 5
+"""Of each adapter weight in float32: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
+_SHARE = 0.7
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class MemoryLimitError(UserError, MemoryError):
+    """What was asked for does not fit; the message names the setting that would."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what holds them.
+
+    Attributes:
+        weights: the base as it is in memory.
+        adapters: LoRA weights, gradients and optimizer.
+        activations: of one forward pass and what its backward pass needs.
+    """
+
+    weights: int
+    adapters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.activations
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {value / 1e9:.2f}"
+            for name, value in (
+                ("weights", self.weights),
+                ("adapters and optimizer", self.adapters),
+                ("activations", self.activations),
+            )
+        )
+        return f"{self.total / 1e9:.2f} GB ({parts})"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The numbers of a decoder that decide its memory.
+
+    Attributes:
+        attention: for each layer, whether it is attention.
+        hidden: width.
+        inner: width of the feed-forward part.
+        keys: width of all keys.
+        heads: attention heads.
+        weight_bytes: of the base's arrays in memory.
+    """
+
+    attention: tuple[bool, ...]
+    hidden: int
+    inner: int
+    keys: int
+    heads: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Decoder:
+        """Read from an opened base, quantized or not."""
+        layers, text = model.language_model.model.layers, model.config.text_config
+        return cls(
+            attention=tuple(bool(layer.is_attention_layer) for layer in layers),
+            hidden=text.hidden_size,
+            inner=_outputs(layers[0].feed_forward.w1),
+            keys=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
+            heads=text.num_attention_heads,
+            weight_bytes=sum(value.nbytes for name, value in tree_flatten(model.parameters()) if "lora_" not in name),
+        )
+
+
+def training_estimate(
+    decoder: Decoder, adapted: Sequence[tuple[int, int]], config: TeacherConfig, longest: int, precision: str
+) -> MemoryEstimate:
+    """Of one step of fine-tuning.
+
+    Args:
+        decoder: of the base.
+        adapted: (inputs, outputs) of each adapted linear layer.
+        config: batch, rank, dropout, checkpointing and bucket are used.
+        longest: tokens of the longest prompt.
+        precision: of the base's activations, such as `float32`.
+    """
+    tokens, length = _tokens(config.training.batch_size, longest, config.training.bucket)
+    size = _BYTES[precision]
+    layers = len(decoder.attention)
+    kept = [_kept_elements(decoder, attention, length) * size for attention in decoder.attention]
+    if config.lora.dropout > 0:
+        # The dropped-out input in the adapters' float32, and its mask of one byte.
+        inputs = 5 * sum(width for width, _ in adapted) / layers
+        kept = [value + inputs for value in kept]
+    if config.training.gradient_checkpointing:
+        per_token = layers * decoder.hidden * size + _RECOMPUTED * max(kept)
+    else:
+        per_token = sum(kept)
+    weights = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in adapted)
+    return MemoryEstimate(decoder.weight_bytes, 4 * _COPIES * weights, round(tokens * per_token))
+
+
+def scoring_estimate(decoder: Decoder, config: TeacherConfig, longest: int, precision: str) -> MemoryEstimate:
+    """Of one batch of scoring: the widest moment of one layer, as nothing is kept."""
+    tokens, length = _tokens(config.batch_size, longest, config.training.bucket)
+    widest = 3 * decoder.hidden + 3 * decoder.inner
+    if any(decoder.attention):
+        widest = max(widest, 4 * decoder.hidden + 2 * decoder.heads * length)
+    return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * _BYTES[precision]))
+
+
+def adapted_widths(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
+    """(inputs, outputs) of linear layers by their full names."""
+    modules = dict(model.named_modules())
+    return [(_inputs(modules[name]), _outputs(modules[name])) for name in names]
+
+
+def memory_limit(config: TeacherConfig) -> int:
+    """Bytes that may be taken: `teacher.memory_limit_gb`, or 70 % of the machine's memory."""
+    if config.memory_limit_gb is not None:
+        return int(config.memory_limit_gb * 1e9)
+    return int(_SHARE * runtime.total_memory())
+
+
+def check_training_fits(
+    decoder: Decoder, adapted: Sequence[tuple[int, int]], config: TeacherConfig, longest: int, precision: str
+) -> MemoryEstimate:
+    """The estimate, or an error with a setting that would fit.
+
+    Raises:
+        MemoryLimitError: the estimate is above `memory_limit`.
+    """
+    estimate, limit = training_estimate(decoder, adapted, config, longest, precision), memory_limit(config)
+    if estimate.total <= limit:
+        return estimate
+    way = next(
+        (
+            f"--set {' --set '.join(f'teacher.{key}={value}' for key, value in settings.items())} would take {other}"
+            for settings in _remedies(config)
+            if (other := training_estimate(decoder, adapted, _with(config, settings), longest, precision)).total
+            <= limit
+        ),
+        "even one study at a time with gradient checkpointing would not fit: take a 4-bit copy of the base "
+        "(teacher.base), or a lower teacher.max_tokens",
+    )
+    raise MemoryLimitError(
+        f"fine-tuning would take about {estimate}, and {limit / 1e9:.1f} GB may be taken "
+        f"(teacher.memory_limit_gb); {way}"
+    )
+
+
+def _remedies(config: TeacherConfig) -> list[dict[str, Any]]:
+    """Settings that take less, in the order of what they cost: the same step in smaller passes, then recomputing."""
+    training = config.training
+    sizes = [training.batch_size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    ways: list[dict[str, Any]] = []
+    for recompute in (False,) if training.gradient_checkpointing else (False, True):
+        for size in sizes:
+            way: dict[str, Any] = {"training.gradient_checkpointing": "true"} if recompute else {}
+            if size != training.batch_size:
+                passes = max(1, training.accumulate * training.batch_size // size)
+                way |= {"training.batch_size": size, "training.accumulate": passes}
+            ways += [way] if way else []
+    return ways
+
+
+def _with(config: TeacherConfig, settings: dict[str, Any]) -> TeacherConfig:
+    values = {key.removeprefix("training."): value == "true" or value for key, value in settings.items()}
+    return config.model_copy(update={"training": config.training.model_copy(update=values)})
+
+
+def _tokens(batch_size: int, longest: int, bucket: int) -> tuple[int, int]:
+    length = -(-longest // bucket) * bucket
+    return batch_size * length, length
+
+
+def _kept_elements(decoder: Decoder, attention: bool, length: int) -> int:
+    """Elements per token that a layer keeps for its backward pass, adapters' inputs aside."""
+    hidden, inner, keys = decoder.hidden, decoder.inner, decoder.keys
+    # Two residuals, two norms, the last layer's output; gate, up, their product, and the gate's sigmoid and SiLU.
+    kept = 5 * hidden + 5 * inner
+    if attention:
+        # Queries, keys and values; both normed; both rotated; scores and weights; output and its projection.
+        return kept + 3 * (hidden + keys) + keys + 2 * decoder.heads * length + 2 * hidden
+    # Three gates in one projection, their product, padded; convolved, gated; the output's projection.
+    return kept + 8 * hidden
+
+
+def _outputs(linear: nn.Module) -> int:
+    return int(linear.weight.shape[0])
+
+
+def _inputs(linear: nn.Module) -> int:
+    packed = int(linear.weight.shape[1])
+    return packed * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else packed

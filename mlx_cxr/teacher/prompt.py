@@ -1,0 +1,210 @@
+"""The prompt: what the teacher reads of a study, then one line per finding, each with the position that is read.
+
+A study is read once. After the chat's opening come the film's image tokens and the report's sections, as far as they
+are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer to a finding is read where
+its line ends. The model is causal, so an answer sees the input and the lines above it, and nothing that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr.errors import UserError
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import hash_of
+
+INSTRUCTION = "Is each finding present on this chest radiograph? Answer yes or no."
+ANSWERS = (" yes", " no")
+_KEPT_LONGEST = ("impression", "last_paragraph")
+_SENTINEL = "@@study@@"
+
+
+class PromptError(UserError, ValueError):
+    """A base whose tokenizer or chat template cannot carry the prompt, or a prompt with no room for its input."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One study as the model reads it.
+
+    Attributes:
+        ids: int32 (L,) token ids.
+        read: int32 (14,) positions in `ids` whose next token would be the answer, in the order of `LABELS`.
+        cut: report tokens that were left out for want of room.
+    """
+
+    ids: np.ndarray
+    read: np.ndarray
+    cut: int
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Token ids of everything in a prompt that does not change from study to study.
+
+    Attributes:
+        head: the chat's opening.
+        image: the film's tokens, with their start and end; empty without a film.
+        tail: instruction, end of the user's turn, opening of the assistant's.
+        lines: per finding of `order`, the line's tokens up to the one that is read.
+        order: labels of the lines, as they are written.
+        yes: id of the answer "yes".
+        no: id of the answer "no".
+        image_token: id that stands for a patch of the film.
+        max_tokens: longest prompt.
+    """
+
+    head: tuple[int, ...]
+    image: tuple[int, ...]
+    tail: tuple[int, ...]
+    lines: tuple[tuple[int, ...], ...]
+    order: tuple[str, ...]
+    yes: int
+    no: int
+    image_token: int
+    max_tokens: int
+    tokenizer: Any
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, *, image_tokens: int = 0, max_tokens: int = 768, order: Sequence[str] = LABELS
+    ) -> PromptFormat:
+        """Cut the prompt's fixed parts into tokens.
+
+        Args:
+            tokenizer: of the base, with its chat template.
+            image_tokens: patches of the film after the pixel unshuffle; 0 for none.
+            max_tokens: longest prompt, the 14 lines included.
+            order: the 14 labels in the order of their lines.
+
+        Raises:
+            PromptError: no chat template, a template that drops or changes the user's text, or answers that begin
+                with the same token.
+        """
+        try:
+            chat = tokenizer.apply_chat_template(
+                [{"role": "user", "content": _SENTINEL}], add_generation_prompt=True, tokenize=False
+            )
+        except (ValueError, AttributeError) as error:
+            raise PromptError(
+                f"the base's tokenizer has no chat template ({error}); use an instruction-tuned base"
+            ) from None
+        if chat.count(_SENTINEL) != 1:
+            raise PromptError("the base's chat template does not give back the user's text once; use another base")
+        head, tail = chat.split(_SENTINEL)
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+        yes, no = (ids(answer)[0] for answer in ANSWERS)
+        if yes == no:
+            raise PromptError(f"the base's tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} alike; use another base")
+        image, image_token = (), -1
+        if image_tokens:
+            image_token, start, end = (
+                tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|image_start|>", "<|image_end|>")
+            )
+            image = (start, *[image_token] * image_tokens, end)
+        return cls(
+            head=ids(head),
+            image=image,
+            tail=ids(f"{INSTRUCTION}{tail}"),
+            lines=tuple(ids(f"{name}:" if number == 0 else f"\n{name}:") for number, name in enumerate(order)),
+            order=tuple(order),
+            yes=yes,
+            no=no,
+            image_token=image_token,
+            max_tokens=max_tokens,
+            tokenizer=tokenizer,
+        )
+
+    @property
+    def fixed(self) -> int:
+        """Tokens of a prompt that holds no report."""
+        return sum(map(len, (self.head, self.image, self.tail, *self.lines)))
+
+    def sha256(self) -> str:
+        """Hash of all that decides a prompt but the study: a cache of answers is good for this one only."""
+        parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
+        return hash_of({name: getattr(self, name) for name in parts})
+
+    def prompt(self, sections: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """The prompt of one study.
+
+        Args:
+            sections: (name, text) of the report, in the order in which they are to be read.
+
+        Raises:
+            PromptError: `max_tokens` leaves no room for the report.
+        """
+        cut = 0
+        texts: list[list[int]] = []
+        if sections:
+            room = self.max_tokens - self.fixed
+            texts = [
+                self.tokenizer.encode(f"{name.replace('_', ' ').capitalize()}: {text}\n", add_special_tokens=False)
+                for name, text in sections
+            ]
+            whole = sum(map(len, texts))
+            texts = _fitted([name for name, _ in sections], texts, room)
+            cut = whole - sum(map(len, texts))
+        ids = [*self.head, *self.image, *(token for text in texts for token in text), *self.tail]
+        read = np.empty(len(LABELS), dtype=np.int32)
+        for name, line in zip(self.order, self.lines, strict=True):
+            ids += line
+            read[LABELS.index(name)] = len(ids) - 1
+        if len(ids) > self.max_tokens:
+            raise PromptError(f"teacher.max_tokens {self.max_tokens} is less than the {self.fixed} that a prompt needs")
+        return Prompt(np.array(ids, dtype=np.int32), read, cut)
+
+
+def _fitted(names: Sequence[str], texts: list[list[int]], room: int) -> list[list[int]]:
+    """Cut sections to the room there is: the impression last of all, a whole report from its beginning.
+
+    Radiologists state what matters in the impression, which stands at the end of a whole report.
+    """
+    if room <= 0 and any(texts):
+        raise PromptError("teacher.max_tokens leaves no room for the report; raise it, or lower teacher.image_size")
+    excess = sum(map(len, texts)) - room
+    texts = list(texts)
+    # Stable: of equals, the first in the order of reading is cut first.
+    for i in sorted(range(len(texts)), key=lambda i: names[i] in _KEPT_LONGEST):
+        if excess <= 0:
+            break
+        taken = min(excess, len(texts[i]))
+        kept = len(texts[i]) - taken
+        texts[i] = texts[i][len(texts[i]) - kept :] if names[i] == "whole" else texts[i][:kept]
+        excess -= taken
+    return texts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the right to one length.
+
+    Attributes:
+        ids: int32 (B, L).
+        read: int32 (B, 14).
+        tokens: of the prompts, without padding.
+    """
+
+    ids: np.ndarray
+    read: np.ndarray
+    tokens: int
+
+
+def padded(prompts: Sequence[Prompt], bucket: int, pad: int = 0) -> PromptBatch:
+    """Stack prompts; the length is the longest one's, up to a multiple of `bucket`.
+
+    Padding follows all that is read, and the model is causal: it changes nothing.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    length = -(-longest // bucket) * bucket
+    ids = np.full((len(prompts), length), pad, dtype=np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt.ids)] = prompt.ids
+    return PromptBatch(ids, np.stack([prompt.read for prompt in prompts]), sum(len(p.ids) for p in prompts))

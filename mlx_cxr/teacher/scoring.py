@@ -1,0 +1,106 @@
+"""Answers for many studies: batches of like length, compiled once per shape, in the order that was asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
+from mlx_cxr.teacher.readout import answer_direction, finding_states
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a teacher says of some studies.
+
+    Attributes:
+        logits: float32 (N, 14), in the order of `LABELS`.
+        features: float16 (N, H), mean of the normed states that the answers are read from.
+        tokens: read, without padding.
+        seconds: median time of a batch times the number of batches, the first of each shape (compiled then) left out.
+    """
+
+    logits: np.ndarray
+    features: np.ndarray
+    tokens: int
+    seconds: float
+
+
+def prompt_embeddings(
+    language_model: nn.Module, form: PromptFormat, ids: mx.array, film: mx.array | None = None
+) -> mx.array:
+    """(B, L, H): token embeddings, with the film's in the place of its tokens.
+
+    Args:
+        language_model: the decoder.
+        form: says where the film's tokens stand: at the same place in every prompt.
+        ids: int (B, L).
+        film: (B, T, H), or None.
+    """
+    embeddings = language_model.model.embed_tokens(ids)
+    if film is None:
+        return embeddings
+    start = len(form.head) + 1
+    stop = start + film.shape[1]
+    return mx.concatenate([embeddings[:, :start], film.astype(embeddings.dtype), embeddings[:, stop:]], axis=1)
+
+
+def score(
+    base: Base,
+    form: PromptFormat,
+    prompts: Sequence[Prompt],
+    films: np.ndarray | None,
+    config: TeacherConfig,
+    done: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+) -> Answers:
+    """Score studies, the longest first, so that what does not fit in memory fails at once.
+
+    Args:
+        base: the model, with or without adapters; left in the mode that it was in.
+        form: of its prompts.
+        prompts: of the studies.
+        films: float16 (N, T, H), or None.
+        config: `batch_size` and `training.bucket` are used.
+        done: called after each batch with its rows, logits and features, as for a cache.
+    """
+    language = base.model.language_model
+    was_training = base.model.training
+    base.model.eval()
+    direction = answer_direction(language, form.yes, form.no)
+
+    def forward(ids: mx.array, read: mx.array, *film: mx.array) -> tuple[mx.array, mx.array]:
+        states = finding_states(language, prompt_embeddings(language, form, ids, *film), read)
+        return states.astype(mx.float32) @ direction, mx.mean(states.astype(mx.float32), axis=1)
+
+    compiled = mx.compile(forward, inputs=base.model.state)
+    order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
+    logits = np.empty((len(prompts), 14), dtype=np.float32)
+    features = np.empty((len(prompts), base.hidden_size), dtype=np.float16)
+    seen: set[tuple[int, ...]] = set()
+    times: list[float] = []
+    tokens = 0
+    try:
+        for start in range(0, len(order), config.batch_size):
+            rows = order[start : start + config.batch_size]
+            batch = padded([prompts[i] for i in rows], config.training.bucket)
+            film = () if films is None else (mx.array(films[rows]),)
+            begun = time.perf_counter()
+            answer, feature = compiled(mx.array(batch.ids), mx.array(batch.read), *film)
+            mx.eval(answer, feature)
+            if batch.ids.shape in seen:
+                times.append((time.perf_counter() - begun) / len(rows))
+            seen.add(batch.ids.shape)
+            logits[rows], features[rows] = np.array(answer), np.array(feature).astype(np.float16)
+            tokens += batch.tokens
+            if done is not None:
+                done(rows, logits[rows], features[rows])
+    finally:
+        base.model.train(was_training)
+    return Answers(logits, features, tokens, float(np.median(times)) * len(prompts) if times else float("nan"))
