@@ -2,14 +2,17 @@
 
 Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
 (`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test
-with tables and plots, for the comparison. Killed, it goes on where it was.
+with tables and plots, for the comparison; with `--zero_shot` also those of the base without the adapter, in
+`zero_shot/`. Killed, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from mlx_cxr.evaluation.predictions import Predictions, join, study_level
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.runs import provenance, read_json
 from mlx_cxr.scoring_report import write_cost, write_scores
-from mlx_cxr.teacher.lora import WEIGHTS
+from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
 from mlx_cxr.teacher.scoring import Answers, score
 from mlx_cxr.teacher.studies import Studies
 from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
@@ -30,12 +33,13 @@ from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
 log = logging.getLogger("mlx_cxr")
 
 
-def run(config: Config, teacher_run: str | None = None) -> Path:
+def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False) -> Path:
     """Cache a teacher's answers, and return its run's folder.
 
     Args:
         config: the experiment; manifest, reports and films must be those that the teacher was trained on.
         teacher_run: folder under `outputs`; None takes `teacher.run_name`.
+        zero_shot: score validation and test without the adapter too.
 
     Raises:
         RunFormatError: there is no such run, or it was trained for something else.
@@ -77,7 +81,8 @@ def run(config: Config, teacher_run: str | None = None) -> Path:
     inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
     record = provenance("cache_teacher_outputs", config.plain(), inputs, device)
     predictions = join(validation, _predictions(test, answers.logits))
-    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record)
+    score_of = f"what the teacher says to its {teacher.record['reads']}"
+    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record, score_of)
     size = teacher.config.teacher.batch_size
     write_cost(
         teacher.folder,
@@ -89,7 +94,30 @@ def run(config: Config, teacher_run: str | None = None) -> Path:
         f"forward pass, batch {size}",
         device=device,
     )
+    if zero_shot:
+        _score_zero_shot(teacher, material, learned.of_split("validate"), test, config, record)
     return teacher.folder
+
+
+def _score_zero_shot(
+    teacher: TrainedTeacher,
+    material: Material,
+    validation: Studies,
+    test: Studies,
+    config: Config,
+    record: Mapping[str, Any],
+) -> None:
+    with adapters_off(teacher.base.model):
+        parts = [_predictions(part, _answers(teacher, material, part).logits) for part in (validation, test)]
+    write_scores(
+        teacher.folder / "zero_shot",
+        join(*parts),
+        teacher.protocol,
+        material.manifest,
+        config,
+        record,
+        f"what the base says to its {teacher.record['reads']}, without the adapter",
+    )
 
 
 def _fill(writer: SoftLabelWriter, teacher: TrainedTeacher, material: Material, studies: Studies) -> None:
@@ -126,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config_arguments(parser)
     parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
+    parser.add_argument("--zero_shot", action="store_true", help="score the base without its adapter too")
     return parser
 
 
@@ -133,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
     with readable_errors():
-        run(load_config(args.config, args.overrides), args.teacher_run)
+        run(load_config(args.config, args.overrides), args.teacher_run, args.zero_shot)
 
 
 if __name__ == "__main__":

@@ -218,9 +218,12 @@ class ExplainConfig(Section):
 
 
 class PipelineConfig(Section):
-    """What stops the pipeline."""
+    """How far the pipeline goes, and what stops it."""
 
+    teacher: bool = True
+    """Go on after the CNN to teacher, student, comparison and failure analysis; needs reports."""
     min_val_auc: Fraction = 0.80
+    """Least validation macro AUC of the CNN, per film."""
 
 
 Sections = tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...]
@@ -310,7 +313,8 @@ class TeacherConfig(Section):
     """What training may take; None takes 70 % of the machine's memory."""
     lora: LoraConfig = LoraConfig()
     training: FineTuningConfig = FineTuningConfig()
-    tiny: TinyTeacherConfig = TinyTeacherConfig()
+    tiny: TinyTeacherConfig | None = None
+    """Where given, the pipeline makes the base, at the folder `base`, as `make_tiny_teacher` does."""
 
 
 class DistillationConfig(Section):
@@ -341,5 +345,7 @@ class ComparisonConfig(Section):
 
     controls: tuple[Literal["hard", "smoothed", "shuffled"], ...] = ()
     """Students that the pipeline trains beside the taught one, with that in the teacher's place."""
+    graded: tuple[Annotated[Sections, Field(min_length=1)], ...] = ()
+    """Further teachers that the pipeline trains, by the report sections that each may read."""
     min_retention: Fraction = 0.90
     """Least share of the teacher's test macro AUC that the student keeps."""

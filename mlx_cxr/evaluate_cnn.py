@@ -33,12 +33,13 @@ from mlx_cxr.training.scoring import compiled_forward
 log = logging.getLogger("mlx_cxr")
 
 
-def run(config: Config, run_name: str | None = None) -> Path:
+def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     """Evaluate a run on the data it was trained for, and return its folder.
 
     Args:
         config: the experiment; manifest, pixels and model must be those of the run.
         run_name: folder under `outputs`; None takes `run_name` of the configuration.
+        maps: draw and test maps too; scores need none.
 
     Raises:
         RunFormatError: there is no such run, it is not trained yet, or it was trained for something else.
@@ -63,7 +64,8 @@ def run(config: Config, run_name: str | None = None) -> Path:
     predictions = join(*parts)
     points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
     measure_cost(trained, test, config, device)
-    explain(trained, validation, test, predictions.of_split("test"), points, config)
+    if maps:
+        explain(trained, validation, test, predictions.of_split("test"), points, config)
     return trained.folder
 
 
@@ -129,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mlx_cxr.evaluate_cnn", description=__doc__.splitlines()[0])
     add_config_arguments(parser)
     parser.add_argument("--run_name", help="folder under outputs/; default: run_name of the configuration")
+    parser.add_argument("--without_maps", action="store_true", help="scores only, as for a control")
     return parser
 
 
@@ -136,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
     with readable_errors():
-        run(load_config(args.config, args.overrides), args.run_name)
+        run(load_config(args.config, args.overrides), args.run_name, not args.without_maps)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.config_sections import TeacherConfig, TinyTeacherConfig
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.data.tables import DataError
@@ -34,7 +35,7 @@ def run(config: Config) -> Path:
     """
     device = runtime.start("make_tiny_teacher")
     folder = Path(config.teacher.base)
-    if config.teacher.base == type(config.teacher)().base:
+    if config.teacher.base == TeacherConfig().base:
         raise UserError(
             f"teacher.base is {config.teacher.base}, the published base, which is fetched and not made here; "
             "name a folder, such as --set teacher.base=weights/tiny-lfm2.5-vl"
@@ -51,7 +52,7 @@ def run(config: Config) -> Path:
     inputs = {"manifest": config.manifest_path, "reports": config.reports_path}
     record = provenance("make_tiny_teacher", config.plain(), inputs, device)
     write_json(folder / RECORD, record)
-    made = make_tiny_teacher(folder, texts, config.teacher.tiny, config.seed)
+    made = make_tiny_teacher(folder, texts, config.teacher.tiny or TinyTeacherConfig(), config.seed)
     write_json(folder / RECORD, {**record, "made": made})
     log.info(
         "%s: %s parameters, %d reports, %.3f nats per token, %.0f s",

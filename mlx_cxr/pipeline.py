@@ -1,8 +1,9 @@
 """Run every stage of an experiment in order: `python -m mlx_cxr.pipeline --config configs/demo.yaml`.
 
-A stage whose configuration, inputs and outputs are unchanged is skipped, and the reason is said either way.
-What was done is recorded in `<data.work_dir>/pipeline.json` and `outputs/<run>/pipeline.json`. A gate of the
-configuration that is not met stops the pipeline with status 3.
+A stage whose configuration, inputs and outputs are unchanged is skipped, and the reason is said either way. What was
+done is recorded in a `pipeline.json` in each folder that a stage writes: the data's, each run's, the comparison's.
+A gate of the configuration that is not met ends the pipeline with status 3: that of the CNN at once, those of the
+comparison when all is done.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlx_cxr import build_manifest, evaluate_cnn, make_demo_data, prepare_images, runtime, train_cnn
+from mlx_cxr import compare_models, failure_analysis, runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.evaluation.comparison_statement import gate_lines
+from mlx_cxr.evaluation.comparison_tables import closing_comparison, comparison_block
 from mlx_cxr.evaluation.tables import closing_table
 from mlx_cxr.freshness import Ledger, fingerprint
+from mlx_cxr.pipeline_steps import steps
+from mlx_cxr.readme import replace_block
 from mlx_cxr.runs import RunExistsError, read_json
 from mlx_cxr.showcase import update_readme
 
@@ -28,75 +30,6 @@ log = logging.getLogger("mlx_cxr")
 
 class GateError(UserError, RuntimeError):
     """A figure lies below what the configuration asks for."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage as the pipeline sees it.
-
-    Attributes:
-        name: the stage.
-        run: does it; gets whether to go on with a stopped run.
-        settings: top-level configuration keys it reads.
-        inputs: files it reads; looked for when its turn comes.
-        outputs: files it leaves.
-        in_run: whether it writes into the run's folder, rather than the data folder.
-    """
-
-    name: str
-    run: Callable[[bool], Any]
-    settings: tuple[str, ...]
-    inputs: Callable[[], list[Path]]
-    outputs: tuple[Path, ...]
-    in_run: bool = False
-
-
-def steps(config: Config, run_name: str | None = None) -> list[Step]:
-    """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic."""
-    run_dir = config.run_dir(run_name)
-    pixel_index = config.pixels_path.with_suffix(".json")
-    made = [config.manifest_path, pixel_index]
-    weights = run_dir / "best_model.safetensors"
-    chain = [
-        Step(
-            "build_manifest",
-            lambda _: build_manifest.run(config),
-            ("seed", "data"),
-            lambda: build_manifest.source_tables(config),
-            (config.manifest_path, config.splits_path),
-        ),
-        Step(
-            "prepare_images",
-            lambda _: prepare_images.run(config),
-            ("pixels",),
-            lambda: [config.manifest_path],
-            (config.pixels_path, pixel_index),
-        ),
-        Step(
-            "train_cnn",
-            lambda resume: train_cnn.run(config, run_name, resume=resume, overwrite=not resume),
-            ("seed", "labels", "model", "augment", "training", "pixels"),
-            lambda: made,
-            (weights, run_dir / "training.json"),
-            in_run=True,
-        ),
-        Step(
-            "evaluate_cnn",
-            lambda _: evaluate_cnn.run(config, run_name),
-            ("seed", "evaluation", "explain"),
-            lambda: [*made, weights],
-            tuple(run_dir / name for name in ("predictions.csv", "test_results.json", "findings.md")),
-            in_run=True,
-        ),
-    ]
-    if config.data.synthetic:
-        tables = config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz"
-        # A cohort of an older version gives way to this one's; anything else in its place is still refused.
-        demo = Step(
-            "make_demo_data", lambda _: make_demo_data.run(config, overwrite=True), ("seed", "demo"), list, (tables,)
-        )
-        chain.insert(0, demo)
-    return chain
 
 
 def run(
@@ -108,36 +41,38 @@ def run(
     ignore_gates: bool = False,
     readme: Path | None = None,
 ) -> Path:
-    """Bring an experiment up to date, and return the run's folder.
+    """Bring an experiment up to date, and return the CNN run's folder.
 
     Args:
         config: the experiment.
-        run_name: folder under `outputs`; None takes `run_name` of the configuration.
+        run_name: folder of the CNN under `outputs`; None takes `run_name` of the configuration.
         start_at: run this stage and those after it, up to date or not.
-        overwrite: replace a run of that name that was made with another configuration or other data.
+        overwrite: replace runs that were made with another configuration or other data.
         ignore_gates: go on, and say so, where a gate is not met.
         readme: a README whose figures and picture are replaced with this run's.
 
     Raises:
         GateError: a gate is not met.
-        RunExistsError: the run is there, made differently, and `overwrite` is false.
+        RunExistsError: a run is there, made differently, and `overwrite` is false.
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
     runtime.start("pipeline")
-    run_dir, begun = config.run_dir(run_name), time.perf_counter()
-    chain = steps(config, run_name)
+    if run_name is not None:
+        config = config.model_copy(update={"run_name": run_name})
+    run_dir, begun = config.run_dir(), time.perf_counter()
+    chain = steps(config)
     names = [step.name for step in chain]
     if start_at is not None and start_at not in names:
         raise UserError(f"--start_at {start_at}: the stages of this experiment are {', '.join(names)}")
     forced = names[names.index(start_at) :] if start_at else []
-    data_ledger, run_ledger = Ledger(config.data.work_dir / "pipeline.json"), Ledger(run_dir / "pipeline.json")
+    ledgers = {step.folder: Ledger(step.folder / "pipeline.json") for step in chain}
     data_changed = False
     for number, step in enumerate(chain, 1):
-        ledger = run_ledger if step.in_run else data_ledger
+        ledger, of_data = ledgers[step.folder], step.folder == config.data.work_dir
         plain = config.plain()
         now = fingerprint({key: plain[key] for key in step.settings}, step.inputs())
         why = ledger.why_run(step.name, now, step.outputs) or ("asked for" if step.name in forced else "")
-        if not why and data_changed and not step.in_run:
+        if not why and data_changed and of_data:
             # Films can change under tables that do not; the stage itself looks at the films.
             why = "an earlier stage ran"
         title = f"[{number}/{len(chain)}] {step.name}"
@@ -145,23 +80,44 @@ def run(
             log.info("%s: up to date, skipped (configuration, inputs and outputs unchanged)", title)
         else:
             log.info("%s: runs (%s)", title, why)
-            resume = False
-            if step.name == "train_cnn":
-                resume = _may_resume(run_dir, ledger.changes(step.name, now), step.name in forced, overwrite)
+            changes = ledger.changes(step.name, now)
+            resume = step.trains and _may_resume(step.folder, changes, step.name in forced, overwrite)
             ledger.record(step.name, now, finished=False)
             step.run(resume)
             ledger.record(step.name, now, finished=True)
-            data_changed = data_changed or not step.in_run
+            data_changed = data_changed or of_data
         if step.name == "train_cnn":
             check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)
-    results, seconds = read_json(run_dir / "test_results.json"), time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
     if readme is not None:
         update_readme(readme, run_dir, seconds)
-    log.info("\n%s\nDone in %.0f s. To open:", closing_table(results), seconds)
-    for name in ("results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json"):
-        if (run_dir / name).exists():
-            log.info("  %s", run_dir / name)
+    if config.pipeline.teacher:
+        _close_with_comparison(config, seconds, ignore_gates, readme)
+    else:
+        log.info("\n%s\nDone in %.0f s. To open:", closing_table(read_json(run_dir / "test_results.json")), seconds)
+        _say_where(run_dir, "results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json")
     return run_dir
+
+
+def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, readme: Path | None) -> None:
+    folder, student = compare_models.comparison_dir(config), config.run_dir(config.distillation.run_name)
+    comparison = read_json(folder / "final_comparison.json")
+    if readme is not None:
+        replace_block(readme, compare_models.BLOCK, comparison_block(comparison))
+    closing = failure_analysis.closing_lines(student / "failure_analysis")
+    log.info("\n%s\n\n%s\nDone in %.0f s. To open:", closing_comparison(comparison), closing, seconds)
+    _say_where(folder, "final_comparison.md", "calibration_comparison.png")
+    _say_where(student, "failure_analysis/summary.md", "results.md", "findings.md", "grad_cam")
+    _say_where(config.run_dir(), "results.md", "findings.md")
+    for gate, line in zip(comparison["gates"].values(), gate_lines(comparison), strict=True):
+        if not gate["met"] and not ignore_gates:
+            raise GateError(f"gate {line}. Everything is written; --ignore_gates ends with success all the same")
+
+
+def _say_where(folder: Path, *names: str) -> None:
+    for name in names:
+        if (folder / name).exists():
+            log.info("  %s", folder / name)
 
 
 def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> bool:

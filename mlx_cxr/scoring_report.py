@@ -20,7 +20,7 @@ from mlx_cxr.config import Config
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.evaluation import plots
 from mlx_cxr.evaluation.predictions import Predictions, write_predictions
-from mlx_cxr.evaluation.results import OperatingPoints, evaluate, fit_operating_points
+from mlx_cxr.evaluation.results import MEAN_OF_FILMS, OperatingPoints, evaluate, fit_operating_points
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.tables import results_markdown
 from mlx_cxr.runs import write_json, write_text
@@ -35,6 +35,7 @@ def write_scores(
     manifest: Manifest,
     config: Config,
     record: Mapping[str, Any],
+    score: str = MEAN_OF_FILMS,
 ) -> OperatingPoints:
     """Fit on validation, score test, and write what follows from it.
 
@@ -50,6 +51,7 @@ def write_scores(
         manifest: what the studies are from.
         config: the experiment.
         record: `runs.provenance`, kept in the results.
+        score: what a study's score is, in words.
 
     Returns:
         What was fitted on validation.
@@ -77,6 +79,7 @@ def write_scores(
         provenance=record,
         train=(study_metadata(frame[in_training]), manifest.raw_labels[first]),
         test_metadata=study_metadata(_rows_of_studies(frame, test.study_ids)),
+        score=score,
     )
     write_json(folder / "test_results.json", results)
     write_text(folder / "results.md", results_markdown(results))

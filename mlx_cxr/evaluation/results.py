@@ -4,7 +4,7 @@ An interval is `{"value", "low", "high", "replicates"}`: the estimate, its 95 % 
 patients, and how many resamples were valid. What is undefined is null. Keys:
 
 - `schema` (1), `split` (`test`), `run`, `synthetic`, `notice`.
-- `unit`: `study`; a study's logit is the mean over its films.
+- `unit`: `study`. `score`: what a study's score is, in words.
 - `counts`: `validate` and `test` to `studies` and `patients`.
 - `fitted_under`: the protocol under which thresholds and temperatures were fitted on validation; `threshold_rule`.
 - `operating_points`: label to `threshold` (on the calibrated probability), `threshold_source`, `temperature`,
@@ -63,6 +63,7 @@ from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.wording import footer
 
 SCHEMA = 1
+MEAN_OF_FILMS = "the mean logit of its films"
 MEANINGS = {
     "empty_negative": "uncertain (-1) and not mentioned (empty) count as absent",
     "empty_masked": "only explicit present and absent count; uncertain and not mentioned are left out",
@@ -116,6 +117,7 @@ def evaluate(
     provenance: Mapping[str, Any],
     train: tuple[pd.DataFrame, np.ndarray] | None = None,
     test_metadata: pd.DataFrame | None = None,
+    score: str = MEAN_OF_FILMS,
 ) -> dict[str, Any]:
     """The content of `test_results.json`, as this module's docstring describes it.
 
@@ -130,6 +132,7 @@ def evaluate(
         provenance: `runs.provenance`.
         train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
         test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
+        score: what a study's score is, in words.
 
     Raises:
         PredictionsError: a split is missing.
@@ -149,6 +152,7 @@ def evaluate(
         "synthetic": synthetic,
         "notice": footer(synthetic),
         "unit": "study",
+        "score": score,
         "counts": {part.split[0]: _counts(part) for part in (validation, test)},
         "fitted_under": points.protocol,
         "threshold_rule": points.thresholds.rule,

@@ -25,7 +25,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
         "",
         *notice_lines(results["synthetic"]),
         f"Test split: {counts['test']['studies']} studies of {counts['test']['patients']} patients; a study's score is "
-        f"the mean logit of its films. {intervals} Thresholds (rule: {results['threshold_rule']}) and temperatures "
+        f"{results['score']}. {intervals} Thresholds (rule: {results['threshold_rule']}) and temperatures "
         f"were fitted on {counts['validate']['studies']} validation studies under the protocol "
         f"`{results['fitted_under']}`. Figures of different protocols are not comparable.",
         "",

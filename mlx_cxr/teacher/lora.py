@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,20 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
     load_adapters(model, folder)
     model.freeze()
     model.eval()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base as it is without its adapters, for as long as the context lasts: what it answers zero-shot."""
+    adapted = [module for _, module in model.named_modules() if "lora_a" in module]
+    scales = [module.scale for module in adapted]
+    try:
+        for module in adapted:
+            module.scale = 0.0
+        yield
+    finally:
+        for module, scale in zip(adapted, scales, strict=True):
+            module.scale = scale
 
 
 def _check_arrays(path: Path, model: nn.Module, arrays: dict[str, mx.array], keys: list[str], rank: int) -> None:

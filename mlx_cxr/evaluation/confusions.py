@@ -1,0 +1,130 @@
+"""Which findings are there when another one is called wrongly: confusion between findings, as lifts and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+
+from mlx_cxr.evaluation.bootstrap import PatientResamples, patient_bootstrap, percentile_interval
+from mlx_cxr.evaluation.failures import Judged
+from mlx_cxr.evaluation.figures import BLACK, page, save
+from mlx_cxr.labels import LABELS
+from mlx_cxr.wording import number
+
+MIN_COUNT = 5
+"""A lift wants so many false positives, and so many studies with the other finding among those that could be one."""
+
+
+def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
+    """How often each finding is present among the false positives of another, against how often it is anyway.
+
+    Args:
+        judged: the studies.
+        resamples: of their patients.
+
+    Returns:
+        Each of the 14 to `false_positives` and `present`: each other finding to `count` (false positives with it),
+        `base_rate` (its share among all studies whose label of the first is 0, from which its false positives come) and
+        the interval `lift`, the share among the false positives over the base rate. The lift is undefined with fewer
+        than `MIN_COUNT` false positives, or fewer than that many studies with the other finding in the base.
+    """
+    present = (judged.raw_labels == 1).astype(np.float64)
+    result = {}
+    for a, label in enumerate(LABELS):
+        wrong = judged.false_positive[:, a].astype(np.float64)
+        base = (judged.targets[:, a] == 0).astype(np.float64)
+
+        def lifts(weights: np.ndarray, wrong: np.ndarray = wrong, base: np.ndarray = base) -> np.ndarray:
+            return _share(weights * wrong, present) / _positive(_share(weights * base, present))
+
+        counts, in_base = wrong @ present, base @ present
+        enough = (wrong.sum() >= MIN_COUNT) & (in_base >= MIN_COUNT)
+        values = np.where(enough, lifts(np.ones((1, len(wrong))))[0], np.nan)
+        replicates = patient_bootstrap(lifts, resamples)
+        result[label] = {
+            "false_positives": int(wrong.sum()),
+            "present": {
+                other: {
+                    "count": int(counts[b]),
+                    "base_rate": float(in_base[b] / base.sum()) if base.any() else np.nan,
+                    "lift": percentile_interval(float(values[b]), replicates[:, b]).plain(),
+                }
+                for b, other in enumerate(LABELS)
+                if b != a
+            },
+        }
+    return result
+
+
+def confused_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pairs whose lift's interval lies above 1, the highest first: `called`, `present`, `count` and the interval."""
+    pairs = [
+        {"called": called, "present": present, "count": cell["count"], **cell["lift"]}
+        for called, entry in found.items()
+        for present, cell in entry["present"].items()
+    ]
+    return sorted((pair for pair in pairs if pair["low"] > 1), key=lambda pair: -pair["value"])
+
+
+def lifts_with_an_interval(found: Mapping[str, Any]) -> int:
+    """How many pairs were looked at."""
+    return sum(
+        not np.isnan(cell["lift"]["low"]) for entry in found.values() for cell in entry["present"].values()
+    )
+
+
+def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, synthetic: bool) -> Path:
+    """Write the matrix of lifts as a PNG.
+
+    Args:
+        path: of the PNG, written atomically.
+        found: of `confusions`.
+        cohort: a line on what it is about.
+        synthetic: whether the cohort is; the footer then says so.
+
+    Returns:
+        The path.
+    """
+    figure = page("What is there when a finding is called wrongly", cohort)
+    ax = figure.add_axes((0.19, 0.21, 0.68, 0.68))
+    lift = np.full((len(LABELS), len(LABELS)), np.nan)
+    for a, called in enumerate(LABELS):
+        for b, present in enumerate(LABELS):
+            if a != b:
+                lift[a, b] = found[called]["present"][present]["lift"]["value"]
+    norm = TwoSlopeNorm(0, vmin=-2, vmax=2)
+    image = ax.imshow(np.log2(lift.clip(0.25, 4)), cmap="PuOr_r", norm=norm, aspect="auto")
+    ax.set_facecolor("#ECECEC")
+    for a, b in np.ndindex(lift.shape):
+        if not np.isnan(lift[a, b]):
+            cell, strong = found[LABELS[a]]["present"][LABELS[b]], not 0.4 < lift[a, b] < 2.5
+            text = f"{number(lift[a, b], 1)}\nn={cell['count']}"
+            ax.text(b, a, text, ha="center", va="center", fontsize=8, color="white" if strong else BLACK)
+    called = [f"{label} ({found[label]['false_positives']})" for label in LABELS]
+    ax.set_yticks(range(len(LABELS)), called, fontsize=10)
+    ax.set_xticks(range(len(LABELS)), LABELS, fontsize=10, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_ylabel("called, label absent (false positives)", fontsize=12, color=BLACK)
+    ax.set_xlabel("label present in the same study", fontsize=12, color=BLACK)
+    ax.tick_params(length=0, colors=BLACK)
+    for edge in np.arange(0.5, len(LABELS) - 1):
+        ax.axhline(edge, color="white", lw=1)
+        ax.axvline(edge, color="white", lw=1)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.89, 0.21, 0.014, 0.68)), ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["¼ or less", "½", "1", "2", "4 or more"], fontsize=10)
+    bar.set_label("lift: share among the false positives over the share anyway", fontsize=10, color=BLACK)
+    explained = f"n: false positives with that label. Gray: too few (under {MIN_COUNT}) to say."
+    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
+    return save(figure, path, synthetic)
+
+
+def _share(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(b, 14) shares of the weights (b, N) that lie on studies with each finding; NaN where there is no weight."""
+    return weights @ present / _positive(weights.sum(axis=1, keepdims=True))
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0, values, np.nan)

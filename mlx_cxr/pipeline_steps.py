@@ -1,0 +1,230 @@
+"""The stages of an experiment in order, each with what it reads, leaves and depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr import (
+    build_manifest,
+    cache_teacher_outputs,
+    compare_models,
+    distillation,
+    evaluate_cnn,
+    failure_analysis,
+    lfm_finetune,
+    make_demo_data,
+    make_tiny_teacher,
+    prepare_images,
+    train_cnn,
+)
+from mlx_cxr.config import Config
+from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
+
+_SCORES = ("predictions.csv", "test_results.json")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as the pipeline sees it.
+
+    Attributes:
+        name: the stage, with `@run` where it is there more than once.
+        run: does it; gets whether to go on with a stopped run.
+        settings: top-level configuration keys it reads.
+        inputs: files it reads; looked for when its turn comes.
+        outputs: files it leaves.
+        folder: where it writes, and where the ledger lies that says so.
+        trains: whether it makes a run of its own, that may be gone on with and is not replaced unasked.
+    """
+
+    name: str
+    run: Callable[[bool], Any]
+    settings: tuple[str, ...]
+    inputs: Callable[[], list[Path]]
+    outputs: tuple[Path, ...]
+    folder: Path
+    trains: bool = False
+
+
+def steps(config: Config) -> list[Step]:
+    """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic."""
+    data = config.data.work_dir
+    chain = [
+        Step(
+            "build_manifest",
+            lambda _: build_manifest.run(config),
+            ("seed", "data"),
+            lambda: build_manifest.source_tables(config),
+            (config.manifest_path, config.splits_path),
+            data,
+        ),
+        Step(
+            "prepare_images",
+            lambda _: prepare_images.run(config),
+            ("pixels",),
+            lambda: [config.manifest_path],
+            (config.pixels_path, _pixel_index(config)),
+            data,
+        ),
+        Step(
+            "train_cnn",
+            lambda resume: train_cnn.run(config, resume=resume, overwrite=not resume),
+            ("seed", "labels", "model", "augment", "training", "pixels"),
+            lambda: _films(config),
+            (config.run_dir() / "best_model.safetensors", config.run_dir() / "training.json"),
+            config.run_dir(),
+            trains=True,
+        ),
+        _evaluation("evaluate_cnn", config, config.run_name, "best_model.safetensors"),
+    ]
+    if config.data.synthetic:
+        tables = config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz"
+        # A cohort of an older version gives way to this one's; anything else in its place is still refused.
+        demo = Step(
+            "make_demo_data",
+            lambda _: make_demo_data.run(config, overwrite=True),
+            ("seed", "demo"),
+            list,
+            (tables,),
+            data,
+        )
+        chain.insert(0, demo)
+    return [*chain, *_teacher_steps(config)] if config.pipeline.teacher else chain
+
+
+def _teacher_steps(config: Config) -> list[Step]:
+    """Teacher, student, controls, comparison and failure analysis."""
+    chain = [_tiny_base(config)] if config.teacher.tiny is not None else []
+    chain += _taught(config, "")
+    student = config.distillation.run_name
+    chain += _student(config, student, "")
+    for targets in config.comparison.controls:
+        name = compare_models.control_run_name(student, targets)
+        section = config.distillation.model_copy(update={"targets": targets, "run_name": name})
+        chain += _student(config.model_copy(update={"distillation": section}), name, f"@{name}")
+    graded = {graded_run_name(config.teacher.run_name, sections): sections for sections in config.comparison.graded}
+    for name, sections in graded.items():
+        section = config.teacher.model_copy(update={"sections": sections, "run_name": name})
+        chain += _taught(config.model_copy(update={"teacher": section}), f"@{name}")
+    controls = [compare_models.control_run_name(student, targets) for targets in config.comparison.controls]
+    compared = [config.run_name, config.teacher.run_name, student, *controls, *graded]
+    folder = compare_models.comparison_dir(config)
+    failures = config.run_dir(student) / "failure_analysis"
+    chain += [
+        Step(
+            "compare_models",
+            lambda _: compare_models.run(config, graded_teacher_runs=list(graded)),
+            ("seed", "evaluation", "comparison"),
+            lambda: [config.run_dir(name) / file for name in compared for file in _SCORES],
+            tuple(folder / f"final_comparison.{kind}" for kind in ("json", "csv", "md")),
+            folder,
+        ),
+        Step(
+            "failure_analysis",
+            lambda _: failure_analysis.run(config),
+            ("seed", "evaluation", "failure"),
+            lambda: [config.run_dir(name) / "predictions.csv" for name in compared[:3]],
+            (failures / "summary.md", failures / "failures.csv"),
+            failures,
+        ),
+    ]
+    return chain
+
+
+def _tiny_base(config: Config) -> Step:
+    folder = Path(config.teacher.base)
+    return Step(
+        "make_tiny_teacher",
+        lambda _: make_tiny_teacher.run(config),
+        ("seed",),
+        lambda: [config.manifest_path, config.reports_path],
+        (folder / "model.safetensors", folder / "config.json"),
+        folder,
+    )
+
+
+def _taught(config: Config, suffix: str) -> list[Step]:
+    """A teacher, and what it says of the cohort."""
+    folder = config.run_dir(config.teacher.run_name)
+    adapter = folder / "adapter_weights" / "adapters.safetensors"
+
+    def read() -> list[Path]:
+        read = [config.manifest_path, config.reports_path]
+        if config.teacher.modality != "text":
+            read.append(_pixel_index(config))
+        base = Path(config.teacher.base)
+        return [*read, *sorted(base.glob("*.safetensors"))] if base.is_dir() else read
+
+    return [
+        Step(
+            f"lfm_finetune{suffix}",
+            lambda resume: lfm_finetune.run(config, resume=resume, overwrite=not resume),
+            ("seed", "labels", "teacher"),
+            read,
+            (adapter, folder / "training.json"),
+            folder,
+            trains=True,
+        ),
+        Step(
+            f"cache_teacher_outputs{suffix}",
+            lambda _: cache_teacher_outputs.run(config),
+            ("seed", "evaluation", "labels"),
+            lambda: [*read(), adapter],
+            tuple(folder / name for name in (LOGITS_NAME, INDEX_NAME, *_SCORES)),
+            folder,
+        ),
+    ]
+
+
+def _student(config: Config, name: str, suffix: str) -> list[Step]:
+    """A student and its evaluation; a control is scored, and not explained."""
+    folder, weights = config.run_dir(name), "best_student.safetensors"
+
+    def read() -> list[Path]:
+        read = _films(config)
+        if config.distillation.targets != "hard":
+            read += [config.run_dir(config.teacher.run_name) / file for file in (LOGITS_NAME, INDEX_NAME)]
+        if config.distillation.init == "cnn":
+            read.append(config.run_dir() / "best_model.safetensors")
+        return read
+
+    return [
+        Step(
+            f"distillation{suffix}",
+            lambda resume: distillation.run(config, name, resume=resume, overwrite=not resume),
+            ("seed", "labels", "model", "augment", "training", "pixels", "distillation"),
+            read,
+            (folder / weights, folder / "training.json"),
+            folder,
+            trains=True,
+        ),
+        _evaluation(f"evaluate_cnn@{name}", config, name, weights, maps=not suffix),
+    ]
+
+
+def _evaluation(title: str, config: Config, name: str, weights: str, maps: bool = True) -> Step:
+    folder = config.run_dir(name)
+    return Step(
+        title,
+        lambda _: evaluate_cnn.run(config, name, maps=maps),
+        ("seed", "evaluation", "explain"),
+        lambda: [*_films(config), folder / weights],
+        tuple(folder / file for file in (*_SCORES, *(["findings.md"] if maps else []))),
+        folder,
+    )
+
+
+def graded_run_name(teacher_run: str, sections: Sequence[str]) -> str:
+    """The run of a teacher in `comparison.graded`, such as `lora_teacher_phase1_reads_indication`."""
+    return f"{teacher_run}_reads_{'_'.join(sections)}"
+
+
+def _pixel_index(config: Config) -> Path:
+    return config.pixels_path.with_suffix(".json")
+
+
+def _films(config: Config) -> list[Path]:
+    return [config.manifest_path, _pixel_index(config)]
