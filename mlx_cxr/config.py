@@ -25,6 +25,7 @@ from mlx_cxr.config_sections import (
     DistillationConfig,
     EvaluationConfig,
     ExplainConfig,
+    FailureConfig,
     LabelsConfig,
     ModelConfig,
     Name,
@@ -57,6 +58,7 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     distillation: DistillationConfig = DistillationConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    failure: FailureConfig = FailureConfig()
     pipeline: PipelineConfig = PipelineConfig()
 
     def plain(self) -> dict[str, Any]:

@@ -349,3 +349,17 @@ class ComparisonConfig(Section):
     """Further teachers that the pipeline trains, by the report sections that each may read."""
     min_retention: Fraction = 0.90
     """Least share of the teacher's test macro AUC that the student keeps."""
+
+
+class FailureConfig(Section):
+    """`failure_analysis`."""
+
+    examples: Annotated[int, Field(ge=0)] = 12
+    """Errors shown with film, map and report."""
+    relabel: Annotated[int, Field(ge=0)] = 50
+    """Items of the sheet for reading films anew; half of them errors."""
+    teacher_margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The teacher is confidently against a label where its probability has gone at least this share of the way from
+    its threshold to the other end of the scale."""
+    rare_share: Fraction = 0.05
+    """A finding that fewer of the training studies have is rare."""

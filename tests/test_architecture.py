@@ -28,7 +28,7 @@ LEVEL_0 = {
 ROOMS_1 = {"data", "phantom", "evaluation", "models", "explain"}
 ROOMS_WITHOUT_MLX = {"data", "phantom", "evaluation"}
 ROOMS = {**dict.fromkeys(ROOMS_1, 1), "training": 2, "teacher": 3}
-LEVEL_3_MODULES = ("inference", "explanation", "showcase", "scoring_report")
+LEVEL_3_MODULES = ("inference", "explanation", "showcase", "scoring_report", "failure_films")
 """A later one may import an earlier one."""
 STAGES_THAT_RUN_STAGES = {"pipeline", "pipeline_steps"}
 LONGEST = 400

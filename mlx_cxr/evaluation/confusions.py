@@ -18,6 +18,8 @@ from mlx_cxr.wording import number
 MIN_COUNT = 5
 """A lift wants so many false positives, and so many studies with the other finding among those that could be one."""
 
+_FADED, _TOO_FEW = 0.25, "#E2E2E2"
+
 
 def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
     """How often each finding is present among the false positives of another, against how often it is anyway.
@@ -61,20 +63,25 @@ def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
 
 
 def confused_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pairs whose lift's interval lies above 1, the highest first: `called`, `present`, `count` and the interval."""
+    """Pairs that are found together more than chance explains, the highest lift first.
+
+    Returns:
+        Of the pairs with a count of at least `MIN_COUNT` whose lift has an interval above 1: `called`, `present`,
+        `count` and the interval.
+    """
     pairs = [
         {"called": called, "present": present, "count": cell["count"], **cell["lift"]}
         for called, entry in found.items()
         for present, cell in entry["present"].items()
     ]
-    return sorted((pair for pair in pairs if pair["low"] > 1), key=lambda pair: -pair["value"])
+    return sorted(
+        (pair for pair in pairs if pair["low"] > 1 and pair["count"] >= MIN_COUNT), key=lambda pair: -pair["value"]
+    )
 
 
 def lifts_with_an_interval(found: Mapping[str, Any]) -> int:
     """How many pairs were looked at."""
-    return sum(
-        not np.isnan(cell["lift"]["low"]) for entry in found.values() for cell in entry["present"].values()
-    )
+    return sum(not np.isnan(cell["lift"]["low"]) for entry in found.values() for cell in entry["present"].values())
 
 
 def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, synthetic: bool) -> Path:
@@ -91,19 +98,30 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
     """
     figure = page("What is there when a finding is called wrongly", cohort)
     ax = figure.add_axes((0.19, 0.21, 0.68, 0.68))
-    lift = np.full((len(LABELS), len(LABELS)), np.nan)
+    lift, clear = np.full((len(LABELS), len(LABELS)), np.nan), np.zeros((len(LABELS), len(LABELS)), dtype=bool)
     for a, called in enumerate(LABELS):
         for b, present in enumerate(LABELS):
             if a != b:
-                lift[a, b] = found[called]["present"][present]["lift"]["value"]
+                interval = found[called]["present"][present]["lift"]
+                lift[a, b], clear[a, b] = interval["value"], interval["low"] > 1 or interval["high"] < 1
     norm = TwoSlopeNorm(0, vmin=-2, vmax=2)
-    image = ax.imshow(np.log2(lift.clip(0.25, 4)), cmap="PuOr_r", norm=norm, aspect="auto")
-    ax.set_facecolor("#ECECEC")
+    opacity = np.where(clear, 1.0, _FADED)
+    image = ax.imshow(np.log2(lift.clip(0.25, 4)), cmap="PuOr_r", norm=norm, aspect="auto", alpha=opacity)
+    ax.set_facecolor(_TOO_FEW)
     for a, b in np.ndindex(lift.shape):
         if not np.isnan(lift[a, b]):
-            cell, strong = found[LABELS[a]]["present"][LABELS[b]], not 0.4 < lift[a, b] < 2.5
+            cell, strong = found[LABELS[a]]["present"][LABELS[b]], clear[a, b] and not 0.4 < lift[a, b] < 2.5
             text = f"{number(lift[a, b], 1)}\nn={cell['count']}"
-            ax.text(b, a, text, ha="center", va="center", fontsize=8, color="white" if strong else BLACK)
+            ax.text(
+                b,
+                a,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if strong else BLACK,
+                fontweight="bold" if clear[a, b] else "normal",
+            )
     called = [f"{label} ({found[label]['false_positives']})" for label in LABELS]
     ax.set_yticks(range(len(LABELS)), called, fontsize=10)
     ax.set_xticks(range(len(LABELS)), LABELS, fontsize=10, rotation=35, ha="right", rotation_mode="anchor")
@@ -116,7 +134,10 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
     bar = figure.colorbar(image, cax=figure.add_axes((0.89, 0.21, 0.014, 0.68)), ticks=[-2, -1, 0, 1, 2])
     bar.ax.set_yticklabels(["¼ or less", "½", "1", "2", "4 or more"], fontsize=10)
     bar.set_label("lift: share among the false positives over the share anyway", fontsize=10, color=BLACK)
-    explained = f"n: false positives with that label. Gray: too few (under {MIN_COUNT}) to say."
+    explained = (
+        "n: false positives with that label. Bold: the interval excludes 1; the others are faded. "
+        f"Gray: fewer than {MIN_COUNT}."
+    )
     figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
     return save(figure, path, synthetic)
 

@@ -2,8 +2,9 @@
 
 An error is a study and a finding whose call differs from the label under `PROTOCOL`. The call is made at the threshold
 that validation chose; findings for which it could choose none are left out. The categories are a partition: conditions
-are looked at in the order of `CATEGORIES`, the first one that holds names the category. They hold or not for every study
-and finding, right or wrong, so that a condition which merely is common can be told from one that errors gather in.
+are looked at in the order of `CATEGORIES`, the first one that holds names the category. They hold or not for every
+study and finding, right or wrong, so that a condition which merely is common can be told from one that errors gather
+in.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Calls:
         """
         p, t = self.probabilities, np.broadcast_to(self.thresholds, self.probabilities.shape)
         room = np.where(p >= t, 1 - t, t)
-        return np.where(np.isnan(p) | np.isnan(t), np.nan, np.divide(p - t, room, out=np.zeros(p.shape), where=room > 0))
+        return np.where(
+            np.isnan(p) | np.isnan(t), np.nan, np.divide(p - t, room, out=np.zeros(p.shape), where=room > 0)
+        )
 
 
 @dataclass(frozen=True)

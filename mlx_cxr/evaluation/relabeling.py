@@ -49,7 +49,9 @@ def relabel_sheet(
     rng = np.random.default_rng(seed)
     right = judged.scored & ~judged.error
     free = {
-        (column, value): rng.permutation(np.flatnonzero(right[:, column] & (judged.targets[:, column] == value))).tolist()
+        (column, value): rng.permutation(
+            np.flatnonzero(right[:, column] & (judged.targets[:, column] == value))
+        ).tolist()
         for column in range(len(LABELS))
         for value in (0, 1)
     }

@@ -24,7 +24,7 @@ WORDS: Mapping[str, str] = {
     "Pleural Other": r"pleural (?:thick|plaque|scar)|plaque|fibrothorax",
     "Pneumonia": r"pneumonia|infect",
     "Pneumothorax": r"pneumothora",
-    "Support Devices": r"tube|catheter|\blines?\b|pacemaker|\bpacer\b|\bpicc\b|\bport\b|drain|\bwires?\b|device|\bleads?\b",
+    "Support Devices": r"tube|catheter|pacemaker|drain|device|\b(?:lines?|pacer|picc|port|wires?|leads?)\b",
 }
 """Finding to a pattern of the words that reports name it by; the 14 in their order."""
 LONGEST = 400

@@ -9,6 +9,7 @@ by which findings they have.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ _COLUMNS = [METRICS.index(name) for name in FIGURES]
 
 def age_bands(age: np.ndarray) -> np.ndarray:
     """(N,) str such as `40-59` or `80+`, of ages in years (N,); `unknown` where NaN."""
-    names = [f"{low}-{high - 1}" for low, high in zip(AGE_BANDS, AGE_BANDS[1:], strict=False)] + [f"{AGE_BANDS[-1]}+"]
+    names = [f"{low}-{high - 1}" for low, high in pairwise(AGE_BANDS)] + [f"{AGE_BANDS[-1]}+"]
     place = np.digitize(np.nan_to_num(age), AGE_BANDS) - 1
     return np.where(np.isnan(age), UNKNOWN, np.array(names)[place.clip(0)])
 

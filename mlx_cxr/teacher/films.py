@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_cxr.data.pixel_store import PixelStore
+from mlx_cxr.data.soft_labels import has_form
 from mlx_cxr.errors import UserError
-from mlx_cxr.runs import hash_of, read_json, write_json
+from mlx_cxr.runs import RunFormatError, hash_of, read_json, write_json
 from mlx_cxr.teacher.architecture import PATCH
 from mlx_cxr.teacher.base import Base
 
@@ -104,10 +106,7 @@ def film_embeddings(
     path = folder / f"film_embeddings_{size}_{hash_of(header)[:8]}.npy"
     progress_path = path.with_suffix(".json")
     shape = (len(image_ids), image_tokens(size, base), base.hidden_size)
-    done = 0
-    if path.exists() and progress_path.exists():
-        progress = read_json(progress_path)
-        done = progress["done"] if progress.get("header") == header else 0
+    done = _done(path, progress_path, header, shape)
     folder.mkdir(parents=True, exist_ok=True)
     mode = "r+" if done else "w+"
     out = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
@@ -125,3 +124,14 @@ def film_embeddings(
     out.flush()
     write_json(progress_path, {"header": header, "done": len(rows)})
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[int, ...]) -> int:
+    """How many films a stopped run has left on the disk; 0 where what is there is damaged or for something else."""
+    try:
+        progress = read_json(progress_path)
+        # Opened for writing, a file cut short would be filled up with zeros.
+        whole = has_form(np.load(path, mmap_mode="r", allow_pickle=False), shape, np.float16)
+    except (RunFormatError, OSError, ValueError, EOFError):
+        return 0
+    return progress["done"] if whole and progress.get("header") == header else 0

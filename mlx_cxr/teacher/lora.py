@@ -117,6 +117,8 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
         f"{key}: {theirs.get(key)} there, {value} here" for key, value in base.items() if theirs.get(key) != value
     ]:
         raise AdapterError(f"{settings_path} belongs to another base:\n  " + "\n  ".join(faults))
+    if (kind := settings.get("fine_tune_type", "lora")) != "lora":
+        raise AdapterError(f"{settings_path}: fine_tune_type is {kind!r}; only LoRA adapters are read")
     try:
         parameters = settings["lora_parameters"]
         keys, rank = parameters["keys"], parameters["rank"]

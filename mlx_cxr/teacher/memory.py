@@ -125,7 +125,8 @@ def training_estimate(
 def scoring_estimate(decoder: Decoder, config: TeacherConfig, longest: int, precision: str) -> MemoryEstimate:
     """Of one batch of scoring: the widest moment of one layer, as nothing is kept."""
     tokens, length = _tokens(config.batch_size, longest, config.training.bucket)
-    widest = 3 * decoder.hidden + 3 * decoder.inner
+    # Gate and up, each with its adapter's product, that scaled, and the sum; sigmoid, SiLU and the product of both.
+    widest = 3 * decoder.hidden + 11 * decoder.inner
     if any(decoder.attention):
         widest = max(widest, 4 * decoder.hidden + 2 * decoder.heads * length)
     return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * _BYTES[precision]))
@@ -211,9 +212,14 @@ def _kept_elements(decoder: Decoder, attention: bool, length: int) -> int:
 
 
 def _outputs(linear: nn.Module) -> int:
-    return int(linear.weight.shape[0])
+    return int(_without_adapter(linear).weight.shape[0])
 
 
 def _inputs(linear: nn.Module) -> int:
+    linear = _without_adapter(linear)
     packed = int(linear.weight.shape[1])
     return packed * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else packed
+
+
+def _without_adapter(linear: nn.Module) -> nn.Module:
+    return linear.linear if "linear" in linear else linear

@@ -132,6 +132,11 @@ class PromptFormat:
         parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
         return hash_of({name: getattr(self, name) for name in parts})
 
+    def section_ids(self, name: str, text: str) -> list[int]:
+        """Token ids of a section. A special token that is spelt out in a report is text: it cannot end the turn."""
+        title = name.replace("_", " ").capitalize()
+        return self.tokenizer.encode(f"{title}: {text}\n", add_special_tokens=False, split_special_tokens=True)
+
     def prompt(self, sections: Sequence[tuple[str, str]] = ()) -> Prompt:
         """The prompt of one study.
 
@@ -145,10 +150,7 @@ class PromptFormat:
         texts: list[list[int]] = []
         if sections:
             room = self.max_tokens - self.fixed
-            texts = [
-                self.tokenizer.encode(f"{name.replace('_', ' ').capitalize()}: {text}\n", add_special_tokens=False)
-                for name, text in sections
-            ]
+            texts = [self.section_ids(name, text) for name, text in sections]
             whole = sum(map(len, texts))
             texts = _fitted([name for name, _ in sections], texts, room)
             cut = whole - sum(map(len, texts))

@@ -79,14 +79,28 @@ def make_tiny_teacher(
     }
 
 
-def new_model(config: Mapping[str, Any], seed: int, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """A model with random weights: normal of deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0."""
+def new_model(
+    config: Mapping[str, Any], seed: int, dtype: mx.Dtype = mx.float32, *, vision: bool = True, made: bool = True
+) -> nn.Module:
+    """A model with random weights: normal of deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0.
+
+    Args:
+        config: as `config.json`.
+        seed: of the weights.
+        dtype: of the weights.
+        vision: with the vision tower and the projector.
+        made: compute the weights; otherwise only their shapes are of use.
+    """
     from mlx_vlm.models import lfm2_vl
 
     settings = lfm2_vl.ModelConfig.from_dict(dict(config))
     settings.text_config = lfm2_vl.TextConfig.from_dict(config["text_config"])
     settings.vision_config = lfm2_vl.VisionConfig.from_dict(config["vision_config"])
     model = lfm2_vl.Model(settings)
+    if not vision:
+        del model.vision_tower, model.multi_modal_projector
+    if not made:
+        return model
     key = mx.random.key(seed)
 
     def drawn(name: str, weight: mx.array) -> mx.array:

@@ -1,0 +1,194 @@
+"""Where a student fails, and why it may: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
+
+Reads runs that are scored already, and writes into `outputs/<student_run>/failure_analysis/`: `failures.csv` (every
+error on test), `relabel.csv` (a sheet for reading films anew, blind to label and model) and `relabel_key.csv`,
+`confusions.png`, `images/` (the worst errors with their maps), `failures.json` and `summary.md`. CNN and teacher are
+shown beside the student where there are such runs; only a teacher can point at labels that are likely wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.masks import has_masks, mask_folder
+from mlx_cxr.data.study_reports import load_reports, select
+from mlx_cxr.errors import readable_errors
+from mlx_cxr.evaluation.confusions import plot_confusions
+from mlx_cxr.evaluation.failure_page import Shown, failure_markdown, gap_sentence
+from mlx_cxr.evaluation.failure_results import analyse
+from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
+from mlx_cxr.evaluation.figures import cohort_line
+from mlx_cxr.evaluation.relabeling import relabel_sheet
+from mlx_cxr.evaluation.report_mentions import mentions
+from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
+from mlx_cxr.evaluation.shortcuts import study_metadata
+from mlx_cxr.evaluation.subgroups import age_bands
+from mlx_cxr.failure_films import draw_failures
+from mlx_cxr.inference import TrainedRun
+from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.runs import atomic_path, provenance, write_json, write_text
+from mlx_cxr.training.cohort import Cohort
+
+log = logging.getLogger("mlx_cxr")
+
+FOLDER, PICTURE = "failure_analysis", "confusions.png"
+
+
+def run(
+    config: Config, *, student_run: str | None = None, cnn_run: str | None = None, teacher_run: str | None = None
+) -> Path:
+    """Analyse a student's errors on test, and return the folder of the analysis.
+
+    Args:
+        config: the experiment; manifest and pixels must be those of the student.
+        student_run: folder under `outputs`; None takes `distillation.run_name`.
+        cnn_run: None takes `run_name` of the configuration, and does without where that is not scored.
+        teacher_run: None takes `teacher.run_name`, likewise.
+
+    Raises:
+        ComparisonError: a run that was named lacks a file (names the command that makes it), or the runs do not belong
+            together.
+        RunFormatError: the student is no trained run, or was trained for something else.
+        DataError: manifest, pixel store or reports missing or not matching.
+    """
+    device = runtime.start("failure_analysis")
+    student = open_scored_run(config.run_dir(student_run or config.distillation.run_name), "student")
+    others = {
+        "cnn": _optional(config, "cnn", cnn_run, config.run_name),
+        "teacher": _optional(config, "teacher", teacher_run, config.teacher.run_name),
+    }
+    others = {role: one for role, one in others.items() if one is not None}
+    shared_studies([student, *others.values()])
+    trained = TrainedRun.open(student.folder)
+    trained.check(config)
+    cohort = Cohort.open(config)
+    manifest, study_ids = cohort.manifest, student.test.study_ids
+    reports = load_reports(config.reports_path, manifest) if config.reports_path.exists() else None
+    files = {f"{one.name}/predictions.csv": one.folder / "predictions.csv" for one in (student, *others.values())}
+    files |= {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
+    files |= {"reports": config.reports_path} if reports is not None else {}
+    films = manifest.frame.groupby("study_id", sort=False)["path"].agg(list)
+    settings = config.failure
+    analysis = analyse(
+        student,
+        others,
+        study_table(manifest, student),
+        training_shares(manifest),
+        drawn_findings(config, [films[study] for study in study_ids]),
+        teacher_margin=settings.teacher_margin,
+        rare_share=settings.rare_share,
+        samples=config.evaluation.bootstrap_samples,
+        seed=config.seed,
+        provenance=provenance("failure_analysis", config.plain(), files, device),
+    )
+
+    folder, failures = student.folder / FOLDER, analysis.failures
+    sheet, key = relabel_sheet(analysis.judged, analysis.category, films, settings.relabel, config.seed)
+    for name, table in {"failures": failures, "relabel": sheet, "relabel_key": key}.items():
+        with atomic_path(folder / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+    results = analysis.results | {"relabel": {"items": len(sheet)}}
+    cohort_said = cohort_line(student.test, PROTOCOL)
+    plot_confusions(folder / PICTURE, results["confusions"], cohort_said, config.data.synthetic)
+    labels = config.explain.labels or tuple(label for label in LABELS if label != "No Finding")
+    shown = worst(failures, settings.examples, labels)
+    pictures = draw_failures(folder, shown, trained, cohort, config)
+    rows = shown.to_dict("records")
+    texts = [None if reports is None else _excerpt(reports.sections.get(row["study_id"]), row["label"]) for row in rows]
+    gallery = [Shown(*parts) for parts in zip(rows, pictures, texts, strict=True)]
+    write_json(folder / "failures.json", results)
+    page = failure_markdown(results, gallery, per_label(settings.examples, labels), PICTURE)
+    path = write_text(folder / "summary.md", page)
+    log.info("%d errors; %s Pages in %s", len(failures), gap_sentence(results["gaps"]).replace("**", ""), path)
+    return folder
+
+
+def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:
+    """What is known of each test study, in the order of the student's: view, sex, age and age band."""
+    wanted = manifest.frame[manifest.frame["study_id"].isin(student.test.study_ids)]
+    known = study_metadata(wanted).set_index(wanted["study_id"].drop_duplicates().to_numpy())
+    known = known.loc[student.test.study_ids].reset_index(drop=True)
+    bands = age_bands(known["age"].to_numpy())
+    return pd.DataFrame(
+        {"view": student.test.view_groups(), "sex": known["sex"], "age": known["age"], "age_band": bands}
+    )
+
+
+def training_shares(manifest: Manifest) -> np.ndarray:
+    """(14,) shares of the training studies that have each finding; 0 without training studies."""
+    first = ~manifest.frame["study_id"].duplicated().to_numpy() & (manifest.frame["split"] == "train").to_numpy()
+    present = manifest.raw_labels[first] == 1
+    return present.mean(axis=0) if len(present) else np.zeros(len(LABELS))
+
+
+def drawn_findings(config: Config, films: list[list[str]]) -> np.ndarray | None:
+    """What shows in the films of each study, by the masks of the synthetic cohort.
+
+    Args:
+        config: of which `data` is used.
+        films: of each of N studies, the paths of its films.
+
+    Returns:
+        float64 (N, 14), 1 or 0; No Finding is 1 where nothing but devices shows. None for other cohorts, whose masks
+        need not be complete.
+    """
+    if not (config.data.synthetic and has_masks(config.data.root)):
+        return None
+    drawn = np.zeros((len(films), len(LABELS)))
+    for row, paths in enumerate(films):
+        for path in paths:
+            for mask in mask_folder(config.data.root, path).glob("*.png"):
+                drawn[row, label_index(mask.stem.replace("_", " "))] = 1
+    nothing, devices = label_index("No Finding"), label_index("Support Devices")
+    drawn[:, nothing] = ~np.delete(drawn, (nothing, devices), axis=1).any(axis=1)
+    return drawn
+
+
+def _optional(config: Config, role: str, named: str | None, default: str) -> ScoredRun | None:
+    """A run that was named, or the default one where it is scored."""
+    folder = config.run_dir(named or default)
+    if named is None and not (folder / "predictions.csv").exists():
+        log.info("no scored %s run %s: its columns are left out", role, folder)
+        return None
+    return open_scored_run(folder, role)
+
+
+def _excerpt(sections: dict[str, str] | None, label: str) -> str | None:
+    if sections is None:
+        return None
+    parts = select(sections, ("findings", "impression", "last_paragraph"), "all") or select(sections, ("whole",))
+    return mentions(" ".join(text for _, text in parts), label)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.failure_analysis", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--student_run", help="run under outputs/; default: distillation.run_name")
+    parser.add_argument("--cnn_run", help="shown beside it; default: run_name of the configuration, where it is scored")
+    parser.add_argument("--teacher_run", help="default: teacher.run_name, where it is scored")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(
+            load_config(args.config, args.overrides),
+            student_run=args.student_run,
+            cnn_run=args.cnn_run,
+            teacher_run=args.teacher_run,
+        )
+
+
+if __name__ == "__main__":
+    main()
