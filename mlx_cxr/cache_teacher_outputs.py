@@ -19,6 +19,7 @@ import numpy as np
 from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
+from mlx_cxr.data.soft_labels import SPLITS
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.calibration import fit_temperatures
 from mlx_cxr.evaluation.predictions import Predictions, join, study_level
@@ -67,13 +68,22 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False)
         _fill(writer, teacher, material, learned)
         logits = writer.logits
         calibration = fit_temperatures(logits[rows], protocol.apply(learned.raw_labels[rows]))
-        writer.finish(calibration.temperatures, **learned.counts)
+        tokens = {
+            "tokens": int(learned.lengths().sum()),
+            "tokens_one_by_one": sum(map(teacher.form.tokens_one_by_one, learned.prompts)),
+        }
+        writer.finish(calibration.temperatures, **learned.counts, **tokens)
     log.info(
         "soft labels of %d studies (%d skipped for want of text, %d cut) in %s",
         len(learned),
         learned.counts["without_text"],
         learned.counts["cut"],
         teacher.folder,
+    )
+    log.info(
+        "%s tokens, one pass per study; a prompt per finding would have taken %.1f times as many",
+        f"{tokens['tokens']:,}",
+        tokens["tokens_one_by_one"] / tokens["tokens"],
     )
 
     answers = _answers(teacher, material, test)
@@ -121,21 +131,27 @@ def _score_zero_shot(
 
 
 def _fill(writer: SoftLabelWriter, teacher: TrainedTeacher, material: Material, studies: Studies) -> None:
-    todo = writer.todo
-    if len(todo) < len(studies):
-        log.info("going on: %d of %d studies are done", len(studies) - len(todo), len(studies))
-    if not len(todo):
-        return
-    films = material.films(teacher.base, studies, teacher.config)
+    todo = np.isin(np.arange(len(studies)), writer.todo)
+    if not todo.all():
+        log.info("going on: %d of %d studies are done", len(studies) - todo.sum(), len(studies))
     keeps_features = teacher.config.teacher.modality != "text"
-    score(
-        teacher.base,
-        teacher.form,
-        [studies.prompts[i] for i in todo],
-        None if films is None else films[todo],
-        teacher.config.teacher,
-        lambda rows, logits, features: writer.put(todo[rows], logits, features if keeps_features else None),
-    )
+    # A split at a time, as fine-tuning has stored the films' embeddings.
+    for split in SPLITS:
+        rows = np.flatnonzero((studies.frame["split"] == split).to_numpy())
+        if not todo[rows].any():
+            continue
+        part = studies.of_split(split)
+        score(
+            teacher.base,
+            teacher.form,
+            part.prompts,
+            material.films(teacher.base, part, teacher.config),
+            teacher.config.teacher,
+            lambda batch, logits, features, rows=rows: writer.put(
+                rows[batch], logits, features if keeps_features else None
+            ),
+            todo[rows],
+        )
 
 
 def _answers(teacher: TrainedTeacher, material: Material, studies: Studies) -> Answers:

@@ -22,7 +22,8 @@ from mlx_cxr.data.masks import has_masks, mask_folder
 from mlx_cxr.data.study_reports import load_reports, select
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.confusions import plot_confusions
-from mlx_cxr.evaluation.failure_page import Shown, failure_markdown, gap_sentence
+from mlx_cxr.evaluation.failure_advice import closing_failures
+from mlx_cxr.evaluation.failure_page import Shown, failure_markdown
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
 from mlx_cxr.evaluation.figures import cohort_line
@@ -34,7 +35,7 @@ from mlx_cxr.evaluation.subgroups import age_bands
 from mlx_cxr.failure_films import draw_failures
 from mlx_cxr.inference import TrainedRun
 from mlx_cxr.labels import LABELS, label_index
-from mlx_cxr.runs import atomic_path, provenance, write_json, write_text
+from mlx_cxr.runs import atomic_path, provenance, read_json, write_json, write_text
 from mlx_cxr.training.cohort import Cohort
 
 log = logging.getLogger("mlx_cxr")
@@ -107,8 +108,17 @@ def run(
     write_json(folder / "failures.json", results)
     page = failure_markdown(results, gallery, per_label(settings.examples, labels), PICTURE)
     path = write_text(folder / "summary.md", page)
-    log.info("%d errors; %s Pages in %s", len(failures), gap_sentence(results["gaps"]).replace("**", ""), path)
+    log.info("\n%s\n\nTables and pictures in %s", closing_failures(results), path)
     return folder
+
+
+def closing_lines(folder: Path) -> str:
+    """The main points of an analysis that is there, as plain text for a terminal.
+
+    Raises:
+        RunFormatError: its `failures.json` is missing or unreadable.
+    """
+    return closing_failures(read_json(folder / "failures.json"))
 
 
 def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:

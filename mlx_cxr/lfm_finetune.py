@@ -15,11 +15,12 @@ import mlx.core as mx
 
 from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
-from mlx_cxr.teacher.lora import attach_lora, target_layers
+from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
 from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
 from mlx_cxr.training.loop import train
@@ -82,7 +83,9 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
             device=device,
             overwrite=overwrite or resume,
         )
-        for old in ("training.json", RECORD, f"{ADAPTER}/adapters.safetensors"):
+        # Soft labels too: they would be taken for those of the new adapter.
+        state, adapter = "last/state.safetensors", f"{ADAPTER}/{WEIGHTS}"
+        for old in ("training.json", RECORD, adapter, state, INDEX_NAME):
             (run_dir / old).unlink(missing_ok=True)
 
     films, validation_films = (material.films(base, studies, config) for studies in (training, validation))

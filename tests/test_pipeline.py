@@ -30,7 +30,7 @@ model: {{weights: scratch, output_stride: 16}}
 training: {{epochs: 2, batch_size: 8, save_every: 2, learning_rate: 1e-3}}
 evaluation: {{bootstrap_samples: 50}}
 explain: {{labels: [Support Devices, Pleural Effusion], examples_per_outcome: 1}}
-pipeline: {{min_val_auc: 0.0}}
+pipeline: {{min_val_auc: 0.0, teacher: false}}
 """
 
 

@@ -30,8 +30,8 @@ from mlx_cxr.runs import read_json, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat
 
-SPLITS = ["train"] * 40 + ["validate"] * 16 + ["test"] * 9
-WITHOUT_REPORT = (3, 45)
+SPLITS = ["train"] * 64 + ["validate"] * 24 + ["test"] * 16
+WITHOUT_REPORT = (3, 70)
 """Numbers of a training and a validation study that have a film and no report."""
 MARKERS = {"train": "xenolith", "validate": "quixotry", "test": "zymurgy"}
 EDEMA, HEART, SQUARE = (label_index(name) for name in ("Edema", "Cardiomegaly", "Atelectasis"))
@@ -46,13 +46,13 @@ def toy_reports() -> tuple[list[dict[str, str]], np.ndarray]:
     reports = []
     for (edema, heart, _), split in zip(facts, SPLITS, strict=True):
         sentences = [
-            "There is edema, edema, edema." if edema else "The lungs are clear, clear, clear.",
-            "The heart is large, large, large." if heart else "The heart is normal, normal, normal.",
-            f"The {MARKERS[split]} sign is seen.",
+            "Edema. Edema. Edema. Edema." if edema else "Clear. Clear. Clear. Clear.",
+            "Cardiomegaly. Cardiomegaly. Cardiomegaly." if heart else "Normal. Normal. Normal.",
         ]
-        findings = " ".join(sentences[i] for i in rng.permutation(3))
+        findings = " ".join(sentences[i] for i in rng.permutation(2))
         impression = "Edema." if edema else "No acute process."
-        reports.append({"indication": "Cough.", "findings": findings, "impression": impression})
+        indication = f"Sign of {MARKERS[split]}."
+        reports.append({"indication": indication, "findings": findings, "impression": impression})
     return reports, facts
 
 
@@ -99,7 +99,7 @@ def make_cohort(folder: Path) -> Path:
                 **{"epochs": 8, "batch_size": 4, "accumulate": 2, "learning_rate": 1e-2},
                 **{"save_every": 2, "log_every": 1},
             },
-            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 800, "epochs": 3, "learning_rate": 1e-2},
+            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 1000, "epochs": 3, "learning_rate": 1e-2},
         },
     }
     (folder / "trial.yaml").write_text(yaml.safe_dump(plain))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
-from mlx_cxr.evaluation.bootstrap import PatientResamples, patient_bootstrap, percentile_interval
-from mlx_cxr.evaluation.failures import Judged
+from mlx_cxr.evaluation.bootstrap import PatientResamples, patient_bootstrap
+from mlx_cxr.evaluation.failures import Judged, plain_interval
 from mlx_cxr.evaluation.figures import BLACK, page, save
 from mlx_cxr.labels import LABELS
 from mlx_cxr.wording import number
@@ -53,7 +53,7 @@ def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
                 other: {
                     "count": int(counts[b]),
                     "base_rate": float(in_base[b] / base.sum()) if base.any() else np.nan,
-                    "lift": percentile_interval(float(values[b]), replicates[:, b]).plain(),
+                    "lift": plain_interval(float(values[b]), replicates[:, b]),
                 }
                 for b, other in enumerate(LABELS)
                 if b != a
@@ -136,7 +136,7 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
     bar.set_label("lift: share among the false positives over the share anyway", fontsize=10, color=BLACK)
     explained = (
         "n: false positives with that label. Bold: the interval excludes 1; the others are faded. "
-        f"Gray: fewer than {MIN_COUNT}."
+        f"Gray: fewer than {MIN_COUNT} to compare."
     )
     figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
     return save(figure, path, synthetic)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UNCERTAIN, UNMENTIONED
-from mlx_cxr.wording import interval_text
+from mlx_cxr.wording import footer, interval_text
 
 MIN_POSITIVES = 5
 """Positives from which a finding's share missed is spoken of."""
@@ -23,11 +23,45 @@ ADVICE: Mapping[str, str] = {
 """Category to what follows from errors that gather in it."""
 
 
+def gap_sentence(gaps: Mapping[str, Any]) -> str:
+    """The largest gap that can be told from noise, or that there is none, and how many were looked at."""
+    looked, largest = gaps["looked_at"], gaps["largest"]
+    if not looked:
+        return "No gap has an interval, so none can be told from noise."
+    by_chance = f"Of {looked} gaps about {0.05 * looked:.1f} would have an interval that excludes 0 by chance alone."
+    if largest is None:
+        return f"**No gap has an interval that excludes 0.** {by_chance}"
+    more = "more" if largest["value"] > 0 else "less"
+    return (
+        f"**The largest gap whose interval excludes 0 is that of {largest['attribute']} {largest['group']}: "
+        f"{interval_text(largest)}, so {more} is missed there.** {gaps['apart']} of {looked} gaps have such an "
+        f"interval. {by_chance}"
+    )
+
+
+def closing_failures(results: Mapping[str, Any]) -> str:
+    """The main points as plain text for a terminal, with the notice.
+
+    Args:
+        results: the content of `failures.json`, as computed or read back.
+    """
+    counts = results["counts"]
+    errors = counts["false_positives"] + counts["false_negatives"]
+    lines = [
+        f"Failures of {results['run']} on test: {errors} of {counts['pairs']} calls ({counts['false_negatives']} false "
+        f"negatives, {counts['false_positives']} false positives).",
+        *(f"- {step}" for step in next_steps(results)),
+        f"- {gap_sentence(results['gaps']).replace('**', '')}",
+        footer(results["synthetic"]),
+    ]
+    return "\n".join(lines)
+
+
 def next_steps(results: Mapping[str, Any]) -> list[str]:
     """Sentences, each by a rule of its own; with no errors, that there are none.
 
     Args:
-        results: as `failure_results.analyse` gives them, with `relabel`.
+        results: the content of `failures.json`, as computed or read back.
     """
     counts = results["counts"]
     errors = counts["false_positives"] + counts["false_negatives"]
@@ -62,7 +96,7 @@ def _categories(results: Mapping[str, Any], errors: int) -> list[str]:
         above = {
             kind: entry[key]
             for kind, key in (("false positives", "fp_ratio"), ("false negatives", "fn_ratio"))
-            if entry[key]["low"] > 1
+            if entry[key]["low"] is not None and entry[key]["low"] > 1
         }
         if above:
             gathered = True

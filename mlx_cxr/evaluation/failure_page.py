@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.evaluation.confusions import MIN_COUNT
-from mlx_cxr.evaluation.failure_advice import next_steps
+from mlx_cxr.evaluation.failure_advice import gap_sentence, next_steps
 from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UNCERTAIN, UNMENTIONED
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES, MIN_PATIENTS
@@ -315,22 +315,6 @@ def _left_out(entry: Mapping[str, Any]) -> str:
     return f"all but {', '.join(kept)}" if kept else "all"
 
 
-def gap_sentence(gaps: Mapping[str, Any]) -> str:
-    """The largest gap that can be told from noise, or that there is none, and how many were looked at."""
-    looked, largest = gaps["looked_at"], gaps["largest"]
-    if not looked:
-        return "No gap has an interval, so none can be told from noise."
-    by_chance = f"Of {looked} gaps about {0.05 * looked:.1f} would have an interval that excludes 0 by chance alone."
-    if largest is None:
-        return f"**No gap has an interval that excludes 0.** {by_chance}"
-    more = "more" if largest["value"] > 0 else "less"
-    return (
-        f"**The largest gap whose interval excludes 0 is that of {largest['attribute']} {largest['group']}: "
-        f"{interval_text(largest)}, so {more} is missed there.** {gaps['apart']} of {looked} gaps have such an "
-        f"interval. {by_chance}"
-    )
-
-
 def _confusions(results: Mapping[str, Any], picture: str) -> list[str]:
     pairs = results["confused_pairs"]
     lines = [
@@ -351,8 +335,8 @@ def _confusions(results: Mapping[str, Any], picture: str) -> list[str]:
             "",
         ]
     lines += [
-        f"Of {results['lifts']} pairs {len(pairs)} come together at least {MIN_COUNT} times and have an interval above 1 "
-        f"(about {0.025 * results['lifts']:.1f} would by chance alone). The highest:",
+        f"Of {results['lifts']} pairs {len(pairs)} come together at least {MIN_COUNT} times and have an interval above "
+        f"1 (about {0.025 * results['lifts']:.1f} would by chance alone). The highest:",
         "",
     ]
     for pair in pairs[:PAIRS_SHOWN]:

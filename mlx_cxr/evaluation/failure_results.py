@@ -33,7 +33,6 @@ from mlx_cxr.evaluation.bootstrap import (
     PatientResamples,
     patient_bootstrap,
     patient_resamples,
-    percentile_interval,
 )
 from mlx_cxr.evaluation.confusions import confused_pairs, confusions, lifts_with_an_interval
 from mlx_cxr.evaluation.failures import (
@@ -46,6 +45,7 @@ from mlx_cxr.evaluation.failures import (
     conditions,
     failure_table,
     judge,
+    plain_interval,
 )
 from mlx_cxr.evaluation.scored_runs import ScoredRun
 from mlx_cxr.evaluation.subgroups import gaps, study_groups, subgroup_tables
@@ -222,7 +222,7 @@ def _interval_of(
 ) -> dict[str, float | int]:
     """Interval of a statistic of sums over studies; `counts` is (N, C), and `statistic` takes (b, C) to (b,)."""
     value = float(statistic(counts.sum(axis=0, keepdims=True))[0])
-    return percentile_interval(value, patient_bootstrap(lambda weights: statistic(weights @ counts), resamples)).plain()
+    return plain_interval(value, patient_bootstrap(lambda weights: statistic(weights @ counts), resamples))
 
 
 def _quotient(sums: np.ndarray) -> np.ndarray:

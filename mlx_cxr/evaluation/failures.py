@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.evaluation.bootstrap import percentile_interval
 from mlx_cxr.evaluation.scored_runs import ScoredRun
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
 
@@ -33,6 +34,16 @@ NOISE, UNCERTAIN, UNMENTIONED, RARE, BEDSIDE, DEVICES, OTHER = CATEGORIES = (
 )
 PER_LABEL = 2
 """Errors of one finding among the worst, as long as there are about as many findings as errors shown."""
+
+
+def plain_interval(value: float, replicates: np.ndarray) -> dict[str, float | int]:
+    """`percentile_interval` as a JSON object; without ends where all replicates are the same.
+
+    That happens where none, or all, of a group are counted: no resample can then say how far off that may be.
+    """
+    interval = percentile_interval(value, replicates)
+    ends = (math.nan, math.nan) if interval.low == interval.high else (interval.low, interval.high)
+    return interval.plain() | dict(zip(("low", "high"), ends, strict=True))
 
 
 @dataclass(frozen=True)

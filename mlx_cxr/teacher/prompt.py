@@ -7,6 +7,7 @@ its line ends. The model is causal, so an answer sees the input and the lines ab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ INSTRUCTION = "Is each finding present on this chest radiograph? Answer yes or n
 ANSWERS = (" yes", " no")
 _KEPT_LONGEST = ("impression", "last_paragraph")
 _SENTINEL = "@@study@@"
+_SPECIAL = re.compile(r"<(?=\||image>)")
 
 
 class PromptError(UserError, ValueError):
@@ -127,6 +129,11 @@ class PromptFormat:
         """Tokens of a prompt that holds no report."""
         return sum(map(len, (self.head, self.image, self.tail, *self.lines)))
 
+    def tokens_one_by_one(self, prompt: Prompt) -> int:
+        """Tokens that 14 prompts of one line each would take for the same study, everything else the same."""
+        lines = sum(map(len, self.lines))
+        return len(self.lines) * (len(prompt.ids) - lines) + lines
+
     def sha256(self) -> str:
         """Hash of all that decides a prompt but the study: a cache of answers is good for this one only."""
         parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
@@ -162,6 +169,11 @@ class PromptFormat:
         if len(ids) > self.max_tokens:
             raise PromptError(f"teacher.max_tokens {self.max_tokens} is less than the {self.fixed} that a prompt needs")
         return Prompt(np.array(ids, dtype=np.int32), read, cut)
+
+
+def section_text(name: str, text: str) -> str:
+    """A section as it is read: its name, its text, and a line's end; marks of the chat in the text are broken up."""
+    return f"{name.replace('_', ' ').capitalize()}: {_SPECIAL.sub('< ', text)}\n"
 
 
 def _fitted(names: Sequence[str], texts: list[list[int]], room: int) -> list[list[int]]:

@@ -83,8 +83,16 @@ def _answers(states: mx.array, direction: mx.array) -> mx.array:
 
 
 def _checkpointed(layer: nn.Module, mask: str | None) -> Any:
+    # The backward pass runs `forward` again, and dropout has to draw the same mask then.
+    following, key = mx.random.split(mx.random.state[0])
+    mx.random.state[0][:] = following
+
     def forward(parameters: dict, x: mx.array) -> mx.array:
         layer.update(parameters)
-        return layer(x, mask)
+        outside = mx.random.state[0][:]
+        mx.random.state[0][:] = key
+        out = layer(x, mask)
+        mx.random.state[0][:] = outside
+        return out
 
     return lambda x: mx.checkpoint(forward)(layer.trainable_parameters(), x)

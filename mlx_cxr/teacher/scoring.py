@@ -59,6 +59,7 @@ def score(
     films: np.ndarray | None,
     config: TeacherConfig,
     done: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    todo: np.ndarray | None = None,
 ) -> Answers:
     """Score studies, the longest first, so that what does not fit in memory fails at once.
 
@@ -69,6 +70,8 @@ def score(
         films: float16 (N, T, H), or None.
         config: `batch_size` and `training.bucket` are used.
         done: called after each batch with its rows, logits and features, as for a cache.
+        todo: bool (N,), the studies that are still to be answered; batches with none of them are left out, and have
+            NaN for logits and features. The batches are the same ones whatever is done, so that the answers are too.
     """
     language = base.model.language_model
     was_training = base.model.training
@@ -81,14 +84,16 @@ def score(
 
     compiled = mx.compile(forward, inputs=base.model.state)
     order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
-    logits = np.empty((len(prompts), 14), dtype=np.float32)
-    features = np.empty((len(prompts), base.hidden_size), dtype=np.float16)
+    logits = np.full((len(prompts), 14), np.nan, dtype=np.float32)
+    features = np.full((len(prompts), base.hidden_size), np.nan, dtype=np.float16)
     seen: set[tuple[int, ...]] = set()
     times: list[float] = []
     tokens = 0
     try:
         for start in range(0, len(order), config.batch_size):
             rows = order[start : start + config.batch_size]
+            if todo is not None and not todo[rows].any():
+                continue
             batch = padded([prompts[i] for i in rows], config.training.bucket)
             film = () if films is None else (mx.array(films[rows]),)
             begun = time.perf_counter()

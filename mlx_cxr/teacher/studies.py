@@ -89,6 +89,9 @@ def read_studies(
                 continue
         kept.append(row)
         prompts.append(form.prompt(sections))
+    if not len(rows):
+        lack = "has a film that can be read" if looks else "is in the manifest"
+        raise DataError(f"no study of {', '.join(splits)} {lack}; look at the manifest's summary and the pixel store")
     if not kept:
         raise DataError(
             f"none of {len(rows)} studies of {', '.join(splits)} has any of teacher.sections "

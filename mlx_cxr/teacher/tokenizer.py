@@ -50,7 +50,8 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
     Args:
         folder: of the checkpoint.
         texts: what it is trained on.
-        vocabulary: at most so many tokens, special ones and the 256 bytes included; at least 600.
+        vocabulary: at most so many tokens, the 500 special ones and 256 bytes included; at least 800, or there are too
+            few others for "yes" and "no" to begin differently.
 
     Returns:
         How many tokens there are; fewer than asked for where the texts have no more pairs to merge.

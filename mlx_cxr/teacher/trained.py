@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mlx_cxr.data.films import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.study_reports import StudyReports, load_reports
+from mlx_cxr.labels import LABELS
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.films import film_embeddings, image_tokens
@@ -80,11 +82,11 @@ class Material:
         return film_embeddings(base, self.store, self.store_sha256, images, size, config.data.work_dir)
 
 
-def prompt_format(base: Base, config: Config) -> PromptFormat:
-    """The prompt of an experiment's teacher."""
+def prompt_format(base: Base, config: Config, order: Sequence[str] = LABELS) -> PromptFormat:
+    """The prompt of an experiment's teacher, with its 14 lines in that order."""
     teacher = config.teacher
     tokens = image_tokens(teacher.image_size, base) if teacher.modality != "text" else 0
-    return PromptFormat.of(base.tokenizer, image_tokens=tokens, max_tokens=teacher.max_tokens)
+    return PromptFormat.of(base.tokenizer, image_tokens=tokens, max_tokens=teacher.max_tokens, order=order)
 
 
 def what_it_reads(config: Config) -> str:
@@ -127,7 +129,7 @@ class TrainedTeacher:
             vision: keep the vision tower where the teacher looks at films; without it films need stored embeddings.
 
         Raises:
-            RunFormatError: there is no such run, or it is not a teacher's.
+            RunFormatError: there is no such run, it is not a teacher's, or its training was stopped.
             ConfigError: its configuration does not fit this version.
             BaseUnavailableError: its base is not on this machine.
             AdapterError: its adapter is missing, damaged or of another base.
@@ -139,6 +141,10 @@ class TrainedTeacher:
         provenance = read_json(record_path)
         if provenance.get("stage") != "lfm_finetune":
             raise RunFormatError(f"{record_path} is of the stage {provenance.get('stage')!r}, not of a teacher")
+        if not (folder / "training.json").exists():
+            raise RunFormatError(
+                f"{folder} was not trained to its end; go on with it: lfm_finetune --run_name {folder.name} --resume"
+            )
         config = config_from_plain(provenance["config"], record_path)
         inputs = {role: entry["sha256"] for role, entry in provenance["inputs"].items()}
         base = Base.open(config.teacher, config.weights_dir, vision=vision and config.teacher.modality != "text")

@@ -70,7 +70,9 @@ def test_padding_a_film_changes_nothing(base):
     padded = np.zeros((2, 1024, 768), np.float32)
     padded[:, :16] = film_patches(films, 64, base.grey)
     mask = mx.array((np.arange(1024) < 16)[None].repeat(2, axis=0).astype(np.int32))
-    theirs = base.model.encode_images(mx.array(padded), spatial_shapes=mx.array([[4, 4]] * 2), pixel_attention_mask=mask)
+    theirs = base.model.encode_images(
+        mx.array(padded), spatial_shapes=mx.array([[4, 4]] * 2), pixel_attention_mask=mask
+    )
     ours = encode_films(base, films, 64)
     assert ours.shape == (2, image_tokens(64, base), base.hidden_size) == (2, 4, 64)
     np.testing.assert_allclose(np.array(ours), np.array(mx.stack(theirs)), atol=1e-5)

@@ -68,9 +68,7 @@ def test_states_and_answers_of_text_equal_transformers(base, form, reference):
         wanted = reference(torch.from_numpy(batch.ids).long(), output_hidden_states=True)
     states = language.model.embedding_norm(hidden_states(language, embeddings))
     np.testing.assert_allclose(np.array(states), wanted.hidden_states[-1].numpy(), atol=1e-4)
-    answers = finding_logits(
-        language, embeddings, mx.array(batch.read), answer_direction(language, form.yes, form.no)
-    )
+    answers = finding_logits(language, embeddings, mx.array(batch.read), answer_direction(language, form.yes, form.no))
     theirs = torch_readout(wanted.logits, batch.read, form).numpy()
     np.testing.assert_allclose(np.array(answers), theirs, atol=1e-4)
     # The comparison says something only if answers differ between studies and findings.

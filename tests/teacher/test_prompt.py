@@ -181,7 +181,7 @@ class Template:
 
 
 def test_bases_that_cannot_carry_the_prompt_are_refused(base):
-    with pytest.raises(PromptError, match="no chat template.*instruction-tuned"):
+    with pytest.raises(PromptError, match=r"no chat template.*instruction-tuned"):
         PromptFormat.of(Template(base.tokenizer, None))
     for chat in ("nothing", "{0} and {0}"):
         with pytest.raises(PromptError, match="does not give back the user's text once"):

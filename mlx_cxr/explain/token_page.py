@@ -1,0 +1,211 @@
+"""Pages of a text explanation: a report with the words that moved the answer, and all that was read off them as JSON.
+
+The HTML holds no script and asks for nothing from elsewhere; whatever stands in a report is shown as text.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr.explain.overlay import save_picture
+from mlx_cxr.explain.token_picture import draw_picture
+from mlx_cxr.explain.word_scores import READING, TextExplanation, shade, shared_scale, signed
+from mlx_cxr.runs import write_json, write_text
+from mlx_cxr.wording import footer, number
+
+STRONGEST = 10
+"""Words in a page's table."""
+
+
+def html_page(explanation: TextExplanation, scale: float) -> str:
+    """The page of one finding in one report, complete in itself.
+
+    Args:
+        explanation: what it shows.
+        scale: of `shared_scale`.
+    """
+    e, scores = explanation, explanation.scores
+    parts = []
+    for i, (word, value, without) in enumerate(zip(scores.words, scores.contributions, scores.left_out, strict=True)):
+        if i and i in scores.line_starts:
+            parts.append("<br>")
+        colour = "#{:02x}{:02x}{:02x}".format(*shade(value, scale))
+        title = f"{signed(value)} logits; leaving it out: {signed(without)}"
+        parts.append(f'<span style="background:{colour}" title="{title}">{html.escape(word)}</span>')
+    ramp = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
+    account = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{signed(value)}</td></tr>" for name, value in explanation.account()
+    )
+    order = np.argsort(-np.abs(scores.contributions), kind="stable")[:STRONGEST]
+    strongest = "".join(
+        f"<tr><td>{html.escape(scores.words[i])}</td><td>{i + 1}</td><td>{signed(scores.contributions[i])}</td>"
+        f"<td>{signed(scores.left_out[i])}</td></tr>"
+        for i in order.tolist()
+    )
+    cut = f"<p>{e.cut_note()}</p>" if e.cut else ""
+    return _document(
+        f"{e.finding}, study {e.study_id}",
+        e.synthetic,
+        f"""<p>Study {html.escape(e.study_id)}; the teacher reads: {html.escape(e.reads)}.<br>
+{html.escape(e.summary())}</p>
+<p class="report">{" ".join(parts)}</p>
+<div class="ramp" style="background:linear-gradient(to right, {ramp})"></div>
+<div class="ticks"><span>{signed(-scale, 1)} and less</span><span>0</span><span>{signed(scale, 1)} and more</span></div>
+<p>Contribution to the logit: orange words raised it, blue ones lowered it. Figures show where the pointer rests.</p>
+{cut}<p>{e.check()}</p>
+<p>{READING}</p>
+<h2>What the logit is made of</h2>
+<table>{account}</table>
+<h2>Strongest words</h2>
+<table><tr><th>word</th><th>place</th><th>contribution</th><th>leaving it out</th></tr>{strongest}</table>""",
+    )
+
+
+def index_page(
+    run: str, rows: Sequence[tuple[TextExplanation, str]], scale: float, notes: Sequence[str], synthetic: bool
+) -> str:
+    """The page that links to all others.
+
+    Args:
+        run: the teacher's name.
+        rows: each explanation with its file name, without the ending.
+        scale: of `shared_scale`.
+        notes: paragraphs before the table: the rule by which these were chosen, and the like.
+        synthetic: whether the cohort is.
+    """
+    cells = "".join(
+        f'<tr><td><a href="{html.escape(name)}.html">{html.escape(e.finding)}</a></td>'
+        f"<td>{html.escape(e.study_id)}</td><td>{e.probability:.2f}</td><td>{html.escape(e.label) or '–'}</td>"
+        f"<td>{signed(e.scores.report)}</td>"
+        f'<td>{number(e.scores.agreement, 2)}</td><td><a href="{html.escape(name)}.png">picture</a></td></tr>'
+        for e, name in rows
+    )
+    paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in (*notes, READING))
+    return _document(
+        f"Which words moved {run}",
+        synthetic,
+        f"""{paragraphs}
+<p>Colours are full at {scale:.1f} logits on every page.</p>
+<table><tr><th>finding</th><th>study</th><th>calibrated p</th><th>report label</th><th>report's words, logits</th>
+<th>rank correlation with leave-one-out</th><th></th></tr>{cells}</table>""",
+    )
+
+
+def write_explanations(
+    folder: str | Path,
+    run: str,
+    explanations: Sequence[TextExplanation],
+    rule: str,
+    steps: int,
+    record: Mapping[str, Any],
+) -> Path:
+    """Write pictures, pages, `explanations.json` and `index.html`, then remove pages of an earlier call.
+
+    In this order every link of the index works at any moment, also when the command is killed.
+
+    `explanations.json`: `schema` (1), `run`, `reads`, `synthetic`, `notice`, `rule`, `steps`, `scale` (logits at full
+    colour), `agreement` (`integrated_gradients` and `gradient_x_input` to `explanations`, `median`, `lowest`, `highest`
+    of their rank correlations with leave-one-out, where these are defined), `explanations`, `provenance`. An
+    explanation has `file` (of its page), `study_id`, `finding`, `probability`, `threshold`, `label`; `logit`, which is
+    `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement` with leave-one-out, `words`, and
+    `scores` of each word: `integrated_gradients`, `gradient_x_input`, `leave_one_out`.
+
+    Args:
+        folder: gets the files.
+        run: the teacher's name.
+        explanations: at least one, in the order of the index.
+        rule: how they were chosen.
+        steps: of the integrated gradients.
+        record: `runs.provenance`.
+
+    Returns:
+        The folder.
+    """
+    folder, synthetic = Path(folder), explanations[0].synthetic
+    scale = shared_scale([e.scores.contributions for e in explanations])
+    rows = list(zip(explanations, _file_names(explanations), strict=True))
+    for e, name in rows:
+        save_picture(folder / f"{name}.png", draw_picture(e, scale))
+        write_text(folder / f"{name}.html", html_page(e, scale))
+    ours, other = (
+        _spread([getattr(e.scores, key) for e in explanations]) for key in ("agreement", "gradient_agreement")
+    )
+    write_json(
+        folder / "explanations.json",
+        {
+            "schema": 1,
+            "run": run,
+            "reads": explanations[0].reads,
+            "synthetic": synthetic,
+            "notice": footer(synthetic),
+            "rule": rule,
+            "steps": steps,
+            "scale": scale,
+            "agreement": {"integrated_gradients": ours, "gradient_x_input": other},
+            "explanations": [{"file": f"{name}.html", **e.plain()} for e, name in rows],
+            "provenance": record,
+        },
+    )
+    note = (
+        "Contributions are integrated gradients. Rank correlation with leave-one-out, median of "
+        f"{ours['explanations']} explanations: {number(ours['median'], 2)} (lowest {number(ours['lowest'], 2)}); "
+        f"gradient × input: {number(other['median'], 2)}."
+    )
+    write_text(folder / "index.html", index_page(run, rows, scale, [rule, note], synthetic))
+    kept = {"index", *(name for _, name in rows)}
+    for path in (*folder.glob("*.html"), *folder.glob("*.png")):
+        if path.stem not in kept:
+            path.unlink()
+    return folder
+
+
+def _file_names(explanations: Sequence[TextExplanation]) -> list[str]:
+    """`<study>_<finding>`, of letters, digits, `.`, `_` and `-`; numbered where two would be alike."""
+    names = [re.sub(r"[^A-Za-z0-9.-]+", "_", f"{e.study_id[:80]}_{e.finding}") for e in explanations]
+    alike = len(set(map(str.casefold, names))) < len(names)
+    return [f"{number}_{name}" for number, name in enumerate(names, start=1)] if alike else names
+
+
+def _spread(agreements: Sequence[float]) -> dict[str, float | int]:
+    """Median, lowest and highest of those that are defined, and how many these are."""
+    defined = np.array([value for value in agreements if not np.isnan(value)])
+    figures = (np.median(defined), defined.min(), defined.max()) if defined.size else (np.nan,) * 3
+    return {
+        "explanations": len(defined),
+        **dict(zip(("median", "lowest", "highest"), map(float, figures), strict=True)),
+    }
+
+
+def _document(title: str, synthetic: bool, body: str) -> str:
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #181a1e;
+  background: #fff; color-scheme: light; }}
+.notice {{ border-left: 4px solid #e69f00; padding: .3rem .8rem; font-weight: 600; }}
+.report {{ font-size: 18px; line-height: 2; border: 1px solid #d2d5da; padding: .6rem 1rem; overflow-wrap: anywhere; }}
+.report span {{ padding: .15rem .2rem; border-radius: 3px; }}
+.ramp {{ height: 14px; max-width: 24rem; border: 1px solid #d2d5da; }}
+.ticks {{ display: flex; justify-content: space-between; max-width: 24rem; font-size: 13px; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #d2d5da; overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p class="notice">{html.escape(footer(synthetic))}</p>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,201 @@
+"""How much each word of a report moved an answer, and the colour that says so.
+
+A word's colour is its contribution to the finding's logit, on one scale that all pages of a run share: orange raised
+it, blue lowered it. The two ends are of one lightness, far enough from black for text to be read on them, and told
+apart under the common colour deficiencies (Okabe and Ito's palette). The scale has a floor, so that a report in which
+nothing moved the answer stays white.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from mlx_cxr.wording import number
+
+RAISES, LOWERS, WHITE = (230, 159, 0), (86, 180, 233), (255, 255, 255)
+SMALLEST_SCALE = 0.5
+"""In logits: what takes a probability of 0.50 to 0.62."""
+READING = (
+    "Contributions say what moved this model's answer, not what is true, nor what a radiologist would weigh. A "
+    "negation often carries the weight of what it negates, and words act together: leaving out two is not the sum of "
+    "leaving out each."
+)
+_NICE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+
+
+@dataclass(frozen=True)
+class WordScores:
+    """How much each word of a report moved one logit.
+
+    The logit is `blank`, plus `film`, plus the sum of `contributions`, plus `left_over`.
+
+    Attributes:
+        words: as they were read, punctuation with its word.
+        line_starts: indices of words that begin a section.
+        contributions: float64 (W,), integrated gradients, in logits.
+        gradient_x_input: float64 (W,), in logits; they need not sum to anything.
+        left_out: float64 (W,), the logit less what it is without the word.
+        logit: the teacher's.
+        blank: the logit without report and film: what instruction, chat and the findings' lines alone give.
+        film: contribution of the film's tokens, taken together; 0 without a film.
+
+    Raises:
+        ValueError: scores are not one for each word.
+    """
+
+    words: tuple[str, ...]
+    line_starts: tuple[int, ...]
+    contributions: np.ndarray
+    gradient_x_input: np.ndarray
+    left_out: np.ndarray
+    logit: float
+    blank: float
+    film: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = [np.shape(x) for x in (self.contributions, self.gradient_x_input, self.left_out)]
+        if set(sizes) != {(len(self.words),)}:
+            raise ValueError(f"{len(self.words)} words, but scores of shapes {sizes}")
+
+    @property
+    def report(self) -> float:
+        """Sum of the words' contributions."""
+        return float(np.sum(self.contributions))
+
+    @property
+    def left_over(self) -> float:
+        """What numerical integration left unexplained."""
+        return self.logit - self.blank - self.film - self.report
+
+    @property
+    def agreement(self) -> float:
+        """Rank correlation of the contributions with leaving words out; NaN where it is undefined."""
+        return rank_correlation(self.contributions, self.left_out)
+
+    @property
+    def gradient_agreement(self) -> float:
+        """The same of gradient x input."""
+        return rank_correlation(self.gradient_x_input, self.left_out)
+
+
+@dataclass(frozen=True)
+class TextExplanation:
+    """One finding in one report.
+
+    Attributes:
+        study_id: of the study, or what stands in its place.
+        finding: its name.
+        scores: of the report's words.
+        probability: calibrated, in [0, 1].
+        threshold: tuned on validation, on the calibrated probability; NaN where none could be.
+        label: the source's value in words, such as `present`; empty where there is none.
+        reads: what the teacher may read, such as `findings`.
+        cut: tokens of the report that the prompt had no room for.
+        synthetic: the report is from the synthetic cohort.
+    """
+
+    study_id: str
+    finding: str
+    scores: WordScores
+    probability: float
+    threshold: float
+    label: str = ""
+    reads: str = "report"
+    cut: int = 0
+    synthetic: bool = False
+
+    def summary(self) -> str:
+        """One line: probability against threshold, and the report's label."""
+        sign = "≥" if self.probability >= self.threshold else "<"
+        digits = 4 if f"{self.probability:.2f}" == f"{self.threshold:.2f}" else 2
+        against = (
+            f"{sign} threshold {self.threshold:.{digits}f}" if self.threshold == self.threshold else "(no threshold)"
+        )
+        text = f"calibrated p = {self.probability:.{digits}f} {against}"
+        return f"{text}   ·   report label: {self.label}" if self.label else text
+
+    def account(self) -> list[tuple[str, float]]:
+        """What the logit is made of, line by line; the last is the logit."""
+        scores = self.scores
+        film = [("film", scores.film)] if "film" in self.reads else []
+        return [
+            (f"without the report{' and the film' * bool(film)}: instruction, chat and findings' lines", scores.blank),
+            *film,
+            (f"{len(scores.words)} words of the report", scores.report),
+            ("left over by numerical integration", scores.left_over),
+            ("logit", scores.logit),
+        ]
+
+    def check(self) -> str:
+        """How far the contributions agree with leaving words out."""
+        scores = self.scores
+        return (
+            f"Checked against leave-one-out: rank correlation {number(scores.agreement, 2)} over "
+            f"{len(scores.words)} words (gradient × input: {number(scores.gradient_agreement, 2)})."
+        )
+
+    def cut_note(self) -> str:
+        """What was not read, or an empty string."""
+        return f"The prompt had no room for {self.cut} more tokens of the report; they were not read." * (self.cut > 0)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        scores = self.scores
+        return {
+            "study_id": self.study_id,
+            "finding": self.finding,
+            "probability": self.probability,
+            "threshold": self.threshold,
+            "label": self.label,
+            **{key: getattr(scores, key) for key in ("logit", "blank", "film", "report", "left_over")},
+            "cut": self.cut,
+            "agreement": {"integrated_gradients": scores.agreement, "gradient_x_input": scores.gradient_agreement},
+            "words": list(scores.words),
+            "scores": {
+                "integrated_gradients": scores.contributions,
+                "gradient_x_input": scores.gradient_x_input,
+                "leave_one_out": scores.left_out,
+            },
+        }
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's correlation; NaN for fewer than three words, or where either is constant."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)
+
+
+def shared_scale(contributions: Sequence[np.ndarray]) -> float:
+    """The contribution, in logits, at which colours are full: for all pages of a run.
+
+    Returns:
+        The 99th percentile of the absolute contributions, rounded up to 1, 1.5, 2, 3, 5 or 7 times a power of ten; at
+        least `SMALLEST_SCALE`.
+    """
+    sizes = np.abs(np.concatenate([np.ravel(c) for c in contributions])) if len(contributions) else np.zeros(0)
+    top = float(np.percentile(sizes, 99)) if sizes.size else 0.0
+    if top <= SMALLEST_SCALE:
+        return SMALLEST_SCALE
+    power = 10.0 ** np.floor(np.log10(top))
+    return float(next(power * nice for nice in _NICE if power * nice >= top * (1 - 1e-9)))
+
+
+def shade(contribution: float, scale: float) -> tuple[int, int, int]:
+    """RGB of a word's ground: white at 0, the full colour from `scale` on."""
+    share = min(abs(contribution) / scale, 1.0)
+    end = RAISES if contribution > 0 else LOWERS
+    red, green, blue = (round(w + share * (e - w)) for w, e in zip(WHITE, end, strict=True))
+    return red, green, blue
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+1.23`, `−0.40`, and `0.00` without a sign."""
+    text = f"{abs(value):.{digits}f}"
+    return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"

@@ -1,0 +1,310 @@
+"""Show which words moved the teacher: `python -m mlx_cxr.explain_report --config configs/demo.yaml`.
+
+By default the most confident true positives of each finding among the test studies; with `--study_id` or `--text` the
+reports that are named. Writes `outputs/<teacher_run>/text_explanation/`: for each report and finding a page
+`<study>_<finding>.html` and the same as `.png`, then `explanations.json`, then `index.html`. Run again, it replaces all
+of them. They quote reports: what holds for the data holds for them. `token_page.write_explanations` describes the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit
+
+from mlx_cxr import runtime
+from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.data.reports import decode, has_headings, section_texts, select
+from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.explain.findings_report import outcomes
+from mlx_cxr.explain.token_page import write_explanations
+from mlx_cxr.explain.word_scores import TextExplanation
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.runs import provenance, read_json
+from mlx_cxr.teacher.attribution import STEPS, explain
+from mlx_cxr.teacher.lora import WEIGHTS
+from mlx_cxr.teacher.prompt import Prompt
+from mlx_cxr.teacher.scoring import score
+from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher, what_it_reads
+
+log = logging.getLogger("mlx_cxr")
+
+FOLDER = "text_explanation"
+
+
+class ExplainReportError(UserError, ValueError):
+    """A study, report or finding that cannot be explained; says why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One report to explain.
+
+    Attributes:
+        study_id: or `text`.
+        prompt: what the teacher reads.
+        film: float16 (T, H), or None.
+        raw_labels: float32 (14,), or None for a text without labels.
+        columns: findings to explain; None leaves it to the answers.
+    """
+
+    study_id: str
+    prompt: Prompt
+    film: np.ndarray | None
+    raw_labels: np.ndarray | None
+    columns: tuple[int, ...] | None
+
+
+def run(
+    config: Config,
+    teacher_run: str | None = None,
+    *,
+    study_ids: Sequence[str] = (),
+    text: str | None = None,
+    findings: Sequence[str] = (),
+    examples: int = 1,
+) -> Path:
+    """Explain answers of a teacher, and return the folder of the pages.
+
+    Args:
+        config: the experiment; manifest, reports and films must be those that the teacher was trained on.
+        teacher_run: folder under `outputs`; None takes `teacher.run_name`.
+        study_ids: studies of the manifest to explain, in place of examples.
+        text: a report, or a file with one, to explain in their place.
+        findings: of `LABELS`; none given takes all for examples, and for a study or text those that the teacher calls
+            present, or the likeliest one.
+        examples: true positives per finding.
+
+    Raises:
+        ExplainReportError: an unknown finding or study, a study or text without what the teacher reads, a teacher that
+            reads no text, or nothing to show.
+        RunFormatError: there is no such run, it is not scored yet, or it was trained for something else.
+        PredictionsError: its predictions cannot be read.
+        DataError: a file is missing.
+    """
+    if unknown := [name for name in findings if name not in LABELS]:
+        raise ExplainReportError(f"{unknown[0]!r} is no finding; the 14 are: {', '.join(LABELS)}")
+    if text is not None and study_ids:
+        raise ExplainReportError("--study_id and --text exclude each other: give one of them")
+    if examples < 1:
+        raise ExplainReportError(f"--examples {examples}: give at least 1")
+    device = runtime.start("explain_report")
+    run_dir = config.run_dir(teacher_run or config.teacher.run_name)
+    teacher = TrainedTeacher.open(run_dir)
+    if teacher.config.teacher.modality == "image":
+        raise ExplainReportError(f"{run_dir} is a teacher that sees films only; it reads no words to explain")
+    points = operating_points(run_dir)
+    columns = tuple(LABELS.index(name) for name in findings) or None
+    inputs = {"adapter": run_dir / ADAPTER / WEIGHTS, "results": run_dir / "test_results.json"}
+    if text is not None:
+        rule = "A report that was asked for."
+        asked = [of_text(text, teacher, columns)]
+    else:
+        material = Material.open(teacher.config)
+        teacher.check(config, material)
+        inputs |= material.inputs(teacher.config)
+        if study_ids:
+            rule = "Studies that were asked for."
+            wanted = dict.fromkeys(study_ids, columns)
+        else:
+            inputs["predictions"] = run_dir / "predictions.csv"
+            rule = (
+                f"Of each finding the {examples} most confident true positives among the test studies: called present "
+                "at the threshold chosen on validation, present by the report's label, of the highest probability. "
+                "They are examples, not a sample to estimate from."
+            )
+            wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
+        asked = of_studies(wanted, teacher, material)
+    record = provenance("explain_report", config.plain(), inputs, device)
+    explanations = [e for one in asked for e in explained(one, teacher, points)]
+    explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
+    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, STEPS, record)
+
+
+def operating_points(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (14,) temperatures and (14,) thresholds of a scored run; a threshold that validation gave none is NaN.
+
+    Raises:
+        ExplainReportError: the run is not scored.
+    """
+    path = run_dir / "test_results.json"
+    if not path.is_file():
+        raise ExplainReportError(f"{path} is missing: run cache_teacher_outputs, which fits the probabilities' scale")
+    points = read_json(path)["operating_points"]
+    thresholds = [
+        points[label]["threshold"] if points[label]["threshold_source"] == "validation" else np.nan for label in LABELS
+    ]
+    return np.array([points[label]["temperature"] for label in LABELS]), np.array(thresholds)
+
+
+def confident_true_positives(
+    run_dir: Path,
+    protocol: str,
+    columns: Sequence[int] | None,
+    points: tuple[np.ndarray, np.ndarray],
+    count: int,
+) -> dict[str, tuple[int, ...]]:
+    """Test study to the findings of which it is one of the `count` most confident true positives.
+
+    Raises:
+        ExplainReportError: there is none.
+    """
+    scored = read_predictions(run_dir / "predictions.csv")
+    rows = np.flatnonzero(scored.predictions.split == "test")
+    targets = SCORING_PROTOCOLS[protocol].apply(scored.predictions.raw_labels[rows])
+    wanted: dict[str, tuple[int, ...]] = {}
+    for k in columns or range(len(LABELS)):
+        found = outcomes(targets[:, k], scored.probabilities[rows, k], points[1][k])["true positive"][:count]
+        if not len(found):
+            log.info("%s: no true positive among the test studies", LABELS[k])
+        for row in found:
+            study = str(scored.predictions.study_ids[rows[row]])
+            wanted[study] = (*wanted.get(study, ()), k)
+    if not wanted:
+        raise ExplainReportError(
+            f"{run_dir / 'predictions.csv'}: no true positive among the test studies, so there is nothing to show; "
+            "name studies with --study_id"
+        )
+    return wanted
+
+
+def of_studies(
+    wanted: Mapping[str, tuple[int, ...] | None], teacher: TrainedTeacher, material: Material
+) -> list[Asked]:
+    """Studies as the teacher reads them, in the order asked.
+
+    Args:
+        wanted: study to findings.
+        teacher: who reads.
+        material: what it reads.
+
+    Raises:
+        ExplainReportError: a study is not in the manifest, or has not what the teacher reads.
+    """
+    frame = material.manifest.frame
+    split_of = dict(zip(frame["study_id"].tolist(), frame["split"].tolist(), strict=True))
+    if unknown := [study for study in wanted if study not in split_of]:
+        raise ExplainReportError(f"study {unknown[0]!r} is not in {teacher.config.manifest_path}")
+    splits = tuple(sorted({split_of[study] for study in wanted}))
+    studies = material.studies(teacher.config, teacher.form, *splits)
+    place = {study: i for i, study in enumerate(studies.study_ids)}
+    if lacking := [study for study in wanted if study not in place]:
+        raise ExplainReportError(
+            f"study {lacking[0]!r} has not what this teacher reads ({what_it_reads(teacher.config)}), "
+            "so it has no answer to explain"
+        )
+    films = material.films(teacher.base, studies, teacher.config)
+    return [
+        Asked(study, studies.prompts[i], None if films is None else films[i], studies.raw_labels[i], columns)
+        for study, columns in wanted.items()
+        for i in (place[study],)
+    ]
+
+
+def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None) -> Asked:
+    """A report that is given as a text or a file; one without headings counts as the first section that may be read.
+
+    Raises:
+        ExplainReportError: there is no such file, the report has none of the sections, or the teacher needs a film.
+    """
+    settings = teacher.config.teacher
+    if settings.modality != "text":
+        raise ExplainReportError(f"{teacher.folder} reads films too, and --text has none; name a study with --study_id")
+    report = read_report(text)
+    sections = section_texts(report)
+    name = settings.sections[0]
+    wanted = select(
+        sections if has_headings(report) else {name: sections["whole"]}, settings.sections, settings.section_mode
+    )
+    if not wanted:
+        raise ExplainReportError(f"--text has none of what this teacher reads ({what_it_reads(teacher.config)})")
+    return Asked("text", teacher.form.prompt(wanted), None, None, columns)
+
+
+def read_report(text: str) -> str:
+    """The file of that name, or the text itself; what looks like a file's name has to be one.
+
+    Raises:
+        ExplainReportError: there is no such file.
+    """
+    try:
+        if Path(text).is_file():
+            return decode(Path(text).read_bytes())[0]
+    except OSError:  # too long for a file's name
+        return text
+    if re.fullmatch(r"\S+\.\w{1,5}|\S*/\S*", text):
+        raise ExplainReportError(f"--text {text}: there is no such file; a report itself goes between quotes")
+    return text
+
+
+def explained(asked: Asked, teacher: TrainedTeacher, points: tuple[np.ndarray, np.ndarray]) -> list[TextExplanation]:
+    """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
+    settings, (temperatures, thresholds) = teacher.config.teacher, points
+    columns = asked.columns
+    if columns is None:
+        films = None if asked.film is None else np.asarray(asked.film)[None]
+        probabilities = expit(
+            score(teacher.base, teacher.form, [asked.prompt], films, settings).logits[0] / temperatures
+        )
+        called = np.flatnonzero(probabilities >= thresholds).tolist()
+        columns = tuple(called or [int(np.argmax(probabilities))])
+    log.info("study %s: %s", asked.study_id, ", ".join(LABELS[k] for k in columns))
+    return [
+        TextExplanation(
+            asked.study_id,
+            LABELS[k],
+            scores,
+            float(expit(scores.logit / temperatures[k])),
+            float(thresholds[k]),
+            "" if asked.raw_labels is None else label_words(float(asked.raw_labels[k])),
+            what_it_reads(teacher.config),
+            asked.prompt.cut,
+            teacher.config.data.synthetic,
+        )
+        for k, scores in zip(
+            columns, explain(teacher.base, teacher.form, asked.prompt, asked.film, columns, settings), strict=True
+        )
+    ]
+
+
+def label_words(raw: float) -> str:
+    """A source label in words."""
+    return "not mentioned" if np.isnan(raw) else {1: "present", 0: "absent", -1: "uncertain"}[int(raw)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.explain_report", description=__doc__.splitlines()[0])
+    add_config_arguments(parser)
+    parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--study_id", nargs="+", default=[], metavar="STUDY", help="studies of the manifest")
+    which.add_argument("--text", help="a report between quotes, or a file with one")
+    which.add_argument("--examples", type=int, default=1, metavar="N", help="true positives per finding; default 1")
+    parser.add_argument("--finding", nargs="+", default=[], metavar="FINDING", help='such as Edema "Pleural Effusion"')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(
+            load_config(args.config, args.overrides),
+            args.teacher_run,
+            study_ids=args.study_id,
+            text=args.text,
+            findings=args.finding,
+            examples=args.examples,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The whole chain with teacher, student, controls and comparison on a very small cohort."""
+
+import json
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mlx_cxr import pipeline
+from mlx_cxr.compare_models import comparison_dir
+from mlx_cxr.config import load_config
+from mlx_cxr.data.soft_labels import load_soft_labels
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.labels import SCORING_PROTOCOLS
+from mlx_cxr.runs import read_json, sha256_file
+
+pytestmark = pytest.mark.slow
+
+YAML = """
+name: chain
+run_name: chain_cnn
+outputs: {here}/outputs
+data: {{synthetic: true, root: {here}/raw, work_dir: {here}/work}}
+demo: {{patients: 40, image_size: 128}}
+pixels: {{size: 32, workers: 2}}
+model: {{weights: scratch, output_stride: 16}}
+training: {{epochs: 1, batch_size: 8, learning_rate: 1e-3}}
+teacher:
+  base: {here}/work/tiny-base
+  training: {{epochs: 1, batch_size: 8, accumulate: 2, learning_rate: 3e-3}}
+  tiny: {{hidden_size: 32, layers: 2, vocabulary: 1024, epochs: 1}}
+distillation: {{init: cnn}}
+comparison: {{controls: [shuffled], graded: [[indication]], min_retention: 0.0}}
+evaluation: {{bootstrap_samples: 60}}
+explain: {{labels: [Support Devices], examples_per_outcome: 1}}
+failure: {{examples: 2}}
+pipeline: {{min_val_auc: 0.0}}
+"""
+STAGES = [
+    "make_demo_data",
+    "build_manifest",
+    "prepare_images",
+    "train_cnn",
+    "evaluate_cnn",
+    "make_tiny_teacher",
+    "lfm_finetune",
+    "cache_teacher_outputs",
+    "distillation",
+    "evaluate_cnn@student_v1",
+    "distillation@student_v1_shuffled",
+    "evaluate_cnn@student_v1_shuffled",
+    "lfm_finetune@lora_teacher_phase1_reads_indication",
+    "cache_teacher_outputs@lora_teacher_phase1_reads_indication",
+    "compare_models",
+    "failure_analysis",
+    "explain_report",
+]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    here = tmp_path_factory.mktemp("chain")
+    path = here / "chain.yaml"
+    path.write_text(YAML.format(here=here))
+    pipeline.main(["--config", str(path), "--ignore_gates"])
+    return path
+
+
+def _stages(caplog, path, overrides=(), **options):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="mlx_cxr"):
+        pipeline.run(load_config(path, overrides), ignore_gates=True, **options)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("[")]
+    return {line.split("] ")[1].split(": ")[0]: line.split(": ", 1)[1] for line in lines}
+
+
+def test_a_second_call_skips_every_stage_and_changes_nothing(chain, caplog):
+    outputs = load_config(chain).outputs
+    before = {path: sha256_file(path) for path in outputs.rglob("*") if path.is_file()}
+    stages = _stages(caplog, chain)
+    assert list(stages) == STAGES
+    assert {text.split(" (")[0] for text in stages.values()} == {"up to date, skipped"}
+    assert {path: sha256_file(path) for path in outputs.rglob("*") if path.is_file()} == before
+
+
+def test_the_table_is_made_of_the_predictions_that_the_runs_left(chain):
+    config = load_config(chain)
+    comparison = read_json(comparison_dir(config) / "final_comparison.json")
+    runs = {"chain_cnn", "lora_teacher_phase1", "student_v1", "student_v1_shuffled"}
+    assert {model["run"] for model in comparison["models"]} >= runs
+    parts = {
+        run: read_predictions(config.run_dir(run) / "predictions.csv").predictions.of_split("test") for run in runs
+    }
+    shared = sorted(set.intersection(*(set(part.study_ids.tolist()) for part in parts.values())))
+    for run, part in parts.items():
+        place = {study: row for row, study in enumerate(part.study_ids.tolist())}
+        rows = [place[study] for study in shared]
+        y, z = SCORING_PROTOCOLS["empty_negative"].apply(part.raw_labels[rows]), part.logits[rows]
+        expected = np.mean([roc_auc_score(y[:, k], z[:, k]) for k in range(14) if len(set(y[:, k])) == 2])
+        shown = comparison["protocols"]["empty_negative"]["models"][run]["macro"]["roc_auc"]["value"]
+        assert shown == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_test_study_is_in_what_the_student_learned_from(chain):
+    config = load_config(chain)
+    manifest = pd.read_csv(config.manifest_path, dtype=str)
+    soft = load_soft_labels(config.run_dir(config.teacher.run_name))
+    test = set(manifest.loc[manifest["split"] == "test", "study_id"])
+    assert test
+    assert not test & set(soft.study_ids)
+    recorded = json.loads((config.run_dir("student_v1") / "config.json").read_text())["inputs"]
+    assert recorded["soft_labels"]["sha256"] == sha256_file(
+        config.run_dir("lora_teacher_phase1") / "teacher_soft_labels.npy"
+    )
+
+
+def test_another_control_reuses_the_rest(chain, caplog):
+    stages = _stages(caplog, chain, ["comparison.controls=[shuffled,hard]"])
+    ran = {name for name, text in stages.items() if text.startswith("runs")}
+    assert ran == {"distillation@student_v1_hard", "evaluate_cnn@student_v1_hard", "compare_models"}
+
+
+def test_a_gate_of_the_comparison_ends_with_status_3_when_all_is_written(chain):
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.main(["--config", str(chain), "--set", "comparison.min_retention=1.0", "--start_at", "compare_models"])
+    config = load_config(chain, ["comparison.min_retention=1.0"])
+    gates = read_json(comparison_dir(config) / "final_comparison.json")["gates"]
+    assert (stopped.value.code == 3) == (not all(gate["met"] for gate in gates.values()))
+    assert not gates["retention"]["met"] or gates["retention"]["value"] >= 1.0
