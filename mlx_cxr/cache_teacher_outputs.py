@@ -3,7 +3,8 @@
 Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
 (`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test
 with tables and plots, for the comparison; with `--zero_shot` also those of the base without the adapter, in
-`zero_shot/`. Killed, it goes on where it was.
+`zero_shot/`, and with `--line_orders` how much the order of the prompt's lines matters (`order_effect.json`).
+Killed, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.calibration import fit_temperatures
 from mlx_cxr.evaluation.predictions import Predictions, join, study_level
 from mlx_cxr.labels import SCORING_PROTOCOLS
-from mlx_cxr.runs import provenance, read_json
+from mlx_cxr.runs import provenance, read_json, write_json
 from mlx_cxr.scoring_report import write_cost, write_scores
 from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
+from mlx_cxr.teacher.order import order_effect
 from mlx_cxr.teacher.scoring import Answers, score
 from mlx_cxr.teacher.studies import Studies
 from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
@@ -34,13 +36,14 @@ from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
 log = logging.getLogger("mlx_cxr")
 
 
-def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False) -> Path:
+def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False, line_orders: int = 0) -> Path:
     """Cache a teacher's answers, and return its run's folder.
 
     Args:
         config: the experiment; manifest, reports and films must be those that the teacher was trained on.
         teacher_run: folder under `outputs`; None takes `teacher.run_name`.
         zero_shot: score validation and test without the adapter too.
+        line_orders: ask the validation studies under so many other orders of the 14 lines too.
 
     Raises:
         RunFormatError: there is no such run, or it was trained for something else.
@@ -104,6 +107,16 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False)
         f"forward pass, batch {size}",
         device=device,
     )
+    if line_orders:
+        effect = order_effect(teacher.base, teacher.config, material, orders=line_orders, seed=config.seed).summary()
+        write_json(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
+        log.info(
+            "under %d other orders of the lines: validation macro AUC %.3f to %.3f (usual order: %.3f), logits move by "
+            "%.2f on average",
+            line_orders,
+            *(effect["macro_auc"][key] for key in ("least", "largest", "usual")),
+            effect["mean_abs_logit_shift"],
+        )
     if zero_shot:
         _score_zero_shot(teacher, material, learned.of_split("validate"), test, config, record)
     return teacher.folder
@@ -171,6 +184,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
     parser.add_argument("--zero_shot", action="store_true", help="score the base without its adapter too")
+    parser.add_argument(
+        "--line_orders",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure what N other orders of the prompt's lines change",
+    )
     return parser
 
 
@@ -178,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
     with readable_errors():
-        run(load_config(args.config, args.overrides), args.teacher_run, args.zero_shot)
+        run(load_config(args.config, args.overrides), args.teacher_run, args.zero_shot, args.line_orders)
 
 
 if __name__ == "__main__":

@@ -297,6 +297,9 @@ class TeacherConfig(Section):
     base: str = "LiquidAI/LFM2.5-VL-1.6B"
     """A local folder, or a hub id (brought by `fetch_weights --what lfm`)."""
     run_name: Name = "lora_teacher_phase1"
+    start_from: Name | None = None
+    """Run of another teacher on the same base whose adapter this one begins with: phase 2, which looks at the film too,
+    begins where phase 1 ended."""
     modality: Literal["text", "image", "image_text"] = "text"
     sections: Annotated[Sections, Field(min_length=1)] = ("findings",)
     """What it may read of a report. MIMIC's labels were taken from the impression: a teacher that reads it learns the

@@ -28,7 +28,7 @@ from mlx_cxr.explain.token_page import write_explanations
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.runs import provenance, read_json
-from mlx_cxr.teacher.attribution import STEPS, explain
+from mlx_cxr.teacher.attribution import explain
 from mlx_cxr.teacher.lora import WEIGHTS
 from mlx_cxr.teacher.prompt import Prompt
 from mlx_cxr.teacher.scoring import score
@@ -125,7 +125,7 @@ def run(
     record = provenance("explain_report", config.plain(), inputs, device)
     explanations = [e for one in asked for e in explained(one, teacher, points)]
     explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
-    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, STEPS, record)
+    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, record)
 
 
 def operating_points(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.errors import readable_errors
-from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, write_json
+from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
-from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, target_layers
+from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, begin_with, read_adapter, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
 from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
 from mlx_cxr.training.loop import train
@@ -71,6 +72,11 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         training.counts["without_text"] + validation.counts["without_text"],
         training.counts["cut"] + validation.counts["cut"],
     )
+    inputs, first = material.inputs(config), None
+    if teacher.start_from is not None:
+        first_folder = config.run_dir(teacher.start_from) / ADAPTER
+        first = read_adapter(base.model, first_folder, base.identity)
+        inputs["first_adapter"] = first_folder / WEIGHTS
     estimate = check_training_fits(Decoder.of(base.model), widths, teacher, longest, base.precision)
     log.info("memory: about %s", estimate)
     if not resume_state:
@@ -79,7 +85,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
             run_dir.name,
             stage="lfm_finetune",
             config=config.plain(),
-            inputs=material.inputs(config),
+            inputs=inputs,
             device=device,
             overwrite=overwrite or resume,
         )
@@ -108,12 +114,15 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         "zero_shot": zero_shot,
         "zero_shot_auc": zero_shot["macro_auc"],
     }
-    write_json(run_dir / RECORD, about)
+    if not resume_state:
+        write_json(run_dir / RECORD, about)
     log.info("zero-shot validation macro AUC %.4f", zero_shot["macro_auc"])
 
     targets = config.labels.policy().apply(training.raw_labels)
     weights = positive_weights(targets, teacher.training.class_weighting, teacher.training.max_class_weight)
     attach_lora(base.model, teacher.lora, config.seed)
+    if first is not None:
+        begin_with(base.model, first)
     trainable = sum(teacher.lora.rank * (inputs + outputs) for inputs, outputs in widths)
     mx.reset_peak_memory()
     result = train(
@@ -124,7 +133,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         save_every=teacher.training.save_every,
         log_every=teacher.training.log_every,
         run_dir=run_dir,
-        settings=settings_hash(config, material, base),
+        settings=settings_hash(config, base, inputs),
         resume=resume_state,
     )
     write_json(run_dir / RECORD, {**about, "tuned_auc": result.best_auc})
@@ -147,21 +156,23 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     return run_dir
 
 
-def settings_hash(config: Config, material: Material, base: Base) -> str:
-    """Hash of what decides the adapter, and so may not change when a run is resumed."""
+def settings_hash(config: Config, base: Base, inputs: Mapping[str, Path]) -> str:
+    """Hash of what decides the adapter, and so may not change when a run is resumed.
+
+    Args:
+        config: the experiment.
+        base: what is adapted.
+        inputs: role -> file that is read.
+    """
     plain = config.plain()
-    teacher = {
-        key: value for key, value in plain["teacher"].items() if key not in ("batch_size", "memory_limit_gb", "tiny")
-    }
+    unused = ("batch_size", "memory_limit_gb", "tiny", "run_name")
     return hash_of(
         {
-            "manifest": material.manifest.sha256,
-            "reports": material.reports.sha256 if material.reports is not None else None,
-            "pixels": material.store_sha256,
+            "inputs": {role: sha256_file(path) for role, path in inputs.items()},
             "base": base.identity,
             "seed": config.seed,
             "labels": plain["labels"],
-            "teacher": teacher,
+            "teacher": {key: value for key, value in plain["teacher"].items() if key not in unused},
         }
     )
 

@@ -12,6 +12,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_cxr import compare_models, failure_analysis, runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
@@ -69,8 +70,7 @@ def run(
     data_changed = False
     for number, step in enumerate(chain, 1):
         ledger, of_data = ledgers[step.folder], step.folder == config.data.work_dir
-        plain = config.plain()
-        now = fingerprint({key: plain[key] for key in step.settings}, step.inputs())
+        now = fingerprint({key: _setting(config, key) for key in step.settings}, step.inputs())
         why = ledger.why_run(step.name, now, step.outputs) or ("asked for" if step.name in forced else "")
         if not why and data_changed and of_data:
             # Films can change under tables that do not; the stage itself looks at the films.
@@ -108,6 +108,7 @@ def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, r
     log.info("\n%s\n\n%s\nDone in %.0f s. To open:", closing_comparison(comparison), closing, seconds)
     _say_where(folder, "final_comparison.md", "calibration_comparison.png")
     _say_where(student, "failure_analysis/summary.md", "results.md", "findings.md", "grad_cam")
+    _say_where(config.run_dir(config.teacher.run_name), "results.md", "text_explanation/index.html")
     _say_where(config.run_dir(), "results.md", "findings.md")
     for gate, line in zip(comparison["gates"].values(), gate_lines(comparison), strict=True):
         if not gate["met"] and not ignore_gates:
@@ -118,6 +119,13 @@ def _say_where(folder: Path, *names: str) -> None:
     for name in names:
         if (folder / name).exists():
             log.info("  %s", folder / name)
+
+
+def _setting(config: Config, key: str) -> Any:
+    value = config.plain()
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> bool:

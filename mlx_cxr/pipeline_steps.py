@@ -13,6 +13,7 @@ from mlx_cxr import (
     compare_models,
     distillation,
     evaluate_cnn,
+    explain_report,
     failure_analysis,
     lfm_finetune,
     make_demo_data,
@@ -33,10 +34,10 @@ class Step:
     Attributes:
         name: the stage, with `@run` where it is there more than once.
         run: does it; gets whether to go on with a stopped run.
-        settings: top-level configuration keys it reads.
+        settings: configuration keys it reads: sections, or keys of one as `section.key`.
         inputs: files it reads; looked for when its turn comes.
         outputs: files it leaves.
-        folder: where it writes, and where the ledger lies that says so.
+        folder: where it writes (the small base: where its data are from), and where the ledger lies that says so.
         trains: whether it makes a run of its own, that may be gone on with and is not replaced unasked.
     """
 
@@ -131,6 +132,18 @@ def _teacher_steps(config: Config) -> list[Step]:
             failures,
         ),
     ]
+    if config.teacher.modality != "image":
+        words = config.run_dir(config.teacher.run_name) / explain_report.FOLDER
+        chain.append(
+            Step(
+                "explain_report",
+                lambda _: explain_report.run(config),
+                ("seed",),
+                lambda: [config.run_dir(config.teacher.run_name) / file for file in _SCORES],
+                (words / "index.html", words / "explanations.json"),
+                words,
+            )
+        )
     return chain
 
 
@@ -139,10 +152,10 @@ def _tiny_base(config: Config) -> Step:
     return Step(
         "make_tiny_teacher",
         lambda _: make_tiny_teacher.run(config),
-        ("seed",),
+        ("seed", "teacher.base", "teacher.tiny"),
         lambda: [config.manifest_path, config.reports_path],
         (folder / "model.safetensors", folder / "config.json"),
-        folder,
+        config.data.work_dir,
     )
 
 

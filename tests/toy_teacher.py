@@ -1,7 +1,7 @@
 """A cohort of short reports and small films, a tiny base for it, and a teacher trained on it: all in seconds.
 
-Reports name oedema and heart size, and two labels follow them; the film's square follows a third. A marker word stands
-in each split's reports, to find out who has read them.
+Reports name oedema and heart size, and two labels follow them; a bright square in the film goes with oedema. A marker
+word stands in each split's reports, to find out who has read them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SPLITS = ["train"] * 64 + ["validate"] * 24 + ["test"] * 16
 WITHOUT_REPORT = (3, 70)
 """Numbers of a training and a validation study that have a film and no report."""
 MARKERS = {"train": "xenolith", "validate": "quixotry", "test": "zymurgy"}
-EDEMA, HEART, SQUARE = (label_index(name) for name in ("Edema", "Cardiomegaly", "Atelectasis"))
+EDEMA, HEART = label_index("Edema"), label_index("Cardiomegaly")
 
 
 def toy_reports() -> tuple[list[dict[str, str]], np.ndarray]:
-    """Sections of each study's report, and float32 (N, 3): oedema, large heart, square in the film's left half."""
+    """Sections of each study's report, and float32 (N, 2): oedema, large heart."""
     rng = np.random.default_rng(0)
-    facts = rng.integers(0, 2, (len(SPLITS), 3)).astype(np.float32)
+    facts = rng.integers(0, 2, (len(SPLITS), 2)).astype(np.float32)
     # Both classes everywhere, also in the smallest split.
     facts[::4, 0], facts[1::4, 0] = 0, 1
     reports = []
-    for (edema, heart, _), split in zip(facts, SPLITS, strict=True):
+    for (edema, heart), split in zip(facts, SPLITS, strict=True):
         sentences = [
             "Edema. Edema. Edema. Edema." if edema else "Clear. Clear. Clear. Clear.",
             "Cardiomegaly. Cardiomegaly. Cardiomegaly." if heart else "Normal. Normal. Normal.",
@@ -63,11 +63,11 @@ def make_cohort(folder: Path) -> Path:
     (folder / "films").mkdir(parents=True)
     rows = []
     for i, (film, split) in enumerate(zip(films, SPLITS, strict=True)):
-        film[20:44, 4:28] = 230 if facts[i, 2] else 20
-        Image.fromarray(film).save(folder / "films" / f"film{i:02}.png")
+        film[20:44, 4:28] = 230 if facts[i, 0] else 20
+        Image.fromarray(film).save(folder / "films" / f"film{i:03}.png")
         texts = dict.fromkeys(reports[i], "") if i in WITHOUT_REPORT else reports[i]
-        labels = {"Edema": facts[i, 0], "Cardiomegaly": facts[i, 1], "Atelectasis": facts[i, 2]}
-        names = {"patient_id": f"p{i:02}", "study_id": f"s{i:02}", "image_file": f"film{i:02}.png", "split": split}
+        labels = {"Edema": facts[i, 0], "Cardiomegaly": facts[i, 1]}
+        names = {"patient_id": f"p{i:03}", "study_id": f"s{i:03}", "image_file": f"film{i:03}.png", "split": split}
         rows.append(names | labels | texts)
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
     plain = {
@@ -94,12 +94,12 @@ def make_cohort(folder: Path) -> Path:
             "max_tokens": 320,
             "image_size": 64,
             "batch_size": 6,
-            "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1},
+            "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.1},
             "training": {
-                **{"epochs": 8, "batch_size": 4, "accumulate": 2, "learning_rate": 1e-2},
+                **{"epochs": 10, "batch_size": 2, "accumulate": 2, "learning_rate": 4e-3},
                 **{"save_every": 2, "log_every": 1},
             },
-            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 1000, "epochs": 3, "learning_rate": 1e-2},
+            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 1000, "epochs": 12, "learning_rate": 1e-2},
         },
     }
     (folder / "trial.yaml").write_text(yaml.safe_dump(plain))

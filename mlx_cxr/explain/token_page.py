@@ -32,17 +32,18 @@ def html_page(explanation: TextExplanation, scale: float) -> str:
     """
     e, scores = explanation, explanation.scores
     parts = []
-    for i, (word, value, without) in enumerate(zip(scores.words, scores.contributions, scores.left_out, strict=True)):
+    rows = zip(scores.words, scores.shown, scores.contributions, scores.left_out, strict=True)
+    for i, (word, shown, contribution, without) in enumerate(rows):
         if i and i in scores.line_starts:
             parts.append("<br>")
-        colour = "#{:02x}{:02x}{:02x}".format(*shade(value, scale))
-        title = f"{signed(value)} logits; leaving it out: {signed(without)}"
+        colour = "#{:02x}{:02x}{:02x}".format(*shade(shown, scale))
+        title = f"{signed(contribution)} logits; leaving it out: {signed(without)}"
         parts.append(f'<span style="background:{colour}" title="{title}">{html.escape(word)}</span>')
     ramp = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
     account = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{signed(value)}</td></tr>" for name, value in explanation.account()
     )
-    order = np.argsort(-np.abs(scores.contributions), kind="stable")[:STRONGEST]
+    order = np.argsort(-np.abs(scores.shown), kind="stable")[:STRONGEST]
     strongest = "".join(
         f"<tr><td>{html.escape(scores.words[i])}</td><td>{i + 1}</td><td>{signed(scores.contributions[i])}</td>"
         f"<td>{signed(scores.left_out[i])}</td></tr>"
@@ -57,13 +58,13 @@ def html_page(explanation: TextExplanation, scale: float) -> str:
 <p class="report">{" ".join(parts)}</p>
 <div class="ramp" style="background:linear-gradient(to right, {ramp})"></div>
 <div class="ticks"><span>{signed(-scale, 1)} and less</span><span>0</span><span>{signed(scale, 1)} and more</span></div>
-<p>Contribution to the logit: orange words raised it, blue ones lowered it. Figures show where the pointer rests.</p>
+<p>Effect on the logit: orange words raised it, blue ones lowered it. Figures show where the pointer rests.</p>
 {cut}<p>{e.check()}</p>
 <p>{READING}</p>
 <h2>What the logit is made of</h2>
 <table>{account}</table>
 <h2>Strongest words</h2>
-<table><tr><th>word</th><th>place</th><th>contribution</th><th>leaving it out</th></tr>{strongest}</table>""",
+<table><tr><th>word</th><th>place</th><th>integrated gradients</th><th>leaving it out</th></tr>{strongest}</table>""",
     )
 
 
@@ -83,7 +84,9 @@ def index_page(
         f'<tr><td><a href="{html.escape(name)}.html">{html.escape(e.finding)}</a></td>'
         f"<td>{html.escape(e.study_id)}</td><td>{e.probability:.2f}</td><td>{html.escape(e.label) or '–'}</td>"
         f"<td>{signed(e.scores.report)}</td>"
-        f'<td>{number(e.scores.agreement, 2)}</td><td><a href="{html.escape(name)}.png">picture</a></td></tr>'
+        f"<td>{_figures(e.scores.agreement()['integrated_gradients'])}</td>"
+        f"<td>{'integrated gradients' if e.scores.trusted else 'leave-one-out'}</td>"
+        f'<td><a href="{html.escape(name)}.png">picture</a></td></tr>'
         for e, name in rows
     )
     paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in (*notes, READING))
@@ -93,7 +96,7 @@ def index_page(
         f"""{paragraphs}
 <p>Colours are full at {scale:.1f} logits on every page.</p>
 <table><tr><th>finding</th><th>study</th><th>calibrated p</th><th>report label</th><th>report's words, logits</th>
-<th>rank correlation with leave-one-out</th><th></th></tr>{cells}</table>""",
+<th>rank and linear correlation with leave-one-out</th><th>colours show</th><th></th></tr>{cells}</table>""",
     )
 
 
@@ -102,40 +105,42 @@ def write_explanations(
     run: str,
     explanations: Sequence[TextExplanation],
     rule: str,
-    steps: int,
     record: Mapping[str, Any],
 ) -> Path:
     """Write pictures, pages, `explanations.json` and `index.html`, then remove pages of an earlier call.
 
     In this order every link of the index works at any moment, also when the command is killed.
 
-    `explanations.json`: `schema` (1), `run`, `reads`, `synthetic`, `notice`, `rule`, `steps`, `scale` (logits at full
-    colour), `agreement` (`integrated_gradients` and `gradient_x_input` to `explanations`, `median`, `lowest`, `highest`
-    of their rank correlations with leave-one-out, where these are defined), `explanations`, `provenance`. An
-    explanation has `file` (of its page), `study_id`, `finding`, `probability`, `threshold`, `label`; `logit`, which is
-    `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement` with leave-one-out, `words`, and
-    `scores` of each word: `integrated_gradients`, `gradient_x_input`, `leave_one_out`.
+    `explanations.json`: `schema` (1), `run`, `reads`, `synthetic`, `notice`, `rule`, `scale` (logits at full colour),
+    `agreement` (`integrated_gradients` and `gradient_x_input`, each to `rank` and `linear`, each to `explanations`,
+    `median`, `lowest`, `highest` of the correlations with leave-one-out that are defined), `explanations`,
+    `provenance`. An explanation has `file` (of its page), `study_id`, `finding`, `probability`, `threshold`, `label`;
+    `logit`, which is `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement`, `colours` (which
+    of the scores they show), `words`, and `scores` of each word: `integrated_gradients`, `gradient_x_input`,
+    `leave_one_out`.
 
     Args:
         folder: gets the files.
         run: the teacher's name.
         explanations: at least one, in the order of the index.
         rule: how they were chosen.
-        steps: of the integrated gradients.
         record: `runs.provenance`.
 
     Returns:
         The folder.
     """
     folder, synthetic = Path(folder), explanations[0].synthetic
-    scale = shared_scale([e.scores.contributions for e in explanations])
+    scale = shared_scale([e.scores.shown for e in explanations])
     rows = list(zip(explanations, _file_names(explanations), strict=True))
     for e, name in rows:
         save_picture(folder / f"{name}.png", draw_picture(e, scale))
         write_text(folder / f"{name}.html", html_page(e, scale))
-    ours, other = (
-        _spread([getattr(e.scores, key) for e in explanations]) for key in ("agreement", "gradient_agreement")
-    )
+    agreement = {
+        method: {
+            kind: _spread([e.scores.agreement()[method][kind] for e in explanations]) for kind in ("rank", "linear")
+        }
+        for method in ("integrated_gradients", "gradient_x_input")
+    }
     write_json(
         folder / "explanations.json",
         {
@@ -145,17 +150,21 @@ def write_explanations(
             "synthetic": synthetic,
             "notice": footer(synthetic),
             "rule": rule,
-            "steps": steps,
             "scale": scale,
-            "agreement": {"integrated_gradients": ours, "gradient_x_input": other},
+            "agreement": agreement,
             "explanations": [{"file": f"{name}.html", **e.plain()} for e, name in rows],
             "provenance": record,
         },
     )
+    ours, other = (
+        ", ".join(f"{kind} {number(values['median'], 2)}" for kind, values in agreement[method].items())
+        for method in agreement
+    )
+    failed = sum(not e.scores.trusted for e in explanations)
     note = (
-        "Contributions are integrated gradients. Rank correlation with leave-one-out, median of "
-        f"{ours['explanations']} explanations: {number(ours['median'], 2)} (lowest {number(ours['lowest'], 2)}); "
-        f"gradient × input: {number(other['median'], 2)}."
+        f"Correlation with leave-one-out, median of {len(rows)} explanations: integrated gradients {ours}; "
+        f"gradient × input {other}. Integrated gradients failed the check in {failed} of them; there colours show "
+        "leave-one-out."
     )
     write_text(folder / "index.html", index_page(run, rows, scale, [rule, note], synthetic))
     kept = {"index", *(name for _, name in rows)}
@@ -163,6 +172,10 @@ def write_explanations(
         if path.stem not in kept:
             path.unlink()
     return folder
+
+
+def _figures(correlations: Mapping[str, float]) -> str:
+    return ", ".join(number(value, 2) for value in correlations.values())
 
 
 def _file_names(explanations: Sequence[TextExplanation]) -> list[str]:

@@ -71,10 +71,10 @@ def _marked(value: float, scale: float) -> bool:
 
 
 def _laid_out(scores: WordScores, scale: float, room: float) -> list[list[tuple[float, float, str, float]]]:
-    """Lines of (x, width, word, contribution); a word that is wider than a line is cut."""
+    """Lines of (x, width, word, effect); a word that is wider than a line is cut."""
     lines: list[list[tuple[float, float, str, float]]] = [[]]
     x = 0.0
-    for i, (word, value) in enumerate(zip(scores.words, np.asarray(scores.contributions).tolist(), strict=True)):
+    for i, (word, value) in enumerate(zip(scores.words, np.asarray(scores.shown).tolist(), strict=True)):
         word = _fitted(word, 17, room - 8)
         width = _font(17).getlength(word) + 8
         if _marked(value, scale):
@@ -101,7 +101,7 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], scale: float) -> Non
         draw.text((x + share * length, y + 20), text, _TEXT, _font(12), anchor=anchor)
     draw.text(
         (x + length + 18, y + 7),
-        "contribution to the logit: orange raised it, blue lowered it",
+        "effect on the logit: orange raised it, blue lowered it",
         _TEXT,
         _font(14),
         anchor="lm",

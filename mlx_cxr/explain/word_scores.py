@@ -1,6 +1,6 @@
 """How much each word of a report moved an answer, and the colour that says so.
 
-A word's colour is its contribution to the finding's logit, on one scale that all pages of a run share: orange raised
+A word's colour is its effect on the finding's logit, on one scale that all pages of a run share: orange raised
 it, blue lowered it. The two ends are of one lightness, far enough from black for text to be read on them, and told
 apart under the common colour deficiencies (Okabe and Ito's palette). The scale has a floor, so that a report in which
 nothing moved the answer stays white.
@@ -20,8 +20,10 @@ from mlx_cxr.wording import number
 RAISES, LOWERS, WHITE = (230, 159, 0), (86, 180, 233), (255, 255, 255)
 SMALLEST_SCALE = 0.5
 """In logits: what takes a probability of 0.50 to 0.62."""
+MOST_LEFT_OVER, LEAST_CORRELATION = 0.05, 0.5
+"""Contributions are shown where they pass both; see `WordScores.trusted`."""
 READING = (
-    "Contributions say what moved this model's answer, not what is true, nor what a radiologist would weigh. A "
+    "The figures say what moved this model's answer, not what is true, nor what a radiologist would weigh. A "
     "negation often carries the weight of what it negates, and words act together: leaving out two is not the sum of "
     "leaving out each."
 )
@@ -72,15 +74,32 @@ class WordScores:
         """What numerical integration left unexplained."""
         return self.logit - self.blank - self.film - self.report
 
-    @property
-    def agreement(self) -> float:
-        """Rank correlation of the contributions with leaving words out; NaN where it is undefined."""
-        return rank_correlation(self.contributions, self.left_out)
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """`rank` and `linear` correlation with leave-one-out of `integrated_gradients` and of `gradient_x_input`.
+
+        Ranks weigh the many words that moved next to nothing as much as the few that decided; the linear one is ruled
+        by the latter. NaN where undefined.
+        """
+        methods = {"integrated_gradients": self.contributions, "gradient_x_input": self.gradient_x_input}
+        return {
+            name: {"rank": rank_correlation(x, self.left_out), "linear": linear_correlation(x, self.left_out)}
+            for name, x in methods.items()
+        }
 
     @property
-    def gradient_agreement(self) -> float:
-        """The same of gradient x input."""
-        return rank_correlation(self.gradient_x_input, self.left_out)
+    def trusted(self) -> bool:
+        """Whether the contributions add up, and agree with leave-one-out.
+
+        At most `MOST_LEFT_OVER` of the report's effect is left over, and the linear correlation is at least
+        `LEAST_CORRELATION`.
+        """
+        adds_up = abs(self.left_over) <= MOST_LEFT_OVER * abs(self.report + self.film + self.left_over)
+        return adds_up and linear_correlation(self.contributions, self.left_out) >= LEAST_CORRELATION
+
+    @property
+    def shown(self) -> np.ndarray:
+        """(W,) what colours show: the contributions, or leave-one-out where these are not to be trusted."""
+        return self.contributions if self.trusted else self.left_out
 
 
 @dataclass(frozen=True)
@@ -132,11 +151,18 @@ class TextExplanation:
         ]
 
     def check(self) -> str:
-        """How far the contributions agree with leaving words out."""
-        scores = self.scores
+        """What the colours show, and how far the gradients agree with leaving words out."""
+        ours, other = (self.scores.agreement()[name] for name in ("integrated_gradients", "gradient_x_input"))
+        words = f"{len(self.scores.words)} words"
+        figures = (
+            f"rank correlation {number(ours['rank'], 2)}, linear {number(ours['linear'], 2)} over {words} "
+            f"(gradient × input: {number(other['rank'], 2)}, {number(other['linear'], 2)})"
+        )
+        if self.scores.trusted:
+            return f"Colours show integrated gradients. Checked against leave-one-out: {figures}."
         return (
-            f"Checked against leave-one-out: rank correlation {number(scores.agreement, 2)} over "
-            f"{len(scores.words)} words (gradient × input: {number(scores.gradient_agreement, 2)})."
+            f"Colours show leave-one-out: the logit less what it is without the word. Integrated gradients failed the "
+            f"check against it: {figures}, {signed(self.scores.left_over)} logits left over."
         )
 
     def cut_note(self) -> str:
@@ -154,7 +180,8 @@ class TextExplanation:
             "label": self.label,
             **{key: getattr(scores, key) for key in ("logit", "blank", "film", "report", "left_over")},
             "cut": self.cut,
-            "agreement": {"integrated_gradients": scores.agreement, "gradient_x_input": scores.gradient_agreement},
+            "agreement": scores.agreement(),
+            "colours": "integrated_gradients" if scores.trusted else "leave_one_out",
             "words": list(scores.words),
             "scores": {
                 "integrated_gradients": scores.contributions,
@@ -172,14 +199,22 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def shared_scale(contributions: Sequence[np.ndarray]) -> float:
-    """The contribution, in logits, at which colours are full: for all pages of a run.
+def linear_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation; undefined as `rank_correlation`."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def shared_scale(shown: Sequence[np.ndarray]) -> float:
+    """The effect of a word, in logits, at which colours are full: for all pages of a run.
 
     Returns:
-        The 99th percentile of the absolute contributions, rounded up to 1, 1.5, 2, 3, 5 or 7 times a power of ten; at
+        The 99th percentile of the absolute effects, rounded up to 1, 1.5, 2, 3, 5 or 7 times a power of ten; at
         least `SMALLEST_SCALE`.
     """
-    sizes = np.abs(np.concatenate([np.ravel(c) for c in contributions])) if len(contributions) else np.zeros(0)
+    sizes = np.abs(np.concatenate([np.ravel(c) for c in shown])) if len(shown) else np.zeros(0)
     top = float(np.percentile(sizes, 99)) if sizes.size else 0.0
     if top <= SMALLEST_SCALE:
         return SMALLEST_SCALE
@@ -187,10 +222,10 @@ def shared_scale(contributions: Sequence[np.ndarray]) -> float:
     return float(next(power * nice for nice in _NICE if power * nice >= top * (1 - 1e-9)))
 
 
-def shade(contribution: float, scale: float) -> tuple[int, int, int]:
+def shade(effect: float, scale: float) -> tuple[int, int, int]:
     """RGB of a word's ground: white at 0, the full colour from `scale` on."""
-    share = min(abs(contribution) / scale, 1.0)
-    end = RAISES if contribution > 0 else LOWERS
+    share = min(abs(effect) / scale, 1.0)
+    end = RAISES if effect > 0 else LOWERS
     red, green, blue = (round(w + share * (e - w)) for w, e in zip(WHITE, end, strict=True))
     return red, green, blue
 

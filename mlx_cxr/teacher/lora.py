@@ -100,11 +100,25 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
         base: as `save_adapter` was given; every entry must agree.
 
     Raises:
-        AdapterError: a file is missing or unreadable, the adapter is of another base or kind, or an array of it is
-            missing, superfluous, or of another rank or width than the settings say.
+        AdapterError: as `read_adapter`.
     """
     from mlx_vlm.trainer.peft import load_adapters
 
+    read_adapter(model, folder, base)
+    load_adapters(model, folder)
+    model.freeze()
+    model.eval()
+
+
+def read_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> dict[str, mx.array]:
+    """The arrays of a saved adapter, checked against a base that has none yet.
+
+    Arguments are those of `load_adapter`.
+
+    Raises:
+        AdapterError: a file is missing or unreadable, the adapter is of another base or kind, or an array of it is
+            missing, superfluous, or of another rank or width than the settings say.
+    """
     settings_path, weights_path = folder / SETTINGS, folder / WEIGHTS
     for path in (settings_path, weights_path):
         if not path.exists():
@@ -126,9 +140,28 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
         raise AdapterError(f"{settings_path} lacks lora_parameters with keys and rank; is it a LoRA adapter?") from None
     arrays, _ = read_safetensors(weights_path)
     _check_arrays(weights_path, model, arrays, keys, rank)
-    load_adapters(model, folder)
-    model.freeze()
-    model.eval()
+    return arrays
+
+
+def begin_with(model: nn.Module, arrays: dict[str, mx.array]) -> None:
+    """Let attached adapters start where another one ended, as the second phase does where the first did.
+
+    Args:
+        model: with adapters attached.
+        arrays: `read_adapter` of the other.
+
+    Raises:
+        AdapterError: they adapt other layers, or with another rank.
+    """
+    ours = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    theirs = {name: value.shape for name, value in arrays.items()}
+    if ours != theirs:
+        differing = sorted(name for name, _ in set(ours.items()) ^ set(theirs.items()))
+        raise AdapterError(
+            f"teacher.start_from: that adapter has other layers or another rank than teacher.lora, at "
+            f"{differing[0]} and {len(differing) - 1} more; take the same teacher.lora"
+        )
+    model.load_weights(list(arrays.items()), strict=False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from mlx_cxr.explain.token_page import html_page, index_page, write_explanations
 from mlx_cxr.explain.token_picture import draw_picture
@@ -18,6 +18,7 @@ from mlx_cxr.explain.word_scores import (
     SMALLEST_SCALE,
     TextExplanation,
     WordScores,
+    linear_correlation,
     rank_correlation,
     shade,
     shared_scale,
@@ -29,7 +30,8 @@ SHARES = np.array([0.0, -1.5, 0.25, 0.5, -0.01, 2.0])
 
 
 def scores(words=WORDS, shares=SHARES, **changes):
-    values = {"gradient_x_input": np.zeros(len(words)), "left_out": np.asarray(shares) * 2, "logit": 1.0, "blank": -0.5}
+    values = {"gradient_x_input": np.zeros(len(words)), "left_out": np.asarray(shares) * 2}
+    values |= {"logit": float(np.sum(shares)) - 0.5, "blank": -0.5}
     return WordScores(tuple(words), (0, 4), np.asarray(shares), **(values | changes))
 
 
@@ -64,7 +66,7 @@ class Page(HTMLParser):
 
 
 def test_the_parts_add_up_to_the_logit():
-    got = scores(film=0.75)
+    got = scores(film=0.75, logit=1.0)
     assert got.report == pytest.approx(1.24)
     assert got.left_over == pytest.approx(1.0 + 0.5 - 0.75 - 1.24)
     account = explanation(of=got, reads="film + findings").account()
@@ -73,18 +75,50 @@ def test_the_parts_add_up_to_the_logit():
     assert "film" not in " ".join(name for name, _ in explanation().account())
 
 
-def test_agreement_is_spearmans():
+def test_agreement_is_spearmans_and_pearsons():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 30))
     b[:10] = b[0]
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
-    assert scores().agreement == pytest.approx(1.0)
-    assert scores(left_out=-SHARES).agreement == pytest.approx(-1.0)
+    assert linear_correlation(a, b) == pytest.approx(pearsonr(a, b).statistic)
+    cubed = scores(left_out=SHARES**3).agreement()
+    assert cubed["integrated_gradients"] == pytest.approx(
+        {"rank": 1.0, "linear": pearsonr(SHARES, SHARES**3).statistic}
+    )
+    assert all(math.isnan(value) for value in cubed["gradient_x_input"].values())
 
 
 @pytest.mark.parametrize(("a", "b"), [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [0, 0, 0])])
 def test_agreement_is_undefined_for_few_words_or_constant_scores(a, b):
     assert math.isnan(rank_correlation(a, b))
+    assert math.isnan(linear_correlation(a, b))
+
+
+@pytest.mark.parametrize(
+    ("changes", "trusted"),
+    [
+        ({}, True),
+        ({"logit": 1.24 - 0.5 + 0.06}, True),
+        ({"logit": 1.24 - 0.5 + 0.07}, False),
+        ({"left_out": -SHARES}, False),
+        ({"left_out": np.zeros(6)}, False),
+    ],
+)
+def test_contributions_that_fail_the_check_give_way_to_leave_one_out(changes, trusted):
+    """At most 5 % of the effect left over, and a linear correlation of at least 0.5."""
+    got = scores(**changes)
+    assert got.trusted is trusted
+    np.testing.assert_array_equal(got.shown, got.contributions if trusted else got.left_out)
+    e = explanation(of=got)
+    assert ("failed the check" in html_page(e, 2.0)) is not trusted
+    assert e.plain()["colours"] == ("integrated_gradients" if trusted else "leave_one_out")
+
+
+def test_the_picture_shows_what_the_page_shows():
+    e = explanation(of=scores(left_out=-SHARES))
+    assert has_colour(report_box(e, 2.0), LOWERS)
+    assert not has_colour(report_box(e, 2.0), RAISES)
+    assert Page(html_page(e, 2.0)).words[5]["style"] == "background:#56b4e9"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +179,7 @@ def test_a_page_gives_each_word_its_colour_and_figures():
     for text in (
         "p = 0.83",
         "−2.0 and less",
-        "rank correlation 1.00 over 6 words",
+        "rank correlation 1.00, linear 1.00 over 6 words",
         "not for clinical use",
         "Synthetic",
     ):
@@ -213,7 +247,7 @@ def test_the_picture_grows_with_the_report_and_keeps_its_margins():
 def test_files_are_written_linked_and_replaced(tmp_path):
     nothing = scores(shares=np.zeros(6), left_out=np.ones(6))
     both = [explanation(), explanation("s2", "Lung Lesion", nothing)]
-    folder = write_explanations(tmp_path / "text", "run", both, "a rule", 32, {"stage": "x"})
+    folder = write_explanations(tmp_path / "text", "run", both, "a rule", {"stage": "x"})
     names = {"s1_Edema.html", "s1_Edema.png", "s2_Lung_Lesion.html", "s2_Lung_Lesion.png"}
     assert {path.name for path in folder.iterdir()} == names | {"index.html", "explanations.json"}
     links = {value for name, value in Page((folder / "index.html").read_text("utf-8")).attributes if name == "href"}
@@ -223,22 +257,22 @@ def test_files_are_written_linked_and_replaced(tmp_path):
 
     saved = json.loads((folder / "explanations.json").read_text("utf-8"))
     assert saved["scale"] == 2.0
-    assert saved["agreement"]["integrated_gradients"] == {
+    assert saved["agreement"]["integrated_gradients"]["linear"] == {
         **{"explanations": 1, "median": pytest.approx(1), "lowest": pytest.approx(1), "highest": pytest.approx(1)}
     }
-    assert saved["agreement"]["gradient_x_input"]["explanations"] == 0
+    assert saved["agreement"]["gradient_x_input"]["rank"]["explanations"] == 0
     first = saved["explanations"][0]
     assert first["scores"]["integrated_gradients"] == SHARES.tolist()
     assert first["blank"] + first["film"] + first["report"] + first["left_over"] == pytest.approx(first["logit"])
-    assert saved["explanations"][1]["agreement"]["integrated_gradients"] is None
+    assert saved["explanations"][1]["agreement"]["integrated_gradients"] == {"rank": None, "linear": None}
 
-    write_explanations(folder, "run", both[:1], "a rule", 32, {})
+    write_explanations(folder, "run", both[:1], "a rule", {})
     assert not list(folder.glob("s2*"))
     assert (folder / "s1_Edema.html").exists()
 
 
 def test_studies_whose_names_look_alike_get_files_of_their_own(tmp_path):
-    folder = write_explanations(tmp_path, "run", [explanation("a/b"), explanation("a b")], "", 1, {})
+    folder = write_explanations(tmp_path, "run", [explanation("a/b"), explanation("a b")], "", {})
     assert len(list(folder.glob("*.png"))) == 2
 
 
