@@ -284,7 +284,7 @@ class TinyTeacherConfig(Section):
     hidden_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
     layers: Annotated[int, Field(ge=2)] = 4
     """Decoder layers; every second one is attention, the others are short convolutions."""
-    vocabulary: Annotated[int, Field(ge=600, le=65536)] = 2048
+    vocabulary: Annotated[int, Field(ge=800, le=65536)] = 2048
     epochs: Count = 4
     batch_size: Count = 16
     learning_rate: Positive = 3e-3

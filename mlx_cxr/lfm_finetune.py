@@ -21,7 +21,7 @@ from mlx_cxr.errors import readable_errors
 from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
-from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, begin_with, read_adapter, target_layers
+from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, read_first_adapter, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
 from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
 from mlx_cxr.training.loop import train
@@ -75,7 +75,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     inputs, first = material.inputs(config), None
     if teacher.start_from is not None:
         first_folder = config.run_dir(teacher.start_from) / ADAPTER
-        first = read_adapter(base.model, first_folder, base.identity)
+        first = read_first_adapter(base.model, first_folder, base.identity, teacher.lora)
         inputs["first_adapter"] = first_folder / WEIGHTS
     estimate = check_training_fits(Decoder.of(base.model), widths, teacher, longest, base.precision)
     log.info("memory: about %s", estimate)
@@ -122,7 +122,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     weights = positive_weights(targets, teacher.training.class_weighting, teacher.training.max_class_weight)
     attach_lora(base.model, teacher.lora, config.seed)
     if first is not None:
-        begin_with(base.model, first)
+        base.model.load_weights(list(first.items()), strict=False)
     trainable = sum(teacher.lora.rank * (inputs + outputs) for inputs, outputs in widths)
     mx.reset_peak_memory()
     result = train(

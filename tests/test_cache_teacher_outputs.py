@@ -135,6 +135,16 @@ def test_zero_shot_answers_are_kept_apart(toy, cached):
     assert np.mean(aucs) == pytest.approx(about["zero_shot_auc"], abs=0.01)
 
 
+def test_the_effect_of_the_order_of_lines_is_measured_on_validation(toy, cached):
+    copy = copied_run(cached, "with_orders")
+    cache_teacher_outputs.run(toy.config(), copy.name, line_orders=2)
+    effect = read_json(copy / "order_effect.json")
+    assert (effect["split"], effect["orders"], effect["studies"]) == ("validate", 2, SPLITS.count("validate") - 1)
+    assert effect["macro_auc"]["usual"] == pytest.approx(read_json(copy / "teacher.json")["tuned_auc"], abs=0.01)
+    assert effect["macro_auc"]["least"] <= effect["macro_auc"]["largest"]
+    assert effect["mean_abs_logit_shift"] > 1e-4
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(toy):
     """SIGKILL at the seventh batch of features and logits; another process goes on."""

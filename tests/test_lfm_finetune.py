@@ -284,6 +284,36 @@ def test_only_what_decides_the_adapter_forbids_a_resumption(toy):
     assert lfm_finetune.settings_hash(config, base, other_inputs) != hashed()
 
 
+def test_a_second_phase_begins_where_the_first_ended(toy, tuned):
+    """With a step of next to nothing its adapter is still that of the first, though it looks at films as well."""
+    still = ("teacher.training.learning_rate=1e-12", "teacher.training.final_learning_rate=0.0")
+    run_dir = lfm_finetune.run(
+        toy.config("teacher.modality=image_text", "teacher.start_from=tuned", *SHORT, *still), "phase2"
+    )
+    ours, theirs = (mx.load(str(folder / "adapter_weights" / "adapters.safetensors")) for folder in (run_dir, tuned))
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(np.array(ours[name]), np.array(value), atol=1e-6, err_msg=name)
+    record = read_json(run_dir / "config.json")["inputs"]["first_adapter"]
+    assert record["sha256"] == sha256_file(tuned / "adapter_weights" / "adapters.safetensors")
+
+
+def test_a_first_phase_that_does_not_fit_is_refused(toy, tuned, capsys, tmp_path):
+    message = failure(capsys, toy, "phase3", "teacher.start_from=absent")
+    assert str(toy.folder / "outputs" / "absent") in message
+    for setting, named in (
+        ("teacher.lora.rank=4", "rank, alpha / rank"),
+        ("teacher.lora.alpha=8.0", "alpha / rank"),
+        ("teacher.lora.layers=1", "modules or layers"),
+    ):
+        message = failure(capsys, toy, "phase3", "teacher.start_from=tuned", setting)
+        assert f"has other {named} than teacher.lora" in message
+    folder = quantized_copy(tmp_path / "q8", toy.base, 8)
+    message = failure(capsys, toy, "phase3", "teacher.start_from=tuned", f"teacher.base={folder}")
+    assert "belongs to another base" in message
+    assert not (toy.folder / "outputs" / "phase3").exists(), "the name is still free"
+
+
 def test_divergence_is_named_and_keeps_what_there_was(toy):
     config = toy.config("teacher.training.learning_rate=1e30", "teacher.training.warmup_fraction=0.0")
     with pytest.raises(TrainingDivergedError, match=r"lower teacher.training.learning_rate"):

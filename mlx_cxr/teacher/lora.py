@@ -143,25 +143,30 @@ def read_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> dict[s
     return arrays
 
 
-def begin_with(model: nn.Module, arrays: dict[str, mx.array]) -> None:
-    """Let attached adapters start where another one ended, as the second phase does where the first did.
+def read_first_adapter(model: nn.Module, folder: Path, base: dict[str, Any], config: LoraConfig) -> dict[str, mx.array]:
+    """The arrays of the adapter that fresh ones are to begin with, as the second phase does where the first ended.
 
     Args:
-        model: with adapters attached.
-        arrays: `read_adapter` of the other.
+        model: the base, without adapters.
+        folder: of the other adapter.
+        base: as `load_adapter`.
+        config: of the adapters to be attached.
 
     Raises:
-        AdapterError: they adapt other layers, or with another rank.
+        AdapterError: as `read_adapter`, or it was made with other settings than `config`; names them.
     """
-    ours = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-    theirs = {name: value.shape for name, value in arrays.items()}
-    if ours != theirs:
-        differing = sorted(name for name, _ in set(ours.items()) ^ set(theirs.items()))
+    arrays = read_adapter(model, folder, base)
+    theirs = read_json(folder / SETTINGS)["lora_parameters"]
+    pairs = {
+        "modules or layers": (set(theirs["keys"]), set(target_layers(model, config))),
+        "rank": (theirs["rank"], config.rank),
+        "alpha / rank": (theirs.get("scale"), config.alpha / config.rank),
+    }
+    if faults := [name for name, (there, here) in pairs.items() if there != here]:
         raise AdapterError(
-            f"teacher.start_from: that adapter has other layers or another rank than teacher.lora, at "
-            f"{differing[0]} and {len(differing) - 1} more; take the same teacher.lora"
+            f"teacher.start_from: {folder / SETTINGS} has other {', '.join(faults)} than teacher.lora; take the same"
         )
-    model.load_weights(list(arrays.items()), strict=False)
+    return arrays
 
 
 @contextmanager

@@ -7,7 +7,6 @@ its line ends. The model is causal, so an answer sees the input and the lines ab
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ INSTRUCTION = "Is each finding present on this chest radiograph? Answer yes or n
 ANSWERS = (" yes", " no")
 _KEPT_LONGEST = ("impression", "last_paragraph")
 _SENTINEL = "@@study@@"
-_SPECIAL = re.compile(r"<(?=\||image>)")
 
 
 class PromptError(UserError, ValueError):
@@ -169,11 +167,6 @@ class PromptFormat:
         if len(ids) > self.max_tokens:
             raise PromptError(f"teacher.max_tokens {self.max_tokens} is less than the {self.fixed} that a prompt needs")
         return Prompt(np.array(ids, dtype=np.int32), read, cut)
-
-
-def section_text(name: str, text: str) -> str:
-    """A section as it is read: its name, its text, and a line's end; marks of the chat in the text are broken up."""
-    return f"{name.replace('_', ' ').capitalize()}: {_SPECIAL.sub('< ', text)}\n"
 
 
 def _fitted(names: Sequence[str], texts: list[list[int]], room: int) -> list[list[int]]:
