@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from scipy.special import expit
 
@@ -29,6 +30,7 @@ from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.runs import provenance, read_json
 from mlx_cxr.teacher.attribution import explain
+from mlx_cxr.teacher.films import encode_films
 from mlx_cxr.teacher.lora import WEIGHTS
 from mlx_cxr.teacher.prompt import Prompt
 from mlx_cxr.teacher.scoring import score
@@ -84,7 +86,7 @@ def run(
 
     Raises:
         ExplainReportError: an unknown finding or study, a study or text without what the teacher reads, a teacher that
-            reads no text, or nothing to show.
+            reads no text.
         RunFormatError: there is no such run, it is not scored yet, or it was trained for something else.
         PredictionsError: its predictions cannot be read.
         DataError: a file is missing.
@@ -121,11 +123,12 @@ def run(
                 "They are examples, not a sample to estimate from."
             )
             wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
-        asked = of_studies(wanted, teacher, material)
+        asked = of_studies(wanted, teacher, material) if wanted else []
     record = provenance("explain_report", config.plain(), inputs, device)
     explanations = [e for one in asked for e in explained(one, teacher, points)]
     explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
-    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, record)
+    synthetic = teacher.config.data.synthetic
+    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, synthetic, record)
 
 
 def operating_points(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -153,8 +156,8 @@ def confident_true_positives(
 ) -> dict[str, tuple[int, ...]]:
     """Test study to the findings of which it is one of the `count` most confident true positives.
 
-    Raises:
-        ExplainReportError: there is none.
+    Returns:
+        Study to columns; empty where no finding has a true positive.
     """
     scored = read_predictions(run_dir / "predictions.csv")
     rows = np.flatnonzero(scored.predictions.split == "test")
@@ -167,11 +170,6 @@ def confident_true_positives(
         for row in found:
             study = str(scored.predictions.study_ids[rows[row]])
             wanted[study] = (*wanted.get(study, ()), k)
-    if not wanted:
-        raise ExplainReportError(
-            f"{run_dir / 'predictions.csv'}: no true positive among the test studies, so there is nothing to show; "
-            "name studies with --study_id"
-        )
     return wanted
 
 
@@ -200,12 +198,15 @@ def of_studies(
             f"study {lacking[0]!r} has not what this teacher reads ({what_it_reads(teacher.config)}), "
             "so it has no answer to explain"
         )
-    films = material.films(teacher.base, studies, teacher.config)
-    return [
-        Asked(study, studies.prompts[i], None if films is None else films[i], studies.raw_labels[i], columns)
-        for study, columns in wanted.items()
-        for i in (place[study],)
-    ]
+    asked = []
+    for study, columns in wanted.items():
+        i = place[study]
+        film = None
+        if material.store is not None:
+            pixels = material.store.images[material.store.rows([studies.frame["image_id"].iloc[i]])]
+            film = np.array(encode_films(teacher.base, pixels, teacher.config.teacher.image_size).astype(mx.float16))[0]
+        asked.append(Asked(study, studies.prompts[i], film, studies.raw_labels[i], columns))
+    return asked
 
 
 def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None) -> Asked:

@@ -105,31 +105,33 @@ def write_explanations(
     run: str,
     explanations: Sequence[TextExplanation],
     rule: str,
+    synthetic: bool,
     record: Mapping[str, Any],
 ) -> Path:
     """Write pictures, pages, `explanations.json` and `index.html`, then remove pages of an earlier call.
 
     In this order every link of the index works at any moment, also when the command is killed.
 
-    `explanations.json`: `schema` (1), `run`, `reads`, `synthetic`, `notice`, `rule`, `scale` (logits at full colour),
+    `explanations.json`: `schema` (1), `run`, `synthetic`, `notice`, `rule`, `scale` (logits at full colour),
     `agreement` (`integrated_gradients` and `gradient_x_input`, each to `rank` and `linear`, each to `explanations`,
     `median`, `lowest`, `highest` of the correlations with leave-one-out that are defined), `explanations`,
-    `provenance`. An explanation has `file` (of its page), `study_id`, `finding`, `probability`, `threshold`, `label`;
-    `logit`, which is `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement`, `colours` (which
-    of the scores they show), `words`, and `scores` of each word: `integrated_gradients`, `gradient_x_input`,
-    `leave_one_out`.
+    `provenance`. An explanation has `file` (of its page), `study_id`, `finding`, `reads`, `probability`, `threshold`,
+    `label`; `logit`, which is `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement`,
+    `colours` (which of the scores they show), `words`, and `scores` of each word: `integrated_gradients`,
+    `gradient_x_input`, `leave_one_out`.
 
     Args:
         folder: gets the files.
         run: the teacher's name.
-        explanations: at least one, in the order of the index.
+        explanations: in the order of the index; where there are none, the index says so.
         rule: how they were chosen.
+        synthetic: whether the cohort is.
         record: `runs.provenance`.
 
     Returns:
         The folder.
     """
-    folder, synthetic = Path(folder), explanations[0].synthetic
+    folder = Path(folder)
     scale = shared_scale([e.scores.shown for e in explanations])
     rows = list(zip(explanations, _file_names(explanations), strict=True))
     for e, name in rows:
@@ -146,7 +148,6 @@ def write_explanations(
         {
             "schema": 1,
             "run": run,
-            "reads": explanations[0].reads,
             "synthetic": synthetic,
             "notice": footer(synthetic),
             "rule": rule,
@@ -165,6 +166,8 @@ def write_explanations(
         f"Correlation with leave-one-out, median of {len(rows)} explanations: integrated gradients {ours}; "
         f"gradient × input {other}. Integrated gradients failed the check in {failed} of them; there colours show "
         "leave-one-out."
+        if rows
+        else "There is none."
     )
     write_text(folder / "index.html", index_page(run, rows, scale, [rule, note], synthetic))
     kept = {"index", *(name for _, name in rows)}
@@ -182,7 +185,7 @@ def _file_names(explanations: Sequence[TextExplanation]) -> list[str]:
     """`<study>_<finding>`, of letters, digits, `.`, `_` and `-`; numbered where two would be alike."""
     names = [re.sub(r"[^A-Za-z0-9.-]+", "_", f"{e.study_id[:80]}_{e.finding}") for e in explanations]
     alike = len(set(map(str.casefold, names))) < len(names)
-    return [f"{number}_{name}" for number, name in enumerate(names, start=1)] if alike else names
+    return [f"{i}_{name}" for i, name in enumerate(names, start=1)] if alike else names
 
 
 def _spread(agreements: Sequence[float]) -> dict[str, float | int]:

@@ -161,8 +161,9 @@ class TextExplanation:
         if self.scores.trusted:
             return f"Colours show integrated gradients. Checked against leave-one-out: {figures}."
         return (
-            f"Colours show leave-one-out: the logit less what it is without the word. Integrated gradients failed the "
-            f"check against it: {figures}, {signed(self.scores.left_over)} logits left over."
+            "Colours show leave-one-out: the logit less what it is without the word; what nearly all words share is "
+            f"the effect of a shorter report. Integrated gradients failed the check against it: {figures}, "
+            f"{signed(self.scores.left_over)} logits left over."
         )
 
     def cut_note(self) -> str:
@@ -175,6 +176,7 @@ class TextExplanation:
         return {
             "study_id": self.study_id,
             "finding": self.finding,
+            "reads": self.reads,
             "probability": self.probability,
             "threshold": self.threshold,
             "label": self.label,

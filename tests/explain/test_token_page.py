@@ -247,7 +247,7 @@ def test_the_picture_grows_with_the_report_and_keeps_its_margins():
 def test_files_are_written_linked_and_replaced(tmp_path):
     nothing = scores(shares=np.zeros(6), left_out=np.ones(6))
     both = [explanation(), explanation("s2", "Lung Lesion", nothing)]
-    folder = write_explanations(tmp_path / "text", "run", both, "a rule", {"stage": "x"})
+    folder = write_explanations(tmp_path / "text", "run", both, "a rule", True, {"stage": "x"})
     names = {"s1_Edema.html", "s1_Edema.png", "s2_Lung_Lesion.html", "s2_Lung_Lesion.png"}
     assert {path.name for path in folder.iterdir()} == names | {"index.html", "explanations.json"}
     links = {value for name, value in Page((folder / "index.html").read_text("utf-8")).attributes if name == "href"}
@@ -266,16 +266,26 @@ def test_files_are_written_linked_and_replaced(tmp_path):
     assert first["blank"] + first["film"] + first["report"] + first["left_over"] == pytest.approx(first["logit"])
     assert saved["explanations"][1]["agreement"]["integrated_gradients"] == {"rank": None, "linear": None}
 
-    write_explanations(folder, "run", both[:1], "a rule", {})
+    write_explanations(folder, "run", both[:1], "a rule", True, {})
     assert not list(folder.glob("s2*"))
     assert (folder / "s1_Edema.html").exists()
 
 
 def test_studies_whose_names_look_alike_get_files_of_their_own(tmp_path):
-    folder = write_explanations(tmp_path, "run", [explanation("a/b"), explanation("a b")], "", {})
+    folder = write_explanations(tmp_path, "run", [explanation("a/b"), explanation("a b")], "", True, {})
     assert len(list(folder.glob("*.png"))) == 2
 
 
 def test_scores_go_with_words():
     with pytest.raises(ValueError, match="6 words"):
         replace(scores(), left_out=np.zeros(5))
+
+
+def test_where_nothing_is_to_be_shown_the_index_says_so(tmp_path):
+    write_explanations(tmp_path, "run", [explanation()], "a rule", True, {})
+    write_explanations(tmp_path, "run", [], "a rule", False, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["explanations.json", "index.html"]
+    page = Page((tmp_path / "index.html").read_text("utf-8"))
+    assert "There is none." in page.text
+    assert "Synthetic" not in page.text
+    assert json.loads((tmp_path / "explanations.json").read_text("utf-8"))["explanations"] == []

@@ -1,0 +1,205 @@
+"""The stage that explains a teacher's answers: which studies it picks, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
+
+from mlx_cxr import cache_teacher_outputs, explain_report
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.explain_report import ExplainReportError, read_report
+from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
+
+TEST = [f"s{i:03}" for i, split in enumerate(SPLITS) if split == "test"]
+ANOTHER = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread."
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> ToyTeacher:
+    return shared(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def scored(toy) -> str:
+    """The name of a run with predictions, that is no other test's."""
+    run_dir = toy.tuned()
+    copy = run_dir.with_name("explained")
+    if not copy.exists():
+        shutil.copytree(run_dir, copy)
+        cache_teacher_outputs.run(toy.config(), copy.name)
+    return copy.name
+
+
+@pytest.fixture(scope="module")
+def pages(toy, scored) -> Path:
+    return explain_report.run(toy.config(), scored, examples=2)
+
+
+def failure(capsys, toy: ToyTeacher, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        explain_report.main(["--config", str(toy.folder / "trial.yaml"), *arguments])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_the_most_confident_true_positives_of_the_test_split_are_shown(pages):
+    saved = read_json(pages / "explanations.json")
+    scored = read_predictions(pages.parent / "predictions.csv")
+    test = scored.predictions.split == "test"
+    expected = []
+    for k, label in enumerate(LABELS):
+        p = np.where(scored.predictions.raw_labels[:, k] == 1, scored.probabilities[:, k], -1)
+        p[~test | (p < scored.thresholds[k])] = -1
+        best = np.argsort(-p, kind="stable")[:2]
+        expected += [(label, str(scored.predictions.study_ids[i])) for i in best if p[i] >= 0]
+    assert len(expected) >= 3
+    assert [(e["finding"], e["study_id"]) for e in saved["explanations"]] == expected
+    assert {study for _, study in expected} <= set(TEST)
+
+
+def test_probabilities_and_logits_are_those_of_the_predictions(pages):
+    scored = read_predictions(pages.parent / "predictions.csv")
+    rows = {study: i for i, study in enumerate(scored.predictions.study_ids.tolist())}
+    for e in read_json(pages / "explanations.json")["explanations"]:
+        row, k = rows[e["study_id"]], LABELS.index(e["finding"])
+        assert e["logit"] == pytest.approx(float(scored.predictions.logits[row, k]), abs=1e-3)
+        assert e["probability"] == pytest.approx(scored.probabilities[row, k], abs=1e-2)
+        assert e["threshold"] == scored.thresholds[k]
+        assert e["label"] == "present"
+        assert e["blank"] + e["film"] + e["report"] + e["left_over"] == pytest.approx(e["logit"])
+
+
+def test_every_page_is_linked_and_says_what_it_is(pages):
+    saved = read_json(pages / "explanations.json")
+    names = {e["file"] for e in saved["explanations"]}
+    pictures = {name.replace(".html", ".png") for name in names}
+    assert {path.name for path in pages.iterdir()} == names | pictures | {"index.html", "explanations.json"}
+    index = (pages / "index.html").read_text("utf-8")
+    assert all(f'href="{name}"' in index for name in names | pictures)
+    for text in (index, *((pages / name).read_text("utf-8") for name in names)):
+        assert "Synthetic cohort. Research only, not for clinical use." in text
+    assert {"adapter", "predictions", "manifest", "reports"} <= set(saved["provenance"]["inputs"])
+
+
+@pytest.fixture
+def folder(toy, scored, tmp_path) -> tuple[ToyTeacher, str]:
+    """A copy of the run, to be written into."""
+    name = f"copy_{tmp_path.name}"
+    shutil.copytree(toy.folder / "outputs" / scored, toy.folder / "outputs" / name)
+    return toy, name
+
+
+def test_a_study_is_explained_for_what_is_asked(folder):
+    toy, name = folder
+    pages = explain_report.run(toy.config(), name, study_ids=["s001"], findings=["Cardiomegaly", "Edema"])
+    saved = read_json(pages / "explanations.json")
+    assert [(e["study_id"], e["finding"]) for e in saved["explanations"]] == [
+        ("s001", "Cardiomegaly"),
+        ("s001", "Edema"),
+    ]
+    assert len(list(pages.glob("*.png"))) == 2  # those of an earlier call are gone
+
+
+@pytest.mark.parametrize("kind", ["text", "file"])
+def test_a_text_is_explained_as_the_same_report_of_a_study_would_be(folder, tmp_path, kind):
+    toy, name = folder
+    given = ANOTHER
+    if kind == "file":
+        (tmp_path / "report.txt").write_text(ANOTHER)
+        given = str(tmp_path / "report.txt")
+    pages = explain_report.run(toy.config(), name, text=given)
+    saved = read_json(pages / "explanations.json")
+    scored = read_predictions(toy.folder / "outputs" / name / "predictions.csv")
+    for e in saved["explanations"]:
+        assert " ".join(e["words"]) == "Findings: Edema. Edema. Edema. Edema. Normal. Normal. Normal."
+        assert e["label"] == ""
+        called = e["probability"] >= scored.thresholds[LABELS.index(e["finding"])]
+        assert called or len(saved["explanations"]) == 1
+    # A text without headings counts as what the teacher reads.
+    bare = explain_report.run(toy.config(), name, text="Edema. Edema. Edema. Edema. Normal. Normal. Normal.")
+    again = read_json(bare / "explanations.json")["explanations"]
+    assert [e["logit"] for e in again] == pytest.approx([e["logit"] for e in saved["explanations"]], abs=1e-5)
+
+
+def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):
+    toy, name = folder
+    path = toy.folder / "outputs" / name / "test_results.json"
+    results = read_json(path)
+    for point in results["operating_points"].values():
+        point["threshold_source"] = "default"
+    write_json(path, results)
+    pages = explain_report.run(toy.config(), name)
+    assert "There is none." in (pages / "index.html").read_text("utf-8")
+
+
+def test_bad_requests_are_refused_with_what_to_do(toy, scored, capsys):
+    run = ("--teacher_run", scored)
+    assert "'Oedema' is no finding; the 14 are: Atelectasis" in failure(capsys, toy, *run, "--finding", "Oedema")
+    assert "study 's999' is not in" in failure(capsys, toy, *run, "--study_id", "s001", "s999")
+    without = f"s{WITHOUT_REPORT[0]:03}"
+    error = failure(capsys, toy, *run, "--study_id", without)
+    assert f"study '{without}' has not what this teacher reads (findings)" in error
+    assert "none of what this teacher reads" in failure(capsys, toy, *run, "--text", "IMPRESSION: Edema.")
+    assert "there is no such file" in failure(capsys, toy, *run, "--text", "reports/none.txt")
+    assert "give at least 1" in failure(capsys, toy, *run, "--examples", "0")
+    assert "there is no such run" in failure(capsys, toy, "--teacher_run", "nobody")
+    assert "not allowed with" in failure(capsys, toy, *run, "--text", "x", "--study_id", "s001")
+    with pytest.raises(ExplainReportError, match="exclude each other"):
+        explain_report.run(toy.config(), scored, study_ids=["s001"], text="x")
+
+
+def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
+    toy, name = folder
+    run_dir = toy.folder / "outputs" / name
+    (run_dir / "test_results.json").unlink()
+    with pytest.raises(ExplainReportError, match="run cache_teacher_outputs"):
+        explain_report.run(toy.config(), name)
+    record = json.loads((run_dir / "config.json").read_text())
+    for modality, options, words in (
+        ("image", {}, "sees films only"),
+        ("image_text", {"text": "Edema."}, "reads films too"),
+    ):
+        record["config"]["teacher"]["modality"] = modality
+        write_json(run_dir / "config.json", record)
+        shutil.copy(toy.folder / "outputs" / "explained" / "test_results.json", run_dir)
+        with pytest.raises(ExplainReportError, match=words):
+            explain_report.run(toy.config(), name, **options)
+
+
+def test_a_film_is_one_part_of_the_account(folder):
+    toy, name = folder
+    run_dir = toy.folder / "outputs" / name
+    record = json.loads((run_dir / "config.json").read_text())
+    record["config"]["teacher"]["modality"] = "image_text"
+    record["inputs"]["pixel_index"] = {
+        "path": "x",
+        "sha256": sha256_file(toy.config().pixels_path.with_suffix(".json")),
+    }
+    write_json(run_dir / "config.json", record)
+    pages = explain_report.run(toy.config(), name, study_ids=["s001"], findings=["Edema"])
+    (e,) = read_json(pages / "explanations.json")["explanations"]
+    assert e["reads"] == "film + findings"
+    assert e["film"] != 0
+    assert "<td>film</td>" in (pages / e["file"]).read_text("utf-8")
+
+
+def test_other_data_are_refused(folder):
+    toy, name = folder
+    with pytest.raises(RunFormatError, match=r"data\.synthetic"):
+        explain_report.run(toy.config("data.synthetic=false"), name)
+
+
+def test_a_long_line_is_a_report_and_no_file_name():
+    text = "No edema. " * 500
+    assert read_report(text) == text
+    assert read_report("Edema.") == "Edema."
+    with pytest.raises(ExplainReportError, match="no such file"):
+        read_report("missing.txt")
