@@ -118,9 +118,9 @@ def run(
         else:
             inputs["predictions"] = run_dir / "predictions.csv"
             rule = (
-                f"Of each finding the {examples} most confident true positives among the test studies: called present "
-                "at the threshold chosen on validation, present by the report's label, of the highest probability. "
-                "They are examples, not a sample to estimate from."
+                f"The most confident true positives among the test studies, at most {examples} of each finding: called "
+                "present at the threshold chosen on validation, present by the report's label, of the highest "
+                "probability. They are examples, not a sample to estimate from."
             )
             wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
         asked = of_studies(wanted, teacher, material) if wanted else []

@@ -215,7 +215,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 .ramp {{ height: 14px; max-width: 24rem; border: 1px solid #d2d5da; }}
 .ticks {{ display: flex; justify-content: space-between; max-width: 24rem; font-size: 13px; }}
 table {{ border-collapse: collapse; }}
-td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #d2d5da; overflow-wrap: anywhere; }}
+td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #d2d5da; }}
 </style>
 </head>
 <body>
