@@ -97,9 +97,11 @@ class TestUpToDate:
 
 
 STAGE = """
-import sys
+import signal, sys
 from mlx_cxr.data import store_writer
 from mlx_cxr.prepare_images import main
+# A shell that puts the tests into the background has Ctrl-C ignored in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 store_writer.CHECKPOINT_SECONDS = 0.02
 main(sys.argv[1:])
 """
