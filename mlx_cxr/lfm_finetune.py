@@ -18,12 +18,13 @@ from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.errors import readable_errors
-from mlx_cxr.runs import RunExistsError, create_run, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.runs import create_run, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
 from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, read_first_adapter, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
 from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
+from mlx_cxr.training.film_run import can_resume
 from mlx_cxr.training.loop import train
 from mlx_cxr.training.losses import masked_bce, positive_weights
 
@@ -52,10 +53,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     device = runtime.start("lfm_finetune")
     teacher = config.teacher
     run_dir = config.run_dir(run_name or teacher.run_name)
-    begun = (run_dir / "config.json").exists()
-    resume_state = resume and (run_dir / "last" / "state.safetensors").exists()
-    if begun and not (resume or overwrite):
-        raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
+    resume_state = can_resume(run_dir, resume, overwrite)
     material = Material.open(config)
     base = Base.open(teacher, config.weights_dir, vision=teacher.modality != "text")
     form = prompt_format(base, config)

@@ -22,13 +22,13 @@ YAML = """
 name: chain
 run_name: chain_cnn
 outputs: {here}/outputs
-data: {{synthetic: true, root: {here}/raw, work_dir: {here}/work}}
+data: {{synthetic: true, root: {here}/raw, work_dir: {here}/made}}
 demo: {{patients: 40, image_size: 128}}
 pixels: {{size: 32, workers: 2}}
 model: {{weights: scratch, output_stride: 16}}
 training: {{epochs: 1, batch_size: 8, learning_rate: 1e-3}}
 teacher:
-  base: {here}/work/tiny-base
+  base: {here}/made/tiny-base
   training: {{epochs: 1, batch_size: 8, accumulate: 2, learning_rate: 3e-3}}
   tiny: {{hidden_size: 32, layers: 2, vocabulary: 1024, epochs: 1}}
 distillation: {{init: cnn}}
