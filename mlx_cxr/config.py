@@ -107,6 +107,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
+    """What every stage that trains has besides: `--run_name`, `--seed`, and either `--resume` or `--overwrite`.
+
+    Args:
+        parser: gets them.
+        run_name: the configuration's key that names the run by default.
+    """
+    parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
+    parser.add_argument("--seed", type=int)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) -> Config:
     """Read and check an experiment's YAML.
 

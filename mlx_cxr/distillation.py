@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
 from mlx_cxr.config_sections import ModelConfig, TrainingConfig
 from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.inference import TrainedRun
@@ -148,16 +148,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mlx_cxr.distillation", description=__doc__.splitlines()[0])
     add_config_arguments(parser)
-    parser.add_argument("--run_name", help="folder under outputs/; default: distillation.run_name")
+    add_training_arguments(parser, "distillation.run_name")
     parser.add_argument("--teacher_run", help="the teacher's folder under outputs/; default: teacher.run_name")
     parser.add_argument("--cnn_run", help="the CNN's, for distillation.init: cnn; default: run_name")
     parser.add_argument(
         "--targets", choices=("teacher", "hard", "smoothed", "shuffled"), help="what takes the teacher's place"
     )
-    parser.add_argument("--seed", type=int)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
     return parser
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.runs import create_run, hash_of, read_json, sha256_file, write_json
@@ -179,11 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mlx_cxr.lfm_finetune", description=__doc__.splitlines()[0])
     add_config_arguments(parser)
-    parser.add_argument("--run_name", help="folder under outputs/; default: teacher.run_name of the configuration")
-    parser.add_argument("--seed", type=int)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+    add_training_arguments(parser, "teacher.run_name")
     return parser
 
 

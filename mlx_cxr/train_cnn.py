@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import film_run
@@ -71,11 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mlx_cxr.train_cnn", description=__doc__.splitlines()[0])
     add_config_arguments(parser)
-    parser.add_argument("--run_name", help="folder under outputs/; default: run_name of the configuration")
-    parser.add_argument("--seed", type=int)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+    add_training_arguments(parser, "run_name")
     return parser
 
 

@@ -66,7 +66,7 @@ def finding_logits(
         direction: `answer_direction`.
         checkpoint: as `hidden_states`.
     """
-    return _answers(finding_states(language_model, embeddings, read, checkpoint), direction)
+    return answers(finding_states(language_model, embeddings, read, checkpoint), direction)
 
 
 def finding_states(
@@ -78,7 +78,8 @@ def finding_states(
     return language_model.model.embedding_norm(h)
 
 
-def _answers(states: mx.array, direction: mx.array) -> mx.array:
+def answers(states: mx.array, direction: mx.array) -> mx.array:
+    """float32 (B, 14): the answers that `finding_states` (B, 14, H) give in `direction`."""
     return states.astype(mx.float32) @ direction
 
 

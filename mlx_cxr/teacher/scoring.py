@@ -13,7 +13,7 @@ import numpy as np
 from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
-from mlx_cxr.teacher.readout import answer_direction, finding_states
+from mlx_cxr.teacher.readout import answer_direction, answers, finding_states
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def score(
 
     def forward(ids: mx.array, read: mx.array, *film: mx.array) -> tuple[mx.array, mx.array]:
         states = finding_states(language, prompt_embeddings(language, form, ids, *film), read)
-        return states.astype(mx.float32) @ direction, mx.mean(states.astype(mx.float32), axis=1)
+        return answers(states, direction), mx.mean(states.astype(mx.float32), axis=1)
 
     compiled = mx.compile(forward, inputs=base.model.state)
     order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
