@@ -59,7 +59,7 @@ def steps(config: Config) -> list[Step]:
             lambda _: build_manifest.run(config),
             ("seed", "data"),
             lambda: build_manifest.source_tables(config),
-            (config.manifest_path, config.splits_path),
+            (config.manifest_path, config.splits_path, *(_reports(config) if config.pipeline.teacher else [])),
             data,
         ),
         Step(
@@ -165,7 +165,7 @@ def _taught(config: Config, suffix: str) -> list[Step]:
     adapter = folder / "adapter_weights" / "adapters.safetensors"
 
     def read() -> list[Path]:
-        read = [config.manifest_path, config.reports_path]
+        read = [config.manifest_path, *_reports(config)]
         if config.teacher.modality != "text":
             read.append(_pixel_index(config))
         base = Path(config.teacher.base)
@@ -237,6 +237,11 @@ def graded_run_name(teacher_run: str, sections: Sequence[str]) -> str:
 
 def _pixel_index(config: Config) -> Path:
     return config.pixels_path.with_suffix(".json")
+
+
+def _reports(config: Config) -> list[Path]:
+    """What a teacher reads of reports: nothing, where it looks at films only."""
+    return [] if config.teacher.modality == "image" else [config.reports_path]
 
 
 def _films(config: Config) -> list[Path]:

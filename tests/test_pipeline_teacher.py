@@ -14,6 +14,7 @@ from mlx_cxr.config import load_config
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.labels import SCORING_PROTOCOLS
+from mlx_cxr.pipeline_steps import steps
 from mlx_cxr.runs import read_json, sha256_file
 
 pytestmark = pytest.mark.slow
@@ -114,6 +115,15 @@ def test_no_test_study_is_in_what_the_student_learned_from(chain):
     assert recorded["soft_labels"]["sha256"] == sha256_file(
         config.run_dir("lora_teacher_phase1") / "teacher_soft_labels.npy"
     )
+
+
+def test_a_teacher_that_looks_at_films_only_asks_for_no_reports(chain):
+    for modality, asked in (("image", False), ("image_text", True), ("text", True)):
+        config = load_config(chain, [f"teacher.modality={modality}"])
+        chained = {step.name: step for step in steps(config)}
+        assert (config.reports_path in chained["lfm_finetune"].inputs()) is asked
+        assert (config.reports_path in chained["build_manifest"].outputs) is asked
+        assert ("explain_report" in chained) is asked
 
 
 def test_another_control_reuses_the_rest(chain, caplog):
