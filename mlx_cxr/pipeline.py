@@ -25,6 +25,7 @@ from mlx_cxr.pipeline_steps import steps
 from mlx_cxr.readme import replace_block
 from mlx_cxr.runs import RunExistsError, read_json
 from mlx_cxr.showcase import update_readme
+from mlx_cxr.teacher.base import BaseUnavailableError, find_base
 
 log = logging.getLogger("mlx_cxr")
 
@@ -55,11 +56,14 @@ def run(
     Raises:
         GateError: a gate is not met.
         RunExistsError: a run is there, made differently, and `overwrite` is false.
+        BaseUnavailableError: the teacher's base is not on this machine; said before anything runs.
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
     runtime.start("pipeline")
     if run_name is not None:
         config = config.model_copy(update={"run_name": run_name})
+    if config.pipeline.teacher and config.teacher.tiny is None:
+        _refuse_a_missing_base(config)
     run_dir, begun = config.run_dir(), time.perf_counter()
     chain = steps(config)
     names = [step.name for step in chain]
@@ -97,6 +101,14 @@ def run(
         log.info("\n%s\nDone in %.0f s. To open:", closing_table(read_json(run_dir / "test_results.json")), seconds)
         _say_where(run_dir, "results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json")
     return run_dir
+
+
+def _refuse_a_missing_base(config: Config) -> None:
+    """Before hours of training, not after."""
+    try:
+        find_base(config.teacher.base, config.weights_dir)
+    except BaseUnavailableError as error:
+        raise BaseUnavailableError(f"{error}; or go without a teacher: --set pipeline.teacher=false") from None
 
 
 def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, readme: Path | None) -> None:

@@ -18,6 +18,7 @@ from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.runs import RunExistsError, sha256_file
+from mlx_cxr.teacher.base import BaseUnavailableError
 
 YAML = """
 name: tiny
@@ -98,6 +99,14 @@ def test_a_run_made_with_other_settings_is_not_replaced_unless_asked(tiny, caplo
     assert sha256_file(weights) == before
     _, stages = _run(tiny, caplog)
     assert set(stages.values()) == {"skipped"}
+
+
+def test_a_missing_base_of_the_teacher_is_said_before_anything_runs(tiny, caplog):
+    overrides = ["pipeline.teacher=true", "run_name=never"]
+    with pytest.raises(BaseUnavailableError, match=r"fetch_weights --what lfm.*pipeline\.teacher=false"):
+        _run(tiny, caplog, [*overrides, "weights_dir=nowhere"])
+    assert _ran(caplog) == {}
+    assert not load_config(tiny, overrides).run_dir().exists()
 
 
 def test_start_at_runs_that_stage_and_those_after_it(tiny, caplog):
