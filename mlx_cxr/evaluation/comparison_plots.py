@@ -133,6 +133,8 @@ def plot_calibration_comparison(
         _error_panel(below[-1], errors, labelled=place == 0)
         if place == 0:
             above.set_ylabel("observed rate", fontsize=10, color=BLACK)
+    # Once all models are drawn: a limit that is set ends the search for a scale that holds the next ones too.
+    below[0].set_xlim(left=0)
     legend(figure, {"before scaling": ("D", VERMILION, "--"), "after temperature scaling": ("o", BLUE, "-")})
     explained = f"Above, each marker is a group of equally many answers. ECE: {bins} bins of equal width."
     figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
@@ -150,7 +152,6 @@ def _error_panel(ax: Axes, errors: np.ndarray, labelled: bool) -> None:
         ax.text(0.02, row, "one class only", transform=ax.get_yaxis_transform(), va="center", fontsize=9, color=BLACK)
     ax.set_yticks(rows, LABELS if labelled else [""] * len(LABELS), fontsize=10)
     ax.set_ylim(len(LABELS) - 0.4, -0.6)
-    ax.set_xlim(left=0)
     ax.set_xlabel("expected calibration error", fontsize=10, color=BLACK)
     there = errors[~np.isnan(errors[:, 0])]
     means = there.mean(axis=0) if len(there) else (None, None)

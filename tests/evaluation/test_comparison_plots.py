@@ -116,3 +116,16 @@ def test_a_label_of_one_class_is_said_and_left_out(plot, drawn, arms, tmp_path):
 def test_nothing_to_draw_is_still_a_picture(plot, arms, tmp_path):
     empty = relabelled(arms, np.full_like(arms[0].test.raw_labels, np.nan))
     assert plot(tmp_path / "a.png", empty, "empty_masked", True).stat().st_size > 1000
+
+
+def test_the_errors_of_every_model_lie_within_the_one_scale(drawn, arms, tmp_path):
+    # The last model is far worse than the first, whose errors must not set the scale alone.
+    loud = replace(arms[2], test=replace(arms[2].test, logits=8 * arms[2].test.logits[::-1]))
+    plot_calibration_comparison(tmp_path / "a.png", [*arms[:2], loud], "empty_negative", True)
+    panels = [ax for ax in drawn[0].axes if ax.get_xlabel() == "expected calibration error"]
+    assert len(panels) == 3
+    assert len({ax.get_xlim() for ax in panels}) == 1
+    low, high = panels[0].get_xlim()
+    errors = np.concatenate([line.get_xdata() for ax in panels for line in ax.lines])
+    assert low == 0
+    assert np.nanmax(errors) < high
