@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-WRITERS = {"lfm_finetune": ("mlx_cxr.training.loop", "append_jsonl"), "cache_teacher_outputs": ("", "put")}
+WRITERS = {
+    **dict.fromkeys(("train_cnn", "distillation", "lfm_finetune"), ("mlx_cxr.training.loop", "append_jsonl")),
+    "cache_teacher_outputs": ("", "put"),
+}
 
 
 def killing(write: Callable[..., Any], at: int) -> Callable[..., Any]:

@@ -128,19 +128,16 @@ def test_a_student_is_scored_by_evaluate_cnn(cohort, finished):
 
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_one(cohort):
-    """SIGKILL of the real command in its second epoch; both in processes of their own."""
+    """SIGKILL of the real command at step 5 of 6, in its second epoch; both in processes of their own."""
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     options = ("--teacher_run", "sees", "--targets", "shuffled", "--set", "distillation.feature_weight=0.5")
     unbroken = command(cohort, *options, "--run_name", "unbroken")
     _, errors = unbroken.communicate(timeout=120)
     assert unbroken.returncode == 0, errors
-    process = command(cohort, *options, "--run_name", "killed")
-    for line in process.stdout:
-        if line.startswith("epoch   1/2"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
+    killer = [sys.executable, str(Path(__file__).with_name("killed_stage.py")), "distillation", "6"]
+    settings = ["--config", str(cohort / "trial.yaml"), *options, "--run_name", "killed"]
+    killed = subprocess.run([*killer, *settings], capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     outputs = cohort / "outputs"
     assert not (outputs / "killed" / "training.json").exists()
     resumed = command(cohort, *options, "--run_name", "killed", "--resume")

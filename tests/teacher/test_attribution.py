@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_map
@@ -24,7 +21,7 @@ from mlx_cxr.teacher.attribution import (
     leave_one_out,
 )
 from mlx_cxr.teacher.base import Base
-from mlx_cxr.teacher.prompt import PromptFormat, padded
+from mlx_cxr.teacher.prompt import PromptFormat
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings, score
 
@@ -35,50 +32,37 @@ SLACK = 2e-4
 
 @pytest.fixture(scope="module")
 def planted(toy: ToyTeacher) -> tuple[Base, PromptFormat]:
-    """A base whose answer to Edema is whether the report, else of random words, holds the word "edema"."""
+    """A base whose answer to Edema is whether the report holds the word "edema", by weights written by hand.
+
+    The word's last token alone has something in dimension 0 of its embedding. The one layer that does anything attends
+    to all positions alike and moves what it finds there to dimension 1, which the answers are read from. The token at a
+    line's end begins with -1/2 there and 1 in dimension 2, so that the answer goes from -1/2 to 1/2 of sqrt(H / 1.25).
+    """
     base = opened(toy.base)
     form = PromptFormat.of(base.tokenizer, max_tokens=320)
     language = base.model.language_model
-    # Deviations of 0.02 are too small for so narrow a model to learn in seconds.
+    without = form.prompt([("findings", " ".join(WORDS))])
+    with_word = form.prompt([("findings", " ".join([*WORDS, "edema"]))])
+    marker = [token for token in with_word.ids.tolist() if token not in without.ids][-1]
+    place = int(without.read[EDEMA])
+    endings = sorted(set(without.ids[without.read].tolist()))
+
+    embeddings = np.array(language.model.embed_tokens.weight)
+    embeddings[:, :3] = 0
+    embeddings[form.no] = embeddings[form.yes]
+    embeddings[form.yes, 1], embeddings[form.no, 1] = 0.5, -0.5
+    embeddings[[*endings, marker]] = 0
+    embeddings[endings, 1], embeddings[endings, 2] = -0.5, 1
+    embeddings[marker, 0] = 1
+    language.model.embed_tokens.weight = mx.array(embeddings)
+    language.model.embedding_norm.weight = mx.ones_like(language.model.embedding_norm.weight)
+    width = embeddings.shape[1]
     for layer in language.model.layers:
-        layer.update(tree_map(lambda w: 5 * w if w.ndim > 1 else w, layer.parameters()))
-    language.unfreeze()
-    optimizer = optim.Adam(1e-3)
-    optimizer.init(language.trainable_parameters())
-    state = [language.state, optimizer.state]
-    rng = np.random.default_rng(0)
-
-    def batch() -> tuple[mx.array, mx.array, mx.array]:
-        present = rng.integers(0, 2, 16)
-        prompts = []
-        for there in present:
-            words = [WORDS[i] for i in rng.integers(0, len(WORDS), rng.integers(4, 9))]
-            if there:
-                words[rng.integers(len(words))] = "edema"
-            prompts.append(form.prompt([("findings", " ".join(words))]))
-        both = padded(prompts, 128)
-        return mx.array(both.ids), mx.array(both.read), mx.array(present.astype(np.float32))
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(ids: mx.array, read: mx.array, targets: mx.array) -> mx.array:
-        def loss() -> mx.array:
-            answers = language.model.embed_tokens(mx.array([form.yes, form.no]))
-            embeddings = prompt_embeddings(language, form, ids)
-            logits = finding_logits(language, embeddings, read, answers[0] - answers[1])[:, EDEMA]
-            return nn.losses.binary_cross_entropy(logits, targets, reduction="mean")
-
-        value, gradients = nn.value_and_grad(language, loss)()
-        optimizer.update(language, optim.clip_grad_norm(gradients, 1.0)[0])
-        return value
-
-    mean = 0.7
-    for _ in range(400):
-        loss = step(*batch())
-        mx.eval(state, loss)
-        mean = 0.8 * mean + 0.2 * loss.item()
-        if mean < 0.05:
-            break
-    assert mean < 0.05, "the planted word was not learnt"
+        layer.update(tree_map(lambda w: mx.zeros_like(w) if w.ndim > 1 else mx.ones_like(w), layer.parameters()))
+    attention = next(layer for layer in language.model.layers if layer.is_attention_layer).self_attn
+    attention.v_proj.weight = attention.v_proj.weight.at[0, 0].add(1.0)
+    # Normed, the marker has sqrt(width) there, of which attention leaves one part in `place`.
+    attention.out_proj.weight = attention.out_proj.weight.at[1, 0].add(place / width**0.5)
     base.model.freeze()
     return base, form
 
