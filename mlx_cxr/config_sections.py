@@ -201,6 +201,9 @@ class EvaluationConfig(Section):
 
     batch_size: Count = 64
     threshold_rule: Literal["youden", "f1"] = "f1"
+    abstention_alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the studies with a finding, and of those without, for which the truth may be ruled out
+    (`evaluation.conformal`); with less, less is ruled out and fewer calls are made."""
     bootstrap_samples: Annotated[int, Field(ge=0)] = 1000
     calibration_bins: Annotated[int, Field(ge=2)] = 15
 

@@ -25,6 +25,7 @@ from mlx_cxr.runs import sha256_file
 from mlx_cxr.training import film_run
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
+from mlx_cxr.training.preprocessing import preprocessing_record
 from mlx_cxr.training.soft_targets import SoftTargets, read_soft_targets
 from mlx_cxr.training.student import FeatureStudent
 
@@ -98,6 +99,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         summary={
             "parameters": parameter_counts(student),
             "initial_weights": origin,
+            "preprocessing": preprocessing_record(config),
             "synthetic": config.data.synthetic,
             "soft_labels": None if soft is None else soft.summary,
         },

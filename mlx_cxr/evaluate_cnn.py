@@ -1,9 +1,9 @@
 """Score and explain a trained run: `python -m mlx_cxr.evaluate_cnn --config configs/demo.yaml --run_name demo_cnn`.
 
 The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
-nothing of an earlier one: `predictions.csv` (validation and test), `test_results.json`, `results.md`, `roc.png`,
-`precision_recall.png`, `reliability.png`, `cost.json`, `grad_cam/*.png`, `localization.json` (where the cohort has
-masks) and `findings.md`. Run again, it replaces each of them.
+nothing of an earlier one: `predictions.csv` (validation and test), `operating_points.json`, `test_results.json`,
+`results.md`, `roc.png`, `precision_recall.png`, `reliability.png`, `risk_coverage.png`, `cost.json`, `inference.json`,
+`grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mlx_cxr.data.films import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import readable_errors
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions, join
-from mlx_cxr.evaluation.results import OperatingPoints
-from mlx_cxr.inference import TrainedRun, study_predictions
+from mlx_cxr.inference import TrainedRun, map_references, study_predictions, write_inference_record
 from mlx_cxr.runs import provenance, write_json
 from mlx_cxr.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.training.cohort import Cohort, SplitData
@@ -64,8 +64,13 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     predictions = join(*parts)
     points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
     measure_cost(trained, test, config, device)
+    references = map_references(trained.model, validation.films, config.evaluation.batch_size) if maps else {}
+    write_inference_record(trained, references, len(validation))
     if maps:
         explain(trained, validation, test, predictions.of_split("test"), points, config)
+    else:
+        for stale in ("localization.json", "findings.md"):
+            (trained.folder / stale).unlink(missing_ok=True)
     return trained.folder
 
 

@@ -23,12 +23,14 @@ from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
 from mlx_cxr.data.reports import decode, has_headings, section_texts, select
 from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.evaluation.operating_points import FILE as POINTS
+from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain.findings_report import outcomes
 from mlx_cxr.explain.token_page import write_explanations
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.runs import provenance, read_json
+from mlx_cxr.runs import provenance
 from mlx_cxr.teacher.attribution import explain
 from mlx_cxr.teacher.films import encode_films
 from mlx_cxr.teacher.lora import WEIGHTS
@@ -102,9 +104,9 @@ def run(
     teacher = TrainedTeacher.open(run_dir)
     if teacher.config.teacher.modality == "image":
         raise ExplainReportError(f"{run_dir} is a teacher that sees films only; it reads no words to explain")
-    points = operating_points(run_dir)
+    points, _ = read_operating_points(run_dir / POINTS)
     columns = tuple(LABELS.index(name) for name in findings) or None
-    inputs = {"adapter": run_dir / ADAPTER / WEIGHTS, "results": run_dir / "test_results.json"}
+    inputs = {"adapter": run_dir / ADAPTER / WEIGHTS, "operating_points": run_dir / POINTS}
     if text is not None:
         rule = "A report that was asked for."
         asked = [of_text(text, teacher, columns)]
@@ -131,27 +133,11 @@ def run(
     return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, synthetic, record)
 
 
-def operating_points(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (14,) temperatures and (14,) thresholds of a scored run; a threshold that validation gave none is NaN.
-
-    Raises:
-        ExplainReportError: the run is not scored.
-    """
-    path = run_dir / "test_results.json"
-    if not path.is_file():
-        raise ExplainReportError(f"{path} is missing: run cache_teacher_outputs, which fits the probabilities' scale")
-    points = read_json(path)["operating_points"]
-    thresholds = [
-        points[label]["threshold"] if points[label]["threshold_source"] == "validation" else np.nan for label in LABELS
-    ]
-    return np.array([points[label]["temperature"] for label in LABELS]), np.array(thresholds)
-
-
 def confident_true_positives(
     run_dir: Path,
     protocol: str,
     columns: Sequence[int] | None,
-    points: tuple[np.ndarray, np.ndarray],
+    points: OperatingPoints,
     count: int,
 ) -> dict[str, tuple[int, ...]]:
     """Test study to the findings of which it is one of the `count` most confident true positives.
@@ -163,8 +149,9 @@ def confident_true_positives(
     rows = np.flatnonzero(scored.predictions.split == "test")
     targets = SCORING_PROTOCOLS[protocol].apply(scored.predictions.raw_labels[rows])
     wanted: dict[str, tuple[int, ...]] = {}
+    thresholds = points.tuned_thresholds
     for k in columns or range(len(LABELS)):
-        found = outcomes(targets[:, k], scored.probabilities[rows, k], points[1][k])["true positive"][:count]
+        found = outcomes(targets[:, k], scored.probabilities[rows, k], thresholds[k])["true positive"][:count]
         if not len(found):
             log.info("%s: no true positive among the test studies", LABELS[k])
         for row in found:
@@ -245,33 +232,35 @@ def read_report(text: str) -> str:
     return text
 
 
-def explained(asked: Asked, teacher: TrainedTeacher, points: tuple[np.ndarray, np.ndarray]) -> list[TextExplanation]:
+def explained(asked: Asked, teacher: TrainedTeacher, points: OperatingPoints) -> list[TextExplanation]:
     """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
-    settings, (temperatures, thresholds) = teacher.config.teacher, points
+    settings, thresholds = teacher.config.teacher, points.tuned_thresholds
     columns = asked.columns
     if columns is None:
         films = None if asked.film is None else np.asarray(asked.film)[None]
-        probabilities = expit(
-            score(teacher.base, teacher.form, [asked.prompt], films, settings).logits[0] / temperatures
-        )
+        logits = score(teacher.base, teacher.form, [asked.prompt], films, settings).logits
+        (probabilities,) = points.calibration.probabilities(logits)
         called = np.flatnonzero(probabilities >= thresholds).tolist()
         columns = tuple(called or [int(np.argmax(probabilities))])
     log.info("study %s: %s", asked.study_id, ", ".join(LABELS[k] for k in columns))
+    scores = explain(teacher.base, teacher.form, asked.prompt, asked.film, columns, settings)
+    probabilities = [
+        float(expit(one.logit / points.calibration.temperatures[k])) for k, one in zip(columns, scores, strict=True)
+    ]
     return [
         TextExplanation(
             asked.study_id,
             LABELS[k],
-            scores,
-            float(expit(scores.logit / temperatures[k])),
+            one,
+            p,
             float(thresholds[k]),
             "" if asked.raw_labels is None else label_words(float(asked.raw_labels[k])),
             what_it_reads(teacher.config),
             asked.prompt.cut,
             teacher.config.data.synthetic,
+            points.reason(k, p),
         )
-        for k, scores in zip(
-            columns, explain(teacher.base, teacher.form, asked.prompt, asked.film, columns, settings), strict=True
-        )
+        for k, one, p in zip(columns, scores, probabilities, strict=True)
     ]
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from mlx_cxr.config_sections import ExplainConfig
 from mlx_cxr.evaluation.localization_table import FilmScores, localization_markdown, localization_table
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.evaluation.results import MEANINGS, OperatingPoints
+from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain import findings_report as page
 from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.localization import Localization, Scores, localize
@@ -90,17 +91,18 @@ def finding_summaries(
         masks: per film, finding to mask; None without masks.
     """
     targets = SCORING_PROTOCOLS[points.protocol].apply(test.raw_labels)
-    probabilities = points.calibration.probabilities(test.logits)
+    decided = points.decide(test.logits)
     studies, ids = data.frame["study_id"].to_numpy(dtype=str), data.frame["image_id"].to_numpy(dtype=str)
     texts = data.frame["text"].fillna("").to_numpy(dtype=str) if "text" in data.frame else np.full(len(ids), "")
     summaries = []
     for k, label in enumerate(maps.labels):
         column = label_index(label)
-        p, threshold = probabilities[:, column], float(points.thresholds.values[column])
+        p, threshold = decided.probabilities[:, column], float(points.thresholds.values[column])
         rows = page.outcomes(targets[:, column], p, threshold)
         counts = {name: len(found) for name, found in rows.items()}
-        if points.thresholds.sources[column] != "validation":
-            summaries.append(page.FindingSummary(label, None, counts, ()))
+        abstained = {name: int((decided.states[found, column] == ABSTAIN).sum()) for name, found in rows.items()}
+        if not points.tuned[column]:
+            summaries.append(page.FindingSummary(label, None, counts, abstained, ()))
             continue
         shown = _film_to_show(studies, maps.logits[:, column])
         cases = []
@@ -108,14 +110,23 @@ def finding_summaries(
             for rank, row in enumerate(page.spread(rows[outcome], per_outcome), start=1):
                 film = shown[test.study_ids[row]]
                 raw_label = float(test.raw_labels[row, column])
-                reading = Reading(label, float(p[row]), threshold, raw_label, ids[film], maps.method, synthetic)
+                reading = Reading(
+                    label,
+                    float(p[row]),
+                    threshold,
+                    raw_label,
+                    ids[film],
+                    maps.method,
+                    synthetic,
+                    points.reason(column, float(p[row])),
+                )
                 pixels = np.array(data.films.batch(np.array([film])))[0]
                 heat = scale_maps(maps.raw[k : k + 1, film], maps.reference[k : k + 1])[0]
                 mask = masks[film].get(label) if masks else None
                 cases.append(
                     page.Case(outcome, rank, str(test.study_ids[row]), reading, pixels, heat, mask, texts[film])
                 )
-        summaries.append(page.FindingSummary(label, threshold, counts, cases))
+        summaries.append(page.FindingSummary(label, threshold, counts, abstained, cases))
     return summaries
 
 

@@ -86,6 +86,7 @@ def _draw(
             str(frame["image_id"].iloc[film]),
             method,
             config.data.synthetic,
+            row["abstention"],
         )
         mask = load_masks(config.data.root, frame["path"].iloc[film], transform, [label]).get(label) if masked else None
         heat = scale_maps(raw[k : k + 1, film], reference[k : k + 1])[0]

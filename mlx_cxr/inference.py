@@ -1,25 +1,55 @@
-"""A trained run, checked against the data it is asked about: probabilities and maps."""
+"""A trained run, checked against the data it is asked about: probabilities and maps.
+
+`TrainedRun` is a run's record and weights, for the stages that score a cohort. `Predictor` answers for films that
+anybody brings; the page, `predict` and the stages share what is below them.
+
+`inference.json`, which `evaluate_cnn` leaves in the run for the `Predictor`, has these keys:
+
+- `schema` (1), `run`, `synthetic`.
+- `checkpoint`: `name` and `sha256` of the weights that were evaluated.
+- `preprocessing`: `training.preprocessing.preprocessing_record` of the training.
+- `map_references`: `quantile` and `films` (how many of validation), and `methods`: method to label to the reference
+  activation of `explain.maps.fit_reference`, null where the maps are zero on all of validation; none without maps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import get_args
 
+import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_cxr.config import Config, config_from_plain
+from mlx_cxr.data.decoding import Film, FilmError, decode, decode_bytes
+from mlx_cxr.data.films import Transform
+from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
+from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, study_level
 from mlx_cxr.explain.grad_cam import Method, class_activation_maps
+from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
+from mlx_cxr.labels import LABELS
 from mlx_cxr.models.convert import freeze, load_model
 from mlx_cxr.models.resnet import ResNet18, parameter_counts, preprocess
-from mlx_cxr.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
-from mlx_cxr.training.scoring import predict_logits
+from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
+from mlx_cxr.training.scoring import compiled_forward, predict_logits
 
 CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
 """The stages whose runs are opened here, and the weights that each of them leaves."""
+FILE = "inference.json"
+SCHEMA = 1
+METHODS: tuple[Method, ...] = get_args(Method)
+MAPPED = tuple(label for label in LABELS if label != "No Finding")
+"""The findings that have maps: where nothing is, there is nothing to point at."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +163,236 @@ def film_maps(
         for x in films.batches(batches)
     ]
     return np.concatenate([maps.raw for maps in made], axis=1), np.concatenate([maps.logits for maps in made])
+
+
+def map_references(model: ResNet18, validation: FilmSource, batch_size: int) -> dict[str, dict[str, float]]:
+    """Each method's reference activation of each of `MAPPED`, fitted on the validation films; NaN for no scale."""
+    references = {}
+    for method in METHODS:
+        raw, _ = film_maps(model, validation, MAPPED, method, batch_size)
+        references[method] = dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True))
+    return references
+
+
+def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], films: int) -> Path:
+    """Write `inference.json`, as this module's docstring describes it.
+
+    Args:
+        trained: the run.
+        references: of `map_references`; empty where maps were not asked for.
+        films: of validation that they were fitted on.
+
+    Raises:
+        RunFormatError: its training recorded other preprocessing than this version's.
+    """
+    training = trained.folder / "training.json"
+    recorded = read_json(training).get("preprocessing") if training.exists() else None
+    if recorded is not None:
+        check_preprocessing(recorded, trained.config, training)
+    return write_json(
+        trained.folder / FILE,
+        {
+            "schema": SCHEMA,
+            "run": trained.folder.name,
+            "synthetic": trained.config.data.synthetic,
+            "checkpoint": {"name": trained.checkpoint.name, "sha256": sha256_file(trained.checkpoint)},
+            "preprocessing": recorded or preprocessing_record(trained.config),
+            "map_references": {"quantile": REFERENCE_QUANTILE, "films": films, "methods": references},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class FilmInput:
+    """A film as the network will see it, or why there is none.
+
+    Attributes:
+        name: to tell it by.
+        pixels: uint8 (S, S), or None.
+        notes: what a user may want to know of it, in words, such as `16-bit`.
+        concerns: why it does not look like a frontal chest film, in words; its answer should not be relied on.
+        error: why it cannot be read, in a sentence, or None.
+    """
+
+    name: str
+    pixels: np.ndarray | None
+    notes: tuple[str, ...] = ()
+    concerns: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class FilmAnswer:
+    """What a network says of one film.
+
+    Attributes:
+        film: that it was asked about.
+        logits: float32 (14,), or None where the film cannot be read.
+        probabilities: float64 (14,) in [0, 1], calibrated, or None.
+        states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`, or None.
+        ignore_gate: whether a film that does not look like a frontal chest film is to be answered for too.
+    """
+
+    film: FilmInput
+    logits: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    states: np.ndarray | None = None
+    ignore_gate: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether the figures are to be shown."""
+        return self.status == "answered" or (self.ignore_gate and self.status == "questionable")
+
+    @property
+    def status(self) -> str:
+        """`answered`; `questionable` where the film does not look like a frontal chest film; `unreadable`."""
+        return "unreadable" if self.film.error else "questionable" if self.film.concerns else "answered"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An evaluated CNN or student that answers for any film.
+
+    Attributes:
+        trained: the run.
+        points: what was fitted on its validation split, and turns logits into calls.
+        references: method -> label -> reference activation; NaN where there is none.
+        batch_size: films per forward pass.
+    """
+
+    trained: TrainedRun
+    points: OperatingPoints
+    references: Mapping[str, Mapping[str, float]]
+    batch_size: int = 32
+    _forward: Callable[[mx.array], mx.array] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_forward", compiled_forward(self.trained.model))
+
+    @classmethod
+    def from_run(cls, folder: str | Path, batch_size: int = 32) -> Predictor:
+        """Open a run that `evaluate_cnn` has evaluated.
+
+        Raises:
+            RunFormatError: there is no such run, it is not evaluated, its weights changed since, or films are prepared
+                in another way now.
+            ConfigError, ModelFormatError: its record or weights are not this version's.
+        """
+        trained = TrainedRun.open(folder)
+        path = trained.folder / FILE
+        again = f"python -m mlx_cxr.evaluate_cnn --config YOUR.yaml --run_name {trained.folder.name}"
+        if not path.exists():
+            raise RunFormatError(f"{path} is missing: evaluate the run first: {again}")
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise RunFormatError(f"{path} was written by another version; evaluate the run again: {again}")
+        try:
+            evaluated, recorded = record["checkpoint"]["sha256"], record["preprocessing"]
+            references = {
+                method: {label: np.nan if value is None else float(value) for label, value in entry.items()}
+                for method, entry in record["map_references"]["methods"].items()
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RunFormatError(f"{path} cannot be used ({error!r}); evaluate the run again: {again}") from None
+        points, points_record = read_operating_points(trained.folder / POINTS_FILE)
+        for where, sha256 in ((path, evaluated), (POINTS_FILE, points_record["made_from"].get("checkpoint"))):
+            if sha256 != sha256_file(trained.checkpoint):
+                raise RunFormatError(
+                    f"{trained.checkpoint} changed since {where} was written; evaluate the run again: {again}"
+                )
+        check_preprocessing(recorded, trained.config, path)
+        return cls(trained, points, references, batch_size)
+
+    @property
+    def transform(self) -> Transform:
+        """How films become what the network sees."""
+        return Transform(self.trained.config.pixels.size, self.trained.config.pixels.fit)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it was trained on the synthetic cohort."""
+        return self.trained.config.data.synthetic
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The map methods that have a scale in this run."""
+        return tuple(self.references)
+
+    def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> FilmInput:
+        """A film from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
+
+        Args:
+            source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; or uint8 (H, W) or (H, W, 3) pixels.
+            name: to tell it by; the default is the path.
+            recipe: how a DICOM's values become gray levels, see `data.dicom`.
+        """
+        name = name or (str(source) if isinstance(source, (str, Path)) else "film")
+        try:
+            film = self._decoded(source, recipe)
+        except FilmError as error:
+            return FilmInput(name, None, error=str(error))
+        return FilmInput(name, np.asarray(film.image), film.notes, film.concerns)
+
+    def predict(self, films: Sequence[FilmInput], ignore_gate: bool = False) -> list[FilmAnswer]:
+        """Answers in the films' order, those that cannot be read included; `ignore_gate` as in `FilmAnswer`."""
+        readable = [film.pixels for film in films if film.pixels is not None]
+        logits = iter(self.logits(np.stack(readable)) if readable else ())
+        return [
+            FilmAnswer(film) if film.pixels is None else self._answer(film, next(logits), ignore_gate) for film in films
+        ]
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 (N, 14) of films uint8 (N, S, S) as `read` gives them."""
+        size = min(self.batch_size, len(pixels))
+        parts = []
+        for start in range(0, len(pixels), size):
+            # The last batch is filled up, so that one graph serves all.
+            items = np.resize(np.arange(start, min(start + size, len(pixels))), size)
+            parts.append(np.array(self._forward(mx.array(pixels[items])))[: len(pixels) - start])
+        return np.concatenate(parts)
+
+    def predict_files(
+        self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
+    ) -> Iterator[FilmAnswer]:
+        """Answers for files, in their order; a batch is decoded while the one before it is scored."""
+        paths = iter(paths)
+        with ThreadPoolExecutor(max_workers=workers) as readers:
+
+            def begin() -> list:
+                return [readers.submit(self.read, path, "", recipe) for path in islice(paths, self.batch_size)]
+
+            coming = begin()
+            while coming:
+                films = [future.result() for future in coming]
+                coming = begin()
+                yield from self.predict(films, ignore_gate)
+
+    def maps(self, film: FilmInput, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
+        """float32 (K, h, w): maps of findings as shares of their reference activation, as `explain.maps.scale_maps`.
+
+        NaN for a finding whose maps were zero on all of validation.
+
+        Raises:
+            KeyError: the run has no reference for this method or finding.
+            ValueError: the film could not be read.
+        """
+        if film.pixels is None:
+            raise ValueError(f"{film.name}: {film.error}")
+        reference = np.array([self.references[method][label] for label in labels])
+        x = preprocess(mx.array(film.pixels)[None], self.trained.model.config.in_channels)
+        return scale_maps(class_activation_maps(self.trained.model, x, labels, method).raw[:, 0], reference)
+
+    def _answer(self, film: FilmInput, logits: np.ndarray, ignore_gate: bool) -> FilmAnswer:
+        decided = self.points.decide(logits[None])
+        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], ignore_gate)
+
+    def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim not in (2, 3):
+                raise FilmError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
+            content = io.BytesIO()
+            Image.fromarray(source).save(content, "PNG", compress_level=0)
+            source = content.getvalue()
+        read = decode_bytes if isinstance(source, bytes) else decode
+        return read(source, self.transform, recipe, inspect=True)

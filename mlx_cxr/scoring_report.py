@@ -19,8 +19,14 @@ import pandas as pd
 from mlx_cxr.config import Config
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.evaluation import plots
+from mlx_cxr.evaluation.operating_points import (
+    FILE,
+    OperatingPoints,
+    fit_operating_points,
+    write_operating_points,
+)
 from mlx_cxr.evaluation.predictions import Predictions, write_predictions
-from mlx_cxr.evaluation.results import MEAN_OF_FILMS, OperatingPoints, evaluate, fit_operating_points
+from mlx_cxr.evaluation.results import MEAN_OF_FILMS, evaluate
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.tables import results_markdown
 from mlx_cxr.runs import write_json, write_text
@@ -39,8 +45,8 @@ def write_scores(
 ) -> OperatingPoints:
     """Fit on validation, score test, and write what follows from it.
 
-    Written are, in this order, `predictions.csv`, `test_results.json`, `results.md`, `roc.png`,
-    `precision_recall.png` and `reliability.png`.
+    Written are, in this order, `predictions.csv`, `operating_points.json`, `test_results.json`, `results.md`,
+    `roc.png`, `precision_recall.png`, `reliability.png` and `risk_coverage.png`.
 
     Args:
         folder: the run's.
@@ -61,9 +67,11 @@ def write_scores(
         OSError: a file cannot be written; what was there before is kept.
     """
     settings, synthetic = config.evaluation, config.data.synthetic
-    test = predictions.of_split("test")
-    points = fit_operating_points(predictions.of_split("validate"), protocol, settings.threshold_rule)
-    write_predictions(folder / "predictions.csv", predictions, points.calibration, points.thresholds)
+    validation, test = predictions.of_split("validate"), predictions.of_split("test")
+    points = fit_operating_points(validation, protocol, settings.threshold_rule, settings.abstention_alpha)
+    write_predictions(folder / "predictions.csv", predictions, points)
+    made_from = {role: entry["sha256"] for role, entry in record["inputs"].items()}
+    write_operating_points(folder / FILE, points, run=folder.name, synthetic=synthetic, made_from=made_from)
 
     frame = manifest.frame
     in_training = (frame["split"] == "train").to_numpy()
@@ -86,6 +94,7 @@ def write_scores(
     plots.plot_roc(folder / "roc.png", test, points, synthetic)
     plots.plot_precision_recall(folder / "precision_recall.png", test, points, synthetic)
     plots.plot_reliability(folder / "reliability.png", test, points, synthetic, bins=settings.calibration_bins)
+    plots.plot_risk_coverage(folder / "risk_coverage.png", validation, test, points, synthetic)
     macro = results["protocols"][protocol]["macro"]["roc_auc"]
     log.info(
         "test macro ROC-AUC %.3f [%.3f, %.3f] (%s, per study); tables in %s",

@@ -16,6 +16,7 @@ from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import film_run
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import masked_bce
+from mlx_cxr.training.preprocessing import preprocessing_record
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -61,6 +62,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         summary={
             "parameters": parameter_counts(model),
             "initial_weights": origin,
+            "preprocessing": preprocessing_record(config),
             "synthetic": config.data.synthetic,
         },
     )

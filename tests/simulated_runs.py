@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from simulated_predictions import simulated
 
+from mlx_cxr.evaluation.operating_points import OperatingPoints, fit_operating_points, write_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
-from mlx_cxr.evaluation.results import OperatingPoints, evaluate, fit_operating_points
+from mlx_cxr.evaluation.results import evaluate
 from mlx_cxr.runs import write_json
 
 DEVICE = {"kind": "cpu", "name": "simulated", "cores": 2, "memory_bytes": 8_000_000_000, "blas": "OpenBLAS"}
@@ -40,7 +41,7 @@ def evaluated(predictions: Predictions, protocol: str) -> tuple[OperatingPoints,
     arrays = (predictions.study_ids, predictions.patient_ids, predictions.raw_labels, predictions.logits)
     known = protocol, *(array.tobytes() for array in arrays)
     if known not in _EVALUATED:
-        points = fit_operating_points(predictions.of_split("validate"), protocol, "f1")
+        points = fit_operating_points(predictions.of_split("validate"), protocol, "f1", 0.1)
         settings = {"run": "", "synthetic": True, "samples": 0, "seed": 0, "bins": 15, "provenance": {}}
         _EVALUATED[known] = points, evaluate(predictions, points, **settings)
     return _EVALUATED[known]
@@ -84,7 +85,9 @@ def write_run(
     }
     soft = {"path": f"outputs/{taught_by}/teacher_soft_labels.npy", "sha256": hashlib.sha256(SOFT).hexdigest()}
     write_json(folder / "config.json", {"config": config, "inputs": {"soft_labels": soft} if taught_by else {}})
-    write_predictions(folder / "predictions.csv", predictions, points.calibration, points.thresholds)
+    write_predictions(folder / "predictions.csv", predictions, points)
+    made_from = {"manifest": manifest}
+    write_operating_points(folder / "operating_points.json", points, run=name, synthetic=synthetic, made_from=made_from)
     write_json(folder / "test_results.json", {**results, "run": name, "synthetic": synthetic, "provenance": provenance})
     about = {
         "schema": 1,

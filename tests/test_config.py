@@ -80,6 +80,8 @@ def test_run_names_that_leave_the_outputs_folder_are_refused(written, name):
         ("training:\n  clip_norm: .inf\n", ["'training.clip_norm'", "finite", "inf"]),
         ("model:\n  dropout: 1.0\n", ["'model.dropout'", "less than 1"]),
         ("model:\n  output_stride: 8\n", ["'model.output_stride'", "16 or 32", "8"]),
+        ("evaluation:\n  abstention_alpha: 0.0\n", ["'evaluation.abstention_alpha'", "greater than 0", "0.0"]),
+        ("evaluation:\n  abstention_alpha: 1.0\n", ["'evaluation.abstention_alpha'", "less than 1", "1.0"]),
         ("explain:\n  labels: [Effusion]\n", ["'explain.labels.0'", "'Pleural Effusion'", "'Effusion'"]),
         ("labels:\n  uncertain_per_label: {Edemma: ones}\n", ["'labels.uncertain_per_label.Edemma'", "'Edema'"]),
         ("training: 3\n", ["'training'", "3"]),

@@ -35,7 +35,8 @@ SIZE = 64
 EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")
 OUTPUTS = {
     *("predictions.csv", "test_results.json", "results.md", "roc.png", "precision_recall.png", "reliability.png"),
-    *("cost.json", "grad_cam", "localization.json", "findings.md"),
+    *("operating_points.json", "risk_coverage.png", "cost.json", "inference.json"),
+    *("grad_cam", "localization.json", "findings.md"),
 }
 PATIENTS = {"train": 20, "validate": 18, "test": 20}
 

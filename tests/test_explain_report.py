@@ -11,6 +11,7 @@ import pytest
 from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
 
 from mlx_cxr import cache_teacher_outputs, explain_report
+from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain_report import ExplainReportError, read_report
 from mlx_cxr.labels import LABELS
@@ -67,12 +68,14 @@ def test_the_most_confident_true_positives_of_the_test_split_are_shown(pages):
 
 def test_probabilities_and_logits_are_those_of_the_predictions(pages):
     scored = read_predictions(pages.parent / "predictions.csv")
+    points, _ = read_operating_points(pages.parent / "operating_points.json")
     rows = {study: i for i, study in enumerate(scored.predictions.study_ids.tolist())}
     for e in read_json(pages / "explanations.json")["explanations"]:
         row, k = rows[e["study_id"]], LABELS.index(e["finding"])
         assert e["logit"] == pytest.approx(float(scored.predictions.logits[row, k]), abs=1e-3)
         assert e["probability"] == pytest.approx(scored.probabilities[row, k], abs=1e-2)
         assert e["threshold"] == scored.thresholds[k]
+        assert e["abstention"] == points.reason(k, e["probability"])
         assert e["label"] == "present"
         assert e["blank"] + e["film"] + e["report"] + e["left_over"] == pytest.approx(e["logit"])
 
@@ -131,11 +134,11 @@ def test_a_text_is_explained_as_the_same_report_of_a_study_would_be(folder, tmp_
 
 def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):
     toy, name = folder
-    path = toy.folder / "outputs" / name / "test_results.json"
-    results = read_json(path)
-    for point in results["operating_points"].values():
-        point["threshold_source"] = "default"
-    write_json(path, results)
+    path = toy.folder / "outputs" / name / "operating_points.json"
+    points = read_json(path)
+    for point in points["labels"].values():
+        point |= {"threshold_source": "default", "positives": 0}
+    write_json(path, points)
     pages = explain_report.run(toy.config(), name)
     assert "There is none." in (pages / "index.html").read_text("utf-8")
 
@@ -159,8 +162,8 @@ def test_bad_requests_are_refused_with_what_to_do(toy, scored, capsys):
 def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
-    (run_dir / "test_results.json").unlink()
-    with pytest.raises(ExplainReportError, match="run cache_teacher_outputs"):
+    (run_dir / "operating_points.json").unlink()
+    with pytest.raises(RunFormatError, match=r"operating_points\.json is missing.*cache_teacher_outputs"):
         explain_report.run(toy.config(), name)
     record = json.loads((run_dir / "config.json").read_text())
     for modality, options, words in (
@@ -169,7 +172,7 @@ def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
     ):
         record["config"]["teacher"]["modality"] = modality
         write_json(run_dir / "config.json", record)
-        shutil.copy(toy.folder / "outputs" / "explained" / "test_results.json", run_dir)
+        shutil.copy(toy.folder / "outputs" / "explained" / "operating_points.json", run_dir)
         with pytest.raises(ExplainReportError, match=words):
             explain_report.run(toy.config(), name, **options)
 

@@ -8,7 +8,7 @@ from simulated_predictions import simulated
 
 from mlx_cxr import explanation
 from mlx_cxr.config_sections import ExplainConfig
-from mlx_cxr.evaluation.results import fit_operating_points
+from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.explanation import TestMaps
@@ -18,7 +18,7 @@ from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
 
-POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1")
+POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +82,14 @@ def test_cases_show_the_film_with_the_highest_score_of_the_finding():
     data, maps = split_of(test)
     masks = [{"Edema": np.full((32, 32), True)} for _ in range(len(data))]
     summaries = explanation.finding_summaries(maps, data, test, POINTS, 2, True, masks)
-    probabilities = POINTS.calibration.probabilities(test.logits)
+    decided = POINTS.decide(test.logits)
+    probabilities = decided.probabilities
     assert [summary.finding for summary in summaries] == ["Edema", "Fracture"]
     for k, summary in enumerate(summaries):
         column = label_index(summary.finding)
         assert sum(summary.counts.values()) == len(test)
+        assert sum(summary.abstained.values()) == (decided.states[:, column] == ABSTAIN).sum() > 0
+        assert all(summary.abstained[name] <= count for name, count in summary.counts.items())
         assert {case.outcome for case in summary.cases} >= {"true positive", "false positive"}
         for case in summary.cases:
             row = test.study_ids.tolist().index(case.study_id)
@@ -94,6 +97,8 @@ def test_cases_show_the_film_with_the_highest_score_of_the_finding():
             film = 2 * row + int(np.argmax(both))
             assert case.reading.film == f"i{film}"
             assert case.reading.probability == pytest.approx(probabilities[row, column])
+            assert case.reading.abstention == POINTS.reason(column, probabilities[row, column])
+            assert bool(case.reading.abstention) == (decided.states[row, column] == ABSTAIN)
             assert case.text == f"report of {case.study_id}"
             np.testing.assert_array_equal(case.heat, maps.raw[k, film])
             np.testing.assert_array_equal(case.film, np.array(data.films.batch(np.array([film])))[0])

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr import scoring_report
 from mlx_cxr.config import config_from_plain
 from mlx_cxr.data.manifest import load_manifest, write_manifest
+from mlx_cxr.evaluation.operating_points import ABSTAIN, read_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, PredictionsError, read_predictions
 from mlx_cxr.evaluation.shortcuts import metadata_scores, study_metadata
 from mlx_cxr.labels import LABELS
@@ -25,6 +26,9 @@ CONFIG = config_from_plain(
     },
     "test",
 )
+
+
+RECORD = {"stage": "test", "inputs": {"checkpoint": {"path": "best_model.safetensors", "sha256": "ab" * 32}}}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +62,10 @@ def predictions_of(manifest, splits=("validate", "test"), left_out: int = 0) -> 
 
 def test_metadata_belong_to_the_studies_that_were_scored(manifest, tmp_path):
     predictions = predictions_of(manifest, left_out=9)
-    points = write_scores(tmp_path, predictions, "empty_negative", manifest, CONFIG, {"stage": "test"})
+    points = write_scores(tmp_path, predictions, "empty_negative", manifest, CONFIG, RECORD)
     results = read_json(tmp_path / "test_results.json")
     assert results["counts"]["test"]["studies"] == len(predictions.of_split("test")) == 71
-    assert results["provenance"] == {"stage": "test"}
+    assert results["provenance"] == RECORD
     read = read_predictions(tmp_path / "predictions.csv")
     np.testing.assert_array_equal(read.predictions.study_ids, predictions.study_ids)
     np.testing.assert_array_equal(read.thresholds, points.thresholds.values)
@@ -81,12 +85,26 @@ def test_metadata_belong_to_the_studies_that_were_scored(manifest, tmp_path):
         assert got > 0.8
 
 
-def test_files_are_those_of_a_scored_run(manifest, tmp_path):
-    write_scores(tmp_path, predictions_of(manifest), "empty_masked", manifest, CONFIG, {})
-    names = {"predictions.csv", "test_results.json", "results.md", "roc.png", "precision_recall.png", "reliability.png"}
+def test_files_are_those_of_a_scored_run_and_hang_together(manifest, tmp_path):
+    settings = CONFIG.evaluation.model_copy(update={"abstention_alpha": 0.25, "threshold_rule": "youden"})
+    config = CONFIG.model_copy(update={"evaluation": settings})
+    predictions = predictions_of(manifest)
+    points = write_scores(tmp_path, predictions, "empty_masked", manifest, config, RECORD)
+    names = {"predictions.csv", "operating_points.json", "test_results.json", "results.md"}
+    names |= {"roc.png", "precision_recall.png", "reliability.png", "risk_coverage.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert read_json(tmp_path / "test_results.json")["fitted_under"] == "empty_masked"
+    results = read_json(tmp_path / "test_results.json")
+    assert (results["fitted_under"], results["abstention"]["alpha"]) == ("empty_masked", 0.25)
     assert "Synthetic cohort" in (tmp_path / "results.md").read_text()
+
+    kept, about = read_operating_points(tmp_path / "operating_points.json")
+    assert about == {"run": tmp_path.name, "synthetic": True, "made_from": {"checkpoint": "ab" * 32}}
+    assert (kept.protocol, kept.thresholds.rule, kept.bands.alpha) == ("empty_masked", "youden", 0.25)
+    states = points.decide(predictions.logits).states
+    np.testing.assert_array_equal(kept.decide(predictions.logits).states, states)
+    abstain = read_predictions(tmp_path / "predictions.csv").abstain
+    np.testing.assert_array_equal(abstain, states == ABSTAIN)
+    assert 0 < abstain.mean() < 1
 
 
 def test_a_split_without_predictions_is_named_and_nothing_is_written(manifest, tmp_path):

@@ -47,9 +47,12 @@ def run_dir(tmp_path):
         "macro_labels": list(LABELS),
         "per_label": dict.fromkeys(LABELS, entry),
     }
+    abstained = {"called": interval(0.625), "risk_called": interval(0.125), "risk": interval(0.25)}
+    abstention = {"macro": abstained, "macro_labels": list(LABELS)}
     results = {
         "fitted_under": "empty_negative",
         "protocols": {"empty_negative": protocol},
+        "abstention": {"alpha": 0.1, "protocols": {"empty_negative": abstention}},
         "counts": {"test": {"studies": 99}},
         "synthetic": True,
         "provenance": {"device": {"kind": "cpu", "cores": 2}},

@@ -101,7 +101,7 @@ def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list
     done = []
     for row, path in jobs:
         try:
-            film = decode(path, transform)
+            film = decode(path, transform, inspect=False)
         except FilmError as error:
             done.append(Decoded(row, None, str(error)))
         else:

@@ -29,9 +29,9 @@ from mlx_cxr.evaluation.figures import (
     title_panel,
     unit_square,
 )
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.plots import finding_columns, mean_roc, reliability_panel
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.evaluation.results import OperatingPoints
 from mlx_cxr.labels import LABELS
 from mlx_cxr.wording import number
 

@@ -118,7 +118,8 @@ def _failures(results: Mapping[str, Any]) -> list[str]:
         "",
         f"**{errors} of {counts['pairs']} calls are failures**: {counts['false_negatives']} false negatives among "
         f"{counts['positives']} labels that say present, {counts['false_positives']} false positives among "
-        f"{counts['negatives']} that say absent.",
+        f"{counts['negatives']} that say absent. Failures are those of the threshold; on "
+        f"{counts['abstained_failures']} of them the model abstains, so that its call would not have been shown.",
         "",
         *markdown_table([*header, "share missed", "share called"], rows, right=range(1, 7)),
         "All of them, with probabilities, categories and what is known of the study, are in `failures.csv`.",
@@ -172,10 +173,12 @@ def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
         for name in ("cnn", "teacher")
         if results["models"][name] is not None
     ]
-    header = ["label", *(f"{name} p (threshold)" for name, _, _ in probabilities), "confidence", "category"]
+    models = (f"{name} p (threshold)" for name, _, _ in probabilities)
+    header = ["label", *models, "student abstains", "confidence", "category"]
     cells = [
         {1: "present", 0: "absent", -1: "uncertain"}.get(row["raw_label"], "not mentioned"),
         *(f"{number(p)} ({number(t)})" for _, p, t in probabilities),
+        row["abstention"] or "no",
         number(row["confidence"], 2),
         row["category"],
     ]

@@ -5,7 +5,8 @@ An interval is `{"value", "low", "high", "replicates"}`, as in `results`. What i
 - `schema` (1), `run`, `synthetic`, `notice`, `protocol` (what an error is judged under), `fitted_under`,
   `threshold_rule`.
 - `counts`: `studies`, `patients`, `pairs` (study and finding), `positives`, `negatives`, `false_positives`,
-  `false_negatives`; `without_threshold`: findings left out, as validation could choose no threshold.
+  `false_negatives`; `abstained_failures`: those of both on which the model abstains; `without_threshold`: findings
+  left out, as validation could choose no threshold.
 - `models`: `cnn` and `teacher` to null, or `run`, `scored` (of the studies) and for the teacher `reads` and
   `reads_label_source`.
 - `settings`: `teacher_margin`, `rare_share`, `rare` (the findings that are).
@@ -49,7 +50,7 @@ from mlx_cxr.evaluation.failures import (
 )
 from mlx_cxr.evaluation.scored_runs import ScoredRun
 from mlx_cxr.evaluation.subgroups import gaps, study_groups, subgroup_tables
-from mlx_cxr.labels import LABELS
+from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.wording import footer
 
 SCHEMA = 1
@@ -61,7 +62,8 @@ class Analysis:
 
     Attributes:
         results: the content of `failures.json`, but for `relabel`.
-        failures: that of `failures.csv`; see `failures.failure_table`.
+        failures: that of `failures.csv`: `failures.failure_table`, and after `threshold` a column `abstention`, why
+            the student abstains, in words, empty where it makes the call.
         judged: the studies.
         category: (N, 14) str, of each study and finding, right or wrong.
     """
@@ -110,6 +112,10 @@ def analyse(
     names = [*found, OTHER]
     tables = subgroup_tables(judged, study_groups(studies, judged.raw_labels), resamples)
     lifts = confusions(judged, resamples)
+    failures = failure_table(judged, category, studies, calls, drawn)
+    pairs = zip(failures["label"], failures["probability"], strict=True)
+    abstention = [student.points.reason(label_index(label), probability) for label, probability in pairs]
+    failures.insert(failures.columns.get_loc("threshold") + 1, "abstention", abstention)
     results = {
         "schema": SCHEMA,
         "run": student.name,
@@ -118,7 +124,7 @@ def analyse(
         "protocol": PROTOCOL,
         "fitted_under": student.settings["fitted_under"],
         "threshold_rule": student.settings["threshold_rule"],
-        "counts": _counts(judged),
+        "counts": _counts(judged) | {"abstained_failures": sum(map(bool, abstention))},
         "models": {name: _about(others.get(name), calls.get(name)) for name in ("cnn", "teacher")},
         "settings": {
             "teacher_margin": teacher_margin,
@@ -137,7 +143,7 @@ def analyse(
         "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
         "provenance": provenance,
     }
-    return Analysis(results, failure_table(judged, category, studies, calls, drawn), judged, category)
+    return Analysis(results, failures, judged, category)
 
 
 def category_rates(

@@ -64,8 +64,7 @@ class Calls:
         probabilities = np.full((len(study_ids), len(LABELS)), np.nan)
         known = np.isin(study_ids, run.test.study_ids)
         probabilities[known] = run.points.calibration.probabilities(run.on(study_ids[known]).logits)
-        chosen = np.array([source == "validation" for source in run.points.thresholds.sources])
-        return cls(probabilities, np.where(chosen, run.points.thresholds.values, np.nan))
+        return cls(probabilities, run.points.tuned_thresholds)
 
     @property
     def called(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""ROC, precision-recall and reliability, one panel per finding, and one for all of them."""
+"""ROC, precision-recall, reliability and risk-coverage, one panel per finding, and one for all of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from mlx_cxr.evaluation.abstention import finding_calls
 from mlx_cxr.evaluation.calibration import expected_calibration_error, reliability
 from mlx_cxr.evaluation.figures import (
     BLACK,
     BLUE,
     GRAY,
+    GREEN,
     VERMILION,
     cohort_line,
     diagonal,
@@ -26,13 +28,21 @@ from mlx_cxr.evaluation.figures import (
     save,
     title_panel,
 )
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.evaluation.results import OperatingPoints
+from mlx_cxr.evaluation.risk_coverage import RANKINGS, risk_coverage
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.wording import number
 
 _GRID = np.linspace(0, 1, 501)
 _BIN_STUDIES = 20
+_RANKING_STYLES = {
+    "conformal": (BLUE, "-", "ranked by conformal p-value"),
+    "probability": (GREEN, "--", "ranked by probability"),
+}
+"""Of `risk_coverage.RANKINGS`: colour, line and name."""
+_LEAST_COVERAGE = 0.25
+"""Risks of fewer calls, a few studies' luck, do not stretch the axis."""
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -116,6 +126,56 @@ def plot_reliability(
     return save(figure, path, synthetic)
 
 
+def plot_risk_coverage(
+    path: str | Path, validation: Predictions, test: Predictions, points: OperatingPoints, synthetic: bool
+) -> Path:
+    """Write risk-coverage curves per finding with where abstention puts the model, and their mean; as `plot_roc`.
+
+    Args:
+        path: of the PNG, written atomically.
+        validation: predictions that the points were fitted to; they rank the calls.
+        test: predictions of the test split.
+        points: what was fitted on validation; the plot follows its protocol.
+        synthetic: whether the cohort is; the footer then says so.
+
+    Returns:
+        The path.
+    """
+    figure, panels = _page("Risk and coverage", test, points, "share of studies called", "share of wrong calls")
+    curves: dict[str, list[Curve]] = {ranking: [] for ranking in RANKINGS}
+    highest = 0.05
+    findings = finding_calls(validation, test, points, points.protocol)
+    for k, (ax, finding) in enumerate(zip(panels[:-1], findings, strict=True)):
+        if not title_panel(ax, LABELS[k], finding.truth):
+            continue
+        wrong, made = finding.wrong, finding.made
+        ax.axhline(wrong.mean(), color=GRAY, lw=0.8, ls=":")
+        for ranking, (colour, line, _) in _RANKING_STYLES.items():
+            coverage, risk = risk_coverage(wrong, finding.confidences[ranking])
+            ax.plot(coverage, risk, color=colour, ls=line, lw=1.6)
+            highest = max(highest, risk[coverage >= _LEAST_COVERAGE].max())
+            if points.bands.fitted[k]:
+                curves[ranking].append((coverage, risk))
+        if made.any():
+            ax.plot(made.mean(), wrong[made].mean(), "o", color=VERMILION, ms=6, mec="white", mew=0.8)
+            highest = max(highest, wrong[made].mean())
+        else:
+            note(ax, "never called", "upper right")
+    panels[-1].set_title(f"Mean of {len(curves['conformal'])} findings", fontsize=10, fontweight="bold", color=BLACK)
+    for line, (ranking, (colour, style, _)) in enumerate(_RANKING_STYLES.items()):
+        if curves[ranking]:
+            panels[-1].plot(*mean_risk(curves[ranking]), color=colour, ls=style, lw=2)
+            area = np.mean([risk.mean() for _, risk in curves[ranking]])
+            note(panels[-1], f"mean area {area:.3f}", "upper right", colour, line)
+    for ax in panels:
+        ax.set(ylim=(-0.02 * highest, 1.1 * highest), yticks=_round_ticks(highest), aspect="auto")
+    explained = f"A call is made where the conformal set at alpha {points.bands.alpha:g} is what the threshold says."
+    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
+    entries = {name: ("", colour, line) for colour, line, name in _RANKING_STYLES.values()}
+    legend(figure, {"calls made": ("o", VERMILION, ""), **entries, "all called": ("", GRAY, ":")})
+    return save(figure, path, synthetic)
+
+
 def mean_roc(curves: list[Curve]) -> Curve:
     """Mean sensitivity of curves (false positive rate, sensitivity) at each false positive rate of a fine grid."""
     return _GRID, np.mean([np.interp(_GRID, x, y) for x, y in curves], axis=0)
@@ -129,6 +189,11 @@ def mean_precision(curves: list[Curve]) -> Curve:
     """
     at = [np.searchsorted(recall, _GRID, side="left").clip(0, len(recall) - 1) for recall, _ in curves]
     return _GRID, np.mean([precision[i] for i, (_, precision) in zip(at, curves, strict=True)], axis=0)
+
+
+def mean_risk(curves: list[Curve]) -> Curve:
+    """Mean risk of curves (coverage, risk) at each coverage of a fine grid; below a curve's first its first risk."""
+    return _GRID, np.mean([np.interp(_GRID, coverage, risk) for coverage, risk in curves], axis=0)
 
 
 def finding_columns(
@@ -157,6 +222,12 @@ def _mean_panel(ax: Axes, curves: list[Curve], mean: Callable[[list[Curve]], Cur
     x, y = mean(curves)
     ax.plot(x, y, color=BLACK, lw=2)
     note(ax, f"mean {name} {auc(x, y):.3f}", "lower right" if name == "AUC" else "upper right")
+
+
+def _round_ticks(highest: float) -> np.ndarray:
+    """Zero and up to three even steps of a round size that reach `highest` or nearly."""
+    step = next(size for size in (0.02, 0.05, 0.1, 0.2, 0.5) if 3 * size >= highest)
+    return step * np.arange(int(highest / step) + 1)
 
 
 def reliability_panel(ax: Axes, y: np.ndarray, before: np.ndarray, after: np.ndarray, bins: int) -> None:

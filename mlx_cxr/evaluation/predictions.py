@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.errors import UserError
-from mlx_cxr.evaluation.calibration import Calibration
-from mlx_cxr.evaluation.metrics import Thresholds
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.labels import LABELS, check_raw_labels
 from mlx_cxr.runs import atomic_path
 
@@ -26,6 +25,7 @@ COLUMNS: tuple[str, ...] = (
     "probability",
     "threshold",
     "call",
+    "abstain",
 )
 VIEW_GROUPS: tuple[str, ...] = ("AP", "PA", "mixed", "other")
 
@@ -118,11 +118,13 @@ class ScoredPredictions:
         predictions: one row per study.
         probabilities: float64 (N, 14) in [0, 1], calibrated.
         thresholds: float64 (14,) in [0, 1].
+        abstain: bool (N, 14), where the model makes no call.
     """
 
     predictions: Predictions
     probabilities: np.ndarray
     thresholds: np.ndarray
+    abstain: np.ndarray
 
 
 def check_no_leak(patient_ids: np.ndarray, split: np.ndarray) -> None:
@@ -194,9 +196,7 @@ def join(*parts: Predictions) -> Predictions:
     return Predictions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def write_predictions(
-    path: str | Path, predictions: Predictions, calibration: Calibration, thresholds: Thresholds
-) -> Path:
+def write_predictions(path: str | Path, predictions: Predictions, points: OperatingPoints) -> Path:
     """Write `predictions.csv` atomically: UTF-8, a header, a row per study and label, in the order of `LABELS`.
 
     Columns:
@@ -209,12 +209,14 @@ def write_predictions(
         probability: float64 in [0, 1], sigmoid(logit / temperature).
         threshold: float64 in [0, 1], the label's operating point, chosen on validation.
         call: 1 where probability >= threshold, else 0.
+        abstain: 1 where the model makes no call, as the conformal set is not exactly that class
+            (`operating_points`), else 0.
 
     Returns:
         The path.
     """
     n, k = predictions.logits.shape
-    probabilities = calibration.probabilities(predictions.logits)
+    decided, thresholds = points.decide(predictions.logits), points.thresholds.values
     per_study = {name: np.repeat(getattr(predictions, _field(name)), k) for name in _TEXT_COLUMNS}
     raw = predictions.raw_labels.ravel()
     table = pd.DataFrame(
@@ -223,9 +225,10 @@ def write_predictions(
             "label": np.tile(LABELS, n),
             "raw_label": ["" if np.isnan(value) else str(int(value)) for value in raw],
             "logit": [str(value) for value in predictions.logits.astype(np.float32).ravel()],
-            "probability": [repr(value) for value in probabilities.ravel().tolist()],
-            "threshold": np.tile([repr(value) for value in thresholds.values.tolist()], n),
-            "call": (probabilities >= thresholds.values).ravel().astype(int),
+            "probability": [repr(value) for value in decided.probabilities.ravel().tolist()],
+            "threshold": np.tile([repr(value) for value in thresholds.tolist()], n),
+            "call": (decided.probabilities >= thresholds).ravel().astype(int),
+            "abstain": (decided.states == ABSTAIN).ravel().astype(int),
         },
         columns=list(COLUMNS),
     )
@@ -266,6 +269,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
     _refuse(path, table, "raw_label", ~table["raw_label"].isin(_RAW_TEXT).to_numpy())
     calls = np.where(numbers["probability"] >= numbers["threshold"], "1", "0")
     _refuse(path, table, "call", table["call"].to_numpy() != calls)
+    _refuse(path, table, "abstain", ~table["abstain"].isin(("0", "1")).to_numpy())
     heads = table.iloc[::k]
     try:
         predictions = Predictions(
@@ -275,7 +279,12 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
         )
     except PredictionsError as error:
         raise PredictionsError(f"{path}: {error}") from None
-    return ScoredPredictions(predictions, numbers["probability"].reshape(-1, k), numbers["threshold"][:k])
+    return ScoredPredictions(
+        predictions,
+        numbers["probability"].reshape(-1, k),
+        numbers["threshold"][:k],
+        (table["abstain"] == "1").to_numpy().reshape(-1, k),
+    )
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -8,7 +8,8 @@ patients, and how many resamples were valid. What is undefined is null. Keys:
 - `counts`: `validate` and `test` to `studies` and `patients`.
 - `fitted_under`: the protocol under which thresholds and temperatures were fitted on validation; `threshold_rule`.
 - `operating_points`: label to `threshold` (on the calibrated probability), `threshold_source`, `temperature`,
-  `temperature_source`. A source is `validation`; `default` where validation has one class only; `bound` for a
+  `temperature_source`, and the conformal bands `lower`, `upper`, `positives`, `negatives` (as
+  `operating_points.json`). A source is `validation`; `default` where validation has one class only; `bound` for a
   temperature at the end of its range.
 - `bootstrap`: `unit` (`patient`), `samples`, `seed`, `level`. `calibration_bins`: `count`, `kind`.
 - `protocols`: for each of `labels.SCORING_PROTOCOLS`:
@@ -20,6 +21,21 @@ patients, and how many resamples were valid. What is undefined is null. Keys:
   - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes (precision:
     those of them that were called at all).
   - `single_class`: the labels left out of every mean, as test has one class of them only.
+- `abstention`: what the conformal bands (`conformal`) do on test.
+  - `alpha`; `fitted_under`, the protocol of the bands; `needed`, how many validation studies of a class it takes for
+    the class to be ruled out; `too_few`, the labels with fewer of either, which are never called.
+  - `expected`: label to `positive_coverage` and `negative_coverage`, each the ends between which coverage lies in 95
+    of 100 draws of as many independent validation studies (`conformal.coverage_range`).
+  - `coverages`: the shares of studies called at which `risk_at` is given.
+  - `protocols`: for each of `labels.SCORING_PROTOCOLS`:
+    - `per_label`: label to the intervals `positive_coverage` and `negative_coverage` (share of positives whose
+      conformal set holds "present", of negatives whose set holds "absent"; 1 - alpha is aimed at), `called`,
+      `called_positives` and `called_negatives` (share of studies, positives and negatives on which a call is made),
+      `risk` (share of wrong calls if all are made), `risk_called` (share among those made), `sensitivity_called` and
+      `specificity_called` (among those made), `aurc_probability` and `aurc_conformal` (areas under the risk-coverage
+      curves of `risk_coverage.RANKINGS`; calls in random order have `risk`), and `risk_at`: ranking to the curve.
+    - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes on test
+      and enough of both on validation.
 - `validation`: protocol to macro `roc_auc` per study on the validation split, which chose the weights, thresholds and
   temperatures, so read it as optimistic.
 - `by_view`: `shortcuts.auc_by_group` over AP, PA, mixed and other. `pneumothorax_by_support_devices`,
@@ -32,13 +48,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
 
 from mlx_cxr.evaluation import shortcuts
+from mlx_cxr.evaluation.abstention import abstention_section
 from mlx_cxr.evaluation.bootstrap import (
     LEVEL,
     PatientResamples,
@@ -47,17 +64,16 @@ from mlx_cxr.evaluation.bootstrap import (
     patient_resamples,
     percentile_interval,
 )
-from mlx_cxr.evaluation.calibration import Calibration, expected_calibration_error, fit_temperatures
+from mlx_cxr.evaluation.calibration import expected_calibration_error
 from mlx_cxr.evaluation.metrics import (
     METRICS,
-    Thresholds,
     both_classes,
-    choose_thresholds,
     label_metrics,
     macro_auc,
     roc_auc_per_label,
     weighted_metrics,
 )
+from mlx_cxr.evaluation.operating_points import OperatingPoints, label_entries
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.wording import footer
@@ -69,40 +85,6 @@ MEANINGS = {
     "empty_masked": "only explicit present and absent count; uncertain and not mentioned are left out",
 }
 """`labels.SCORING_PROTOCOLS` in words."""
-
-
-@dataclass(frozen=True)
-class OperatingPoints:
-    """What was fitted on validation.
-
-    Attributes:
-        calibration: temperatures.
-        thresholds: on calibrated probabilities.
-        protocol: of the validation targets, a key of `labels.SCORING_PROTOCOLS`.
-    """
-
-    calibration: Calibration
-    thresholds: Thresholds
-    protocol: str
-
-
-def fit_operating_points(validation: Predictions, protocol: str, rule: Literal["youden", "f1"]) -> OperatingPoints:
-    """Temperatures and thresholds from the validation split alone.
-
-    Args:
-        validation: of one split, not test.
-        protocol: a key of `labels.SCORING_PROTOCOLS`.
-        rule: as `metrics.choose_thresholds`.
-
-    Raises:
-        ValueError: the predictions hold test studies.
-    """
-    if "test" in validation.split:
-        raise ValueError("thresholds and temperatures are fitted on validation; these predictions hold test studies")
-    targets = SCORING_PROTOCOLS[protocol].apply(validation.raw_labels)
-    calibration = fit_temperatures(validation.logits, targets)
-    thresholds = choose_thresholds(targets, calibration.probabilities(validation.logits), rule)
-    return OperatingPoints(calibration, thresholds, protocol)
 
 
 def evaluate(
@@ -156,12 +138,13 @@ def evaluate(
         "counts": {part.split[0]: _counts(part) for part in (validation, test)},
         "fitted_under": points.protocol,
         "threshold_rule": points.thresholds.rule,
-        "operating_points": _points(points),
+        "operating_points": label_entries(points),
         "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
         "calibration_bins": {"count": bins, "kind": "equal_width"},
         "protocols": {
             name: protocol_section(score_protocol(test, name, points, resamples), bins) for name in SCORING_PROTOCOLS
         },
+        "abstention": abstention_section(validation, test, points, resamples),
         "validation": {name: {"roc_auc": _macro_auc(validation, name)} for name in SCORING_PROTOCOLS},
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
@@ -256,19 +239,6 @@ def protocol_section(scores: ProtocolScores, bins: int) -> dict[str, Any]:
 
 def _macro_auc(part: Predictions, protocol: str) -> float:
     return macro_auc(roc_auc_per_label(SCORING_PROTOCOLS[protocol].apply(part.raw_labels), part.logits))
-
-
-def _points(points: OperatingPoints) -> dict[str, Any]:
-    calibration, thresholds = points.calibration, points.thresholds
-    return {
-        label: {
-            "threshold": float(thresholds.values[k]),
-            "threshold_source": thresholds.sources[k],
-            "temperature": float(calibration.temperatures[k]),
-            "temperature_source": calibration.sources[k],
-        }
-        for k, label in enumerate(LABELS)
-    }
 
 
 def _counts(part: Predictions) -> dict[str, int]:

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.errors import UserError
-from mlx_cxr.evaluation.calibration import Calibration
-from mlx_cxr.evaluation.metrics import Thresholds
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
-from mlx_cxr.evaluation.results import SCHEMA, OperatingPoints
+from mlx_cxr.evaluation.results import SCHEMA
 from mlx_cxr.labels import LABELS
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file
 
@@ -159,6 +158,11 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             f"{folder / 'predictions.csv'} has other thresholds or temperatures than {path}: they are of different "
             f"evaluations; {_again(role, folder)}"
         )
+    if not np.array_equal(scored.abstain, points.states(scored.probabilities) == ABSTAIN):
+        raise ComparisonError(
+            f"{folder / 'predictions.csv'} abstains elsewhere than {path} says: they are of different evaluations; "
+            f"{_again(role, folder)}"
+        )
     record = read_json(folder / "config.json")
     config = _read(folder / "config.json", lambda: record["config"])
     inputs = record.get("inputs", {}).values()
@@ -261,19 +265,8 @@ def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, th
 
 
 def _operating_points(results: Mapping[str, Any]) -> OperatingPoints:
-    points = [results["operating_points"][label] for label in LABELS]
-
-    def column(key: str) -> np.ndarray:
-        return np.array([point[key] for point in points], dtype=np.float64)
-
-    def sources(key: str) -> tuple[str, ...]:
-        return tuple(point[key] for point in points)
-
-    return OperatingPoints(
-        Calibration(column("temperature"), sources("temperature_source")),
-        Thresholds(column("threshold"), sources("threshold_source"), results["threshold_rule"]),
-        results["fitted_under"],
-    )
+    alpha = results["abstention"]["alpha"]
+    return points_of_entries(results["operating_points"], results["fitted_under"], results["threshold_rule"], alpha)
 
 
 def _check_student(folder: Path, role: Role, targets: str) -> None:

@@ -63,12 +63,14 @@ class FindingSummary:
         finding: its name.
         threshold: on the calibrated probability; None where validation gave none, and then nothing is shown.
         counts: outcome to studies, all of them; with `true negative`.
+        abstained: outcome to how many of them the model abstains on.
         cases: those shown.
     """
 
     finding: str
     threshold: float | None
     counts: Mapping[str, int]
+    abstained: Mapping[str, int]
     cases: Sequence[Case]
 
 
@@ -154,7 +156,8 @@ def findings_markdown(
         "over validation films, the same for every film; it is not stretched film by film. The probability is the "
         "study's, calibrated, and the threshold was chosen on validation; of a study's films the one with the highest "
         f"score of the finding is shown. Right and wrong are judged by the report's label, and {protocol}: a false "
-        "positive may be a finding that the report does not mention.",
+        "positive may be a finding that the report does not mention. Outcomes are those of the threshold; where the "
+        "model abstains, as validation leaves it unsure, the table says why.",
         "",
         "Which studies are shown follows a rule: ranked by the confidence of the call, at evenly spaced ranks from the "
         "most to the least confident. They are examples, not a sample to estimate from. A false negative's map lies "
@@ -175,8 +178,8 @@ def _section(finding: FindingSummary) -> list[str]:
             "Validation has only one class of it, so no threshold could be chosen, and no call is shown.",
             "",
         ]
-    counts = ", ".join(f"{count} {name}" for name, count in finding.counts.items())
-    lines += [f"Threshold {number(finding.threshold)}; studies: {counts}.", ""]
+    counts = ", ".join(f"{n} {name} ({finding.abstained[name]})" for name, n in finding.counts.items())
+    lines += [f"Threshold {number(finding.threshold)}; studies (of them abstained on): {counts}.", ""]
     for outcome in OUTCOMES:
         cases = [case for case in finding.cases if case.outcome == outcome]
         lines += [f"### {finding.finding}: {outcome}s", ""]
@@ -190,7 +193,8 @@ def _section(finding: FindingSummary) -> list[str]:
 def _case(case: Case) -> list[str]:
     reading = case.reading
     title = f"{reading.finding}, {case.outcome} {case.rank}"
-    facts = f"| {reading.probability:.3f} | {number(reading.threshold)} | {reading.label_words} |"
+    call = f"abstains: {reading.abstention}" if reading.abstention else reading.call_words
+    facts = f"| {reading.probability:.3f} | {number(reading.threshold)} | {call} | {reading.label_words} |"
     empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
     quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
     return [
@@ -200,8 +204,8 @@ def _case(case: Case) -> list[str]:
         "",
         *empty,
         *quote,
-        "| probability | threshold | report label | map lies on the finding? | clinician's comment |",
-        "| --- | --- | --- | --- | --- |",
+        "| probability | threshold | call | report label | map lies on the finding? | clinician's comment |",
+        "| --- | --- | --- | --- | --- | --- |",
         f"{facts} ☐ yes ☐ in part ☐ no ☐ cannot tell | &nbsp; |",
         "",
     ]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+REFERENCE_QUANTILE = 0.99
+"""Of a map's maximum over the validation films: what counts as full strength."""
+
 
 def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
     """The control: maps of the same resolution that know nothing of the film, uniform in [0, 1) cell by cell.
@@ -67,7 +70,7 @@ def _bilinear_matrix(old: int, new: int, film: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def fit_reference(raw: np.ndarray, quantile: float = 0.99) -> np.ndarray:
+def fit_reference(raw: np.ndarray, quantile: float = REFERENCE_QUANTILE) -> np.ndarray:
     """Each target's reference activation: a high quantile, over validation films, of the map's maximum.
 
     Pass all validation films, not only the confident ones: then 1.0 on the scale means "as strong as this

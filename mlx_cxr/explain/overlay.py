@@ -6,6 +6,8 @@ region without evidence shows the plain film. The scale is the share of the find
 the tuned threshold, as a map of an absent finding misleads; on CheXlocalize (Saporta et al., Nature Machine
 Intelligence 2022) such gating raised the validation mIoU of Grad-CAM for Edema from .063 to .233.
 
+Where the model abstains, a line says so and why; the map is gated by the threshold all the same.
+
 Drawn with Pillow, some tens of milliseconds each. Colours are matplotlib's `plasma`: perceptually uniform,
 ordered by lightness, and told apart under the common colour deficiencies; outlines are white on black.
 """
@@ -41,7 +43,7 @@ _BACKGROUND, _TEXT, _DIM, _ACCENT, _TRACK = (
     (58, 63, 71),
 )
 _MARGIN, _GAP = 20, 14
-_MAX_OPACITY = 0.72
+MAX_OPACITY = 0.72
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Reading:
         film: id to print, or empty.
         method: which map, a key of `METHOD_NAMES`.
         synthetic: the film is from the synthetic cohort; the picture then says so.
+        abstention: why the model makes no call, in words (`OperatingPoints.reason`); empty where it makes one.
 
     Raises:
         ValueError: a probability or threshold out of range, or a label of another value.
@@ -70,6 +73,7 @@ class Reading:
     film: str = ""
     method: str = "grad_cam"
     synthetic: bool = False
+    abstention: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -85,6 +89,11 @@ class Reading:
     def above_threshold(self) -> bool:
         """Whether the probability reaches the threshold; False where there is none."""
         return self.probability >= self.threshold
+
+    @property
+    def call_words(self) -> str:
+        """What the threshold says, in words: present or absent."""
+        return "present" if self.above_threshold else "absent"
 
     @property
     def label_words(self) -> str:
@@ -151,7 +160,7 @@ def draw_overlay(
 
     bar_width = 74
     width = 2 * _MARGIN + 2 * side + 2 * _GAP + bar_width
-    top, bottom = 92, 62
+    top, bottom = 92 + (26 if reading.abstention else 0), 62
     canvas = Image.new("RGB", (width, top + side + bottom), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     room = width - 2 * _MARGIN
@@ -177,6 +186,9 @@ def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
     draw.text((_MARGIN + room, 26), film, _DIM, _font(13), anchor="ra")
     summary = _fitted(reading.summary(), 15, room)
     draw.text((_MARGIN, 56), summary, _TEXT, _font(15))
+    if reading.abstention:
+        abstains = _fitted(f"abstains: {reading.abstention}", 14, room)
+        draw.text((_MARGIN, 82), abstains, _ACCENT, _font(14))
     if draw.textlength(summary, _font(15)) > room - 200:
         return
     x, y, length = _MARGIN + room - 180, 62, 180
@@ -220,13 +232,16 @@ def film_tile(film: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(film).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def map_tile(film: np.ndarray, heat: np.ndarray, side: int) -> Image.Image:
-    """A film (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels."""
+def map_tile(film: np.ndarray, heat: np.ndarray, side: int, opacity: float = MAX_OPACITY) -> Image.Image:
+    """A film (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels.
+
+    `opacity`, in [0, 1], is that of the colours at the map's full strength.
+    """
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not np.isfinite(heat).all():
         raise ValueError(f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps")
     gray = np.asarray(film_tile(film, side).getchannel(0))
-    return Image.fromarray(_blend(gray, upsample(heat, side, film=np.shape(film)[0])))
+    return Image.fromarray(_blend(gray, upsample(heat, side, film=np.shape(film)[0]), opacity))
 
 
 def mask_tile(film: np.ndarray, mask: np.ndarray, side: int) -> Image.Image:
@@ -248,10 +263,10 @@ def _colours() -> np.ndarray:
     return (matplotlib.colormaps["plasma"](np.linspace(0.08, 1.0, 256))[:, :3] * 255).astype(np.float32)
 
 
-def _blend(gray: np.ndarray, heat: np.ndarray) -> np.ndarray:
+def _blend(gray: np.ndarray, heat: np.ndarray, most: float = MAX_OPACITY) -> np.ndarray:
     """uint8 (H, W, 3): the gray film under colours whose opacity grows with the map, from none at 0."""
     heat = np.clip(heat, 0.0, 1.0)
-    opacity = (_MAX_OPACITY * heat**0.7)[..., None]
+    opacity = (most * heat**0.7)[..., None]
     colour = _colours()[np.rint(heat * 255).astype(np.uint8)]
     return (gray[..., None] * (1 - opacity) + colour * opacity + 0.5).astype(np.uint8)
 

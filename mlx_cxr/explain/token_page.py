@@ -49,12 +49,13 @@ def html_page(explanation: TextExplanation, scale: float) -> str:
         f"<td>{signed(scores.left_out[i])}</td></tr>"
         for i in order.tolist()
     )
+    abstains = f"<br>{html.escape(e.abstention_note())}" if e.abstention else ""
     cut = f"<p>{e.cut_note()}</p>" if e.cut else ""
     return _document(
         f"{e.finding}, study {e.study_id}",
         e.synthetic,
         f"""<p>Study {html.escape(e.study_id)}; the teacher reads: {html.escape(e.reads)}.<br>
-{html.escape(e.summary())}</p>
+{html.escape(e.summary())}{abstains}</p>
 <p class="report">{" ".join(parts)}</p>
 <div class="ramp" style="background:linear-gradient(to right, {ramp})"></div>
 <div class="ticks"><span>{signed(-scale, 1)} and less</span><span>0</span><span>{signed(scale, 1)} and more</span></div>
@@ -116,9 +117,9 @@ def write_explanations(
     `agreement` (`integrated_gradients` and `gradient_x_input`, each to `rank` and `linear`, each to `explanations`,
     `median`, `lowest`, `highest` of the correlations with leave-one-out that are defined), `explanations`,
     `provenance`. An explanation has `file` (of its page), `study_id`, `finding`, `reads`, `probability`, `threshold`,
-    `label`; `logit`, which is `blank` + `film` + `report` + `left_over`; `cut` (tokens not read), `agreement`,
-    `colours` (which of the scores they show), `words`, and `scores` of each word: `integrated_gradients`,
-    `gradient_x_input`, `leave_one_out`.
+    `abstention` (why no call is made, or empty), `label`; `logit`, which is `blank` + `film` + `report` + `left_over`;
+    `cut` (tokens not read), `agreement`, `colours` (which of the scores they show), `words`, and `scores` of each word:
+    `integrated_gradients`, `gradient_x_input`, `leave_one_out`.
 
     Args:
         folder: gets the files.

@@ -29,7 +29,7 @@ def draw_picture(explanation: TextExplanation, scale: float) -> Image.Image:
     lines = _laid_out(e.scores, scale, room - 24)
     # A line with figures under its words is higher.
     heights = [50 if any(_marked(value, scale) for *_, value in line) else 36 for line in lines]
-    top = 118
+    top = 118 + (24 if e.abstention else 0)
     box = (_MARGIN, top, _MARGIN + room, top + sum(heights) + 20)
     account = e.account()
     below = [*_wrapped(e.check(), 14, room), *_wrapped(e.cut_note(), 14, room), *_wrapped(READING, 14, room)]
@@ -40,6 +40,8 @@ def draw_picture(explanation: TextExplanation, scale: float) -> Image.Image:
     draw.text((_MARGIN, 60), e.summary(), _TEXT, _font(16))
     about = _fitted(f"study {e.study_id}; the teacher reads: {e.reads}", 14, room)
     draw.text((_MARGIN, 86), about, _DIM, _font(14))
+    if e.abstention:
+        draw.text((_MARGIN, 110), _fitted(e.abstention_note(), 14, room), _NOTICE, _font(14, bold=True))
     draw.rectangle(box, outline=_LINE)
     y = top + 14
     for line, line_height in zip(lines, heights, strict=True):

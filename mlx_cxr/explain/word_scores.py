@@ -116,6 +116,7 @@ class TextExplanation:
         reads: what the teacher may read, such as `findings`.
         cut: tokens of the report that the prompt had no room for.
         synthetic: the report is from the synthetic cohort.
+        abstention: why the teacher makes no call, in words; empty where it makes one.
     """
 
     study_id: str
@@ -127,6 +128,7 @@ class TextExplanation:
     reads: str = "report"
     cut: int = 0
     synthetic: bool = False
+    abstention: str = ""
 
     def summary(self) -> str:
         """One line: probability against threshold, and the report's label."""
@@ -166,6 +168,10 @@ class TextExplanation:
             f"{signed(self.scores.left_over)} logits left over."
         )
 
+    def abstention_note(self) -> str:
+        """Why the teacher makes no call, or an empty string."""
+        return f"The teacher abstains: {self.abstention}." if self.abstention else ""
+
     def cut_note(self) -> str:
         """What was not read, or an empty string."""
         return f"The prompt had no room for {self.cut} more tokens of the report; they were not read." * (self.cut > 0)
@@ -179,6 +185,7 @@ class TextExplanation:
             "reads": self.reads,
             "probability": self.probability,
             "threshold": self.threshold,
+            "abstention": self.abstention,
             "label": self.label,
             **{key: getattr(scores, key) for key in ("logit", "blank", "film", "report", "left_over")},
             "cut": self.cut,

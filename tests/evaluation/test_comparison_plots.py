@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from mlx_cxr.evaluation.calibration import expected_calibration_error
 from mlx_cxr.evaluation.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
-from mlx_cxr.evaluation.results import fit_operating_points
+from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 
 EDEMA, LESION = LABELS.index("Edema"), LABELS.index("Lung Lesion")
@@ -23,7 +23,7 @@ def arms():
     made = []
     for place, (role, title) in enumerate(TITLES.items()):
         predictions = model(NOISE[role], place)
-        points = fit_operating_points(predictions.of_split("validate"), "empty_negative", "f1")
+        points = fit_operating_points(predictions.of_split("validate"), "empty_negative", "f1", 0.1)
         made.append(Arm(title, predictions.of_split("test"), points))
     return made
 

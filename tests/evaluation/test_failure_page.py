@@ -70,6 +70,9 @@ def test_the_page_begins_with_the_notices_and_has_every_part(outputs):
     counts = analysis.results["counts"]
     errors = counts["false_positives"] + counts["false_negatives"]
     assert f"**{errors} of {counts['pairs']} calls are failures**" in text
+    assert f"on {counts['abstained_failures']} of them the model abstains" in text
+    (first,) = worst(analysis.failures, 4, LABELS).to_dict("records")[:1]
+    assert f"| {first['abstention'] or 'no'} | {first['confidence']:.2f} |" in text
     assert text.count("![") == 5
     assert "\\| seen" in text, "a bar in a report does not break its table"
     assert "nan" not in text.lower()

@@ -7,6 +7,7 @@ from simulated_runs import model, write_run, write_three
 from mlx_cxr.evaluation import failure_results as r
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.failures import CATEGORIES, NOISE, OTHER
+from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import open_scored_run
 from mlx_cxr.labels import LABELS
 
@@ -115,6 +116,14 @@ def test_counts_add_up_over_findings_and_categories(outputs):
     by_label = analysis.failures.groupby(["label", "category"]).size()
     for (label, name), count in by_label.items():
         assert results["per_label"][label]["categories"][name] == count
+    scored = read_predictions(outputs / "student" / "predictions.csv")
+    row_of = {study: row for row, study in enumerate(scored.predictions.study_ids.tolist())}
+    abstain = [
+        scored.abstain[row_of[study], LABELS.index(label)]
+        for study, label in zip(analysis.failures["study_id"], analysis.failures["label"], strict=True)
+    ]
+    assert (analysis.failures["abstention"] != "").tolist() == abstain
+    assert 0 < counts["abstained_failures"] == sum(abstain) < len(abstain)
     assert results["settings"]["rare"] == [LABELS[0], LABELS[1]]
     assert results["models"]["teacher"] == {
         "run": "teacher",

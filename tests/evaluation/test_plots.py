@@ -9,13 +9,22 @@ from simulated_predictions import simulated
 from sklearn import metrics as sk
 
 from mlx_cxr.evaluation import plots
-from mlx_cxr.evaluation.results import fit_operating_points
+from mlx_cxr.evaluation.abstention import abstention_section
+from mlx_cxr.evaluation.bootstrap import patient_resamples
+from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 
 TEST = simulated(60, "test", 1)
-POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1")
+VALIDATION = simulated(150, "validate", 0)
+POINTS = fit_operating_points(VALIDATION, "empty_negative", "f1", 0.1)
 EDEMA, LESION = LABELS.index("Edema"), LABELS.index("Lung Lesion")
-KINDS = [plots.plot_roc, plots.plot_precision_recall, plots.plot_reliability]
+
+
+def plot_risk_coverage(path, test, points, synthetic):
+    return plots.plot_risk_coverage(path, VALIDATION, test, points, synthetic)
+
+
+KINDS = [plots.plot_roc, plots.plot_precision_recall, plots.plot_reliability, plot_risk_coverage]
 
 
 @pytest.fixture
@@ -72,6 +81,34 @@ def test_operating_point_lies_at_the_thresholds_sensitivity_and_specificity(draw
     assert (marker.get_xdata()[0], marker.get_ydata()[0]) == pytest.approx((call[y == 0].mean(), call[y == 1].mean()))
 
 
+def test_risk_and_coverage_are_those_of_the_results(drawn, tmp_path):
+    plot_risk_coverage(tmp_path / "a.png", TEST, POINTS, synthetic=True)
+    section = abstention_section(VALIDATION, TEST, POINTS, patient_resamples(TEST.patient_ids, 0, 0))
+    protocol = section["protocols"]["empty_negative"]
+    entry = protocol["per_label"]["Edema"]
+    panel = drawn[0].axes[EDEMA]
+    marker = next(line for line in panel.lines if line.get_marker() == "o")
+    expected = [entry[key]["value"] for key in ("called", "risk_called")]
+    assert [marker.get_xdata()[0], marker.get_ydata()[0]] == pytest.approx(expected)
+    for ranking, style in (("conformal", "-"), ("probability", "--")):
+        curve = next(line for line in panel.lines if line.get_linestyle() == style and len(line.get_xdata()) > 2)
+        at = np.interp(section["coverages"], curve.get_xdata(), curve.get_ydata())
+        np.testing.assert_allclose(at, entry["risk_at"][ranking])
+        assert f"mean area {protocol['macro'][f'aurc_{ranking}']['value']:.3f}" in texts(drawn[0].axes[-1])
+    assert f"Mean of {len(protocol['macro_labels'])} findings" in texts(drawn[0].axes[-1])
+
+
+def test_findings_that_are_never_called_say_so_and_are_left_out_of_the_mean_risk(drawn, tmp_path):
+    raw = VALIDATION.raw_labels.copy()
+    raw[np.flatnonzero(raw[:, LESION] == 1)[5:], LESION] = 0
+    points = fit_operating_points(replace(VALIDATION, raw_labels=raw), "empty_negative", "f1", 0.1)
+    plot_risk_coverage(tmp_path / "a.png", TEST, points, synthetic=True)
+    assert "never called" in texts(drawn[0].axes[LESION])
+    few = int((~points.bands.fitted).sum())
+    assert sum("never called" in texts(ax) for ax in drawn[0].axes) == few >= 1
+    assert f"Mean of {14 - few} findings" in texts(drawn[0].axes[-1])
+
+
 def test_mean_curves_have_the_mean_area():
     rng = np.random.default_rng(0)
     sets = [(y := np.r_[np.ones(9), np.zeros(40)], y + rng.normal(size=49)) for _ in range(4)]
@@ -82,6 +119,9 @@ def test_mean_curves_have_the_mean_area():
     expected = np.mean([sk.average_precision_score(y, s) for y, s in sets])
     assert precision[1:].mean() == pytest.approx(expected, abs=0.005)
     assert (grid[0], grid[-1]) == (0, 1)
+    risks = [(np.arange(1, 41) / 40, rng.random(40)), (np.arange(1, 41) / 40, rng.random(40))]
+    grid, risk = plots.mean_risk(risks)
+    assert risk[grid == 0.5][0] == pytest.approx(np.mean([r[19] for _, r in risks]))
 
 
 @pytest.mark.parametrize("plot", KINDS)

@@ -11,7 +11,9 @@ from scipy.special import expit
 from simulated_predictions import simulated
 
 from mlx_cxr.evaluation.calibration import Calibration
+from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import (
     Predictions,
     PredictionsError,
@@ -46,8 +48,14 @@ def calibration(temperatures=2.0) -> Calibration:
     return Calibration(np.full(K, temperatures), ("validation",) * K)
 
 
-def thresholds(value=0.4) -> Thresholds:
-    return Thresholds(np.full(K, value), ("validation",) * K, "f1")
+def points_at(cut=0.4, temperature=2.0, lower=0.2, upper=0.5) -> OperatingPoints:
+    many = np.full(K, 50)
+    return OperatingPoints(
+        calibration(temperature),
+        Thresholds(np.full(K, cut), ("validation",) * K, "f1"),
+        "empty_negative",
+        ConformalBands(0.1, np.full(K, lower), np.full(K, upper), many, many),
+    )
 
 
 def test_films_of_a_study_are_averaged_in_logit_space_in_order_of_appearance():
@@ -124,12 +132,15 @@ def test_predictions_refuse_what_cannot_be_scored():
 
 def test_the_file_has_a_row_per_study_and_label_and_says_what_it_means(tmp_path):
     part = simulated(3, "test", 0)
-    path = write_predictions(tmp_path / "predictions.csv", part, calibration(), thresholds())
+    path = write_predictions(tmp_path / "predictions.csv", part, points_at())
     table = pd.read_csv(path, dtype={"patient_id": str, "study_id": str})
     assert len(table) == len(part) * K
     assert table["label"].tolist() == list(LABELS) * len(part)
     np.testing.assert_allclose(table["probability"], expit(table["logit"].astype(np.float32) / 2.0), rtol=1e-6)
     np.testing.assert_array_equal(table["call"], (table["probability"] >= 0.4).astype(int))
+    unsure = table["probability"].between(0.2, 0.5)
+    assert 0 < unsure.mean() < 1
+    np.testing.assert_array_equal(table["abstain"], unsure.astype(int))
     np.testing.assert_array_equal(table["raw_label"], part.raw_labels.ravel())
     assert [item.name for item in tmp_path.iterdir()] == ["predictions.csv"]
 
@@ -151,24 +162,25 @@ identifiers = st.text(
 def test_what_is_written_reads_back_exactly(tmp_path, logits, raw, studies, patient, cut, temperature):
     split, views = np.array(["test"] * 3), np.array(["AP", "AP+PA", "missing"])
     part = Predictions(split, np.array([patient] * 3), np.array(studies), views, raw, logits)
-    points = Thresholds(cut, ("validation",) * K, "f1")
-    back = read_predictions(write_predictions(tmp_path / "p.csv", part, calibration(temperature), points))
+    points = points_at(cut, temperature)
+    back = read_predictions(write_predictions(tmp_path / "p.csv", part, points))
     for name in Predictions.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(back.predictions, name), getattr(part, name), err_msg=name)
     np.testing.assert_array_equal(back.probabilities, calibration(temperature).probabilities(logits))
     np.testing.assert_array_equal(back.thresholds, cut)
+    np.testing.assert_array_equal(back.abstain, points.decide(logits).states == ABSTAIN)
 
 
 def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path):
     part = simulated(2, "test", 0).select(np.array([0]))
     part = replace(part, study_ids=np.array(["007"]), patient_ids=np.array(["NA"]))
-    back = read_predictions(write_predictions(tmp_path / "p.csv", part, calibration(), thresholds())).predictions
+    back = read_predictions(write_predictions(tmp_path / "p.csv", part, points_at())).predictions
     assert (back.study_ids[0], back.patient_ids[0]) == ("007", "NA")
 
 
 @pytest.fixture
 def written(tmp_path):
-    return write_predictions(tmp_path / "predictions.csv", simulated(3, "test", 0), calibration(), thresholds())
+    return write_predictions(tmp_path / "predictions.csv", simulated(3, "test", 0), points_at())
 
 
 def damaged(path, line, column, value):
@@ -195,6 +207,7 @@ def damaged(path, line, column, value):
         (18, "patient_id", "p", r"line 18: patient_id differs from that of line 16"),
         (18, "view", "PA+x", r"line 18: view differs from that of line 16"),
         (7, "call", "2", r"line 7.*call '2' is not usable"),
+        (8, "abstain", "-1", r"line 8.*abstain '-1' is not usable; run evaluate_cnn again"),
     ],
 )
 def test_a_damaged_cell_is_named_by_line(written, line, column, value, message):
@@ -218,6 +231,8 @@ def test_a_damaged_file_is_named(written):
     refused(lines[0], "has no rows")
     refused("", "not a readable table")
     refused(lines[0].replace("logit", "score") + "\n" + lines[1], r"lacks the column\(s\) logit")
+    older = "\n".join(line.rpartition(",")[0] for line in lines)
+    refused(older, r"lacks the column\(s\) abstain; run evaluate_cnn again")
     written.write_bytes(b"\xff\xfe\x00" + b"x" * 9)
     with pytest.raises(PredictionsError, match="not a readable table"):
         read_predictions(written)

@@ -47,6 +47,10 @@ def test_a_run_is_read_as_it_was_scored(outputs):
     assert run.points.thresholds.values[EDEMA] == point["threshold"]
     assert run.points.calibration.temperatures[EDEMA] == point["temperature"]
     assert run.points.protocol == "empty_negative"
+    assert [getattr(run.points.bands, key)[EDEMA] for key in ("lower", "upper", "positives", "negatives")] == [
+        point[key] for key in ("lower", "upper", "positives", "negatives")
+    ]
+    assert run.points.bands.alpha == 0.1
     assert (run.name, run.title) == ("teacher", "teacher, reads: findings")
     assert run.cost["ms_per_sample"] == 812.0
     assert open_scored_run(outputs / "student", "student").soft_labels["path"].startswith("outputs/teacher/")
@@ -107,6 +111,10 @@ def test_predictions_and_results_of_different_evaluations_are_refused(copy):
         write_json(path, changed)
         with pytest.raises(ComparisonError, match=r"other thresholds or temperatures than .*test_results\.json"):
             open_scored_run(copy / "cnn", "cnn")
+    results["operating_points"]["Edema"] |= {"lower": 0.0, "upper": 1.0}
+    write_json(path, results)
+    with pytest.raises(ComparisonError, match=r"predictions\.csv abstains elsewhere than .*test_results\.json"):
+        open_scored_run(copy / "cnn", "cnn")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,7 @@ def test_predictions_and_results_of_different_evaluations_are_refused(copy):
         ("test_results.json", lambda x: x.update(schema=9), "has schema 9, not 1"),
         ("test_results.json", lambda x: x.pop("provenance"), r"test_results\.json lacks 'provenance'"),
         ("test_results.json", lambda x: x["operating_points"].pop("Edema"), r"test_results\.json lacks 'Edema'"),
+        ("test_results.json", lambda x: x.pop("abstention"), r"test_results\.json lacks 'abstention'"),
         ("teacher.json", lambda x: x.pop("reads"), r"teacher\.json lacks 'reads'"),
         ("cost.json", lambda x: x.pop("parameters"), r"cost\.json lacks 'parameters'"),
         ("config.json", lambda x: x["config"].pop("teacher"), r"config\.json lacks 'teacher'"),

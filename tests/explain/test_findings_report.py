@@ -21,14 +21,15 @@ from mlx_cxr.explain.overlay import Reading
 FILM = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
 
 
-def case(outcome="true positive", rank=1, study="s1", probability=0.9, label=1.0, text="", synthetic=True):
-    reading = Reading("Pleural Effusion", probability, 0.4, label, "film-1", "grad_cam", synthetic)
+def case(outcome="true positive", rank=1, study="s1", probability=0.9, label=1.0, text="", synthetic=True, why=""):
+    reading = Reading("Pleural Effusion", probability, 0.4, label, "film-1", "grad_cam", synthetic, why)
     return Case(outcome, rank, study, reading, FILM, np.full((4, 4), 0.5, np.float32), FILM > 100, text)
 
 
 def page(*cases, threshold=0.4, sections=(), synthetic=True):
     counts = {"true positive": 5, "false positive": 0, "false negative": 2, "true negative": 7}
-    summary = FindingSummary("Pleural Effusion", threshold, counts, cases)
+    abstained = {"true positive": 2, "false positive": 0, "false negative": 1, "true negative": 6}
+    summary = FindingSummary("Pleural Effusion", threshold, counts, abstained, cases)
     settings = {"synthetic": synthetic, "method": "grad_cam", "protocol": "empty counts as absent"}
     return findings_markdown("demo_cnn", [summary], sections=sections, **settings)
 
@@ -75,8 +76,10 @@ def test_every_link_opens_and_stale_pictures_go(tmp_path):
 
 def test_page_says_what_was_predicted_and_reported_and_leaves_room():
     text = page(case(label=math.nan, probability=0.912), case("false negative", 1, probability=0.1))
-    assert "| 0.912 | 0.400 | not mentioned | ☐ yes ☐ in part ☐ no ☐ cannot tell | &nbsp; |" in text
-    assert "Threshold 0.400; studies: 5 true positive, 0 false positive, 2 false negative, 7 true negative." in text
+    assert "| 0.912 | 0.400 | present | not mentioned | ☐ yes ☐ in part ☐ no ☐ cannot tell | &nbsp; |" in text
+    assert "| 0.100 | 0.400 | absent | present | ☐ yes" in text
+    counts = "5 true positive (2), 0 false positive (0), 2 false negative (1), 7 true negative (6)."
+    assert f"Threshold 0.400; studies (of them abstained on): {counts}" in text
     assert "### Pleural Effusion: false positives\n\nThere is none." in text
     assert "clinician's comment" in text
     assert "empty counts as absent" in text
@@ -85,6 +88,12 @@ def test_page_says_what_was_predicted_and_reported_and_leaves_room():
     assert "Synthetic cohort" not in page(case(), synthetic=False)
     assert "None is shown." in page()
     assert [text.index(outcome + "s\n") for outcome in OUTCOMES] == sorted(text.index(o + "s\n") for o in OUTCOMES)
+
+
+def test_a_call_that_is_not_made_says_why():
+    text = page(case(why="both present and absent are plausible at 90 %"))
+    assert "| 0.900 | 0.400 | abstains: both present and absent are plausible at 90 % | present | ☐ yes" in text
+    assert text.index("where the model abstains") < text.index("## Pleural Effusion")
 
 
 def test_without_a_threshold_nothing_is_shown():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,30 @@ def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
     assert [item.name for item in path.parent.iterdir()] == ["edema.png"]
     with pytest.raises(ValueError, match=r"\.png"):
         save_picture(tmp_path / "edema.jpg", picture)
+
+
+def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_same():
+    plain = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    abstains = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible"), side=SIDE)
+    assert (abstains.width, abstains.height) == (plain.width, plain.height + 26)
+    header, line, rest = (
+        (0, 0, plain.width, 80),
+        (0, 80, plain.width, 110),
+        (0, TOP + 26, plain.width, plain.height + 26),
+    )
+    assert ImageChops.difference(plain.crop(header), abstains.crop(header)).getbbox() is None
+    below = plain.crop((0, TOP, plain.width, plain.height))
+    assert ImageChops.difference(below, abstains.crop(rest)).getbbox() is None
+    accent = np.all(np.asarray(abstains.crop(line)) == (255, 196, 61), axis=-1)
+    assert accent.sum() > 20
+    longer = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible, and " * 20), side=SIDE)
+    assert (np.asarray(longer)[:, -LEFT + 1 :] == np.asarray(longer)[0, 0]).all()
+
+
+def test_abstention_does_not_lift_the_gate_nor_close_it():
+    for reading in (ABOVE, BELOW):
+        assert replace(reading, abstention="why").withheld(HEAT) == reading.withheld(HEAT)
+        assert replace(reading, abstention="why").summary() == reading.summary()
 
 
 def test_bad_input_is_named():

@@ -40,6 +40,21 @@ def explanation(study="s1", finding="Edema", of=None, **changes):
     return TextExplanation(study, finding, of or scores(), **(values | changes))
 
 
+def test_a_call_that_is_not_made_says_why(tmp_path):
+    why = "too few examples with <Edema> on validation (3; 9 needed at alpha 0.1)"
+    plain, abstains = explanation(), explanation(abstention=why)
+    assert f"The teacher abstains: {why}." in Page(html_page(abstains, 3.0)).text
+    assert "<Edema>" not in html_page(abstains, 3.0)
+    assert "abstains" not in html_page(plain, 3.0)
+    before, after = draw_picture(plain, 3.0), draw_picture(abstains, 3.0)
+    assert after.height == before.height + 24
+    ink = np.asarray(after.crop((0, 108, after.width, 130)))
+    assert np.all(ink == (150, 75, 0), axis=-1).sum() > 100
+    folder = write_explanations(tmp_path / "e", "teacher", [abstains], "rule", True, {})
+    (saved,) = json.loads((folder / "explanations.json").read_text())["explanations"]
+    assert saved["abstention"] == why
+
+
 def relative_luminance(colour):
     """WCAG 2."""
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]

@@ -1,0 +1,275 @@
+"""The Case tab: a film, what the models call on it, where they look, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from cxr_page.chart import STATES, chart_html, rows_of, table_html
+from cxr_page.downloads import offer_downloads
+from cxr_page.films import CaseFilm, input_of
+from cxr_page.look import block, guarded, note, plain
+from cxr_page.models import Opened, answer, predictor
+from cxr_page.report import report_panel
+from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
+from cxr_page.samples import Cohort, Sample, cohort_of
+from cxr_page.viewer import SAME_METHODS, View, likeliest, show_film
+from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES
+from mlx_cxr.inference import FilmAnswer
+from mlx_cxr.labels import LABELS
+
+SAMPLE, UPLOAD = "Sample", "Upload"
+BOTH = "Side by side"
+
+
+def open_study(study_id: str, image_id: str, finding: str) -> None:
+    """Have the Case tab show a test film; a callback of other tabs."""
+    st.session_state["tab"] = "Case"
+    st.session_state["film_from"] = SAMPLE
+    st.session_state["opened_film"] = image_id
+    st.session_state["sample"] = image_id
+    st.session_state["wanted_finding"] = finding
+
+
+def case_tab(index: RunIndex) -> None:
+    """The tab."""
+    st.html('<h2 class="cxr-hidden">Case</h2>')
+    model, source, chosen = st.columns([4, 2, 8], gap="medium", vertical_alignment="top")
+    with model:
+        models = _choose_models(index)
+    film = _choose_film(models, source, chosen)
+    if film is None:
+        st.info("Choose a sample or upload a film to begin.")
+        return
+    if not models:
+        st.error("No model could be opened.")
+        return
+    answers = _answers(models, film)
+    if answers is None:
+        return
+    _reset_finding(models, film, answers)
+    view = _reading(models, film, answers)
+    _tables(models, film, answers)
+    st.divider()
+    with guarded("report"):
+        report_panel(index, models, film, answers)
+    st.divider()
+    with guarded("download"):
+        offer_downloads(models, film, answers, view)
+
+
+def _choose_models(index: RunIndex) -> list[Opened]:
+    """The models that the reader chose, opened; one that cannot be is said and left out."""
+    runs = {CNN: index.usable(CNN), "Student": index.usable(STUDENT, CONTROL)}
+    options = [title for title, found in runs.items() if found]
+    options += [BOTH] if len(options) == 2 else []
+    choice = st.segmented_control("Model", options, default=options[0], key="model", required=True) or options[0]
+    chosen = {title: found[0] for title, found in runs.items() if choice in (title, BOTH)}
+    if any(len(runs[title]) > 1 for title in chosen):
+        with st.popover("Other runs"):
+            for title in chosen:
+                if len(runs[title]) > 1:
+                    key = f"run_{title}"
+                    chosen[title] = st.selectbox(f"{title} run", runs[title], format_func=_run_title, key=key)
+    opened = []
+    for entry in chosen.values():
+        with guarded("model"):
+            opened.append(predictor(str(entry.folder), entry.stamp))
+    return opened
+
+
+def _run_title(entry: RunEntry) -> str:
+    return f"{entry.name} (control)" if entry.kind == CONTROL else entry.name
+
+
+def _choose_film(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGenerator) -> CaseFilm | None:
+    cohort = cohort_for(models[0]) if models else Cohort({}, "")
+    options = [SAMPLE, UPLOAD] if cohort.offered else [UPLOAD]
+    if st.session_state.get("film_from") not in options:
+        st.session_state["film_from"] = options[0]
+    with left:
+        source = st.segmented_control("Film from", options, key="film_from", required=True) or options[0]
+    with right:
+        if source == SAMPLE:
+            return _sample(cohort)
+        if cohort.absent:
+            note(f"{cohort.absent} Uploads work.")
+        return _upload()
+
+
+def cohort_for(opened: Opened) -> Cohort:
+    """The test films that a model was evaluated on."""
+    trained = opened.model.trained
+    path = trained.config.manifest_path
+    stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if path.exists() else ""
+    return cohort_of(trained.config.model_dump_json(), trained.manifest_sha256, stamp)
+
+
+def _sample(cohort: Cohort) -> CaseFilm | None:
+    offered = dict(cohort.offered)
+    wanted = st.session_state.get("opened_film")
+    if wanted and wanted not in offered and (sample := cohort.of_film(wanted)) is not None:
+        offered = {wanted: sample} | offered
+    if st.session_state.get("sample") not in offered:
+        st.session_state["sample"] = next(iter(offered))
+
+    def title(image_id: str) -> str:
+        return offered[image_id].title
+
+    chosen = st.selectbox(
+        f"Test film ({len(offered)} of the test split, none of it in training)",
+        list(offered),
+        format_func=title,
+        key="sample",
+    )
+    sample: Sample = offered[chosen]
+    if sample.films > 1:
+        note(
+            f"The study has {sample.films} films; this is its film {sample.image_id}. Tables of studies give the mean of its films."
+        )
+    return CaseFilm.of_sample(sample)
+
+
+def _upload() -> CaseFilm | None:
+    uploaded = st.file_uploader(
+        "Chest film: JPEG, PNG or DICOM, up to 100 MB",
+        key="upload",
+        help="Told by its content, not by its name. Kept in memory, gone when the page is closed.",
+    )
+    return None if uploaded is None else CaseFilm.of_upload(uploaded.name, uploaded.getvalue())
+
+
+def _answers(models: Sequence[Opened], film: CaseFilm) -> list[FilmAnswer] | None:
+    """What each model says, or None where nothing is to be said; then the page says why."""
+    seen = input_of(models[0], film)
+    if seen.error:
+        st.error(plain(f"{film.name}: {seen.error}"))
+        return None
+    if seen.concerns:
+        st.warning(
+            "**This does not look like a frontal chest film, so no answer is given.** "
+            + plain("; ".join(seen.concerns))
+            + ". A model would answer with confidence all the same, and the answer would mean nothing.",
+            icon=":material/help:",
+        )
+        if not st.toggle("Answer anyway", key=f"anyway {film.key}"):
+            left, _ = st.columns([1, 1])
+            with left:
+                show_plain(film, seen.pixels)
+            return None
+    if seen.notes:
+        note(f"About the file: {'; '.join(seen.notes)}.")
+    return [answer(model, input_of(model, film), film.key) for model in models]
+
+
+def show_plain(film: CaseFilm, pixels) -> None:
+    """A film alone."""
+    from cxr_page.films import png
+    from cxr_page.look import picture
+    from mlx_cxr.explain.overlay import film_tile
+
+    picture(png(film_tile(pixels, 512)), f"The file {film.name} as the model would see it")
+
+
+def _reset_finding(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
+    """For another film than before, take the finding that it is most about."""
+    wanted = st.session_state.pop("wanted_finding", None)
+    if st.session_state.get("finding_of") != film.key or wanted:
+        st.session_state["finding_of"] = film.key
+        st.session_state["finding"] = wanted or likeliest(models[0], answers[0])
+
+
+def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> View:
+    """Films, maps and charts."""
+    view = _choose_view(models, answers)
+    if len(models) == 1:
+        left, right = st.columns([5, 6], gap="large")
+        with left:
+            st.subheader("Film and map", anchor=False)
+            show_film(models[0], film, answers[0], view)
+        with right:
+            st.subheader("Findings", anchor=False)
+            rows = rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)
+            block(chart_html(rows, models[0].name, view.finding))
+        return view
+    order = _order(models, answers)
+    for place, opened, said in zip(st.columns(len(models), gap="large"), models, answers, strict=True):
+        with place:
+            st.subheader(plain(opened.name), anchor=False)
+            show_film(opened, film, said, view)
+            rows = rows_of(said.probabilities, said.states, opened.model.points)
+            rows.sort(key=lambda row: order.index(row.finding))
+            block(chart_html(rows, opened.name, view.finding, grouped=False))
+    return view
+
+
+def _order(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> list[str]:
+    """The findings in the order of the first model's chart."""
+    return [row.finding for row in rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)]
+
+
+def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> View:
+    order = _order(models, answers)
+    words = {
+        label: f"{label} · {STATES[int(answers[0].states[k])][1]}, p {answers[0].probabilities[k]:.2f}"
+        for k, label in enumerate(LABELS)
+    }
+    methods = [method for method in METHOD_NAMES if all(method in opened.model.methods for opened in models)]
+    columns = st.columns([4, 4, 3, 3], gap="medium", vertical_alignment="top")
+    with columns[0]:
+        finding = st.selectbox("Finding on the map", order, format_func=words.__getitem__, key="finding")
+    with columns[1]:
+        method = (
+            st.segmented_control(
+                "Method",
+                methods,
+                format_func=METHOD_NAMES.__getitem__,
+                default=methods[0],
+                key="method",
+                required=True,
+                help=SAME_METHODS,
+            )
+            if methods
+            else None
+        )
+    with columns[2]:
+        opacity = st.slider("Map opacity", 0, 100, round(100 * MAX_OPACITY), 4, format="%d %%", key="opacity")
+    with columns[3]:
+        withheld = st.toggle("Show withheld maps", key="show_withheld")
+        as_seen = st.toggle(
+            "As the network sees it", key="as_seen", help="The film at the resolution that the network gets."
+        )
+    return View(finding, method or "grad_cam", opacity / 100, withheld, as_seen)
+
+
+def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
+    if len(models) == 2:
+        _differences(models, answers)
+    labels = film.sample.label_words if film.sample else None
+    with st.expander("The findings as a table, with reasons"):
+        for opened, said in zip(models, answers, strict=True):
+            block(table_html(rows_of(said.probabilities, said.states, opened.model.points, labels), opened.name))
+        points = models[0].model.points
+        note(
+            f"Probabilities are calibrated. Thresholds (rule: {points.thresholds.rule}) and abstention (alpha "
+            f"{points.bands.alpha:g}) were fitted on validation studies of the data that the model was trained for, and "
+            "hold for films like those."
+        )
+
+
+def _differences(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> None:
+    """In words, where two models make different calls."""
+    first, second = answers
+    differ = [
+        f"{label}: {_said(models[0], first, k)}; {_said(models[1], second, k)}"
+        for k, label in enumerate(LABELS)
+        if int(first.states[k]) != int(second.states[k])
+    ]
+    lead = f"The two say the same of {14 - len(differ)} of 14 findings."
+    st.markdown(plain(lead) + "".join(f"\n- {plain(line)}" for line in differ))
+
+
+def _said(opened: Opened, said: FilmAnswer, k: int) -> str:
+    return f"{opened.name} {STATES[int(said.states[k])][1]} (p {said.probabilities[k]:.2f})"

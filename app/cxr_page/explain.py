@@ -1,0 +1,75 @@
+"""The Explain tab: how to read a map, what speaks for and against the maps of this run, and examples."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from cxr_page.look import note, plain
+from cxr_page.pages import sections_of, show_markdown
+from cxr_page.run_index import CNN, STUDENT, RunIndex
+from mlx_cxr.labels import LABELS
+
+_READING = """
+- **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor where
+  its borders are. A bright spot on a film without the finding is the model's mistake made visible.
+- **The scale is the same for every film.** 1 is the finding's reference activation: the 99th percentile of the maximum over
+  all validation films. A map is never stretched film by film, so that a probability near 0 cannot glow.
+- **A map is withheld where there is no call.** Below the threshold, and where the model abstains, a map would show what
+  little there was as if it were something. “Show withheld maps” draws it all the same and says so.
+- **Cells are coarse.** The network sees the film in cells of 16 or 32 pixels; the smooth shape is interpolation. A finding
+  smaller than a cell is found in the right region at best.
+- **Left is the patient's right**, as on any frontal film.
+"""
+_METHODS = """
+- **Grad-CAM** weighs each channel of the last feature map by its mean gradient (Selvaraju et al., arXiv:1610.02391).
+- **HiResCAM** multiplies gradient and feature map cell by cell (Draelos and Carin, arXiv:2011.08891). This network ends in
+  average pooling and one linear layer, so its gradient is the same in every cell and **the two are equal by construction**.
+- **Grad-CAM++** weighs positive gradients by their share of the channel (Chattopadhyay et al., arXiv:1710.11063).
+"""
+_CALLS = """
+- **Probability**: calibrated by a temperature fitted on validation.
+- **Threshold**: chosen on validation, finding by finding. Probabilities of different findings are not to be compared with
+  one another but each with its own threshold.
+- **Abstention**: on validation, class-conditional conformal prediction gives the probabilities below which “present” can be
+  ruled out, and above which “absent” can, each wrong for at most the share alpha of such studies. A call is made only where
+  exactly one of the two is left and the threshold says the same. The hatched interval of the chart is where none is made.
+"""
+
+
+def explain_tab(index: RunIndex) -> None:
+    """The tab."""
+    st.header("Explain", anchor=False)
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.subheader("How to read a map", anchor=False)
+        st.markdown(_READING)
+    with right:
+        st.subheader("How to read a call", anchor=False)
+        st.markdown(_CALLS)
+        st.subheader("The methods", anchor=False)
+        st.markdown(_METHODS)
+    runs = [run for run in index.usable(CNN, STUDENT) if (run.folder / "findings.md").is_file()]
+    if not runs:
+        st.info("No run has maps on test yet: evaluate_cnn makes them.")
+        return
+    st.divider()
+    entry = runs[0]
+    if len(runs) > 1:
+        entry = st.selectbox("Run", runs, format_func=lambda run: run.name, key="explained")
+    sections = sections_of((entry.folder / "findings.md").read_text(encoding="utf-8"))
+    checks = {head: body for head, body in sections.items() if head and head not in LABELS}
+    st.subheader(plain(f"Are the maps of {entry.name} worth looking at?"), anchor=False)
+    if not checks:
+        note("This run has no checks of its maps.")
+    for head, body in checks.items():
+        with st.expander(plain(head), expanded=len(body) < 2500):
+            show_markdown(body, entry.folder)
+    pictured = [head for head in sections if head in LABELS]
+    if pictured:
+        st.subheader("Examples on test films", anchor=False)
+        note(
+            "Which studies are shown follows a rule: ranked by the confidence of the call, at evenly spaced ranks. They are "
+            "examples, not a sample to estimate from."
+        )
+        finding = st.selectbox("Finding", pictured, key="example_finding")
+        show_markdown(sections[finding], entry.folder)

@@ -1,0 +1,83 @@
+"""The film of a case: where it comes from, what the models see of it, and what is shown of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cxr_page.models import Opened, kept
+from cxr_page.samples import Sample
+from mlx_cxr.data.decoding import FilmError, Transform, decode, decode_bytes
+from mlx_cxr.inference import FilmInput
+
+SHOWN_SIDE = 768
+"""Pixels per side of the film on the page, whatever the models see of it."""
+MOST_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class CaseFilm:
+    """A film that was chosen.
+
+    Attributes:
+        key: the same for the same content.
+        name: to tell it by.
+        source: its file on this machine, or the content of an upload.
+        sample: the test film that it is, or None.
+    """
+
+    key: str
+    name: str
+    source: Path | bytes
+    sample: Sample | None = None
+
+    @classmethod
+    def of_sample(cls, sample: Sample) -> CaseFilm:
+        """A test film."""
+        return cls(f"film {sample.image_id}", f"study {sample.study_id}, film {sample.image_id}", sample.path, sample)
+
+    @classmethod
+    def of_upload(cls, name: str, content: bytes) -> CaseFilm:
+        """An uploaded file; of its name the first 80 characters are kept, and no folder."""
+        shown = name.replace("\\", "/").rsplit("/", 1)[-1][:80] or "upload"
+        return cls(f"upload {hashlib.sha256(content).hexdigest()[:16]}", shown, content)
+
+
+def input_of(opened: Opened, film: CaseFilm) -> FilmInput:
+    """The film as a model sees it; its `error` says why it cannot be read."""
+    if isinstance(film.source, bytes) and len(film.source) > MOST_BYTES:
+        return FilmInput(
+            film.name, None, error=f"{len(film.source):,} bytes; films of up to {MOST_BYTES:,} are read here"
+        )
+    key = ("input", str(opened.model.transform), film.key)
+    return kept(key, lambda: opened.model.read(film.source, film.name))
+
+
+def pixels_of(film: CaseFilm, transform: Transform) -> np.ndarray | None:
+    """uint8 (S, S): the film by a transform, or None where it cannot be read so."""
+
+    def read() -> np.ndarray | None:
+        try:
+            made = (decode_bytes if isinstance(film.source, bytes) else decode)(film.source, transform)
+        except FilmError:
+            return None
+        return np.asarray(made.image)
+
+    return kept(("pixels", str(transform), film.key), read)
+
+
+def shown_pixels(opened: Opened, film: CaseFilm, seen: FilmInput) -> np.ndarray:
+    """uint8 (S, S): the film in the frame that the model sees, at `SHOWN_SIDE`."""
+    made = pixels_of(film, Transform(SHOWN_SIDE, opened.model.transform.fit))
+    return seen.pixels if made is None else made
+
+
+def png(picture) -> bytes:
+    """A picture's file, written for speed: it goes no further than this machine's browser."""
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return out.getvalue()

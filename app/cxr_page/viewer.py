@@ -1,0 +1,131 @@
+"""The film under the map of a finding, its scale, and why a map is withheld."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxr_page.chart import rows_of
+from cxr_page.films import SHOWN_SIDE, CaseFilm, png, shown_pixels
+from cxr_page.look import block, esc, picture
+from cxr_page.models import Opened, maps
+from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
+from mlx_cxr.explain.maps import upsample
+from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, Reading, film_tile, map_tile
+from mlx_cxr.inference import MAPPED, FilmAnswer
+from mlx_cxr.labels import LABELS, label_index
+
+SAME_METHODS = (
+    "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "
+    "construction; Grad-CAM++ weighs the cells differently."
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the reader chose to see.
+
+    Attributes:
+        finding: of `MAPPED`, or No Finding.
+        method: a key of `METHOD_NAMES`.
+        opacity: of the map at full strength, in [0, 1].
+        show_withheld: draw a map that is withheld too.
+        as_seen: at the network's own resolution.
+    """
+
+    finding: str
+    method: str = "grad_cam"
+    opacity: float = MAX_OPACITY
+    show_withheld: bool = False
+    as_seen: bool = False
+
+
+def likeliest(opened: Opened, said: FilmAnswer) -> str:
+    """The finding called present with the highest probability; where none is, the first of the chart.
+
+    No Finding, which has no map, is passed over.
+    """
+    called = [k for k in range(len(LABELS)) if int(said.states[k]) == PRESENT and LABELS[k] in MAPPED]
+    if called:
+        return LABELS[max(called, key=lambda k: float(said.probabilities[k]))]
+    rows = rows_of(said.probabilities, said.states, opened.model.points)
+    return next(row.finding for row in rows if row.finding in MAPPED)
+
+
+def heat_of(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) -> np.ndarray | None:
+    """The map (h, w) of the finding; None where the run or the finding has none."""
+    if view.method not in opened.model.methods or view.finding not in MAPPED:
+        return None
+    return maps(opened, answer.film, film.key, view.method)[view.finding]
+
+
+def why_withheld(opened: Opened, answer: FilmAnswer, view: View, heat: np.ndarray | None) -> str:
+    """Why the map is not shown unasked, in words; empty where it is shown."""
+    if view.finding not in MAPPED:
+        return "No Finding has no map: where nothing is, there is nothing to point at"
+    if heat is None:
+        return "this run was evaluated without maps (evaluate_cnn --without_maps)"
+    points, k = opened.model.points, label_index(view.finding)
+    probability = float(answer.probabilities[k])
+    if int(answer.states[k]) == ABSTAIN:
+        return f"the model abstains on {view.finding}: {points.reason(k, probability)}"
+    threshold = float(points.thresholds.values[k])
+    return Reading(view.finding, probability, threshold, method=view.method).withheld(heat).replace("\n", " ")
+
+
+def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) -> None:
+    """The film with or without its map, the scale, and what is to be said of them."""
+    seen = answer.film
+    pixels = seen.pixels if view.as_seen else shown_pixels(opened, film, seen)
+    heat = heat_of(opened, film, answer, view)
+    why = why_withheld(opened, answer, view, heat)
+    drawable = heat is not None and np.isfinite(heat).all()
+    if not drawable or (why and not view.show_withheld):
+        block(
+            f'<div role="status"><b>{esc(view.finding)}: no map is shown.</b> Reason: {esc(why)}.'
+            + (" “Show withheld maps” shows it all the same." if drawable else "")
+            + "</div>"
+        )
+        picture(png(film_tile(pixels, SHOWN_SIDE)), f"Chest film {film.name}, without a map")
+        return
+    if why:
+        block(f'<div role="status"><b>Shown on request.</b> The map is otherwise withheld: {esc(why)}.</div>')
+    else:
+        said = (
+            f"{METHOD_NAMES[view.method]}; peak {heat.max():.2f}, {_peak(heat)}" if heat.any() else "the map is empty"
+        )
+        block(f'<div role="status"><b>{esc(view.finding)}</b>: {esc(said)}.</div>')
+    # The film may be shown at a higher resolution than the map was made of: the map is placed by the film as seen.
+    placed = upsample(heat, pixels.shape[0], film=seen.pixels.shape[0])
+    picture(
+        png(map_tile(pixels, placed, SHOWN_SIDE, view.opacity)),
+        f"Chest film {film.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
+        f"the map peaks at {_peak(heat)}",
+    )
+    _scale(view.opacity)
+
+
+def _peak(heat: np.ndarray) -> str:
+    """Where a map is strongest, in words of the film as it is looked at."""
+    if not heat.any():
+        return "nowhere"
+    row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
+    height = ("upper", "middle", "lower")[min(3 * row // heat.shape[0], 2)]
+    side = ("left", "centre", "right")[min(3 * column // heat.shape[1], 2)]
+    return f"in the {height} {side} of the picture"
+
+
+def _scale(opacity: float) -> None:
+    """The map's colours as they look on a mid-gray film."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None, :].repeat(256, axis=0)
+    bar = map_tile(np.full((256, 256), 110, np.uint8), ramp, 256, opacity).crop((0, 0, 256, 8))
+    content = base64.b64encode(png(bar)).decode()
+    block(
+        f'<div class="cxr-bar" role="img" aria-label="Colour scale of the map, from 0 to 1 and above, '
+        f'in shares of the finding\'s reference activation"><img alt="" src="data:image/png;base64,{content}">'
+        '<div class="cxr-axis"><span>0</span><span>.25</span><span>.5</span><span>.75</span><span>≥1</span></div>'
+        '<div class="cxr-note">share of the finding’s reference activation on validation; the same scale for every '
+        "film</div></div>"
+    )

@@ -1,0 +1,296 @@
+"""DICOM radiographs as 8-bit gray images, by the recipe that the training films went through.
+
+`mimic`, the default, is what MIMIC-CXR-JPG 2.0.0 did with the DICOMs of MIMIC-CXR (Johnson et al., arXiv:1901.07042;
+its code is issue 16 of MIT-LCP/mimic-cxr), step by step: stored values as they are, without modality or VOI look-up
+table and without masking any padding; lowest to 0, highest to 255, fractions cut off; MONOCHROME1 inverted;
+`cv2.equalizeHist`. It has two additions, for films that MIMIC does not have: a negative Rescale Slope inverts too, and
+signed values are subtracted in 64 bits, where the original would wrap.
+
+`window` shows what a viewer shows: modality LUT or rescale, then the file's first VOI LUT or window (PS3.3 C.11.1 and
+C.11.2), its output range to 0..255, MONOCHROME1 inverted, padding black. A model trained on MIMIC-CXR-JPG has not
+seen such films.
+
+Only the elements of `_ELEMENTS` are read: none of them identifies a patient.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+from PIL import Image
+
+from mlx_cxr.data.decoding import MAX_BYTES, FilmError, Recipe, check_size
+
+if TYPE_CHECKING:
+    from pydicom.dataset import FileDataset
+
+_REQUIRED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PhotometricInterpretation")
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_ABOUT = ("Modality", "BodyPartExamined", "ViewPosition", "PresentationIntentType")
+_ELEMENTS = (
+    *_REQUIRED,
+    *_PIXELS,
+    *_ABOUT,
+    *(
+        "NumberOfFrames",
+        "HighBit",
+        "PixelRepresentation",
+        "PlanarConfiguration",
+        "PixelPaddingValue",
+        "PixelPaddingRangeLimit",
+    ),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LUTDescriptor", "LUTData"),
+    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
+)
+_CHEST = ("CHEST", "THORAX", "LUNG", "TORAX")
+_NOT_FRONTAL = {
+    **dict.fromkeys(("LATERAL", "LL", "RL", "LAT"), "a lateral"),
+    **dict.fromkeys(("LLO", "RLO", "LAO", "RAO", "LPO", "RPO"), "an oblique"),
+    **dict.fromkeys(("LLD", "RLD"), "a decubitus"),
+}
+_FEW_LEVELS = 16
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_DECODERS = {
+    "JPEGExtended12Bit": "pylibjpeg pylibjpeg-libjpeg",
+    "JPEGLossless": "pylibjpeg pylibjpeg-libjpeg",
+    "JPEGLosslessSV1": "pylibjpeg pylibjpeg-libjpeg",
+    "JPEGLSLossless": "pyjpegls",
+    "JPEGLSNearLossless": "pyjpegls",
+    "HTJ2KLossless": "pylibjpeg pylibjpeg-openjpeg",
+    "HTJ2KLosslessRPCL": "pylibjpeg pylibjpeg-openjpeg",
+    "HTJ2K": "pylibjpeg pylibjpeg-openjpeg",
+}
+"""Keyword of a transfer syntax -> what brings pydicom a decoder for it."""
+
+
+@dataclass(frozen=True)
+class DicomFilm:
+    """A DICOM's only frame after a recipe.
+
+    Attributes:
+        gray: mode `L`, as large as the frame.
+        notes: what was done, or left out, in words.
+        concerns: what its header says against a frontal chest film, in words.
+    """
+
+    gray: Image.Image
+    notes: tuple[str, ...]
+    concerns: tuple[str, ...]
+
+
+def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomFilm:
+    """Read a single-frame gray radiograph.
+
+    Args:
+        data: the file, with or without preamble.
+        recipe: how stored values become gray levels; see the module.
+
+    Raises:
+        FilmError: pydicom is not installed, or the file holds no such image, has a damaged header or pixel data, more
+            pixels than `decoding` allows, or a compression without a decoder here.
+    """
+    if recipe not in get_args(Recipe):
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(get_args(Recipe))}")
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        raise FilmError('a DICOM file, which needs pydicom to be read: pip install "mlx-cxr[dicom]"') from None
+    dataset = _dataset(data)
+    _check_header(dataset)
+    values = _stored_values(dataset)
+    notes = ["DICOM"]
+    if dataset.BitsStored != 8:
+        notes.append(f"{dataset.BitsStored}-bit")
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    if inverted:
+        notes.append("MONOCHROME1, inverted")
+    elif dataset.get("PresentationLUTShape") == "INVERSE":
+        notes.append("MONOCHROME2, though its header also says INVERSE; not inverted")
+    concerns = _header_concerns(dataset)
+    if recipe == "mimic":
+        levels = _stretched(values)
+        if (count := np.count_nonzero(_histogram(levels))) < _FEW_LEVELS:
+            concerns.append(f"has only {count} gray levels left after scaling; a few extreme values take up its range")
+        falling = (dataset.get("RescaleSlope") or 1) < 0
+        levels = equalize(255 - levels if inverted != falling else levels)
+    else:
+        levels = _windowed(values, dataset)
+        levels = 255 - levels if inverted else levels
+        levels[_padding(values, dataset)] = 0
+    return DicomFilm(Image.fromarray(levels), tuple(notes), tuple(concerns))
+
+
+def equalize(levels: np.ndarray) -> np.ndarray:
+    """Histogram equalization, bit for bit as OpenCV's `cv2.equalizeHist`.
+
+    The cumulative histogram above the lowest level that occurs, scaled to 0..255 in single precision and rounded half
+    to even; an image of one level stays as it is.
+
+    Args:
+        levels: uint8 (H, W).
+
+    Returns:
+        uint8 (H, W).
+    """
+    histogram = _histogram(levels)
+    lowest = int(np.flatnonzero(histogram)[0])
+    if histogram[lowest] == levels.size:
+        return levels
+    scale = np.float32(255) / np.float32(levels.size - histogram[lowest])
+    above = np.cumsum(histogram) - histogram[: lowest + 1].sum()
+    table = np.rint(above.clip(0).astype(np.float32) * scale).clip(0, 255).astype(np.uint8)
+    return table[levels]
+
+
+def _histogram(levels: np.ndarray) -> np.ndarray:
+    return np.array(Image.fromarray(levels).histogram())
+
+
+def _dataset(data: bytes) -> FileDataset:
+    from pydicom import dcmread, uid
+
+    dataset = dcmread(io.BytesIO(_inflated(data)), force=True, specific_tags=list(_ELEMENTS))
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        if implicit:
+            syntax = uid.ImplicitVRLittleEndian
+        else:
+            syntax = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = syntax
+    return dataset
+
+
+def _inflated(data: bytes) -> bytes:
+    """The data set of a deflated file (PS3.5 A.5), in bounded memory; any other file as it is."""
+    length = int.from_bytes(data[140:144], "little")
+    if data[128:138] != b"DICM\2\0\0\0UL" or _DEFLATED not in data[144 : 144 + length]:
+        return data
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = inflater.decompress(data[144 + length :], MAX_BYTES)
+    if inflater.unconsumed_tail:
+        raise FilmError(f"a DICOM that unpacks to more than {MAX_BYTES:,} bytes")
+    return body
+
+
+def _check_header(dataset: FileDataset) -> None:
+    if not any(keyword in dataset for keyword in _PIXELS):
+        name = getattr(dataset.file_meta.get("MediaStorageSOPClassUID"), "name", "")
+        # An unknown identifier is its own name.
+        kind = f" ({name})" if " " in name else ""
+        raise FilmError(f"a DICOM without pixels{kind}, or one cut short before them; give the file of an image")
+    missing = [keyword for keyword in _REQUIRED if dataset.get(keyword) in (None, "")]
+    if missing:
+        raise FilmError(f"a DICOM whose header lacks {', '.join(missing)}; export it again")
+    for keyword in _REQUIRED[:-1]:
+        if not isinstance(dataset.get(keyword), int):
+            raise FilmError(f"a DICOM whose header has no single number as {keyword}; export it again")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames != 1:
+        raise FilmError(f"a DICOM of {frames} frames, as of a video or a volume; give one film per file")
+    check_size(dataset.Columns, dataset.Rows)
+    if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        kind = _word(dataset.PhotometricInterpretation)
+        raise FilmError(
+            f"a DICOM whose pixels are {kind} with {dataset.SamplesPerPixel} samples, such as a colour image; a "
+            "radiograph's are MONOCHROME1 or MONOCHROME2 with one"
+        )
+    if dataset.get("PixelRepresentation") is None:
+        dataset.PixelRepresentation = 0
+
+
+def _stored_values(dataset: FileDataset) -> np.ndarray:
+    """The frame's stored values, (rows, columns), unused high bits removed."""
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_transfer_syntax:
+        number = re.sub(r"[^0-9.]", "", syntax)[:64]
+        raise FilmError(f"a DICOM of an unknown transfer syntax ({number}); export it uncompressed")
+    expected = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
+    if syntax.is_compressed and not syntax.is_deflated:
+        try:
+            plugins = get_decoder(syntax).available_plugins
+        except NotImplementedError:
+            plugins = ()
+        # Pillow's JPEG decoder does 8 bits only.
+        if not plugins or (syntax.keyword == "JPEGExtended12Bit" and dataset.BitsStored > 8 and plugins == ("pillow",)):
+            package = _DECODERS.get(syntax.keyword)
+            way_out = f"pip install {package}" if package else "export it uncompressed"
+            raise FilmError(f"a DICOM compressed as {syntax.name}, for which there is no decoder here: {way_out}")
+        # Even runs of one are twice what they stand for at most; more of them would fill the memory when decoded.
+        if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
+            raise FilmError("a DICOM whose compressed pixels are more than its header says; export it again")
+    elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
+        held = len(dataset.PixelData or b"")
+        raise FilmError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
+    values = dataset.pixel_array
+    if values.ndim != 2:
+        raise FilmError("a DICOM of several frames or samples; give one gray film per file")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise FilmError("a DICOM with NaN or infinite values among its pixels; export it again")
+    if values.min() == values.max():
+        raise FilmError(f"blank: every pixel is {values.min()}")
+    return values
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """Lowest value to 0, highest to 255, as MIMIC-CXR-JPG's code: in double precision, fractions cut off; uint8."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" or values.dtype.itemsize > 2:
+        part = values.astype(np.float64) - float(low)
+        return (part / part.max() * 255).astype(np.uint8)
+    span = int(high) - int(low)
+    table = (np.arange(span + 1) / span * 255).astype(np.uint8)
+    return table[values.astype(np.int32) - int(low)]
+
+
+def _windowed(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
+    """Gray levels as a viewer shows them, but for the inversion of MONOCHROME1; uint8."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+
+    measured = apply_modality_lut(values, dataset)
+    shown = np.asarray(apply_voi_lut(measured, dataset), dtype=np.float64)
+    if dataset.get("VOILUTSequence"):
+        low, high = 0.0, 2.0 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
+    elif "WindowCenter" in dataset and "WindowWidth" in dataset:
+        low, high = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    else:
+        low, high = shown.min(), shown.max()
+    low, high = min(low, high), max(low, high)
+    if not high > low:
+        raise FilmError("a DICOM whose window shows nothing; try the recipe 'mimic'")
+    return ((shown - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
+
+
+def _padding(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
+    """bool (rows, columns): outside of the exposed field, by Pixel Padding Value (PS3.3 C.7.5.1.1.2)."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(values.shape, bool)
+    last = dataset.get("PixelPaddingRangeLimit", first)
+    return (values >= min(first, last)) & (values <= max(first, last))
+
+
+def _header_concerns(dataset: FileDataset) -> list[str]:
+    """What the header says against a frontal chest film; elements that are absent or empty say nothing."""
+    said = {keyword: _word(dataset.get(keyword)) for keyword in _ABOUT}
+    concerns = []
+    if (modality := said["Modality"]) and modality not in ("CR", "DX", "RG"):
+        concerns.append(f"says in its header that it is no radiograph (Modality {modality})")
+    if (part := said["BodyPartExamined"]) and not any(word in part for word in _CHEST):
+        concerns.append(f"says in its header that it shows another body part ({part})")
+    if view := _NOT_FRONTAL.get(said["ViewPosition"]):
+        concerns.append(f"says in its header that it is {view} view, not a frontal one")
+    if said["PresentationIntentType"] == "FOR PROCESSING":
+        concerns.append("says in its header that it is a detector's raw image, not meant to be looked at")
+    return concerns
+
+
+def _word(value: object) -> str:
+    """A code string (CS) in upper case, of what its representation allows and no longer than it; `` for none."""
+    return re.sub(r"[^A-Z0-9_ ]", "", str(value or "").upper()).strip()[:16]

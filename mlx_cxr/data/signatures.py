@@ -1,0 +1,106 @@
+"""What a file is by its first bytes, in words for whoever gave it; its name is never believed.
+
+Signatures after the formats' own specifications, as collected by the `file` command's database.
+"""
+
+from __future__ import annotations
+
+import re
+
+_HEAD = 4096
+_EXPORT = "; save the film in it as PNG or JPEG"
+_UNPACK = "; unpack it and give the films inside"
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"%PDF-", "a PDF document" + _EXPORT),
+    (0, b"%!PS", "a PostScript document" + _EXPORT),
+    (0, b"{\\rtf", "a text document" + _EXPORT),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document" + _EXPORT),
+    (0, b"PK\x03\x04", "a ZIP archive" + _UNPACK),
+    (0, b"PK\x05\x06", "an empty ZIP archive" + _UNPACK),
+    (0, b"\x1f\x8b", "a gzip archive" + _UNPACK),
+    (0, b"BZh", "a bzip2 archive" + _UNPACK),
+    (0, b"\xfd7zXZ\0", "an xz archive" + _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive" + _UNPACK),
+    (0, b"Rar!\x1a\x07", "a RAR archive" + _UNPACK),
+    (257, b"ustar", "a tar archive" + _UNPACK),
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 image; convert it to PNG"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image; convert it to PNG"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image; convert it to PNG"),
+    (0, b"\xff\x0a", "a JPEG XL image; convert it to PNG"),
+    (0, b"8BPS", "a Photoshop file; save it as PNG"),
+    (0, b"\0\0\1\0", "an icon, not a film; give a JPEG, PNG or DICOM"),
+    (0, b"P5", "a PGM image; convert it to PNG"),
+    (0, b"P6", "a PPM image; convert it to PNG"),
+    (0, b"\x93NUMPY", "a NumPy array; save it as PNG"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file" + _EXPORT),
+    (0, b"NRRD", "an NRRD volume; one film at a time is read, as PNG, JPEG or DICOM"),
+    (344, b"n+1\0", "a NIfTI volume; one film at a time is read, as PNG, JPEG or DICOM"),
+    (0, b"SQLite format 3\0", "a database, not a film; give a JPEG, PNG or DICOM"),
+    (0, b"\x7fELF", "a program, not a film; give a JPEG, PNG or DICOM"),
+    (0, b"MZ", "a program, not a film; give a JPEG, PNG or DICOM"),
+)
+_BRANDS = {b"heic": "a HEIC photo", b"heix": "a HEIC photo", b"mif1": "a HEIC photo", b"avif": "an AVIF image"}
+_RIFF = {b"WEBP": "a WebP image; convert it to PNG", b"AVI ": "a video, not a film; save one picture of it as PNG"}
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file is a DICOM: by the prefix of PS3.10 section 7.1, or a data set that begins without any.
+
+    A data set without preamble is known by its first element, of group 2 or 8, little or big endian, with a value
+    representation (explicit) or a short length (implicit).
+    """
+    if data[128:132] == b"DICM":
+        return True
+    if data[:4] in (b"\0\x08\0\0", b"\0\x08\0\x01", b"\0\x08\0\x05", b"\0\x08\0\x08", b"\0\x08\0\x16", b"\0\x02\0\0"):
+        return data[4:6].isalpha()
+    if data[:2] in (b"\x02\0", b"\x08\0") and data[3:4] == b"\0" and len(data) > 8:
+        return (data[4:6].isalpha() and data[4:6].isupper()) or (data[6:8] == b"\0\0" and data[5:6] in b"\0\x01")
+    return False
+
+
+def describe(data: bytes) -> str:
+    """A sentence on a file that is no image which is read here: what it is, and the way out.
+
+    Args:
+        data: the whole file, not empty.
+    """
+    head = data[:_HEAD]
+    for offset, signature, words in _SIGNATURES:
+        if head.startswith(signature, offset):
+            if signature == b"PK\x03\x04" and b"[Content_Types].xml" in head:
+                return "an Office document" + _EXPORT
+            return words
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        # A Graphic Control Extension stands before each frame.
+        animated = data.count(b"!\xf9\x04") > 1
+        return f"{'an animated GIF' if animated else 'a GIF image'}; save the film in it as PNG"
+    if head[:4] == b"RIFF" and head[8:12] in _RIFF:
+        return _RIFF[head[8:12]]
+    if head[4:8] == b"ftyp":
+        still = _BRANDS.get(head[8:12])
+        return f"{still}; convert it to PNG" if still else "a video, not a film; save one picture of it as PNG"
+    if not any(head):
+        return "no image: it begins with zeros, as a stopped download leaves it; download or copy it again"
+    return _markup(head) or _text(head) or "of no known kind; JPEG, PNG, TIFF, BMP and DICOM are read"
+
+
+def _markup(head: bytes) -> str | None:
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start.startswith(b"<"):
+        return None
+    if re.search(rb"<svg[\s>]", start):
+        return "an SVG drawing, not a film; give a JPEG, PNG or DICOM"
+    if start.startswith(b"<?xml") and b"<html" not in start:
+        return "an XML document, not an image; give a JPEG, PNG or DICOM"
+    return "a web page, not an image, such as a log-in page saved by the download; download it again"
+
+
+def _text(head: bytes) -> str | None:
+    try:
+        # A character may be cut at the end of the head.
+        words = head.decode("utf-8", "strict" if len(head) < _HEAD else "ignore")
+    except UnicodeDecodeError:
+        return None
+    if words.isprintable() or all(letter.isprintable() or letter in "\t\r\n\f" for letter in words):
+        return "a text file, not an image; give a JPEG, PNG or DICOM"
+    return None

@@ -1,0 +1,182 @@
+"""What abstaining costs and gains on test: `abstention` of `test_results.json`, which `results` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
+from mlx_cxr.evaluation.conformal import coverage_range
+from mlx_cxr.evaluation.metrics import both_classes
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
+from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.risk_coverage import RANKINGS, call_confidences, risk_coverage, weighted_aurc
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+
+FIGURES: tuple[str, ...] = (
+    "positive_coverage",
+    "negative_coverage",
+    "called",
+    "called_positives",
+    "called_negatives",
+    "risk",
+    "risk_called",
+    "sensitivity_called",
+    "specificity_called",
+    *(f"aurc_{ranking}" for ranking in RANKINGS),
+)
+"""Order of the last axis of `weighted_figures`."""
+COVERAGES: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(1, 11))
+"""Where `risk_at` is taken."""
+
+
+@dataclass(frozen=True)
+class FindingCalls:
+    """One finding on the test studies that count under a protocol.
+
+    Attributes:
+        kept: bool (N,), which of all the studies these n are.
+        truth: bool (n,), the label.
+        called: bool (n,), what the threshold calls positive.
+        made: bool (n,), where the model does not abstain.
+        present_plausible: bool (n,), whether the conformal set holds "present".
+        absent_plausible: bool (n,), whether it holds "absent".
+        confidences: `risk_coverage.RANKINGS` to float64 (n,).
+    """
+
+    kept: np.ndarray
+    truth: np.ndarray
+    called: np.ndarray
+    made: np.ndarray
+    present_plausible: np.ndarray
+    absent_plausible: np.ndarray
+    confidences: Mapping[str, np.ndarray]
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """bool (n,): where the threshold's call is not the label."""
+        return self.called != self.truth
+
+
+def finding_calls(
+    validation: Predictions, test: Predictions, points: OperatingPoints, protocol: str
+) -> list[FindingCalls]:
+    """Calls and abstentions on test, a finding at a time.
+
+    Args:
+        validation: the studies that the points were fitted to.
+        test: the studies to judge.
+        points: fitted on validation.
+        protocol: of the test targets, a key of `labels.SCORING_PROTOCOLS`.
+    """
+    decided = points.decide(test.logits)
+    p, targets = decided.probabilities, SCORING_PROTOCOLS[protocol].apply(test.raw_labels)
+    confidences = call_confidences(validation, p, points)
+    called, made = p >= points.thresholds.values, decided.states != ABSTAIN
+    present, absent = points.bands.present_plausible(p), points.bands.absent_plausible(p)
+    findings = []
+    for k in range(len(LABELS)):
+        kept = ~np.isnan(targets[:, k])
+        columns = (column[kept, k] for column in (targets == 1, called, made, present, absent))
+        findings.append(FindingCalls(kept, *columns, {name: c[kept, k] for name, c in confidences.items()}))
+    return findings
+
+
+def abstention_section(
+    validation: Predictions, test: Predictions, points: OperatingPoints, resamples: PatientResamples
+) -> dict[str, Any]:
+    """The section, for every protocol.
+
+    Args:
+        validation: the studies that the points were fitted to.
+        test: the studies to score.
+        points: fitted on validation.
+        resamples: of the patients of test.
+    """
+    bands = points.bands
+    counts = zip(LABELS, bands.positives.tolist(), bands.negatives.tolist(), strict=True)
+    sections = {}
+    for name, policy in SCORING_PROTOCOLS.items():
+        findings = finding_calls(validation, test, points, name)
+        sections[name] = _protocol(findings, bands.fitted & both_classes(policy.apply(test.raw_labels)), resamples)
+    return {
+        "alpha": bands.alpha,
+        "fitted_under": points.protocol,
+        "needed": bands.needed,
+        "too_few": [label for label, there in zip(LABELS, bands.fitted, strict=True) if not there],
+        "expected": {
+            label: {
+                "positive_coverage": coverage_range(positives, bands.alpha),
+                "negative_coverage": coverage_range(negatives, bands.alpha),
+            }
+            for label, positives, negatives in counts
+        },
+        "coverages": COVERAGES,
+        "protocols": sections,
+    }
+
+
+def weighted_figures(finding: FindingCalls, weights: np.ndarray) -> np.ndarray:
+    """`FIGURES` of one finding on many resamples at once, each given as how often every study was drawn.
+
+    Args:
+        finding: n of N studies.
+        weights: (B, N), whole numbers.
+
+    Returns:
+        float64 (B, 11), NaN where a resample leaves a figure undefined.
+    """
+    drawn = weights[:, finding.kept].astype(np.float64)
+    y, made, wrong = finding.truth, finding.made, finding.wrong
+    kinds = (y, ~y, y & finding.present_plausible, ~y & finding.absent_plausible, y & made, ~y & made, wrong)
+    counts = drawn @ np.stack([*kinds, wrong & y & made, wrong & ~y & made], axis=1)
+    positives, negatives, kept_present, kept_absent, made_1, made_0, errors, missed, false_alarms = counts.T
+    ratios = (
+        (kept_present, positives),
+        (kept_absent, negatives),
+        (made_1 + made_0, positives + negatives),
+        (made_1, positives),
+        (made_0, negatives),
+        (errors, positives + negatives),
+        (missed + false_alarms, made_1 + made_0),
+        (made_1 - missed, made_1),
+        (made_0 - false_alarms, made_0),
+    )
+    shares = [np.divide(part, of, out=np.full(len(of), np.nan), where=of > 0) for part, of in ratios]
+    areas = [weighted_aurc(wrong, finding.confidences[ranking], drawn) for ranking in RANKINGS]
+    return np.stack([*shares, *areas], axis=1)
+
+
+def _protocol(findings: list[FindingCalls], meant: np.ndarray, resamples: PatientResamples) -> dict[str, Any]:
+    """An entry of `protocols`; `meant`, bool (14,), are the labels of the means."""
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return np.stack([weighted_figures(finding, weights) for finding in findings], axis=1)
+
+    values = statistic(np.ones((1, len(resamples.patient_of_row))))[0]
+    replicates = patient_bootstrap(statistic, resamples)
+    curves = {name: np.stack([_risk_at(finding, name) for finding in findings]) for name in RANKINGS}
+    per_label = {}
+    for k, label in enumerate(LABELS):
+        intervals = [percentile_interval(float(values[k, i]), replicates[:, k, i]) for i in range(len(FIGURES))]
+        per_label[label] = {name: interval.plain() for name, interval in zip(FIGURES, intervals, strict=True)}
+        per_label[label]["risk_at"] = {name: curve[k].tolist() for name, curve in curves.items()}
+    masked = np.where(meant[:, None], values, np.nan)
+    macro = {name: macro_interval(masked[:, i], replicates[:, :, i]).plain() for i, name in enumerate(FIGURES)}
+    if meant.any():
+        macro["risk_at"] = {name: curve[meant].mean(axis=0).tolist() for name, curve in curves.items()}
+    return {
+        "per_label": per_label,
+        "macro": macro,
+        "macro_labels": [label for label, there in zip(LABELS, meant, strict=True) if there],
+    }
+
+
+def _risk_at(finding: FindingCalls, ranking: str) -> np.ndarray:
+    """float64 (10,) risks at `COVERAGES`; NaN without studies."""
+    if not len(finding.truth):
+        return np.full(len(COVERAGES), np.nan)
+    return np.interp(COVERAGES, *risk_coverage(finding.wrong, finding.confidences[ranking]))

@@ -1,0 +1,310 @@
+"""How a model's logits become calls: what was fitted on validation, and `operating_points.json`, which keeps it.
+
+A finding is called at its threshold, and only where the call is all that conformal prediction leaves plausible; else
+the model abstains. Of findings that validation has too few studies of, or too few without, it makes no call. All of it
+is fitted per study. A film that is read alone is taken as a study of one film, for which the coverage of `conformal`
+holds as far as such a film is like a validation study; and it holds for films from the source that validation came
+from, not for another hospital's.
+
+Keys of `operating_points.json`:
+
+- `schema` (1), `run`, `synthetic`, `made_from` (role to SHA-256: the checkpoint, the manifest, ...).
+- `protocol`: of the validation targets, a key of `labels.SCORING_PROTOCOLS`. `threshold_rule`: `youden` or `f1`.
+  `alpha`: of the conformal bands.
+- `labels`: each of the 14, in the order of `labels.LABELS`, to `threshold` (on the calibrated probability),
+  `threshold_source`, `temperature`, `temperature_source`, `lower` (a lower probability rules "present" out), `upper`
+  (a higher one rules "absent" out), `positives` and `negatives` (validation studies of the conformal bands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_cxr.evaluation.calibration import Calibration, fit_temperatures
+from mlx_cxr.evaluation.conformal import ConformalBands, fit_bands
+from mlx_cxr.evaluation.metrics import Thresholds, choose_thresholds
+from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.runs import RunFormatError, read_json, write_json
+
+if TYPE_CHECKING:  # `predictions` imports this module
+    from mlx_cxr.evaluation.predictions import Predictions
+
+SCHEMA = 1
+FILE = "operating_points.json"
+"""In the folder of every run that was scored."""
+PRESENT, ABSENT, ABSTAIN = 1, 0, -1
+STATE_WORDS = {PRESENT: "present", ABSENT: "absent", ABSTAIN: "abstain"}
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a model says of N studies.
+
+    Attributes:
+        probabilities: float64 (N, 14) in [0, 1], calibrated.
+        states: int8 (N, 14), each `PRESENT`, `ABSENT` or `ABSTAIN`.
+    """
+
+    probabilities: np.ndarray
+    states: np.ndarray
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """What was fitted on validation.
+
+    Attributes:
+        calibration: temperatures.
+        thresholds: on calibrated probabilities.
+        protocol: of the validation targets, a key of `labels.SCORING_PROTOCOLS`.
+        bands: on calibrated probabilities; what they leave plausible gates the calls.
+    """
+
+    calibration: Calibration
+    thresholds: Thresholds
+    protocol: str
+    bands: ConformalBands
+
+    @property
+    def tuned(self) -> np.ndarray:
+        """bool (14,): the findings whose threshold validation chose."""
+        return np.array([source == "validation" for source in self.thresholds.sources])
+
+    @property
+    def tuned_thresholds(self) -> np.ndarray:
+        """float64 (14,) thresholds, NaN where validation could choose none."""
+        return np.where(self.tuned, self.thresholds.values, np.nan)
+
+    def decide(self, logits: np.ndarray) -> Decisions:
+        """Calibrated probabilities and calls.
+
+        Args:
+            logits: (N, 14), before temperature scaling.
+
+        Raises:
+            ValueError: another shape, or a logit that is not finite.
+        """
+        logits = np.asarray(logits)
+        if logits.ndim != 2 or logits.shape[1] != len(LABELS):
+            raise ValueError(f"logits have shape {logits.shape}, expected (N, {len(LABELS)})")
+        if not np.isfinite(logits).all():
+            row, column = np.argwhere(~np.isfinite(logits))[0]
+            raise ValueError(f"row {row}, {LABELS[column]}: logit {logits[row, column]} is not finite")
+        probabilities = self.calibration.probabilities(logits)
+        return Decisions(probabilities, self.states(probabilities))
+
+    def states(self, probabilities: np.ndarray) -> np.ndarray:
+        """int8 (N, 14) calls of calibrated probabilities (N, 14).
+
+        A call is made where the conformal set is exactly what the threshold calls. Of a finding with too few validation
+        studies of a class none is made: the class could never be ruled out, so that every call would be the other one.
+        """
+        called = probabilities >= self.thresholds.values
+        present, absent = self.bands.present_plausible(probabilities), self.bands.absent_plausible(probabilities)
+        states = np.full(probabilities.shape, ABSTAIN, dtype=np.int8)
+        states[called & present & ~absent & self.bands.fitted] = PRESENT
+        states[~called & absent & ~present & self.bands.fitted] = ABSENT
+        return states
+
+    def reason(self, column: int, probability: float) -> str:
+        """Why the model abstains on a finding, in words; empty where it makes a call.
+
+        Args:
+            column: of the finding in `labels.LABELS`.
+            probability: calibrated, in [0, 1].
+        """
+        bands, label = self.bands, LABELS[column]
+        counts = {"with": int(bands.positives[column]), "without": int(bands.negatives[column])}
+        fewest = min(counts, key=counts.__getitem__)
+        if counts[fewest] < bands.needed:
+            return (
+                f"too few examples {fewest} {label} on validation ({counts[fewest]}; {bands.needed} needed at alpha "
+                f"{bands.alpha:g})"
+            )
+        called = probability >= self.thresholds.values[column]
+        present, absent = probability >= bands.lower[column], probability <= bands.upper[column]
+        sure = f"{100 * (1 - bands.alpha):.4g} %"
+        if present and absent:
+            return f"both present and absent are plausible at {sure}"
+        if not present and not absent:
+            return f"neither present nor absent fits at {sure}: unlike the validation films of either kind"
+        if present != called:
+            call, plausible = ("present", "absent") if called else ("absent", "present")
+            return f"the threshold says {call}, but at {sure} only {plausible} is plausible"
+        return ""
+
+
+def fit_operating_points(
+    validation: Predictions, protocol: str, rule: Literal["youden", "f1"], alpha: float
+) -> OperatingPoints:
+    """Temperatures, thresholds and conformal bands from the validation split alone.
+
+    The bands are fitted to the same studies as the rest. Temperatures keep the order of the probabilities, and the sets
+    do not look at the thresholds, so neither can take coverage away; what can is the choice of the weights, which the
+    same split made. Coverage on test, which `test_results.json` has, tells how much it took.
+
+    Args:
+        validation: of one split, not test.
+        protocol: a key of `labels.SCORING_PROTOCOLS`.
+        rule: as `metrics.choose_thresholds`.
+        alpha: in (0, 1), as `conformal.fit_bands`.
+
+    Raises:
+        ValueError: the predictions hold test studies, or an unknown rule or alpha.
+    """
+    if "test" in validation.split:
+        raise ValueError("thresholds and temperatures are fitted on validation; these predictions hold test studies")
+    targets = SCORING_PROTOCOLS[protocol].apply(validation.raw_labels)
+    calibration = fit_temperatures(validation.logits, targets)
+    probabilities = calibration.probabilities(validation.logits)
+    thresholds = choose_thresholds(targets, probabilities, rule)
+    return OperatingPoints(calibration, thresholds, protocol, fit_bands(probabilities, targets, alpha))
+
+
+def label_entries(points: OperatingPoints) -> dict[str, dict[str, Any]]:
+    """`labels` of `operating_points.json`, as this module's docstring describes it; `points_of_entries` reads it."""
+    calibration, thresholds, bands = points.calibration, points.thresholds, points.bands
+    return {
+        label: {
+            "threshold": float(thresholds.values[k]),
+            "threshold_source": thresholds.sources[k],
+            "temperature": float(calibration.temperatures[k]),
+            "temperature_source": calibration.sources[k],
+            "lower": float(bands.lower[k]),
+            "upper": float(bands.upper[k]),
+            "positives": int(bands.positives[k]),
+            "negatives": int(bands.negatives[k]),
+        }
+        for k, label in enumerate(LABELS)
+    }
+
+
+def points_of_entries(
+    entries: Mapping[str, Mapping[str, Any]], protocol: str, rule: str, alpha: float
+) -> OperatingPoints:
+    """Operating points from what `label_entries` made of them.
+
+    Raises:
+        KeyError: a finding or a value is missing.
+    """
+
+    def column(key: str, dtype: type = np.float64) -> np.ndarray:
+        return np.array([entries[label][key] for label in LABELS], dtype=dtype)
+
+    def sources(key: str) -> tuple[str, ...]:
+        return tuple(entries[label][key] for label in LABELS)
+
+    return OperatingPoints(
+        Calibration(column("temperature"), sources("temperature_source")),
+        Thresholds(column("threshold"), sources("threshold_source"), rule),
+        protocol,
+        ConformalBands(
+            alpha, column("lower"), column("upper"), column("positives", np.int64), column("negatives", np.int64)
+        ),
+    )
+
+
+def write_operating_points(
+    path: str | Path, points: OperatingPoints, *, run: str, synthetic: bool, made_from: Mapping[str, str]
+) -> Path:
+    """Write `operating_points.json` atomically and return its path.
+
+    Args:
+        path: of the file, in the run's folder.
+        points: fitted on validation.
+        run: the run's name.
+        synthetic: whether the cohort is.
+        made_from: role to the SHA-256 of what the predictions came from.
+    """
+    return write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "run": run,
+            "synthetic": synthetic,
+            "made_from": dict(made_from),
+            "protocol": points.protocol,
+            "threshold_rule": points.thresholds.rule,
+            "alpha": points.bands.alpha,
+            "labels": label_entries(points),
+        },
+    )
+
+
+def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, Any]]:
+    """Read and check what `write_operating_points` wrote; every number comes back exactly.
+
+    Returns:
+        The operating points, and `run`, `synthetic` and `made_from`.
+
+    Raises:
+        RunFormatError: the file is missing, of another schema, or damaged: names each fault.
+    """
+    path = Path(path)
+    again = "run evaluate_cnn again (for a teacher cache_teacher_outputs)"
+    if not path.exists():
+        raise RunFormatError(f"{path} is missing, as in a run that was not scored by this version; {again}")
+    plain = read_json(path)
+    schema = plain.get("schema") if isinstance(plain, dict) else None
+    if schema != SCHEMA:
+        raise RunFormatError(f"{path} has schema {schema}, not {SCHEMA}; {again}")
+    try:
+        checked = _File.model_validate(plain)
+    except ValidationError as error:
+        faults = "\n  ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'labels'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise RunFormatError(f"{path} cannot be used; {again}:\n  {faults}") from None
+    entries = {label: entry.model_dump() for label, entry in checked.labels.items()}
+    points = points_of_entries(entries, checked.protocol, checked.threshold_rule, checked.alpha)
+    return points, {"run": checked.run, "synthetic": checked.synthetic, "made_from": checked.made_from}
+
+
+_Unit = Annotated[float, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Label(_Strict):
+    threshold: _Unit
+    threshold_source: Literal["validation", "default"]
+    temperature: Annotated[float, Field(gt=0)]
+    temperature_source: Literal["validation", "bound", "default"]
+    lower: _Unit
+    upper: _Unit
+    positives: _Count
+    negatives: _Count
+
+
+class _File(_Strict):
+    """`operating_points.json`, as this module's docstring describes it."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    run: str
+    synthetic: bool
+    made_from: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    protocol: Literal[tuple(SCORING_PROTOCOLS)]  # type: ignore[valid-type]
+    threshold_rule: Literal["youden", "f1"]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    labels: dict[str, _Label]
+
+    @model_validator(mode="after")
+    def _labels_hang_together(self) -> _File:
+        if tuple(self.labels) != LABELS:
+            raise ValueError(f"its labels are {', '.join(self.labels)}; those of this version are {', '.join(LABELS)}")
+        for label, entry in self.labels.items():
+            if (entry.threshold_source == "default") != (min(entry.positives, entry.negatives) == 0):
+                raise ValueError(
+                    f"{label}: threshold_source is {entry.threshold_source!r} with {entry.positives} positives and "
+                    f"{entry.negatives} negatives"
+                )
+        return self

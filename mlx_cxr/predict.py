@@ -1,0 +1,176 @@
+"""Answer for films: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
+
+JPEG, PNG, TIFF, BMP and DICOM, told by their content. Writes into the folder `--out`: `films.csv`, a row per file (see
+`prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.
+A file that cannot be used gets its reason in the table, and the next one is read. Research only, not for clinical use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mlx_cxr import runtime
+from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.evaluation.operating_points import STATE_WORDS
+from mlx_cxr.inference import METHODS, Predictor
+from mlx_cxr.prediction_files import ContactSheets, called_maps, films_table, row_of, write_overlays
+from mlx_cxr.runs import provenance, write_json
+
+log = logging.getLogger("mlx_cxr")
+
+
+class PredictError(UserError, ValueError):
+    """Nothing to answer for, or something asked for that the run cannot give."""
+
+
+def run(
+    run_dir: Path,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    overlays: int = 0,
+    contact_sheet: bool = False,
+    method: str = "grad_cam",
+    recipe: str = "mimic",
+    ignore_gate: bool = False,
+    batch_size: int = 32,
+) -> Path:
+    """Answer for all files, and return the path of the table.
+
+    Args:
+        run_dir: an evaluated run of a CNN or a student.
+        inputs: files, and folders whose files are taken, hidden ones left out.
+        out: folder for what is written; made where it is not there.
+        overlays: write maps of this many called findings per film.
+        contact_sheet: write pages of small films.
+        method: of the maps.
+        recipe: how a DICOM's values become gray levels: `mimic` or `window`.
+        ignore_gate: answer for films that do not look like frontal chest films too.
+        batch_size: films per forward pass.
+
+    Raises:
+        PredictError: no files, or a run without maps of this method.
+        RunFormatError, ConfigError, ModelFormatError: as `Predictor.from_run`.
+        OSError: the folder cannot be written.
+    """
+    device = runtime.start("predict")
+    predictor = Predictor.from_run(run_dir, batch_size)
+    if (overlays or contact_sheet) and method not in predictor.methods:
+        raise PredictError(
+            f"{run_dir} has no scale for {method} maps; evaluate it again without --without_maps, or ask for none"
+        )
+    files = all_files(inputs, out)
+    if not files:
+        raise PredictError(f"no files in {', '.join(map(str, inputs))}")
+    counts: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    sheets = ContactSheets(out, predictor) if contact_sheet else None
+    most = max(overlays, int(contact_sheet))
+    begun = time.perf_counter()
+    with films_table(out / "films.csv") as table:
+        answers = predictor.predict_files(files, recipe, ignore_gate)
+        for number, answer in enumerate(tqdm(answers, total=len(files), unit="film", disable=None), start=1):
+            counts[answer.status] += 1
+            table.writerow(row_of(answer, predictor))
+            maps = []
+            if answer.answered:
+                calls.update(STATE_WORDS[state] for state in answer.states.tolist())
+                maps = called_maps(answer, predictor, most, method)
+                write_overlays(out / "overlays", number, answer, predictor, maps[:overlays], method)
+            if sheets is not None:
+                sheets.add(answer, maps)
+    if sheets is not None:
+        sheets.finish()
+    seconds = time.perf_counter() - begun
+    made_from = {"checkpoint": predictor.trained.checkpoint}
+    settings = {"run": run_dir.name, "method": method, "recipe": recipe, "ignore_gate": ignore_gate}
+    write_json(
+        out / "predict.json",
+        {
+            **provenance("predict", settings, made_from, device),
+            "synthetic": predictor.synthetic,
+            "files": len(files),
+            "status": dict(counts),
+            "findings": dict(calls),
+            "films_per_second": len(files) / seconds,
+        },
+    )
+    log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, len(files) / seconds, _counted(counts))
+    log.info("findings: %s", _counted(calls))
+    log.info("table in %s. Research only, not for clinical use.", out / "films.csv")
+    return out / "films.csv"
+
+
+def all_files(inputs: Iterable[Path], out: Path) -> list[Path]:
+    """Files and the files of folders, each once, in order; hidden ones and those under `out` are left out of folders.
+
+    A name that leads nowhere stays: its row says so.
+    """
+    files: dict[Path, None] = {}
+    for path in inputs:
+        if not path.is_dir():
+            files[path] = None
+            continue
+        for inside in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
+            if inside.is_file() and not hidden and out.resolve() not in inside.resolve().parents:
+                files[inside] = None
+    return list(files)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "none"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="films, or folders of films")
+    parser.add_argument(
+        "--run", required=True, type=Path, metavar="FOLDER", help="an evaluated run, such as outputs/student_v1"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
+    parser.add_argument(
+        "--overlays", type=int, nargs="?", const=1, default=0, metavar="N", help="maps of N called findings per film; 1"
+    )
+    parser.add_argument("--contact_sheet", action="store_true", help="pages of small films with their first call")
+    parser.add_argument("--method", choices=METHODS, default="grad_cam", help="of the maps; default grad_cam")
+    parser.add_argument(
+        "--dicom_recipe",
+        choices=("mimic", "window"),
+        default="mimic",
+        help="mimic: as MIMIC-CXR-JPG made its films, which the models of this package know; window: the file's own",
+    )
+    parser.add_argument(
+        "--ignore_gate", action="store_true", help="answer for what does not look like a chest film too"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="films per forward pass; default 32")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    with readable_errors():
+        run(
+            args.run,
+            args.inputs,
+            args.out,
+            overlays=args.overlays,
+            contact_sheet=args.contact_sheet,
+            method=args.method,
+            recipe=args.dicom_recipe,
+            ignore_gate=args.ignore_gate,
+            batch_size=args.batch_size,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The preprocessing that a network was trained with, as data that is kept with its run and compared later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_cxr.config import Config
+from mlx_cxr.data.films import Transform
+from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
+from mlx_cxr.runs import RunFormatError
+
+DICOM_RECIPE = "mimic"
+"""How a DICOM becomes a film like those that were trained on; see `data.dicom`."""
+
+
+def preprocessing_record(config: Config) -> dict[str, Any]:
+    """What this version does to a film of this experiment, from file to network input, JSON-ready.
+
+    Returns:
+        `transform` (as `Transform.plain`), `normalization` (`in_channels`, and `mean` and `std` per channel of films in
+        [0, 1]) and `dicom_recipe`.
+    """
+    channels = config.model.in_channels
+    mean, std = ([GRAY_MEAN], [GRAY_STD]) if channels == 1 else (list(RGB_MEAN), list(RGB_STD))
+    return {
+        "transform": Transform(config.pixels.size, config.pixels.fit).plain(),
+        "normalization": {"in_channels": channels, "mean": mean, "std": std},
+        "dicom_recipe": DICOM_RECIPE,
+    }
+
+
+def check_preprocessing(recorded: Mapping[str, Any], config: Config, where: object) -> None:
+    """Refuse a network that was trained with other preprocessing than this version's.
+
+    Args:
+        recorded: `preprocessing_record` of the training.
+        config: of the run.
+        where: the file that holds the record.
+
+    Raises:
+        RunFormatError: they differ; names each key with both values.
+    """
+    now = preprocessing_record(config)
+    faults = [
+        f"{key}: recorded {recorded.get(key)!r}, this version has {now.get(key)!r}"
+        for key in sorted({*now, *recorded})
+        if recorded.get(key) != now.get(key)
+    ]
+    if faults:
+        raise RunFormatError(
+            f"{where}: films are no longer prepared as they were for this network, so its answers would be wrong:\n  "
+            + "\n  ".join(faults)
+            + "\nuse the version that it was trained with, or train again"
+        )

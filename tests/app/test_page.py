@@ -1,0 +1,322 @@
+"""What the page says in each of its states, by Streamlit's own test runner: no browser."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_cxr.data.manifest import load_manifest
+from mlx_cxr.evaluation.operating_points import ABSTAIN, STATE_WORDS, read_operating_points
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.inference import Predictor
+from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.runs import read_json, write_json
+
+TABS = ("Case", "Compare models", "Failures", "Explain", "About")
+EDEMA, HEART = label_index("Edema"), label_index("Cardiomegaly")
+
+
+def html_of(page) -> str:
+    return "\n".join(element.proto.body for element in page.html)
+
+
+def text_of(page) -> str:
+    """All text of the page, without tags."""
+    parts = [re.sub(r"<[^>]+>", " ", html_of(page))]
+    for kind in ("markdown", "info", "warning", "error", "success", "header", "subheader", "caption", "code"):
+        parts += [str(element.value) for element in getattr(page, kind)]
+    return re.sub(r"\\(.)", r"\1", re.sub(r"\s+", " ", "\n".join(parts)))
+
+
+def rows_shown(page, name: str) -> dict[str, list[str]]:
+    """Finding to the cells of the table of findings."""
+    table = re.search(rf"<caption>The 14 findings by {name}</caption>.*?</table>", html_of(page), re.DOTALL)[0]
+    cells = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table)
+    return {head: [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", rest)] for head, rest in cells}
+
+
+def refused(page) -> list[str]:
+    return [re.sub(r"\\(.)", r"\1", error.value) for error in page.error]
+
+
+def answers(config, run: str, paths) -> list:
+    """By a Predictor of the test's own, as the page computes in another thread."""
+    predictor = Predictor.from_run(config.run_dir(run))
+    return predictor.predict([predictor.read(path) for path in paths])
+
+
+def test_without_a_run_it_says_what_to_run(open_page, tmp_path):
+    page = open_page(tmp_path / "nothing")
+    assert not page.exception
+    assert [header.value for header in page.header] == ["No model to show yet"]
+    assert page.code[0].value == "./scripts/demo"
+    assert "train_cnn" in page.code[1].value
+    assert "Research only, not for clinical use" in text_of(page)
+
+
+def test_a_run_that_cannot_be_read_is_named_with_its_reason(open_page, tmp_path):
+    for name, content in {"torn": "{", "other": '{"stage": "export"}', "older": "[]"}.items():
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "config.json").write_text(content)
+    page = open_page(tmp_path / "outputs")
+    assert not page.exception
+    (torn,) = (error for error in refused(page) if error.startswith("torn"))
+    assert "is not readable JSON" in torn
+    assert sum("names the stage" in error for error in refused(page)) == 2
+
+
+def test_a_large_upload_never_touches_the_disk(open_page, tmp_path):
+    """Starlette's parser, which the server uses, puts what is over 1 MB into a file unless it is told otherwise."""
+    formparsers = pytest.importorskip("starlette.formparsers", reason="this Streamlit does not use Starlette")
+    import anyio
+    from starlette.datastructures import Headers
+
+    open_page(tmp_path)
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n' + b"a" * 5_000_000 + b"\r\n--b--\r\n"
+    )
+
+    async def chunks():
+        yield body
+
+    async def parsed():
+        headers = Headers({"content-type": "multipart/form-data; boundary=b"})
+        return await formparsers.MultiPartParser(headers, chunks()).parse()
+
+    upload = anyio.run(parsed)["f"]
+    assert upload.size == 5_000_000
+    assert not upload.file._rolled
+
+
+@pytest.fixture
+def page(cohort, open_page):
+    return open_page(cohort.outputs)
+
+
+@pytest.mark.slow
+class TestWithRuns:
+    def test_a_sample_shows_what_the_predictor_says(self, cohort, page):
+        assert not page.exception
+        assert not page.error
+        image_id = page.selectbox(key="sample").value
+        manifest = load_manifest(cohort.manifest_path)
+        row = int(np.flatnonzero(manifest.frame["image_id"] == image_id)[0])
+        said = answers(cohort, "cnn", [cohort.data.root / manifest.frame["path"].iloc[row]])[0]
+        shown = rows_shown(page, "cnn")
+        assert set(shown) == set(LABELS)
+        for k, label in enumerate(LABELS):
+            probability, *_, call, reason, report = shown[label]
+            assert float(probability) == pytest.approx(said.probabilities[k], abs=5.1e-4)
+            assert call == {**STATE_WORDS, ABSTAIN: "abstains"}[int(said.states[k])]
+            assert (reason == "–") == (int(said.states[k]) != ABSTAIN)
+            raw = manifest.raw_labels[row, k]
+            assert report == ("not mentioned" if np.isnan(raw) else ["absent", "present"][int(raw)])
+        assert f"{said.probabilities[EDEMA]:.2f}" in html_of(page)
+
+    def test_samples_are_test_films_and_every_one_of_them_opens(self, cohort, page):
+        manifest = load_manifest(cohort.manifest_path).frame.set_index("image_id")
+        titles = page.selectbox(key="sample").options
+        assert len(titles) == len(set(titles)) > 3
+        for title in titles[1:4]:
+            page.selectbox(key="sample").select(title).run()
+            image_id = page.selectbox(key="sample").value
+            assert manifest.loc[image_id, "split"] == "test"
+            assert f"study {manifest.loc[image_id, 'study_id']}" in title
+            assert not page.error
+
+    def test_switching_the_model_keeps_the_finding_and_another_film_resets_it(self, page):
+        page.selectbox(key="finding").set_value("Cardiomegaly").run()
+        page.segmented_control(key="model").set_value("Student").run()
+        assert page.selectbox(key="finding").value == "Cardiomegaly"
+        assert set(rows_shown(page, "student")) == set(LABELS)
+        titles = page.selectbox(key="sample").options
+        page.selectbox(key="finding").set_value("Fracture").run()
+        page.selectbox(key="sample").select(titles[1]).run()
+        assert page.selectbox(key="finding").value in ("Edema", "Cardiomegaly")
+
+    def test_side_by_side_names_every_finding_that_is_called_differently(self, cohort, page):
+        page.segmented_control(key="model").set_value("Side by side").run()
+        assert not page.error
+        shown = {name: rows_shown(page, name) for name in ("cnn", "student")}
+        differ = [label for label in LABELS if shown["cnn"][label][3] != shown["student"][label][3]]
+        assert f"The two say the same of {14 - len(differ)} of 14 findings" in text_of(page)
+        for label in differ:
+            assert f"{label}: cnn {shown['cnn'][label][3]} (p" in text_of(page)
+
+    def test_a_map_is_withheld_where_there_is_no_call_and_shown_on_request(self, page):
+        page.selectbox(key="finding").set_value("Fracture").run()
+        assert "Fracture: no map is shown. Reason: the model abstains on Fracture: too few examples" in text_of(page)
+        page.selectbox(key="finding").set_value("No Finding").run()
+        assert "No Finding has no map" in text_of(page)
+        withheld = next(label for label in ("Edema", "Cardiomegaly") if rows_shown(page, "cnn")[label][3] != "present")
+        page.selectbox(key="finding").set_value(withheld).run()
+        assert f"{withheld}: no map is shown" in text_of(page)
+        assert "Colour scale of the map" not in html_of(page)
+        page.toggle(key="show_withheld").set_value(True).run()
+        assert "Shown on request. The map is otherwise withheld" in text_of(page)
+        assert "Colour scale of the map" in html_of(page)
+
+    def test_the_samples_report_is_read_as_the_teacher_read_it_when_it_was_scored(self, cohort, page):
+        page.button(key="load_report").click().run()
+        assert not page.error
+        study = re.search(r"study (\w+)", page.selectbox(key="sample").options[0])[1]
+        predictions = read_predictions(cohort.run_dir("teacher") / "predictions.csv").predictions
+        points = read_operating_points(cohort.run_dir("teacher") / "operating_points.json")[0]
+        wanted = points.decide(predictions.logits[predictions.study_ids == study])
+        table = html_of(page).split("<caption>Film and report, finding by finding</caption>")[1]
+        for k in (EDEMA, HEART):
+            cells = re.search(rf'<th scope="row">{LABELS[k]}</th>(.*?)</tr>', table)[1]
+            report = re.sub("<[^>]+>", "", cells.split("<td")[2])
+            assert report.split(">")[-1].startswith(f"{wanted.probabilities[0, k]:.2f}")
+        assert "teacher may read: findings. Read here: findings." in text_of(page)
+        assert 'class="cxr-words"' in html_of(page)
+        assert "Checked against leave-one-out" in text_of(page) or "failed the check" in text_of(page)
+
+    def test_a_report_that_says_the_other_thing_is_set_against_the_film_in_words(self, page):
+        for title in page.selectbox(key="sample").options:
+            page.selectbox(key="sample").select(title).run()
+            probability, _, _, call, *_ = rows_shown(page, "cnn")["Cardiomegaly"]
+            if call != "abstains":
+                break
+        heart = "Normal. Normal. Normal." if call == "present" else "Cardiomegaly. Cardiomegaly. Cardiomegaly."
+        other = {"present": "absent", "absent": "present"}[call]
+        page.text_area(key="report").set_value(f"FINDINGS: {heart}").run()
+        page.button(key="read_report").click().run()
+        said = re.search(r"Cardiomegaly: film (\w+) \(p (\S+)\), report (\w+) \(p (\S+)\)", text_of(page))
+        assert said is not None
+        assert (said[1], said[3]) == (call, other)
+        assert float(said[2]) == pytest.approx(float(probability), abs=5.1e-3)
+        assert (float(said[4]) > 0.5) == (other == "present")
+
+    def test_markup_in_a_report_is_text(self, page):
+        page.text_area(key="report").set_value(
+            "FINDINGS: Edema. <img src=x onerror=alert(1)> ![a](http://b/c) Edema."
+        ).run()
+        page.button(key="read_report").click().run()
+        assert not page.exception
+        assert "&lt;img" in html_of(page)
+        assert "<img src=x" not in html_of(page)
+        assert "![a](http" not in "".join(str(m.value) for m in page.markdown)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("....", "there is no text to read"),
+            ("a " * 20_000, "a report has at most 20,000"),
+            ("IMPRESSION: Edema.", "none of what"),
+        ],
+    )
+    def test_a_report_that_cannot_be_read_is_a_sentence(self, page, text, reason):
+        page.text_area(key="report").set_value(text).run()
+        page.button(key="read_report").click().run()
+        assert [reason in error for error in refused(page)] == [True]
+        assert rows_shown(page, "cnn")
+
+    def test_bad_files_are_sentences_and_a_good_one_is_read_after_them(self, cohort, page):
+        from page_cohort import chest
+
+        page.segmented_control(key="film_from").set_value("Upload").run()
+        gif, good = io.BytesIO(), io.BytesIO()
+        frames = [Image.new("L", (64, 64), level) for level in (0, 90)]
+        frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+        film = chest(1, True, False)
+        Image.fromarray(film).save(good, "PNG")
+        predictor = Predictor.from_run(cohort.run_dir("cnn"))
+        bad = {"empty.png": b"", "paper.png": b"%PDF-1.7 x", "a.gif": gif.getvalue(), "cut.png": good.getvalue()[:900]}
+        for name, content in bad.items():
+            page.file_uploader(key="upload").set_value((name, content, "image/png")).run()
+            assert not page.exception
+            assert refused(page) == [f"{name}: {predictor.read(content).error}"]
+            assert "The 14 findings by" not in html_of(page)
+        page.file_uploader(key="upload").set_value(("../../etc/lies.gif", good.getvalue(), "image/gif")).run()
+        assert not page.error
+        said = predictor.predict([predictor.read(good.getvalue())])[0]
+        assert float(rows_shown(page, "cnn")["Edema"][0]) == pytest.approx(said.probabilities[EDEMA], abs=5.1e-4)
+
+    def test_a_film_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
+        page.segmented_control(key="film_from").set_value("Upload").run()
+        photo = io.BytesIO()
+        ramp = np.linspace(0, 255, 128).astype(np.uint8)
+        Image.fromarray(
+            np.stack([np.tile(ramp, (128, 1)), np.tile(ramp[:, None], (1, 128)), np.full((128, 128), 40, np.uint8)], 2)
+        ).save(photo, "PNG")
+        page.file_uploader(key="upload").set_value(("photo.png", photo.getvalue(), "image/png")).run()
+        assert "does not look like a frontal chest film, so no answer is given" in text_of(page)
+        assert "The 14 findings by" not in html_of(page)
+        page.toggle[0].set_value(True).run()
+        assert set(rows_shown(page, "cnn")) == set(LABELS)
+
+    @pytest.mark.parametrize("name", TABS)
+    def test_every_tab_has_the_warning_and_no_error(self, page, name):
+        page.session_state["tab"] = name
+        page.run()
+        assert not page.exception
+        assert not page.error
+        assert "Research only, not for clinical use" in html_of(page)
+        assert "Synthetic cohort" in html_of(page)
+        if name != "Case":
+            assert name in [header.value for header in page.header]
+
+    def test_the_comparison_is_the_files(self, cohort, page):
+        record = read_json(cohort.outputs / "comparison_trial" / "final_comparison.json")
+        page.session_state["tab"] = "Compare models"
+        page.run()
+        models = record["protocols"][record["fitted_under"]]["models"]
+        for run in ("cnn", "teacher", "student"):
+            assert f"{models[run]['macro']['roc_auc']['value']:.3f}" in html_of(page)
+        page.segmented_control(key="protocol").set_value("empty_masked").run()
+        assert not page.error
+        assert f"{record['protocols']['empty_masked']['models']['cnn']['macro']['brier']['value']:.3f}" in html_of(page)
+
+    def test_a_failure_opens_as_a_case(self, cohort, page):
+        page.session_state["tab"] = "Failures"
+        page.run()
+        options = page.selectbox(key="filter_error").options
+        page.selectbox(key="filter_error").set_value(options[-1]).run()
+        assert re.search(r"\d+ of \d+ failures", text_of(page))
+        chosen = next(box for box in page.selectbox if box.label == "A failure")
+        finding, study = re.match(r"(.*?): ", chosen.options[0])[1], re.search(r"study (\w+)", chosen.options[0])[1]
+        page.button(key="open_case").click().run()
+        assert page.session_state["tab"] == "Case"
+        assert page.session_state["finding"] == finding
+        assert page.selectbox(key="sample").value == f"film{study[1:]}.png"
+
+    def test_a_fault_in_one_tab_leaves_the_rest(self, page, monkeypatch):
+        def broken(record):
+            raise ValueError("boom")
+
+        monkeypatch.setattr("cxr_page.compare.statement", broken)
+        page.session_state["tab"] = "Compare models"
+        page.run()
+        assert not page.exception
+        assert any("Something went wrong here (ValueError)" in error for error in refused(page))
+        assert not any("boom" in error for error in refused(page))
+        assert "Research only" in html_of(page)
+
+    def test_a_network_address_is_in_the_banner(self, page, monkeypatch):
+        monkeypatch.setattr("cxr_page.look.network_address", lambda: "0.0.0.0")
+        page.run()
+        assert "Served on 0.0.0.0, not on this machine alone" in text_of(page)
+
+
+@pytest.mark.slow
+def test_damaged_runs_are_listed_beside_those_that_work(cohort, open_page, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(cohort.outputs, outputs)
+    old = outputs / "student" / "test_results.json"
+    write_json(old, read_json(old) | {"schema": 99})
+    (outputs / "comparison_trial" / "final_comparison.json").write_text("{}")
+    page = open_page(outputs)
+    assert not page.exception
+    assert [option for option in page.segmented_control(key="model").options] == ["CNN"]
+    assert "test_results.json is not of schema 1" in text_of(page)
+    assert set(rows_shown(page, "cnn")) == set(LABELS)
+    page.session_state["tab"] = "Compare models"
+    page.run()
+    assert any("run compare_models again" in error for error in refused(page))
+    assert not page.exception

@@ -1,0 +1,17 @@
+"""Films of the phantom, which look like chests, for tests that need to pass the quality gate."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from mlx_cxr.phantom.anatomy import sample_patient
+from mlx_cxr.phantom.film import render_film
+
+
+@functools.cache
+def chest_film(seed: int = 0, size: int = 128, kind: str = "PA") -> np.ndarray:
+    """uint8 (H, W): a film of nobody, without findings."""
+    patient = sample_patient(10_000_000 + seed, np.random.default_rng(seed), seed)
+    return render_film(patient, {}, kind, size, seed).pixels

@@ -1,0 +1,389 @@
+"""What a DICOM becomes, against MIMIC-CXR-JPG's own steps in OpenCV, the standard's formulas, and its own PNG."""
+
+import builtins
+import io
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import cv2
+import mlx.core as mx
+import numpy as np
+import pytest
+from dicom_files import as_bytes, dicom_bytes, dicom_dataset
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    BasicTextSRStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from mlx_cxr.data.decoding import FilmError, Transform, decode_bytes
+from mlx_cxr.data.dicom import equalize, read_dicom
+from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+
+REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
+TRANSFORM = Transform(64)
+KINDS = [(photometric, bits) for photometric in ("MONOCHROME1", "MONOCHROME2") for bits in (8, 12, 16)]
+
+
+@pytest.fixture
+def film():
+    """uint8 (H, W) of smooth content from 0 to 255, an odd number of pixels, unlike its negative."""
+    grain = np.random.default_rng(0).integers(0, 256, (9, 7), dtype=np.uint8)
+    levels = np.asarray(Image.fromarray(grain).resize((75, 91), Image.Resampling.BICUBIC)).copy() // 2
+    levels[0, 0], levels[-1, -1] = 0, 255
+    return levels
+
+
+@pytest.fixture(scope="session")
+def network():
+    model = ResNet18(ResNetConfig(in_channels=3))
+    initialize(model, seed=0)
+    model.eval()
+    return model
+
+
+def mimic_cxr_jpg(stored, photometric):
+    """The published function (MIT-LCP/mimic-cxr, issue 16), but for reading the file."""
+    raw = stored.astype(np.float64)
+    raw = raw - raw.min()
+    levels = (raw / raw.max() * 255).astype(np.uint8)
+    if photometric == "MONOCHROME1":
+        levels = cv2.bitwise_not(levels)
+    return cv2.equalizeHist(levels)
+
+
+def as_png(levels):
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    return content.getvalue()
+
+
+def gray(data, recipe="mimic"):
+    return np.asarray(read_dicom(data, recipe).gray)
+
+
+class TestEqualization:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_is_opencvs_bit_for_bit(self, seed):
+        rng = np.random.default_rng(seed)
+        shape = rng.integers(1, 300, 2)
+        spread = rng.choice([0.5, 3, 20, 80])
+        levels = np.clip(rng.normal(rng.integers(0, 256), spread, shape), 0, 255).astype(np.uint8)
+        assert np.array_equal(equalize(levels), cv2.equalizeHist(levels))
+
+    @pytest.mark.parametrize("levels", [[[7]], [[0, 255]], [[3, 3], [3, 4]], [[255, 255], [0, 0]]])
+    def test_edge_cases(self, levels):
+        levels = np.array(levels, np.uint8)
+        assert np.array_equal(equalize(levels), cv2.equalizeHist(levels))
+
+    def test_more_pixels_than_single_precision_counts(self):
+        levels = np.random.default_rng(0).integers(0, 256, (4200, 4100), dtype=np.uint8)
+        assert levels.size > 2**24
+        assert np.array_equal(equalize(levels), cv2.equalizeHist(levels))
+
+
+class TestMimicRecipe:
+    @pytest.mark.parametrize("signed", [False, True])
+    @pytest.mark.parametrize(("photometric", "bits"), KINDS)
+    def test_is_mimic_cxr_jpgs_bit_for_bit(self, photometric, bits, signed):
+        # Values that no scaling divides evenly, within part of the range.
+        rng = np.random.default_rng(bits)
+        stored = rng.integers(2**bits // 9, 2**bits // 2, (61, 47)) - signed * 2 ** (bits - 1)
+        dataset = dicom_dataset(np.zeros((61, 47), np.uint8), photometric, bits, signed)
+        kind = f"{'i' if signed else 'u'}{1 if bits == 8 else 2}"
+        dataset.PixelData = stored.astype(kind).tobytes() + b"\0" * (bits == 8)
+        assert np.array_equal(gray(as_bytes(dataset)), mimic_cxr_jpg(stored, photometric))
+
+    @pytest.mark.parametrize(("photometric", "bits"), KINDS)
+    def test_every_kind_of_file_gives_the_pixels_and_logits_of_the_png(self, film, network, photometric, bits):
+        png = decode_bytes(as_png(mimic_cxr_jpg(film, "MONOCHROME2")), TRANSFORM)
+        dicom = decode_bytes(dicom_bytes(film, photometric, bits), TRANSFORM)
+        assert np.array_equal(dicom.image, png.image)
+        logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
+        assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
+        assert np.abs(np.array(logits[0])).max() > 0.01
+
+    @pytest.mark.parametrize(("photometric", "bits"), KINDS)
+    def test_on_a_real_film(self, network, photometric, bits):
+        path = REAL / "nih_00000061_012.jpg"
+        if not path.exists():
+            pytest.skip(f"no real films in {REAL}")
+        transform = Transform(224)
+        real = np.asarray(Image.open(path).convert("L"))
+        png = decode_bytes(as_png(mimic_cxr_jpg(real, "MONOCHROME2")), transform)
+        dicom = decode_bytes(dicom_bytes(real, photometric, bits), transform)
+        assert np.array_equal(dicom.image, png.image)
+        assert dicom.concerns == ()
+        logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
+        assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
+
+    def test_32_bit_and_floating_point_values(self, film):
+        values = film.astype(np.int64) * 3_000_017 - 5
+        wide = dicom_dataset(film, BitsAllocated=32, BitsStored=32, HighBit=31, PixelRepresentation=1)
+        wide.PixelData = values.astype(np.int32).tobytes()
+        assert np.array_equal(gray(as_bytes(wide)), mimic_cxr_jpg(values, "MONOCHROME2"))
+        real = dicom_dataset(film, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
+        real.FloatPixelData = (film / np.float32(7)).astype(np.float32).tobytes()
+        assert np.array_equal(gray(as_bytes(real)), mimic_cxr_jpg(film / np.float32(7), "MONOCHROME2"))
+
+    def test_bits_above_the_stored_ones_are_no_pixels(self, film):
+        # An overlay kept in the upper bits, as before 2004.
+        dataset = dicom_dataset(film, bits=12)
+        overlay = np.random.default_rng(0).integers(0, 16, film.shape, dtype=np.uint16) << 12
+        dataset.PixelData = (np.frombuffer(dataset.PixelData, np.uint16) | overlay.ravel()).tobytes()
+        assert np.array_equal(gray(as_bytes(dataset)), gray(dicom_bytes(film, bits=12)))
+
+    def test_window_rescale_and_padding_change_nothing(self, film):
+        more = {"WindowCenter": 900, "WindowWidth": 300, "RescaleSlope": 2, "RescaleIntercept": -1000}
+        changed = dicom_bytes(film, bits=12, PixelPaddingValue=0, **more)
+        assert np.array_equal(gray(changed), gray(dicom_bytes(film, bits=12)))
+
+    def test_a_negative_slope_turns_the_gray_scale_round(self, film):
+        falling = dicom_bytes(film, "MONOCHROME1", 12, RescaleSlope=-1, RescaleIntercept=4095)
+        assert np.array_equal(gray(falling), mimic_cxr_jpg(255 - film, "MONOCHROME2"))
+
+    @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+    def test_the_presentation_lut_shape_does_not_invert_again(self, film, photometric):
+        data = dicom_bytes(film, photometric, PresentationLUTShape="INVERSE")
+        result = read_dicom(data)
+        assert np.array_equal(result.gray, gray(dicom_bytes(film)))
+        assert any("INVERSE" in note for note in result.notes) == (photometric == "MONOCHROME2")
+
+    def test_an_extreme_value_that_takes_up_the_range_is_a_concern(self, film):
+        dataset = dicom_dataset(film, bits=16)
+        values = film.astype(np.uint16)
+        values[0, 0] = 65_535
+        dataset.PixelData = values.tobytes()
+        assert "gray levels left" in read_dicom(as_bytes(dataset)).concerns[0]
+
+
+class TestWindow:
+    def test_linear_window_by_hand(self, film):
+        # PS3.3 C.11.2.1.2: y = ((x - (c - 0.5)) / (w - 1) + 0.5), cut to 0..1.
+        stored = film.astype(np.float64) * 16
+        expected = (np.clip((stored - 1999.5) / 999 + 0.5, 0, 1) * 255).astype(np.uint8)
+        data = dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=1000)
+        assert np.abs(gray(data, "window").astype(int) - expected).max() <= 1
+        assert {0, 255} <= set(np.unique(gray(data, "window")).tolist())
+
+    def test_the_first_of_several_windows_after_rescale_of_signed_values(self, film):
+        measured = (film.astype(np.float64) * 16 - 2048) * 0.5 + 10
+        expected = (np.clip((measured - 99.5) / 799 + 0.5, 0, 1) * 255).astype(np.uint8)
+        more = {"RescaleSlope": 0.5, "RescaleIntercept": 10, "WindowCenter": [100, 5], "WindowWidth": [800, 9]}
+        result = gray(dicom_bytes(film, bits=12, signed=True, **more), "window")
+        assert np.abs(result.astype(int) - expected).max() <= 1
+
+    def test_monochrome1_is_inverted_after_the_window(self, film):
+        # Stored reversed, so the window that shows the same lies at the other end.
+        plain = gray(dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=1001), "window")
+        reverse = dicom_bytes(film, "MONOCHROME1", 12, WindowCenter=4095 - 2000 + 1, WindowWidth=1001)
+        assert np.abs(gray(reverse, "window").astype(int) - plain).max() <= 1
+
+    def test_voi_lut(self, film):
+        item = Dataset()
+        table = np.linspace(0, 1, 256) ** 3 * 1023
+        item.add_new("LUTDescriptor", "US", [256, 0, 10])
+        item.add_new("LUTData", "US", table.astype(np.uint16).tolist())
+        result = gray(dicom_bytes(film, VOILUTSequence=[item]), "window")
+        assert np.array_equal(result, (table.astype(np.uint16)[film] / 1023 * 255).astype(np.uint8))
+
+    def test_without_a_window_lowest_to_highest(self, film):
+        assert np.array_equal(gray(dicom_bytes(film, bits=16), "window"), film)
+
+    @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+    def test_padding_is_black(self, film, photometric):
+        dataset = dicom_dataset(film, photometric, 12, PixelPaddingValue=4000, PixelPaddingRangeLimit=4090)
+        values = np.frombuffer(dataset.PixelData, np.uint16).reshape(film.shape).copy()
+        values[:10] = 4050
+        dataset.PixelData = values.tobytes()
+        assert (gray(as_bytes(dataset), "window")[:10] == 0).all()
+
+    def test_a_window_of_nothing(self, film):
+        with pytest.raises(FilmError, match=r"damaged|shows nothing"):
+            decode_bytes(dicom_bytes(film, WindowCenter=10, WindowWidth=0), TRANSFORM, "window")
+
+
+class TestEncodings:
+    @pytest.mark.parametrize(
+        "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
+    )
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_lossless_ones_give_the_same(self, film, syntax, bits):
+        data = dicom_bytes(film, bits=bits, syntax=syntax)
+        assert np.array_equal(gray(data), gray(dicom_bytes(film)))
+
+    @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+    def test_without_preamble(self, film, syntax):
+        data = as_bytes(dicom_dataset(film, bits=16, syntax=syntax), preamble=False)
+        assert data[128:132] != b"DICM"
+        assert np.array_equal(np.asarray(decode_bytes(data, TRANSFORM).image).max(), 255)
+        assert np.array_equal(gray(data), gray(dicom_bytes(film)))
+
+    def test_jpeg(self, film):
+        content = io.BytesIO()
+        Image.fromarray(film).save(content, "JPEG", quality=95)
+        expected = mimic_cxr_jpg(np.asarray(Image.open(content)), "MONOCHROME2")
+        assert np.array_equal(gray(dicom_bytes(film, syntax=JPEGBaseline8Bit)), expected)
+
+    @pytest.mark.parametrize(
+        ("syntax", "said", "package"),
+        [
+            (JPEGLosslessSV1, "JPEG Lossless, Non-Hierarchical", "pip install pylibjpeg pylibjpeg-libjpeg"),
+            (JPEGLSLossless, "JPEG-LS Lossless", "pip install pyjpegls"),
+            (JPEGExtended12Bit, "JPEG Extended", "pip install pylibjpeg pylibjpeg-libjpeg"),
+        ],
+    )
+    def test_no_decoder(self, film, monkeypatch, syntax, said, package):
+        from pydicom.pixels.common import CoderBase
+
+        installed = ("pillow",) if syntax == JPEGExtended12Bit else ()
+        monkeypatch.setattr(CoderBase, "available_plugins", property(lambda self: installed))
+        dataset = dicom_dataset(film, bits=12)
+        dataset.PixelData = encapsulate([b"\xff\xd8 compressed \xff\xd9"])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = syntax
+        with pytest.raises(FilmError, match=f"compressed as {said}.*no decoder here: {package}"):
+            decode_bytes(as_bytes(dataset), TRANSFORM)
+
+    def test_an_unknown_transfer_syntax(self, film):
+        data = dicom_bytes(film).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0")
+        with pytest.raises(FilmError, match=r"unknown transfer syntax \(1\.2\.840\.10008\.9\.9\.9\)"):
+            decode_bytes(data, TRANSFORM)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("elements", "reason"),
+        [
+            ({"NumberOfFrames": 3}, "a DICOM of 3 frames"),
+            ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "pixels are RGB with 3 samples"),
+            ({"PhotometricInterpretation": "PALETTE COLOR"}, "pixels are PALETTE COLOR with 1 samples"),
+            ({"PhotometricInterpretation": None}, "header lacks PhotometricInterpretation; export"),
+            ({"Rows": None, "BitsStored": None}, "header lacks Rows, BitsStored"),
+            ({"Rows": [91, 91]}, "no single number as Rows"),
+            ({"Rows": 60_000, "Columns": 60_000}, "60000 x 60000 px by its header; more than 12,000 px long"),
+            ({"Rows": 9_000, "Columns": 9_000}, "9000 x 9000 px by its header"),
+            ({"Rows": 0}, "75 x 0 px; shorter than 32 px"),
+            ({"Rows": 92}, r"cut short: 6,826 of 6,900 bytes of pixels are there"),
+            ({"PixelData": b""}, "cut short: 0 of 6,825 bytes"),
+            ({"PixelData": None}, r"a DICOM without pixels \(Digital X-Ray Image Storage - For Presentation\)"),
+            ({"PixelData": b"\x05" * 6826}, "blank: every pixel is 5"),
+            ({"BitsStored": 99}, "damaged or cut short"),
+            ({"BitsAllocated": 4}, "damaged or cut short"),
+        ],
+    )
+    def test_the_reason_is_given(self, film, elements, reason):
+        with pytest.raises(FilmError, match=reason):
+            decode_bytes(dicom_bytes(film, **elements), TRANSFORM)
+
+    def test_a_report(self, film):
+        dataset = dicom_dataset(film, PixelData=None)
+        dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+        with pytest.raises(FilmError, match=r"without pixels \(Basic Text SR Storage\)"):
+            decode_bytes(as_bytes(dataset), TRANSFORM)
+
+    def test_nan(self, film):
+        values = film.astype(np.float32)
+        values[3, 4] = np.nan
+        dataset = dicom_dataset(film, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
+        dataset.FloatPixelData = values.tobytes()
+        with pytest.raises(FilmError, match="NaN or infinite"):
+            decode_bytes(as_bytes(dataset), TRANSFORM)
+
+    def test_pixel_representation_may_be_missing(self, film):
+        assert np.array_equal(gray(dicom_bytes(film, PixelRepresentation=None)), gray(dicom_bytes(film)))
+
+    @pytest.mark.parametrize("keep", [0.01, 0.05, 0.3, 0.9, 0.999])
+    def test_a_cut_file(self, film, keep):
+        data = dicom_bytes(film, bits=16)
+        with pytest.raises(FilmError, match=r"cut short|no known kind|stopped download"):
+            decode_bytes(data[: int(keep * len(data))], TRANSFORM)
+
+    def test_a_deflated_bomb(self, film, monkeypatch):
+        monkeypatch.setattr("mlx_cxr.data.dicom.MAX_BYTES", 1_000_000)
+        dataset = dicom_dataset(film, syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(50_000_000))
+        data = as_bytes(dataset)
+        assert len(data) < 100_000
+        with pytest.raises(FilmError, match="unpacks to more than 1,000,000 bytes"):
+            decode_bytes(data, TRANSFORM)
+
+    def test_a_run_length_bomb(self, film):
+        dataset = dicom_dataset(film, syntax=RLELossless)
+        segment = b"\x81\0" * 200_000
+        dataset.PixelData = encapsulate([(1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + segment])
+        with pytest.raises(FilmError, match="more than its header says"):
+            decode_bytes(as_bytes(dataset), TRANSFORM)
+
+    def test_without_pydicom(self, film, monkeypatch):
+        real_import = builtins.__import__
+
+        def without(name, *args, **kwargs):
+            if name.split(".")[0] == "pydicom":
+                raise ImportError(name)
+            return real_import(name, *args, **kwargs)
+
+        data = dicom_bytes(film)
+        monkeypatch.setattr(builtins, "__import__", without)
+        with pytest.raises(FilmError, match=r'needs pydicom.*pip install "mlx-cxr\[dicom\]"'):
+            decode_bytes(data, TRANSFORM)
+
+    def test_an_unknown_recipe(self, film):
+        with pytest.raises(ValueError, match="'viewer' is not one of mimic, window"):
+            read_dicom(dicom_bytes(film), "viewer")
+
+
+class TestHeader:
+    @pytest.mark.parametrize(
+        ("elements", "concern"),
+        [
+            ({"Modality": "CT"}, r"no radiograph \(Modality CT\)"),
+            ({"BodyPartExamined": "KNEE"}, r"another body part \(KNEE\)"),
+            ({"ViewPosition": "LL"}, "a lateral view"),
+            ({"ViewPosition": "LATERAL"}, "a lateral view"),
+            ({"ViewPosition": "RAO"}, "an oblique view"),
+            ({"PresentationIntentType": "FOR PROCESSING"}, "a detector's raw image"),
+        ],
+    )
+    def test_what_speaks_against_a_frontal_film(self, film, elements, concern):
+        concerns = read_dicom(dicom_bytes(film, **elements)).concerns
+        assert len(concerns) == 1
+        assert re.search(f"^says in its header that it (is|shows) {concern}", concerns[0])
+
+    @pytest.mark.parametrize(
+        "elements",
+        [
+            {"Modality": None, "BodyPartExamined": None, "ViewPosition": None},
+            {"Modality": "", "BodyPartExamined": "", "ViewPosition": ""},
+            {"Modality": "CR", "BodyPartExamined": "PORT CHEST", "ViewPosition": "AP"},
+            {"Modality": "RG", "BodyPartExamined": "THORAX", "PresentationIntentType": "FOR PRESENTATION"},
+        ],
+    )
+    def test_what_does_not(self, film, elements):
+        assert read_dicom(dicom_bytes(film, **elements)).concerns == ()
+
+    def test_nobody_is_named(self, film, caplog, capfd):
+        caplog.set_level(logging.DEBUG)
+        for elements in ({}, {"Rows": 92}, {"PatientBirthDate": "not a date", "BodyPartExamined": "SKULL"}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                data = dicom_bytes(film, PatientComments="SECRET", **elements)
+            caplog.clear()
+            try:
+                told = repr(decode_bytes(data, TRANSFORM))
+            except FilmError as error:
+                told = str(error)
+            out, err = capfd.readouterr()
+            assert "SECRET" not in (told + caplog.text + out + err).upper()

@@ -1,0 +1,186 @@
+"""The command on folders of films: the table's figures, files that cannot be used, overlays and contact sheets."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chest_films import chest_film
+from dicom_files import dicom_bytes
+from mutated_files import write_mutations
+from PIL import Image
+from toy_cohort import make_cohort
+
+from mlx_cxr import evaluate_cnn, predict, train_cnn
+from mlx_cxr.config import load_config
+from mlx_cxr.evaluation.operating_points import STATE_WORDS
+from mlx_cxr.inference import Predictor
+from mlx_cxr.labels import LABELS
+from mlx_cxr.models.convert import load_model, save_model
+from mlx_cxr.prediction_files import COLUMNS, called_findings, called_maps
+from mlx_cxr.runs import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """An evaluated run with maps whose head was then turned towards positives, so that films are called present."""
+    folder = make_cohort(tmp_path_factory.mktemp("cohort"))
+    config = load_config(folder / "trial.yaml", ["evaluation.abstention_alpha=0.4"])
+    run_dir = train_cnn.run(config)
+    model = load_model(run_dir / "best_model.safetensors")
+    model.fc.bias = model.fc.bias + 2
+    save_model(run_dir / "best_model.safetensors", model)
+    evaluate_cnn.run(config)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> Path:
+    """Three films in three formats, one of them a negative, a report, an empty file, and a hidden one."""
+    folder = tmp_path_factory.mktemp("films")
+    (folder / "inside").mkdir()
+    Image.fromarray(chest_film(0)).save(folder / "a.jpg", quality=95)
+    (folder / "b").write_bytes(dicom_bytes(chest_film(1), "MONOCHROME1", 12))
+    Image.fromarray(255 - chest_film(2)).save(folder / "inside" / "c.png")
+    (folder / "report.txt").write_text("FINDINGS: No pneumothorax.")
+    (folder / "z.png").write_bytes(b"")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_row_for_each_file_with_the_predictor_s_figures(run_dir, films, tmp_path):
+    path = predict.run(run_dir, [films], tmp_path / "out")
+    rows = table(path)
+    assert tuple(rows[0]) == COLUMNS
+    assert len(COLUMNS) == 4 + 14 * 3
+    assert [Path(row["file"]).relative_to(films).as_posix() for row in rows] == [
+        *("a.jpg", "b", "inside/c.png", "report.txt", "z.png")
+    ]
+    statuses = ["answered", "answered", "questionable", "unreadable", "unreadable"]
+    assert [row["status"] for row in rows] == statuses
+    assert "inverted" in rows[2]["reason"]
+    assert "0 bytes" in rows[4]["reason"]
+    predictor = Predictor.from_run(run_dir)
+    answers = predictor.predict([predictor.read(films / name) for name in ("a.jpg", "b")])
+    for row, answer in zip(rows, answers, strict=False):
+        for k, label in enumerate(LABELS):
+            assert float(row[f"{label} probability"]) == pytest.approx(answer.probabilities[k], abs=2e-6)
+            assert row[f"{label} call"] == STATE_WORDS[int(answer.states[k])]
+            tuned = predictor.points.tuned[k]
+            threshold = f"{predictor.points.thresholds.values[k]:.6f}" if tuned else ""
+            assert row[f"{label} threshold"] == threshold
+    for row in rows[2:]:
+        assert {row[name] for name in COLUMNS[4:]} == {""}, "no figure for what is not answered"
+    record = read_json(tmp_path / "out" / "predict.json")
+    assert record["status"] == {"answered": 2, "questionable": 1, "unreadable": 2}
+    assert sum(record["findings"].values()) == 28
+    assert record["stage"] == "predict"
+    assert record["inputs"]["checkpoint"]["sha256"] == read_json(run_dir / "inference.json")["checkpoint"]["sha256"]
+
+
+def test_the_gate_can_be_left_out(run_dir, films, tmp_path):
+    rows = table(predict.run(run_dir, [films / "inside" / "c.png"], tmp_path, ignore_gate=True))
+    assert rows[0]["status"] == "questionable"
+    assert 0 < float(rows[0]["Edema probability"]) < 1
+
+
+def test_overlays_and_contact_sheets_show_the_called_findings(run_dir, films, tmp_path):
+    many = [films / name for name in ("a.jpg", "b", "z.png", "inside/c.png")]
+    for i in range(46):
+        many.append(tmp_path / f"copy{i:02}.jpg")
+        many[-1].write_bytes((films / "a.jpg").read_bytes())
+    out = tmp_path / "out"
+    predict.run(run_dir, many, out, overlays=2, contact_sheet=True)
+    predictor = Predictor.from_run(run_dir)
+    (answer,) = predictor.predict([predictor.read(films / "a.jpg")])
+    called = called_findings(answer, predictor)
+    assert called, "the fixture's head calls something"
+    assert "No Finding" not in called
+    assert [one.finding for one in called_maps(answer, predictor, 1, "grad_cam")] == called[:1]
+    shown = [label.replace(" ", "_") for label in called[:2]]
+    assert sorted((out / "overlays").glob("00001_*")) == sorted(out / "overlays" / f"00001_a_{x}.png" for x in shown)
+    assert not list((out / "overlays").glob("00003_*")), "nothing was answered for an empty file"
+    sheets = sorted(out.glob("contact_sheet_*.png"))
+    assert [sheet.name for sheet in sheets] == ["contact_sheet_01.png", "contact_sheet_02.png"]
+    first, second = (np.asarray(Image.open(sheet).convert("RGB")).astype(int) for sheet in sheets)
+    assert first.shape[1] > second.shape[1] / 2
+    # The map of the first film is in colour, the film of the fourth, not answered, is gray and dark.
+    tile = slice(62 + 20, 62 + 200)
+    coloured, gray = (np.ptp(first[tile, x + 10 : x + 190], axis=-1).mean() for x in (20, 20 + 3 * 222))
+    assert coloured > 10 > gray
+
+
+def test_results_inside_the_folder_are_not_read_again(run_dir, films, tmp_path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes((films / "a.jpg").read_bytes())
+    for _ in range(2):
+        rows = table(predict.run(run_dir, [folder, folder / "a.jpg"], folder / "results", contact_sheet=True))
+        assert [Path(row["file"]).name for row in rows] == ["a.jpg"]
+
+
+@pytest.mark.slow
+def test_of_damaged_files_none_is_lost(run_dir, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    paths = write_mutations(folder, chest_film(3), rounds=2)
+    assert len(paths) >= 100
+    rows = table(predict.run(run_dir, [folder], tmp_path / "out", contact_sheet=True))
+    assert {Path(row["file"]).name for row in rows} == {path.name for path in paths}
+    for row in rows:
+        assert (row["status"] == "answered") == (row["reason"] == "")
+        assert (row["status"] == "answered") == bool(row["Edema probability"])
+    assert {row["status"] for row in rows} >= {"answered", "unreadable"}
+    assert {row["status"] for row in rows if "renamed" in row["file"]} == {"answered"}, "the content tells the type"
+
+
+def test_the_command_itself(run_dir, films, tmp_path):
+    line = [sys.executable, "-m", "mlx_cxr.predict", "--run", str(run_dir), str(films), "--out", str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "5 files" in done.stderr
+    assert "2 answered, 2 unreadable, 1 questionable" in done.stderr
+    assert "not for clinical use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--run", "nowhere", "x.png", "--out", "out"], "nowhere/config.json is missing"),
+        (["--run", "RUN", "EMPTY", "--out", "out"], "no files in"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(run_dir, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    given = [{"RUN": str(run_dir), "EMPTY": str(tmp_path / "empty")}.get(a, a) for a in arguments]
+    with pytest.raises(SystemExit) as end:
+        predict.main(given)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "films.csv").exists()
+
+
+def test_maps_that_the_run_does_not_have_are_refused(run_dir, films, tmp_path):
+    record = run_dir / "inference.json"
+    kept = record.read_text()
+    plain = read_json(record)
+    plain["map_references"]["methods"] = {}
+    try:
+        write_json(record, plain)
+        with pytest.raises(predict.PredictError, match="no scale for grad_cam maps"):
+            predict.run(run_dir, [films], tmp_path, overlays=1)
+    finally:
+        record.write_text(kept)
