@@ -40,12 +40,14 @@ def main() -> None:
         layout="wide",
         menu_items={"About": f"mlx_cxr: chest X-ray models that can be questioned. {NOT_CLINICAL}."},
     )
+    logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("mlx_cxr.page").setLevel(logging.INFO)
     keep_uploads_in_memory()
     st.html(STYLES)
     outputs = arguments().outputs
     st.html(
-        '<div class="cxr cxr-title"><h1>mlx_cxr</h1><span>What a model sees on a chest film, how sure it is, and where it '
+        '<div class="cxr cxr-title"><h1>mlx_cxr</h1><span>What a model sees on a chest film, how sure it '
+        "is, and where it "
         "looks</span></div>"
     )
     index = RunIndex(outputs, (), ())
@@ -74,7 +76,8 @@ def nothing_to_show(index: RunIndex) -> None:
     """What to run, where there is no model that could answer."""
     st.header("No model to show yet", anchor=False)
     st.markdown(
-        f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the built-in synthetic "
+        f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the "
+        "built-in synthetic "
         "cohort takes under twenty minutes on two CPU cores:"
     )
     st.code("./scripts/demo", language="bash")

@@ -246,9 +246,8 @@ def _chart(figure: Figure, case: CasePage) -> None:
     ax = figure.add_axes((0.285, 0.285, 0.305 if len(readers) == 3 else 0.4, 0.265))
     apart, reach = 0.52 / len(readers), 0.34 / len(readers)
     for row, k in enumerate(order):
-        low, high = first[3].bands.lower[k], first[3].bands.upper[k]
-        if low < high:
-            ax.barh(row, high - low, left=low, height=0.7, color=_BAND, zorder=1)
+        low, high = first[3].abstention_zone(k)
+        ax.barh(row, high - low, left=low, height=0.7, color=_BAND, zorder=1)
         for i, (_, probabilities, states, points) in enumerate(readers):
             y = row + (i - (len(readers) - 1) / 2) * apart
             if points.tuned[k]:
@@ -267,8 +266,7 @@ def _chart(figure: Figure, case: CasePage) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
     _columns(figure, ax, readers, order)
     key = "filled: called present   open: called absent   gray: abstains   tick: threshold"
-    if any(first[3].bands.lower < first[3].bands.upper):
-        key += f"\ngray band: where present and absent are both plausible to {first[0]}"
+    key += f"\ngray band: where {first[0]} abstains"
     figure.text(0.06, 0.243, key, size=7.5, color=_DIM, va="center", linespacing=1.4)
 
 

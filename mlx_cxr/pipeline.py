@@ -29,6 +29,9 @@ from mlx_cxr.teacher.base import BaseUnavailableError, find_base
 
 log = logging.getLogger("mlx_cxr")
 
+PAGE = Path("app/streamlit_app.py")
+"""From a checkout's folder."""
+
 
 class GateError(UserError, RuntimeError):
     """A figure lies below what the configuration asks for."""
@@ -100,6 +103,7 @@ def run(
     else:
         log.info("\n%s\nDone in %.0f s. To open:", closing_table(read_json(run_dir / "test_results.json")), seconds)
         _say_where(run_dir, "results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json")
+        _say_page()
     return run_dir
 
 
@@ -122,9 +126,15 @@ def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, r
     _say_where(student, "failure_analysis/summary.md", "results.md", "findings.md", "grad_cam")
     _say_where(config.run_dir(config.teacher.run_name), "results.md", "text_explanation/index.html")
     _say_where(config.run_dir(), "results.md", "findings.md")
+    _say_page()
     for gate, line in zip(comparison["gates"].values(), gate_lines(comparison), strict=True):
         if not gate["met"] and not ignore_gates:
             raise GateError(f"gate {line}. Everything is written; --ignore_gates ends with success all the same")
+
+
+def _say_page() -> None:
+    if PAGE.exists():
+        log.info("Or all of it as a page, with films and reports of your own: .venv/bin/streamlit run %s", PAGE)
 
 
 def _say_where(folder: Path, *names: str) -> None:

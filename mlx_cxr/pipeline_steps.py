@@ -24,7 +24,7 @@ from mlx_cxr import (
 from mlx_cxr.config import Config
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
 
-_SCORES = ("predictions.csv", "test_results.json")
+_SCORES = ("predictions.csv", "operating_points.json", "test_results.json")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _evaluation(title: str, config: Config, name: str, weights: str, maps: bool 
         lambda _: evaluate_cnn.run(config, name, maps=maps),
         ("seed", "evaluation", "explain"),
         lambda: [*_films(config), folder / weights],
-        tuple(folder / file for file in (*_SCORES, *(["findings.md"] if maps else []))),
+        tuple(folder / file for file in (*_SCORES, "inference.json", *(["findings.md"] if maps else []))),
         folder,
     )
 

@@ -25,9 +25,11 @@ def about_tab(index: RunIndex) -> None:
     with left:
         st.subheader("What this is for", anchor=False)
         st.markdown(
-            f"**{NOT_CLINICAL}.** The page shows what small research models make of a chest film, how sure they are, and "
+            f"**{NOT_CLINICAL}.** The page shows what small research models make of a chest film, how sure "
+            "they are, and "
             "where they look, so that they can be questioned. It is no medical device, and no decision about a person "
-            "may rest on it. Calls and abstention hold for films like those of the validation split; for another hospital's, "
+            "may rest on it. Calls and abstention hold for films like those of the validation split; for "
+            "another hospital's, "
             "another age group's or another projection's nothing is known."
         )
     with right:
@@ -35,7 +37,8 @@ def about_tab(index: RunIndex) -> None:
         where = network_address()
         st.markdown(
             "Models, films and reports are read from this machine and computed on it. Uploads are kept in memory, are "
-            "written to no disk, and are gone when the page is closed; only what you download yourself is kept. The page "
+            "written to no disk, and are gone when the page is closed; only what you download yourself is "
+            "kept. The page "
             "asks no other server for anything and sends no usage figures. "
             + (
                 plain(f"It is served on {where}, so browsers on other machines can reach it.")
@@ -53,7 +56,8 @@ def about_tab(index: RunIndex) -> None:
     } | package_versions()
     block(html_table("Installed versions", ["package", "version"], [[esc(k), esc(v)] for k, v in versions.items()]))
     st.markdown(
-        "mlx_cxr is under the MIT licence. Weights that training starts from have their own licences (weights/README.md); "
+        "mlx_cxr is under the MIT licence. Weights that training starts from have their own licences "
+        "(weights/README.md); "
         "weights trained on credentialed data, such as MIMIC-CXR, may not be passed on."
     )
 
@@ -94,6 +98,6 @@ def _card(index: RunIndex) -> None:
     )
 
 
-@st.cache_data(max_entries=8, show_spinner="Filling in the model card …")
+@st.cache_resource(max_entries=8, show_spinner="Filling in the model card …")
 def _card_text(folder: str, stamp: str) -> str:
     return card_markdown(model_card(EvaluatedRun.open(folder)))

@@ -127,7 +127,8 @@ def _sample(cohort: Cohort) -> CaseFilm | None:
     sample: Sample = offered[chosen]
     if sample.films > 1:
         note(
-            f"The study has {sample.films} films; this is its film {sample.image_id}. Tables of studies give the mean of its films."
+            f"The study has {sample.films} films; this is its film {sample.image_id}. Tables of studies "
+            "give the mean of its films."
         )
     return CaseFilm.of_sample(sample)
 
@@ -254,7 +255,8 @@ def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnsw
         points = models[0].model.points
         note(
             f"Probabilities are calibrated. Thresholds (rule: {points.thresholds.rule}) and abstention (alpha "
-            f"{points.bands.alpha:g}) were fitted on validation studies of the data that the model was trained for, and "
+            f"{points.bands.alpha:g}) were fitted on validation studies of the data that the model was "
+            "trained for, and "
             "hold for films like those."
         )
 

@@ -30,7 +30,7 @@ class Row:
         finding: its name.
         probability: calibrated, in [0, 1].
         threshold: on it; None where validation could choose none.
-        low, high: the model abstains where the probability lies between these; see `abstention_zone`.
+        low, high: the model abstains where the probability lies between these; see `OperatingPoints.abstention_zone`.
         state: PRESENT, ABSENT or ABSTAIN.
         reason: why it abstains, in words; empty where it makes a call.
         label: what the report's label says, in words; empty where that is not known.
@@ -44,18 +44,6 @@ class Row:
     state: int
     reason: str
     label: str = ""
-
-
-def abstention_zone(points: OperatingPoints, column: int) -> tuple[float, float]:
-    """Where a calibrated probability leads to no call: from the lower to the higher end.
-
-    A call needs the conformal set to be just what the threshold says (`OperatingPoints.states`), so it is made beyond
-    the threshold and both bands only; all of [0, 1] where no threshold was tuned.
-    """
-    if not points.tuned[column]:
-        return 0.0, 1.0
-    ends = points.thresholds.values[column], points.bands.lower[column], points.bands.upper[column]
-    return float(min(ends)), float(max(ends))
 
 
 def rows_of(
@@ -72,7 +60,7 @@ def rows_of(
             LABELS[k],
             float(probabilities[k]),
             float(points.thresholds.values[k]) if points.tuned[k] else None,
-            *abstention_zone(points, k),
+            *points.abstention_zone(k),
             int(states[k]),
             points.reason(k, float(probabilities[k])) if int(states[k]) == ABSTAIN else "",
             (labels or {}).get(LABELS[k], ""),
@@ -140,10 +128,13 @@ def _against(row: Row) -> str:
 
 _LEGEND = (
     '<div class="cxr-legend" aria-hidden="true">'
-    '<span class="is-present"><span class="cxr-track"><span class="base"></span><span class="bar" style="width:70%"></span>'
+    '<span class="is-present"><span class="cxr-track"><span class="base"></span><span class="bar" '
+    'style="width:70%"></span>'
     "</span>probability</span>"
-    '<span><span class="cxr-track"><span class="base"></span><span class="tick" style="left:50%"></span></span>threshold</span>'
-    '<span><span class="cxr-track"><span class="base"></span><span class="zone" style="left:15%;width:70%"></span></span>'
+    '<span><span class="cxr-track"><span class="base"></span><span class="tick" '
+    'style="left:50%"></span></span>threshold</span>'
+    '<span><span class="cxr-track"><span class="base"></span><span class="zone" '
+    'style="left:15%;width:70%"></span></span>'
     "no call is made in here</span></div>"
 )
 

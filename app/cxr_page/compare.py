@@ -51,7 +51,7 @@ def compare_tab(index: RunIndex) -> None:
             format_func={"empty_negative": "count as absent", "empty_masked": "are left out"}.get,
             required=True,
             key="protocol",
-            help="Two protocols that published figures differ by. Figures of one are not comparable with those of the other.",
+            help="Published figures differ by it. Those of one protocol are not comparable with those of the other.",
         )
         or first
     )
@@ -128,8 +128,10 @@ def _findings(record: Mapping[str, Any], section: Mapping[str, Any]) -> None:
 def _pictures(folder, protocol: str) -> None:
     st.subheader("ROC and calibration", anchor=False)
     shown = {
-        f"roc_{protocol}.png": "ROC curves of CNN, teacher and student for each finding; the areas are in the table above.",
-        "calibration_comparison.png": "Reliability of CNN, teacher and student before and after temperature scaling; the "
+        f"roc_{protocol}.png": "ROC curves of CNN, teacher and student for each finding; the areas are in "
+        "the table above.",
+        "calibration_comparison.png": "Reliability of CNN, teacher and student before and after temperature "
+        "scaling; the "
         "calibration errors (ECE) are in the table above.",
     }
     for name, alt in shown.items():

@@ -22,7 +22,8 @@ def offer_downloads(models: Sequence[Opened], film: CaseFilm, answers: Sequence[
     st.subheader("Keep this case", anchor=False)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"case_{film.name}")[:80].rstrip("._")
     note(
-        "One page: film, map, findings, abstentions and, where it was read, the report. Mind that it holds what the film shows."
+        "One page: film, map, findings, abstentions and, where it was read, the report. Mind that it holds "
+        "what the film shows."
     )
     left, right, _ = st.columns([1, 1, 3])
     page = case_page(models, film, answers, view)

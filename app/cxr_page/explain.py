@@ -10,29 +10,33 @@ from cxr_page.run_index import CNN, STUDENT, RunIndex
 from mlx_cxr.labels import LABELS
 
 _READING = """
-- **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor where
-  its borders are. A bright spot on a film without the finding is the model's mistake made visible.
-- **The scale is the same for every film.** 1 is the finding's reference activation: the 99th percentile of the maximum over
-  all validation films. A map is never stretched film by film, so that a probability near 0 cannot glow.
-- **A map is withheld where there is no call.** Below the threshold, and where the model abstains, a map would show what
-  little there was as if it were something. “Show withheld maps” draws it all the same and says so.
-- **Cells are coarse.** The network sees the film in cells of 16 or 32 pixels; the smooth shape is interpolation. A finding
-  smaller than a cell is found in the right region at best.
+- **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor
+  where its borders are. A bright spot on a film without the finding is the model's mistake made visible.
+- **The scale is the same for every film.** 1 is the finding's reference activation: the 99th percentile of the
+  maximum over all validation films. A map is never stretched film by film, so that a probability near 0 cannot
+  glow.
+- **A map is withheld where there is no call.** Below the threshold, and where the model abstains, a map would show
+  what little there was as if it were something. “Show withheld maps” draws it all the same and says so.
+- **Cells are coarse.** The network sees the film in cells of 16 or 32 pixels; the smooth shape is interpolation. A
+  finding smaller than a cell is found in the right region at best.
 - **Left is the patient's right**, as on any frontal film.
 """
 _METHODS = """
-- **Grad-CAM** weighs each channel of the last feature map by its mean gradient (Selvaraju et al., arXiv:1610.02391).
-- **HiResCAM** multiplies gradient and feature map cell by cell (Draelos and Carin, arXiv:2011.08891). This network ends in
-  average pooling and one linear layer, so its gradient is the same in every cell and **the two are equal by construction**.
+- **Grad-CAM** weighs each channel of the last feature map by its mean gradient (Selvaraju et al.,
+  arXiv:1610.02391).
+- **HiResCAM** multiplies gradient and feature map cell by cell (Draelos and Carin, arXiv:2011.08891). This network
+  ends in average pooling and one linear layer, so its gradient is the same in every cell and **the two are equal by
+  construction**.
 - **Grad-CAM++** weighs positive gradients by their share of the channel (Chattopadhyay et al., arXiv:1710.11063).
 """
 _CALLS = """
 - **Probability**: calibrated by a temperature fitted on validation.
-- **Threshold**: chosen on validation, finding by finding. Probabilities of different findings are not to be compared with
-  one another but each with its own threshold.
-- **Abstention**: on validation, class-conditional conformal prediction gives the probabilities below which “present” can be
-  ruled out, and above which “absent” can, each wrong for at most the share alpha of such studies. A call is made only where
-  exactly one of the two is left and the threshold says the same. The hatched interval of the chart is where none is made.
+- **Threshold**: chosen on validation, finding by finding. Probabilities of different findings are not to be
+  compared with one another but each with its own threshold.
+- **Abstention**: on validation, class-conditional conformal prediction gives the probabilities below which
+  “present” can be ruled out, and above which “absent” can, each wrong for at most the share alpha of such studies.
+  A call is made only where exactly one of the two is left and the threshold says the same. The hatched interval of
+  the chart is where none is made.
 """
 
 
@@ -68,8 +72,8 @@ def explain_tab(index: RunIndex) -> None:
     if pictured:
         st.subheader("Examples on test films", anchor=False)
         note(
-            "Which studies are shown follows a rule: ranked by the confidence of the call, at evenly spaced ranks. They are "
-            "examples, not a sample to estimate from."
+            "Which studies are shown follows a rule: ranked by the confidence of the call, at evenly spaced ranks. "
+            "They are examples, not a sample to estimate from."
         )
         finding = st.selectbox("Finding", pictured, key="example_finding")
         show_markdown(sections[finding], entry.folder)

@@ -46,7 +46,8 @@ def failures_tab(index: RunIndex) -> None:
     lead, *points = closing_failures(results).splitlines()
     st.markdown(f"**{plain(lead)}**\n\n" + "\n".join(f"- {plain(p[2:])}" for p in points if p.startswith("- ")))
     note(
-        "A failure is a finding of a study whose call, at the threshold, differs from the report's label. The label may be "
+        "A failure is a finding of a study whose call, at the threshold, differs from the report's label. "
+        "The label may be "
         "the one that is wrong. Confidence is the share of the way from the threshold to the end of the scale."
     )
     path = folder / "failures.csv"
@@ -67,7 +68,7 @@ def failures_tab(index: RunIndex) -> None:
             show_markdown((folder / "summary.md").read_text(encoding="utf-8"), folder)
 
 
-@st.cache_data(max_entries=4, show_spinner=False)
+@st.cache_resource(max_entries=4, show_spinner=False)
 def _table(path: str, stamp: str) -> pd.DataFrame:
     table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str})
     if lacking := [name for name in _NEEDED if name not in table]:
@@ -94,7 +95,8 @@ def _open(entry: RunEntry, chosen: pd.DataFrame) -> None:
 
     def title(place: int) -> str:
         row = rows[place]
-        return f"{row['label']}: {row['error']}, p {row['probability']:.2f} (threshold {row['threshold']:.2f}), study {row['study_id']}"
+        about = f"p {row['probability']:.2f} (threshold {row['threshold']:.2f}), study {row['study_id']}"
+        return f"{row['label']}: {row['error']}, {about}"
 
     left, right = st.columns([4, 1], vertical_alignment="bottom")
     with left:

@@ -38,8 +38,9 @@ STYLES = """<style>
 .cxr-banner { border-left: 5px solid #e69f00; border-radius: 4px; padding: .45rem .8rem;
   background: light-dark(#fff4dc, #33270f); color: light-dark(#4a3000, #ffe2a8); }
 .cxr-banner b { margin-right: .4rem; }
-.st-key-banner { position: sticky; top: 0; z-index: 50; }
-.cxr-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.st-key-banner, [data-testid="stLayoutWrapper"]:has(> .st-key-banner) { position: sticky; top: 0; z-index: 50; }
+.cxr-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
 .cxr table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 .cxr caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 .cxr th, .cxr td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
@@ -67,10 +68,11 @@ STYLES = """<style>
   background: repeating-linear-gradient(135deg, color-mix(in srgb, var(--abstains) 38%, transparent) 0 2px,
   transparent 2px 6px); border-radius: 2px; }
 .cxr-track .bar { position: absolute; top: 5px; bottom: 5px; left: 0; border-radius: 4px; background: var(--mark); }
-.cxr-track .tick { position: absolute; top: -1px; bottom: -1px; width: 3px; margin-left: -1.5px; background: currentColor;
-  border-radius: 1px; outline: 1px solid light-dark(#fff, #11151a); }
+.cxr-track .tick { position: absolute; top: -1px; bottom: -1px; width: 3px; margin-left: -1.5px;
+  background: currentColor;  border-radius: 1px; outline: 1px solid light-dark(#fff, #11151a); }
 .cxr-axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft); }
-.cxr-legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; font-size: .8rem; color: var(--soft); padding-top: .3rem; }
+.cxr-legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; font-size: .8rem; color: var(--soft);
+  padding-top: .3rem; }
 .cxr-legend span { display: inline-flex; align-items: center; gap: .4rem; }
 .cxr-legend .cxr-track { width: 34px; display: inline-block; }
 .cxr-bar img { display: block; width: 100%; height: 12px; border-radius: 2px; }
@@ -159,7 +161,10 @@ def banner(synthetic: bool) -> None:
     """The warning that stays in sight on every tab."""
     words = f"<b>{esc(NOT_CLINICAL)}.</b>"
     if synthetic:
-        words += f" <b>{esc(SYNTHETIC)}:</b> films and reports are drawn by a program; the figures say nothing about patients."
+        words += (
+            f" <b>{esc(SYNTHETIC)}:</b> films and reports are drawn by a program; the figures say "
+            "nothing about patients."
+        )
     if address := network_address():
         words += (
             f"<br><b>Served on {esc(address)}, not on this machine alone.</b> Films and reports that are opened here "
@@ -213,5 +218,6 @@ def whiskers(caption: str, rows: Mapping[str, Mapping[str, Any]], low: float, hi
             f'<div>{esc(title)}</div><div class="cxr-whisker" aria-hidden="true">{marks}</div>'
             f'<div class="num">{esc(text(interval))}</div>'
         )
-    axis = f'<div></div><div class="cxr-axis" aria-hidden="true"><span>{low:g}</span><span>{high:g}</span></div><div></div>'
+    ends = f"<span>{low:g}</span><span>{high:g}</span>"
+    axis = f'<div></div><div class="cxr-axis" aria-hidden="true">{ends}</div><div></div>'
     return f'<div role="group" aria-label="{esc(caption)}"><div class="cxr-figures">{lines}{axis}</div></div>'

@@ -168,7 +168,8 @@ def words_html(explained: TextExplanation) -> str:
     listed = "; ".join(f"“{scores.words[i]}” {signed(float(scores.shown[i]))}" for i in strongest)
     return (
         f'<div class="cxr-words" role="group" aria-label="The report as read">{" ".join(parts)}</div>'
-        f'<div style="padding-top:.5rem"><div class="cxr-ramp" style="background:linear-gradient(to right, {ramp})"></div>'
+        '<div style="padding-top:.5rem"><div class="cxr-ramp" style="background:linear-gradient(to right, '
+        f'{ramp})"></div>'
         f'<div class="cxr-axis"><span>{signed(-scale, 1)} and less</span><span>0</span>'
         f"<span>{signed(scale, 1)} and more</span></div></div>"
         f'<div class="cxr-note">Effect on the logit: orange words raised it, blue ones lowered it. '

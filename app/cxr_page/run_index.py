@@ -117,7 +117,7 @@ def _stamp(paths: list[Path]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-@st.cache_data(max_entries=200, show_spinner="Looking at the runs …")
+@st.cache_resource(max_entries=200, show_spinner="Looking at the runs …")
 def _entry(folder: str, stamp: str) -> RunEntry:
     path, kind = Path(folder), UNKNOWN
     try:
@@ -148,7 +148,7 @@ def _kind(record: Any) -> str:
     raise RunFormatError(f"config.json names the stage {stage!r}, which makes no model")
 
 
-@st.cache_data(max_entries=50, show_spinner=False)
+@st.cache_resource(max_entries=50, show_spinner=False)
 def _comparison(folder: Path, stamp: str) -> Comparison:
     path = folder / _COMPARED
     try:

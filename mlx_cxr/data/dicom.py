@@ -182,7 +182,7 @@ def _check_header(dataset: FileDataset) -> None:
         name = getattr(dataset.file_meta.get("MediaStorageSOPClassUID"), "name", "")
         # An unknown identifier is its own name.
         kind = f" ({name})" if " " in name else ""
-        raise FilmError(f"a DICOM without pixels{kind}, or one cut short before them; give the file of an image")
+        raise FilmError(f"a DICOM file without pixels{kind}, or one cut short before them; give the file of an image")
     missing = [keyword for keyword in _REQUIRED if dataset.get(keyword) in (None, "")]
     if missing:
         raise FilmError(f"a DICOM whose header lacks {', '.join(missing)}; export it again")

@@ -92,7 +92,7 @@ def _findings(card: Mapping[str, Any]) -> Iterator[str]:
     points = card["operating_points"]["labels"]
     default = [k for k in LABELS if points[k]["threshold_source"] == "default"]
     if default:
-        yield f"No threshold could be chosen, so no call is ever made: {', '.join(default)}."
+        yield f"No threshold could be chosen: {', '.join(default)}."
 
 
 def _shortcuts(card: Mapping[str, Any]) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _calls(card: Mapping[str, Any]) -> Iterator[str]:
         yield f"More than half of the calls that it makes on test are wrong for {', '.join(wrong)}."
     if abstention["too_few"]:
         yield (
-            f"Too few validation examples (fewer than {abstention['needed']} of a class) to rule one side out: "
+            f"Too few validation examples (fewer than {abstention['needed']} of a class), so no call is ever made: "
             f"{', '.join(abstention['too_few'])}."
         )
 

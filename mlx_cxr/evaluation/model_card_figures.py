@@ -107,7 +107,7 @@ def calls_section(card: Card) -> list[str]:
     ]
     coverage, calls = _table(_COVERAGE, section), _table(_CALLED, section)
     for label, row in zip(LABELS, coverage, strict=False):
-        row.insert(1, _band(points[label]))
+        row.insert(1, _band(points[label], abstention["needed"]))
     coverage[-1].insert(1, "")
     lines += markdown_table(["finding", "abstains between", *_COVERAGE.values()], coverage)
     return lines + markdown_table(["finding", *_CALLED.values()], calls)
@@ -119,8 +119,8 @@ def _table(keys: Mapping[str, str], section: Mapping[str, Any]) -> list[list[str
     return [[title, *(interval_text(entry[key]) for key in keys)] for title, entry in entries]
 
 
-def _band(point: Mapping[str, Any]) -> str:
-    if point["threshold_source"] != "validation":
+def _band(point: Mapping[str, Any], needed: int) -> str:
+    if min(point["positives"], point["negatives"]) < needed:
         return "everywhere"
     bounds = [point[key] for key in ("lower", "upper", "threshold")]
     return f"{number(min(bounds))} and {number(max(bounds))}"

@@ -112,6 +112,17 @@ class OperatingPoints:
         states[~called & absent & ~present & self.bands.fitted] = ABSENT
         return states
 
+    def abstention_zone(self, column: int) -> tuple[float, float]:
+        """Where a calibrated probability leads to no call on a finding: from the lower to the higher end.
+
+        A call needs the conformal set to be just what the threshold says, so it is made beyond the threshold and both
+        bands only; all of [0, 1] where validation has too few studies of a class.
+        """
+        if not self.bands.fitted[column]:
+            return 0.0, 1.0
+        ends = self.thresholds.values[column], self.bands.lower[column], self.bands.upper[column]
+        return float(min(ends)), float(max(ends))
+
     def reason(self, column: int, probability: float) -> str:
         """Why the model abstains on a finding, in words; empty where it makes a call.
 

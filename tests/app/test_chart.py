@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from cxr_page.chart import abstention_zone, chart_html, rows_of, table_html
+from cxr_page.chart import chart_html, rows_of, table_html
 from cxr_page.look import html_table, network_address, plain, whiskers
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.report import words_html
@@ -18,17 +18,16 @@ from mlx_cxr.explain.word_scores import TextExplanation, WordScores
 from mlx_cxr.labels import LABELS
 
 
-def points_of(threshold=0.4, lower=0.2, upper=0.6, tuned=True) -> OperatingPoints:
+def points_of(threshold=0.4, lower=0.2, upper=0.6) -> OperatingPoints:
     """The same points for all 14 findings, or arrays of 14."""
 
     def column(value) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype=np.float64), 14).copy()
 
-    source = "validation" if tuned else "default"
     counts = np.full(14, 50)
     return OperatingPoints(
         Calibration(np.ones(14), ("validation",) * 14),
-        Thresholds(column(threshold), (source,) * 14, "f1"),
+        Thresholds(column(threshold), ("validation",) * 14, "f1"),
         "empty_negative",
         ConformalBands(0.1, column(lower), column(upper), counts, counts),
     )
@@ -41,15 +40,11 @@ def test_no_call_is_made_inside_the_zone_and_one_everywhere_outside(seed):
     points = points_of(threshold, lower, upper)
     grid = np.linspace(0.0005, 0.9995, 1000)
     states = points.states(grid[:, None].repeat(14, axis=1))
-    for k in range(14):
-        low, high = abstention_zone(points, k)
-        inside, outside = (grid > low) & (grid < high), (grid < low) | (grid > high)
+    for row in rows_of(grid[:14], states[0], points):
+        k = LABELS.index(row.finding)
+        inside, outside = (grid > row.low) & (grid < row.high), (grid < row.low) | (grid > row.high)
         assert (states[inside, k] == ABSTAIN).all()
         assert (states[outside, k] != ABSTAIN).all()
-
-
-def test_without_a_threshold_the_zone_is_everything():
-    assert abstention_zone(points_of(tuned=False), 3) == (0.0, 1.0)
 
 
 def test_calls_come_first_and_each_group_is_sorted_by_how_far_it_is_above_its_threshold():

@@ -282,7 +282,7 @@ class TestFilmsThatCannotBeUsed:
         [
             (b"", r"empty \(0 bytes\)"),
             (b"no image at all", "a text file, not an image"),
-            (b"\0" * 128 + b"DICM" + b"\0" * 50, "a DICOM without pixels"),
+            (b"\0" * 128 + b"DICM" + b"\0" * 50, "a DICOM file without pixels"),
             (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
             (b"BM no more", "damaged: an image by its first bytes"),

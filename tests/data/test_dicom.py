@@ -279,7 +279,7 @@ class TestRefusals:
             ({"Rows": 0}, "75 x 0 px; shorter than 32 px"),
             ({"Rows": 92}, r"cut short: 6,826 of 6,900 bytes of pixels are there"),
             ({"PixelData": b""}, "cut short: 0 of 6,825 bytes"),
-            ({"PixelData": None}, r"a DICOM without pixels \(Digital X-Ray Image Storage - For Presentation\)"),
+            ({"PixelData": None}, r"a DICOM file without pixels \(Digital X-Ray Image Storage - For Presentation\)"),
             ({"PixelData": b"\x05" * 6826}, "blank: every pixel is 5"),
             ({"BitsStored": 99}, "damaged or cut short"),
             ({"BitsAllocated": 4}, "damaged or cut short"),

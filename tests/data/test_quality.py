@@ -12,8 +12,12 @@ from mlx_cxr.data import quality
 from mlx_cxr.data.decoding import Transform, decode_bytes
 from mlx_cxr.data.quality import coloured_part, concerns_about, distance, lateral_likeness, pattern
 
-LEFT, RIGHT, DOWN = "looks turned by 90 degrees to the left", "looks turned by 90 degrees to the right", "upside down"
-NEGATIVE, UNLIKE, LATERAL = "looks inverted", "does not look like a frontal chest film", "looks like a lateral view"
+LEFT, RIGHT, DOWN = (
+    f"may be {turn}, or is no chest film"
+    for turn in ("turned by 90 degrees to the left", "turned by 90 degrees to the right", "upside down")
+)
+NEGATIVE, LATERAL = "looks inverted (like a negative)", "looks like a lateral view"
+UNLIKE = "does not look like a frontal chest film"
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def held_out():
 
 
 def counts(images):
-    """How often each first word of concern comes up, and `fine` where none does."""
+    """How often each concern comes up, and `fine` where none does."""
     found = Counter()
     for image in images:
         concerns = concerns_about(image)
@@ -108,7 +112,7 @@ class TestRealFilms:
     def test_false_alarms_on_frontal_films(self, held_out):
         found = counts(held_out)
         assert len(held_out) == 265
-        assert found["fine"] >= 262
+        assert len(held_out) - found["fine"] <= 3
 
     @pytest.mark.parametrize(("source", "films", "alarms"), [("nih", 381, 2), ("mhh", 108, 2), ("cohen", 78, 2)])
     def test_false_alarms_by_source(self, held_out, source, films, alarms):
@@ -118,15 +122,15 @@ class TestRealFilms:
     def test_negatives(self, held_out):
         found = counts(ImageOps.invert(film) for film in held_out)
         assert found["fine"] == 0
-        assert found[f"{NEGATIVE} (like a negative)"] >= 0.95 * len(held_out)
+        assert found[NEGATIVE] >= 0.95 * len(held_out)
 
     @pytest.mark.parametrize(
         ("turn", "reason", "missed", "named"),
         [
             (Image.Transpose.ROTATE_90, LEFT, 0.05, 0.9),
             (Image.Transpose.ROTATE_270, RIGHT, 0.05, 0.9),
-            (Image.Transpose.ROTATE_180, f"looks {DOWN}", 0.01, 0.93),
-            (Image.Transpose.FLIP_TOP_BOTTOM, f"looks {DOWN}", 0.01, 0.93),
+            (Image.Transpose.ROTATE_180, DOWN, 0.01, 0.93),
+            (Image.Transpose.FLIP_TOP_BOTTOM, DOWN, 0.01, 0.93),
         ],
     )
     def test_turned_films(self, held_out, turn, reason, missed, named):

@@ -98,6 +98,20 @@ def test_never_a_call_beside_the_set_and_always_a_reason(threshold, lower, upper
     assert (reason == "") == (state != ABSTAIN)
 
 
+@given(*(st.floats(0, 1) for _ in range(3)), st.sampled_from([8, 9, 50]))
+@settings(max_examples=200, deadline=None)
+def test_the_zone_holds_what_is_abstained_on_and_nothing_else(threshold, lower, upper, n):
+    points = points_with(threshold, lower, upper, positives=n)
+    low, high = points.abstention_zone(0)
+    grid = np.linspace(0, 1, 1001)
+    states = points.states(np.repeat(grid[:, None], K, axis=1))[:, 0]
+    inside = (grid > low) & (grid < high)
+    assert (states[inside] == ABSTAIN).all()
+    outside = (grid < low) | (grid > high)
+    assert (states[outside] == np.where(grid > high, PRESENT, ABSENT)[outside]).all()
+    assert (low, high) == (0, 1) or n >= 9
+
+
 def test_decisions_are_of_the_calibrated_probabilities():
     points = points_with(threshold=0.5, lower=0.3, upper=0.6)
     points = replace(points, calibration=Calibration(np.full(K, 4.0), ("validation",) * K))
