@@ -57,10 +57,6 @@ def main() -> None:
     if not index.usable(CNN, STUDENT, CONTROL):
         nothing_to_show(index)
         return
-    if index.faulty:
-        with st.expander(f"{len(index.faulty)} of {len(index.runs)} runs cannot be used"):
-            for run in index.faulty:
-                st.markdown(f"**{plain(run.name)}**: {plain(run.error)}")
     for name in _KEPT:
         if name in st.session_state:
             st.session_state[name] = st.session_state[name]
@@ -70,6 +66,10 @@ def main() -> None:
         if place.open or name == "Case":
             with place, guarded(name):
                 draw(index)
+    if index.faulty:
+        with st.expander(f"{len(index.faulty)} of {len(index.runs)} runs cannot be used"):
+            for run in index.faulty:
+                st.markdown(f"**{plain(run.name)}**: {plain(run.error)}")
 
 
 def nothing_to_show(index: RunIndex) -> None:

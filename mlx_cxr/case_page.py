@@ -26,7 +26,7 @@ from mlx_cxr.explain.word_scores import TextExplanation, signed
 from mlx_cxr.inference import FilmAnswer
 from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.report_reading import ReportAnswer
-from mlx_cxr.wording import NOT_CLINICAL, SYNTHETIC
+from mlx_cxr.wording import NOT_CLINICAL
 
 _INK, _DIM, _BAND, _WARNING = "#16181c", "#5b616b", "#d5d9e0", "#7a4b00"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -169,7 +169,7 @@ def draw_case(case: CasePage, format: Literal["png", "pdf"] = "png", made: datet
 
 
 def _warning(synthetic: bool) -> str:
-    return f"{NOT_CLINICAL}." + (f" {SYNTHETIC}: its models know drawn films only." if synthetic else "")
+    return f"{NOT_CLINICAL}." + " Trained on a synthetic cohort: the models know drawn films only." * synthetic
 
 
 def _head(figure: Figure, case: CasePage, made: datetime) -> None:
@@ -181,7 +181,7 @@ def _head(figure: Figure, case: CasePage, made: datetime) -> None:
     box = {"boxstyle": "round,pad=0.5", "facecolor": "#fff3d6", "edgecolor": "#e0a72e"}
     figure.text(0.065, 0.923, _warning(case.synthetic), size=9.5, weight="bold", color=_WARNING, va="center", bbox=box)
     if film.concerns:
-        concerns = "Does not look like a frontal chest film: " + "; ".join(film.concerns)
+        concerns = f"The film {'; '.join(film.concerns)}."
         figure.text(0.06, 0.903, _short(concerns, 118), size=8.5, color=_WARNING, va="center")
 
 

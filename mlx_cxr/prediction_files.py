@@ -107,6 +107,7 @@ def write_overlays(
             film=Path(answer.film.name).name,
             method=method,
             synthetic=predictor.synthetic,
+            own_film=True,
         )
         name = f"{number:05}_{Path(answer.film.name).stem}_{one.finding.replace(' ', '_')}.png"
         save_picture(folder / name, draw_overlay(answer.film.pixels, one.heat, reading))
@@ -139,7 +140,7 @@ class ContactSheets:
             return
         number = len(self.pages) + 1
         title = f"{self._predictor.trained.folder.name}: films, page {number}"
-        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic)
+        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic, own_films=True)
         self.pages.append(save_picture(self._folder / f"contact_sheet_{number:02}.png", sheet))
         self._tiles = []
 

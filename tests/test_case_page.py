@@ -79,14 +79,20 @@ def words_of(pdf: bytes) -> str:
 def test_the_pdf_says_what_the_model_says(case):
     text = words_of(draw_case(case, "pdf", MADE))
     for words in (
-        *("film 7.dcm", "demo_cnn", "2026-01-02 03:04", "Research only, not for clinical use", "Synthetic cohort"),
+        *(
+            "film 7.dcm",
+            "demo_cnn",
+            "2026-01-02 03:04",
+            "Research only, not for clinical use",
+            "Trained on a synthetic cohort",
+        ),
         *("0.90 present", "0.31 abstains", "0.77 abstains", "0.05 absent", "Edema: Grad-CAM, peak 0.80"),
         *(case.models[0].points.reason(HEART, 0.31), "Fracture", "alpha 0.1"),
     ):
         assert words in text, words
     assert text.count("0.05 absent") == 11
     real = words_of(draw_case(replace(case, synthetic=False), "pdf", MADE))
-    assert "Synthetic" not in real
+    assert "synthetic" not in real
 
 
 def test_a_report_s_answer_stands_beside_it_with_what_differs(case):
@@ -157,7 +163,7 @@ def test_a_concern_is_on_the_page(case):
     model = case.models[0]
     film = replace(model.answer.film, concerns=("looks inverted (like a negative)",))
     odd = replace(case, models=(replace(model, answer=replace(model.answer, film=film)),))
-    assert "looks inverted" in words_of(draw_case(odd, "pdf", MADE))
+    assert "The film looks inverted (like a negative)." in words_of(draw_case(odd, "pdf", MADE))
 
 
 def test_the_warning_is_in_the_file_too(case):

@@ -184,17 +184,22 @@ def _reset_finding(models: Sequence[Opened], film: CaseFilm, answers: Sequence[F
 
 def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> View:
     """Films, maps and charts."""
-    view = _choose_view(models, answers)
     if len(models) == 1:
         left, right = st.columns([5, 6], gap="large")
         with left:
-            st.subheader("Film and map", anchor=False)
+            st.html('<h3 class="cxr-hidden">Film and map</h3>')
+            above = st.columns([5, 6], gap="small")
+            place = st.container()
+            below = st.columns([6, 5], gap="medium")
+        view = _choose_view(models, answers, [*above, *below])
+        with place:
             show_film(models[0], film, answers[0], view)
         with right:
             st.subheader("Findings", anchor=False)
             rows = rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)
             block(chart_html(rows, models[0].name, view.finding))
         return view
+    view = _choose_view(models, answers, st.columns([4, 4, 3, 3], gap="medium"))
     order = _order(models, answers)
     for place, opened, said in zip(st.columns(len(models), gap="large"), models, answers, strict=True):
         with place:
@@ -211,14 +216,14 @@ def _order(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> list[str]
     return [row.finding for row in rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)]
 
 
-def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> View:
+def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer], columns: Sequence[DeltaGenerator]) -> View:
+    """What is to be seen; the four places get finding, method, opacity and the two switches."""
     order = _order(models, answers)
     words = {
         label: f"{label} · {STATES[int(answers[0].states[k])][1]}, p {answers[0].probabilities[k]:.2f}"
         for k, label in enumerate(LABELS)
     }
     methods = [method for method in METHOD_NAMES if all(method in opened.model.methods for opened in models)]
-    columns = st.columns([4, 4, 3, 3], gap="medium", vertical_alignment="top")
     with columns[0]:
         finding = st.selectbox("Finding on the map", order, format_func=words.__getitem__, key="finding")
     with columns[1]:

@@ -22,7 +22,8 @@ log = logging.getLogger("mlx_cxr.page")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$:!&])")
 
 STYLES = """<style>
-.stMainBlockContainer { max-width: 92rem; padding-top: 1.2rem; padding-bottom: 3rem; }
+.stMainBlockContainer { max-width: 92rem; padding-top: .9rem; padding-bottom: 3rem; }
+[data-testid="stTabs"] [role="tabpanel"] { padding-top: .7rem; }
 [data-testid="stHeader"] { height: 2.4rem; background: transparent; pointer-events: none; }
 [data-testid="stHeader"] button, [data-testid="stHeader"] [role="button"] { pointer-events: auto; }
 .stMain h2 { font-size: 1.45rem; padding: .4rem 0 .2rem; } .stMain h3 { font-size: 1.12rem; padding: .2rem 0; }
@@ -57,7 +58,7 @@ STYLES = """<style>
 .cxr-state.is-abstains i { background: linear-gradient(90deg, var(--mark) 50%, transparent 50%); }
 .cxr-chart { margin-top: .1rem; }
 .cxr-group { font-size: .8rem; letter-spacing: .02em; color: var(--soft); padding: .5rem 0 .1rem; font-weight: 600; }
-.cxr-row { display: grid; grid-template-columns: minmax(7.5rem, 12.5rem) minmax(6rem, 1fr) 3rem 6.2rem; gap: 0 .8rem;
+.cxr-row { display: grid; grid-template-columns: minmax(7.5rem, 14.2rem) minmax(6rem, 1fr) 2.6rem 6rem; gap: 0 .8rem;
   align-items: center; padding: .16rem 0; border-bottom: 1px solid var(--faint); }
 .cxr-row.is-chosen { background: var(--faint); box-shadow: -4px 0 0 var(--soft); }
 .cxr-row.is-present .name { font-weight: 650; }

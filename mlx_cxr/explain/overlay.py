@@ -58,7 +58,8 @@ class Reading:
         label: the source's value: 1, 0, -1 or NaN for not mentioned.
         film: id to print, or empty.
         method: which map, a key of `METHOD_NAMES`.
-        synthetic: the film is from the synthetic cohort; the picture then says so.
+        synthetic: the model was trained on the synthetic cohort; the picture then says so.
+        own_film: the film is a user's, not one of the cohort.
         abstention: why the model makes no call, in words (`OperatingPoints.reason`); empty where it makes one.
 
     Raises:
@@ -73,6 +74,7 @@ class Reading:
     film: str = ""
     method: str = "grad_cam"
     synthetic: bool = False
+    own_film: bool = False
     abstention: str = ""
 
     def __post_init__(self) -> None:
@@ -101,10 +103,11 @@ class Reading:
         return "not mentioned" if math.isnan(self.label) else {1: "present", 0: "absent", -1: "uncertain"}[self.label]
 
     def summary(self) -> str:
-        """One line: probability against threshold, and the report's label."""
+        """One line: probability against threshold, and the report's label of a cohort's film."""
         probability, threshold = self._numbers()
         verdict = f"{'≥' if self.above_threshold else '<'} threshold {threshold}" if threshold else "no threshold"
-        return f"calibrated p = {probability} {verdict}   ·   report label: {self.label_words}"
+        text = f"calibrated p = {probability} {verdict}"
+        return text if self.own_film else f"{text}   ·   report label: {self.label_words}"
 
     def withheld(self, heat: np.ndarray) -> str:
         """Why the map should not be shown, or an empty string."""
@@ -175,7 +178,7 @@ def draw_overlay(
         draw.text((at, top + side + 8), _fitted(caption, 13, side), _DIM, _font(13))
     if not hidden:
         _colour_bar(canvas, (columns[1] + side + _GAP, top), side)
-    _footer(draw, (_MARGIN, top + side + bottom - 24), reading.synthetic, room)
+    _footer(draw, (_MARGIN, top + side + bottom - 24), footer(reading.synthetic, reading.own_film), room)
     return canvas
 
 
@@ -200,8 +203,8 @@ def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
         draw.line((tick, y - 5, tick, y + 13), _TEXT, 2)
 
 
-def _footer(draw: ImageDraw.ImageDraw, at: tuple[int, int], synthetic: bool, room: int) -> None:
-    draw.text(at, _fitted(footer(synthetic), 13, room), _ACCENT, _font(13))
+def _footer(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, room: int) -> None:
+    draw.text(at, _fitted(text, 13, room), _ACCENT, _font(13))
 
 
 def _colour_bar(canvas: Image.Image, at: tuple[int, int], height: int) -> None:
@@ -299,7 +302,12 @@ class Tile:
 
 
 def montage(
-    tiles: Sequence[Tile], columns: int, title: str = "", synthetic: bool = False, scale: bool = True
+    tiles: Sequence[Tile],
+    columns: int,
+    title: str = "",
+    synthetic: bool = False,
+    scale: bool = True,
+    own_films: bool = False,
 ) -> Image.Image:
     """A grid of captioned pictures, row by row, with the colour bar and the warning.
 
@@ -307,8 +315,9 @@ def montage(
         tiles: all of one size; `film_tile`, `map_tile`, `mask_tile` make them.
         columns: tiles per row.
         title: a line above, or empty.
-        synthetic: the films are synthetic; the footer then says so.
+        synthetic: the model was trained on the synthetic cohort; the footer then says so.
         scale: draw the colour bar beside the first row; False where no tile shows a map.
+        own_films: the films are a user's, not the cohort's.
 
     Returns:
         An RGB picture.
@@ -336,7 +345,7 @@ def montage(
         draw.text((x, y + tile_height + 7), _fitted(tile.caption, 14, tile_width), _TEXT, _font(14))
     if scale:
         _colour_bar(canvas, (width - _MARGIN - 74, top), tile_height)
-    _footer(draw, (_MARGIN, height - 32), synthetic, width - 2 * _MARGIN)
+    _footer(draw, (_MARGIN, height - 32), footer(synthetic, own_films), width - 2 * _MARGIN)
     return canvas
 
 

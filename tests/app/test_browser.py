@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +12,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from page_pictures import ARGUMENTS, chromium, served, settled
 from PIL import Image
 
 from mlx_cxr.inference import Predictor
@@ -28,11 +23,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 EDEMA, HEART = label_index("Edema"), label_index("Cardiomegaly")
 TABS = ("Compare models", "Failures", "Explain", "About")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 
 
 @dataclass
@@ -50,37 +40,22 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(cohort, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The command of the README, in the repository's folder, so that its `.streamlit/config.toml` holds."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "streamlit", "run", "app/streamlit_app.py"]
-    command += ["--server.port", str(port), "--server.headless", "true", "--", "--outputs", str(cohort.outputs)]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/_stcore/health", timeout=2):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
+    with served(cohort.outputs, log, ROOT) as url:
         yield Server(url, log)
-    finally:
-        process.terminate()
-        process.wait(20)
-    assert "Traceback" not in log.read_text(errors="replace")
-    assert "deprecat" not in log.read_text(errors="replace").lower()
+    said = log.read_text(errors="replace")
+    assert "Traceback" not in said
+    assert "deprecat" not in said.lower()
 
 
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: no real browser here")
-    if CHROMIUM is None:
+    if chromium() is None:
         pytest.skip("there is no Chromium on this machine: no real browser here")
     with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        opened = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
         yield opened
         opened.close()
 
@@ -120,14 +95,6 @@ def visit(server, browser):
 @pytest.fixture(scope="module")
 def predictor(cohort):
     return Predictor.from_run(cohort.run_dir("cnn"))
-
-
-def settled(page) -> None:
-    """Wait until the script has run to its end."""
-    page.wait_for_timeout(250)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
-    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
-    page.wait_for_timeout(150)
 
 
 def shown(page, finding: str) -> tuple[str, str]:

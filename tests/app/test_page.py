@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from mlx_cxr.inference import Predictor
 from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.runs import read_json, write_json
 
+ROOT = Path(__file__).resolve().parents[2]
 TABS = ("Case", "Compare models", "Failures", "Explain", "About")
 EDEMA, HEART = label_index("Edema"), label_index("Cardiomegaly")
 
@@ -68,6 +72,24 @@ def test_a_run_that_cannot_be_read_is_named_with_its_reason(open_page, tmp_path)
     (torn,) = (error for error in refused(page) if error.startswith("torn"))
     assert "is not readable JSON" in torn
     assert sum("names the stage" in error for error in refused(page)) == 2
+
+
+def test_the_page_is_for_this_machine_alone_and_reports_nothing():
+    """As Streamlit reads it in the repository's folder."""
+    command = [sys.executable, "-m", "streamlit", "config", "show"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    settings = dict(re.findall(r"^(\w+) = (.*)$", done.stdout, re.MULTILINE))
+    wanted = {
+        "address": '"127.0.0.1"',
+        "gatherUsageStats": "false",
+        "enableXsrfProtection": "true",
+        "showErrorDetails": '"none"',
+        "maxUploadSize": "100",
+        "showEmailPrompt": "false",
+    }
+    assert {key: settings.get(key) for key in wanted} == wanted
+    hosts = re.search(r"^allowedHosts = \[(.*?)\]", done.stdout, re.MULTILINE | re.DOTALL)[1]
+    assert re.findall(r'"(.*?)"', hosts) == ["localhost", "127.0.0.1"]
 
 
 def test_a_large_upload_never_touches_the_disk(open_page, tmp_path):

@@ -1,0 +1,108 @@
+"""The page's pictures in `.github/images`, taken anew from runs that are there:
+
+    python tests/app/page_pictures.py outputs .github/images [STUDY]
+
+from the folder that `outputs` lies in, as the runs name their data relative to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[2] / "app" / "streamlit_app.py"
+ARGUMENTS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+
+
+def chromium() -> str | None:
+    """The browser's path, or None where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@contextlib.contextmanager
+def served(outputs: Path, log: Path, folder: Path | None = None) -> Iterator[str]:
+    """The page on a free port while the block runs; gives its address.
+
+    Args:
+        outputs: of the runs.
+        log: gets what the server says.
+        folder: that it works in, whose `.streamlit/config.toml` holds; None takes the present one.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", str(SCRIPT)]
+    command += ["--server.port", str(port), "--server.headless", "true", "--", "--outputs", str(outputs)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/_stcore/health", timeout=2):
+                break
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def settled(page) -> None:
+    """Wait until the page's script has run to its end."""
+    page.wait_for_timeout(250)
+    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+    page.wait_for_timeout(250)
+
+
+def take(url: str, folder: Path, study: str = "") -> None:
+    """`page_case.png` and `page_compare.png`, each under 400 KB."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
+        page = browser.new_page(viewport={"width": 1360, "height": 900})
+        page.set_default_timeout(120_000)
+        page.goto(url)
+        page.locator(".cxr-chart").wait_for()
+        settled(page)
+        if study:
+            page.get_by_role("combobox", name="Test film").click()
+            page.keyboard.type(study)
+            page.get_by_role("option", name=study).first.click()
+            settled(page)
+        _save(page.screenshot(), folder / "page_case.png")
+        page.get_by_role("tab", name="Compare models").click()
+        page.locator(".cxr-whisker").first.wait_for()
+        settled(page)
+        _save(page.screenshot(), folder / "page_compare.png")
+        browser.close()
+
+
+def _save(screenshot: bytes, path: Path) -> None:
+    """As a PNG of 256 colours, which a page of text and one film in gray and plasma has room in."""
+    image = Image.open(io.BytesIO(screenshot)).convert("RGB")
+    image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[2])
+    with served(Path(sys.argv[1]), place / ".server.log") as address:
+        take(address, place, *sys.argv[3:4])
+    (place / ".server.log").unlink()
