@@ -17,25 +17,23 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from scipy.special import expit
 
 from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.data.reports import decode, has_headings, section_texts, select
+from mlx_cxr.data.reports import decode
 from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.evaluation.operating_points import FILE as POINTS
-from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain.findings_report import outcomes
 from mlx_cxr.explain.token_page import write_explanations
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.report_reading import ReportReader, sections_to_read
 from mlx_cxr.runs import provenance
-from mlx_cxr.teacher.attribution import explain
 from mlx_cxr.teacher.films import encode_films
 from mlx_cxr.teacher.lora import WEIGHTS
 from mlx_cxr.teacher.prompt import Prompt
-from mlx_cxr.teacher.scoring import score
 from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher, what_it_reads
 
 log = logging.getLogger("mlx_cxr")
@@ -87,8 +85,8 @@ def run(
         examples: true positives per finding.
 
     Raises:
-        ExplainReportError: an unknown finding or study, a study or text without what the teacher reads, a teacher that
-            reads no text.
+        ExplainReportError: an unknown finding or study, or a study without what the teacher reads.
+        ReportReadingError: a text without what the teacher reads, or a teacher that reads no text.
         RunFormatError: there is no such run, it is not scored yet, or it was trained for something else.
         PredictionsError: its predictions cannot be read.
         DataError: a file is missing.
@@ -101,10 +99,8 @@ def run(
         raise ExplainReportError(f"--examples {examples}: give at least 1")
     device = runtime.start("explain_report")
     run_dir = config.run_dir(teacher_run or config.teacher.run_name)
-    teacher = TrainedTeacher.open(run_dir)
-    if teacher.config.teacher.modality == "image":
-        raise ExplainReportError(f"{run_dir} is a teacher that sees films only; it reads no words to explain")
-    points, _ = read_operating_points(run_dir / POINTS)
+    reader = ReportReader.from_run(run_dir)
+    teacher, points = reader.teacher, reader.points
     columns = tuple(LABELS.index(name) for name in findings) or None
     inputs = {"adapter": run_dir / ADAPTER / WEIGHTS, "operating_points": run_dir / POINTS}
     if text is not None:
@@ -127,7 +123,7 @@ def run(
             wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
         asked = of_studies(wanted, teacher, material) if wanted else []
     record = provenance("explain_report", config.plain(), inputs, device)
-    explanations = [e for one in asked for e in explained(one, teacher, points)]
+    explanations = [e for one in asked for e in explained(one, reader)]
     explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
     synthetic = teacher.config.data.synthetic
     return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, synthetic, record)
@@ -200,19 +196,13 @@ def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None)
     """A report that is given as a text or a file; one without headings counts as the first section that may be read.
 
     Raises:
-        ExplainReportError: there is no such file, the report has none of the sections, or the teacher needs a film.
+        ExplainReportError: there is no such file, or the teacher needs a film.
+        ReportReadingError: the report has none of the sections.
     """
     settings = teacher.config.teacher
     if settings.modality != "text":
         raise ExplainReportError(f"{teacher.folder} reads films too, and --text has none; name a study with --study_id")
-    report = read_report(text)
-    sections = section_texts(report)
-    name = settings.sections[0]
-    wanted = select(
-        sections if has_headings(report) else {name: sections["whole"]}, settings.sections, settings.section_mode
-    )
-    if not wanted:
-        raise ExplainReportError(f"--text has none of what this teacher reads ({what_it_reads(teacher.config)})")
+    wanted = sections_to_read(read_report(text), settings)
     return Asked("text", teacher.form.prompt(wanted), None, None, columns)
 
 
@@ -232,36 +222,17 @@ def read_report(text: str) -> str:
     return text
 
 
-def explained(asked: Asked, teacher: TrainedTeacher, points: OperatingPoints) -> list[TextExplanation]:
+def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
     """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
-    settings, thresholds = teacher.config.teacher, points.tuned_thresholds
+    answer = reader.answer(asked.prompt, asked.film)
     columns = asked.columns
     if columns is None:
-        films = None if asked.film is None else np.asarray(asked.film)[None]
-        logits = score(teacher.base, teacher.form, [asked.prompt], films, settings).logits
-        (probabilities,) = points.calibration.probabilities(logits)
-        called = np.flatnonzero(probabilities >= thresholds).tolist()
-        columns = tuple(called or [int(np.argmax(probabilities))])
-    log.info("study %s: %s", asked.study_id, ", ".join(LABELS[k] for k in columns))
-    scores = explain(teacher.base, teacher.form, asked.prompt, asked.film, columns, settings)
-    probabilities = [
-        float(expit(one.logit / points.calibration.temperatures[k])) for k, one in zip(columns, scores, strict=True)
-    ]
-    return [
-        TextExplanation(
-            asked.study_id,
-            LABELS[k],
-            one,
-            p,
-            float(thresholds[k]),
-            "" if asked.raw_labels is None else label_words(float(asked.raw_labels[k])),
-            what_it_reads(teacher.config),
-            asked.prompt.cut,
-            teacher.config.data.synthetic,
-            points.reason(k, p),
-        )
-        for k, one, p in zip(columns, scores, probabilities, strict=True)
-    ]
+        called = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()
+        columns = tuple(called or [int(np.argmax(answer.probabilities))])
+    findings = [LABELS[k] for k in columns]
+    log.info("study %s: %s", asked.study_id, ", ".join(findings))
+    labels = () if asked.raw_labels is None else [label_words(float(asked.raw_labels[k])) for k in columns]
+    return reader.explain(answer, findings, asked.study_id, labels)
 
 
 def label_words(raw: float) -> str:

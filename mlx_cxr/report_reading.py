@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.data.films import Transform
 from mlx_cxr.data.reports import has_headings, section_texts, select
 from mlx_cxr.errors import UserError
@@ -30,6 +31,21 @@ _WORDS = re.compile(r"\w")
 
 class ReportReadingError(UserError, ValueError):
     """A report or film that this teacher cannot answer for; the message is the reason."""
+
+
+def sections_to_read(text: str, settings: TeacherConfig) -> list[tuple[str, str]]:
+    """(section, text) of a report that a teacher may read; one without headings counts as the first such section.
+
+    Raises:
+        ReportReadingError: the report has none of them.
+    """
+    texts = section_texts(text)
+    if not has_headings(text):
+        texts = {settings.sections[0]: texts["whole"]}
+    wanted = select(texts, settings.sections, settings.section_mode)
+    if not wanted:
+        raise ReportReadingError(f"the report has none of what this teacher reads ({', '.join(settings.sections)})")
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class ReportReader:
         """
         teacher = TrainedTeacher.open(folder)
         if teacher.config.teacher.modality == "image":
-            raise ReportReadingError(f"{folder} is a teacher that sees films only; it reads no words")
+            raise ReportReadingError(f"{folder} is a teacher that sees films only; it reads no words to explain")
         points, record = read_operating_points(Path(folder) / FILE)
         if record["made_from"].get("adapter") != teacher.adapter_sha256:
             raise RunFormatError(
@@ -125,22 +141,35 @@ class ReportReader:
         if self.needs_film and film is None:
             raise ReportReadingError("this teacher looks at the film too: choose or upload one")
         settings = self.teacher.config.teacher
-        texts, first = section_texts(text), settings.sections[0]
-        headed = has_headings(text)
-        wanted = select(texts if headed else {first: texts["whole"]}, settings.sections, settings.section_mode)
-        if not wanted:
-            raise ReportReadingError(f"the report has none of what this teacher reads ({self.reads})")
-        note = "" if headed or first == "whole" else f"The text has no headings; all of it is taken as {first}."
-        prompt = self.teacher.form.prompt(wanted)
+        wanted = sections_to_read(text, settings)
+        headed = has_headings(text) or settings.sections[0] == "whole"
+        note = "" if headed else f"The text has no headings; all of it is taken as {settings.sections[0]}."
         tokens = None
         if self.needs_film:
             encoded = encode_films(self.teacher.base, np.asarray(film)[None], settings.image_size)
             tokens = np.array(encoded.astype(mx.float16))[0]
-        films = None if tokens is None else tokens[None]
-        logits = score(self.teacher.base, self.teacher.form, [prompt], films, settings).logits
+        return self.answer(self.teacher.form.prompt(wanted), tokens, wanted, note)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        film: np.ndarray | None = None,
+        sections: Sequence[tuple[str, str]] = (),
+        note: str = "",
+    ) -> ReportAnswer:
+        """Answer for a prompt of this teacher's form.
+
+        Args:
+            prompt: of the study.
+            film: float16 (T, H), its film's tokens, or None.
+            sections: what the prompt was made of, to be told.
+            note: to be told.
+        """
+        films = None if film is None else np.asarray(film)[None]
+        logits = score(self.teacher.base, self.teacher.form, [prompt], films, self.teacher.config.teacher).logits
         decided = self.points.decide(logits)
         return ReportAnswer(
-            tuple(wanted), prompt.cut, note, logits[0], decided.probabilities[0], decided.states[0], prompt, tokens
+            tuple(sections), prompt.cut, note, logits[0], decided.probabilities[0], decided.states[0], prompt, film
         )
 
     def explain(
@@ -153,6 +182,9 @@ class ReportReader:
             findings: of `LABELS`.
             study_id: to tell the report by.
             labels: the source's labels of these findings in words, where they are known.
+
+        Raises:
+            AttributionError: the prompt holds no report.
         """
         columns = [label_index(name) for name in findings]
         teacher, settings = self.teacher, self.teacher.config.teacher

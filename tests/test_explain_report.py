@@ -12,6 +12,7 @@ from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
 
 from mlx_cxr import cache_teacher_outputs, explain_report
 from mlx_cxr.evaluation.operating_points import read_operating_points
+from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain_report import ExplainReportError, read_report
 from mlx_cxr.labels import LABELS
@@ -173,7 +174,7 @@ def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
         record["config"]["teacher"]["modality"] = modality
         write_json(run_dir / "config.json", record)
         shutil.copy(toy.folder / "outputs" / "explained" / "operating_points.json", run_dir)
-        with pytest.raises(ExplainReportError, match=words):
+        with pytest.raises(UserError, match=words):
             explain_report.run(toy.config(), name, **options)
 
 
