@@ -11,8 +11,8 @@ import pytest
 from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
 
 from mlx_cxr import cache_teacher_outputs, explain_report
-from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.errors import UserError
+from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain_report import ExplainReportError, read_report
 from mlx_cxr.labels import LABELS

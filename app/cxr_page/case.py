@@ -22,21 +22,25 @@ from mlx_cxr.labels import LABELS
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"
+_STUDENT = "Student"
 
 
-def open_study(study_id: str, image_id: str, finding: str) -> None:
-    """Have the Case tab show a test film; a callback of other tabs."""
-    st.session_state["tab"] = "Case"
-    st.session_state["film_from"] = SAMPLE
-    st.session_state["opened_film"] = image_id
-    st.session_state["sample"] = image_id
-    st.session_state["wanted_finding"] = finding
+def open_film(entry: RunEntry, image_id: str, finding: str) -> None:
+    """Have the Case tab show a test film as a student reads it; a callback of other tabs."""
+    state = st.session_state
+    state["tab"] = "Case"
+    state["film_from"] = SAMPLE
+    state["opened_film"] = state["sample"] = image_id
+    state["wanted_finding"] = finding
+    state[f"run_{_STUDENT}"] = entry
+    if state.get("model") != BOTH:
+        state["model"] = _STUDENT
 
 
 def case_tab(index: RunIndex) -> None:
     """The tab."""
     st.html('<h2 class="cxr-hidden">Case</h2>')
-    model, source, chosen = st.columns([4, 2, 8], gap="medium", vertical_alignment="top")
+    model, source, chosen = st.columns([4, 3, 8], gap="medium", vertical_alignment="top")
     with model:
         models = _choose_models(index)
     film = _choose_film(models, source, chosen)
@@ -62,7 +66,7 @@ def case_tab(index: RunIndex) -> None:
 
 def _choose_models(index: RunIndex) -> list[Opened]:
     """The models that the reader chose, opened; one that cannot be is said and left out."""
-    runs = {CNN: index.usable(CNN), "Student": index.usable(STUDENT, CONTROL)}
+    runs = {CNN: index.usable(CNN), _STUDENT: index.usable(STUDENT, CONTROL)}
     options = [title for title, found in runs.items() if found]
     options += [BOTH] if len(options) == 2 else []
     choice = st.segmented_control("Model", options, default=options[0], key="model", required=True) or options[0]
@@ -187,11 +191,10 @@ def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAns
     if len(models) == 1:
         left, right = st.columns([5, 6], gap="large")
         with left:
-            st.html('<h3 class="cxr-hidden">Film and map</h3>')
-            above = st.columns([5, 6], gap="small")
-            place = st.container()
-            below = st.columns([6, 5], gap="medium")
-        view = _choose_view(models, answers, [*above, *below])
+            finding, place = st.container(), st.container()
+            opacity, method = st.columns([5, 6], gap="medium")
+            switches = st.container(horizontal=True)
+        view = _choose_view(models, answers, (finding, method, opacity, switches))
         with place:
             show_film(models[0], film, answers[0], view)
         with right:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from cxr_page.case import cohort_for, open_study
+from cxr_page.case import cohort_for, open_film
 from cxr_page.look import guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
@@ -44,7 +44,8 @@ def failures_tab(index: RunIndex) -> None:
     folder = entry.folder / _FOLDER
     results = read_json(folder / "failures.json")
     lead, *points = closing_failures(results).splitlines()
-    st.markdown(f"**{plain(lead)}**\n\n" + "\n".join(f"- {plain(p[2:])}" for p in points if p.startswith("- ")))
+    listed = "".join(f"\n- {plain(point[2:])}" for point in points if point.startswith("- "))
+    st.markdown(f"**{plain(lead)}**\n" + listed.replace("\\`", "`"))
     note(
         "A failure is a finding of a study whose call, at the threshold, differs from the report's label. "
         "The label may be "
@@ -110,8 +111,8 @@ def _open(entry: RunEntry, chosen: pd.DataFrame) -> None:
             key="open_case",
             width="stretch",
             disabled=sample is None,
-            on_click=open_study,
-            args=(entry.name, sample.image_id if sample else "", row["label"]),
+            on_click=open_film,
+            args=(entry, sample.image_id if sample else "", row["label"]),
         )
     if sample is None:
         note(f"The film of study {row['study_id']} is not on this machine, so it cannot be opened.")

@@ -42,6 +42,7 @@ STYLES = """<style>
 .st-key-banner, [data-testid="stLayoutWrapper"]:has(> .st-key-banner) { position: sticky; top: 0; z-index: 50; }
 .cxr-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
+[data-testid="stElementContainer"]:has(> .stHtml > h2.cxr-hidden) { position: absolute; }
 .cxr table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 .cxr caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 .cxr th, .cxr td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
@@ -51,8 +52,8 @@ STYLES = """<style>
 .cxr-note { color: var(--soft); font-size: .875rem; }
 .cxr-state { white-space: nowrap; font-weight: 600; }
 .cxr-state.is-absent { font-weight: 400; }
-.cxr-state i { display: inline-block; width: .68em; height: .68em; margin-right: .4rem; border-radius: 50%;
-  border: 2px solid var(--mark); }
+.cxr-state i { display: inline-block; box-sizing: border-box; width: .74em; height: .74em; margin-right: .4rem;
+  border-radius: 50%; border: 2px solid var(--mark); }
 .is-present { --mark: var(--present); } .is-absent { --mark: var(--absent); } .is-abstains { --mark: var(--abstains); }
 .cxr-state.is-present i { background: var(--mark); }
 .cxr-state.is-abstains i { background: linear-gradient(90deg, var(--mark) 50%, transparent 50%); }

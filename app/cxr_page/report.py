@@ -128,7 +128,10 @@ def _beside(models: Sequence[Opened], answers: Sequence[FilmAnswer], said: Repor
     named[f"report, {teacher.teacher.folder.name}"] = said
     order = np.argsort(-said.probabilities, kind="stable").tolist()
     rows = [
-        [esc(LABELS[k]), *(f"{one.probabilities[k]:.2f} {state_html(int(one.states[k]))}" for one in named.values())]
+        [
+            esc(LABELS[k]),
+            *(f"{one.probabilities[k]:.2f}&ensp;{state_html(int(one.states[k]))}" for one in named.values()),
+        ]
         for k in order
     ]
     block(html_table("Film and report, finding by finding", ["finding", *named], rows, frozenset(range(1, 4))))

@@ -93,28 +93,27 @@ def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) ->
     if why:
         block(f'<div role="status"><b>Shown on request.</b> The map is otherwise withheld: {esc(why)}.</div>')
     else:
-        said = (
-            f"{METHOD_NAMES[view.method]}; peak {heat.max():.2f}, {_peak(heat)}" if heat.any() else "the map is empty"
-        )
-        block(f'<div role="status"><b>{esc(view.finding)}</b>: {esc(said)}.</div>')
+        strength = f"peak {heat.max():.2f}, {_peak(heat)}" if heat.any() else "the map is empty"
+        name = f"<b>{esc(view.finding)}</b>: {esc(METHOD_NAMES[view.method])}"
+        block(f'<div role="status">{name}; {strength}.</div>')
     # The film may be shown at a higher resolution than the map was made of: the map is placed by the film as seen.
     placed = upsample(heat, pixels.shape[0], film=seen.pixels.shape[0])
     picture(
         png(map_tile(pixels, placed, SHOWN_SIDE, view.opacity)),
         f"Chest film {film.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
-        f"the map peaks at {_peak(heat)}",
+        f"the map is strongest {_peak(heat)} of the picture",
     )
     _scale(view.opacity)
 
 
 def _peak(heat: np.ndarray) -> str:
-    """Where a map is strongest, in words of the film as it is looked at."""
+    """Where a map is strongest, as the picture is looked at."""
     if not heat.any():
         return "nowhere"
     row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
     height = ("upper", "middle", "lower")[min(3 * row // heat.shape[0], 2)]
     side = ("left", "centre", "right")[min(3 * column // heat.shape[1], 2)]
-    return f"in the {height} {side} of the picture"
+    return f"{height} {side}"
 
 
 def _scale(opacity: float) -> None:

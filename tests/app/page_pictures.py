@@ -76,7 +76,7 @@ def take(url: str, folder: Path, study: str = "") -> None:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
-        page = browser.new_page(viewport={"width": 1360, "height": 900})
+        page = browser.new_page(viewport={"width": 1360, "height": 960})
         page.set_default_timeout(120_000)
         page.goto(url)
         page.locator(".cxr-chart").wait_for()
@@ -86,18 +86,18 @@ def take(url: str, folder: Path, study: str = "") -> None:
             page.keyboard.type(study)
             page.get_by_role("option", name=study).first.click()
             settled(page)
-        _save(page.screenshot(), folder / "page_case.png")
+        _save(page, folder / "page_case.png")
         page.get_by_role("tab", name="Compare models").click()
         page.locator(".cxr-whisker").first.wait_for()
         settled(page)
-        _save(page.screenshot(), folder / "page_compare.png")
+        _save(page, folder / "page_compare.png")
         browser.close()
 
 
-def _save(screenshot: bytes, path: Path) -> None:
-    """As a PNG of 256 colours, which a page of text and one film in gray and plasma has room in."""
-    image = Image.open(io.BytesIO(screenshot)).convert("RGB")
-    image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+def _save(page, path: Path) -> None:
+    """What the window shows."""
+    page.evaluate("() => document.activeElement.blur()")
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
 
 

@@ -306,6 +306,8 @@ class TestWithRuns:
         page.button(key="open_case").click().run()
         assert page.session_state["tab"] == "Case"
         assert page.session_state["finding"] == finding
+        assert page.segmented_control(key="model").value == "Student"
+        assert rows_shown(page, "student")
         assert page.selectbox(key="sample").value == f"film{study[1:]}.png"
 
     def test_a_fault_in_one_tab_leaves_the_rest(self, page, monkeypatch):
