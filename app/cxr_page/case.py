@@ -192,7 +192,7 @@ def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAns
         left, right = st.columns([5, 6], gap="large")
         with left:
             finding, place = st.container(), st.container()
-            opacity, method = st.columns([5, 6], gap="medium")
+            opacity, method = st.columns([4, 6], gap="medium")
             switches = st.container(horizontal=True)
         view = _choose_view(models, answers, (finding, method, opacity, switches))
         with place:

@@ -23,7 +23,7 @@ _TITLES = {
     "confidence": "confidence",
     "probability": "p",
     "threshold": "threshold",
-    "abstains": "abstains",
+    "abstention": "abstains, as",
     "view": "view",
     "sex": "sex",
     "age": "age",

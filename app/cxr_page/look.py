@@ -42,7 +42,7 @@ STYLES = """<style>
 .st-key-banner, [data-testid="stLayoutWrapper"]:has(> .st-key-banner) { position: sticky; top: 0; z-index: 50; }
 .cxr-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
-[data-testid="stElementContainer"]:has(> .stHtml > h2.cxr-hidden) { position: absolute; }
+[data-testid="stElementContainer"]:has(> .stHtml > h2.cxr-hidden) { position: absolute; width: 1px; }
 .cxr table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 .cxr caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 .cxr th, .cxr td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);

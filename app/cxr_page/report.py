@@ -9,7 +9,7 @@ import streamlit as st
 
 from cxr_page.chart import state_html
 from cxr_page.films import CaseFilm, pixels_of
-from cxr_page.look import block, esc, guarded, html_table, note, plain
+from cxr_page.look import accepted, block, esc, guarded, html_table, note, plain
 from cxr_page.models import Opened, read_report, reader, words
 from cxr_page.run_index import TEACHER, RunIndex
 from mlx_cxr.case_page import disagreements
@@ -78,7 +78,12 @@ def _load(film: CaseFilm) -> None:
         st.button("Load and read this study's report", on_click=_take, args=(film.sample.report,), key="load_report")
     elif film.sample is not None:
         note("This study has no report.")
-    uploaded = st.file_uploader("Report as a text file", key=f"report_file {film.key}", type=["txt"])
+    uploaded = st.file_uploader(
+        "Report as a text file",
+        key=f"report_file {film.key}",
+        type=["txt"],
+        **accepted(st.file_uploader, max_upload_size=1),
+    )
     if uploaded is None:
         return
     content = uploaded.getvalue()
@@ -127,13 +132,10 @@ def _beside(models: Sequence[Opened], answers: Sequence[FilmAnswer], said: Repor
     named = {f"film, {opened.name}": answer for opened, answer in zip(models, answers, strict=True)}
     named[f"report, {teacher.teacher.folder.name}"] = said
     order = np.argsort(-said.probabilities, kind="stable").tolist()
-    rows = [
-        [
-            esc(LABELS[k]),
-            *(f"{one.probabilities[k]:.2f}&ensp;{state_html(int(one.states[k]))}" for one in named.values()),
-        ]
-        for k in order
-    ]
+    rows = []
+    for k in order:
+        said_by = (f"{one.probabilities[k]:.2f}&ensp;{state_html(int(one.states[k]))}" for one in named.values())
+        rows.append([esc(LABELS[k]), *said_by])
     block(html_table("Film and report, finding by finding", ["finding", *named], rows, frozenset(range(1, 4))))
 
 

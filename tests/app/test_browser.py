@@ -129,6 +129,7 @@ def film_pixels(page) -> np.ndarray:
 def choose(page, label: str, option: str) -> None:
     """Pick an option of a menu as a reader does."""
     page.get_by_role("combobox", name=label).click()
+    page.keyboard.type(option)
     page.get_by_role("option", name=option).first.click()
     settled(page)
 
