@@ -59,8 +59,8 @@ class Reading:
         film: id to print, or empty.
         method: which map, a key of `METHOD_NAMES`.
         synthetic: the model was trained on the synthetic cohort; the picture then says so.
-        own_film: the film is a user's, not one of the cohort.
         abstention: why the model makes no call, in words (`OperatingPoints.reason`); empty where it makes one.
+        own_film: the film is a user's, not one of the cohort.
 
     Raises:
         ValueError: a probability or threshold out of range, or a label of another value.
@@ -74,8 +74,8 @@ class Reading:
     film: str = ""
     method: str = "grad_cam"
     synthetic: bool = False
-    own_film: bool = False
     abstention: str = ""
+    own_film: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
