@@ -46,14 +46,14 @@ def main() -> None:
     st.html(STYLES)
     outputs = arguments().outputs
     st.html(
-        '<div class="cxr cxr-title"><h1>mlx_cxr</h1><span>What a model sees on a chest film, how sure it '
-        "is, and where it "
-        "looks</span></div>"
+        '<div class="cxr cxr-title"><h1>mlx_cxr</h1><span>What a model sees on a chest film, how sure it is, '
+        "and where it looks</span></div>"
     )
     index = RunIndex(outputs, (), ())
     with guarded("runs"):
         index = scan(outputs)
-    banner(any(run.synthetic for run in index.runs))
+    ready = [run for run in index.runs if not run.error]
+    banner([run.name for run in ready if run.synthetic], [run.name for run in ready if not run.synthetic])
     if not index.usable(CNN, STUDENT, CONTROL):
         nothing_to_show(index)
         return
@@ -76,9 +76,8 @@ def nothing_to_show(index: RunIndex) -> None:
     """What to run, where there is no model that could answer."""
     st.header("No model to show yet", anchor=False)
     st.markdown(
-        f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the "
-        "built-in synthetic "
-        "cohort takes under twenty minutes on two CPU cores:"
+        f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the built-in "
+        "synthetic cohort takes under twenty minutes on two CPU cores:"
     )
     st.code("./scripts/demo", language="bash")
     st.markdown("Or train and evaluate a CNN on your own data:")

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from scipy.special import logit
 
 from mlx_cxr import __version__
@@ -34,6 +35,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _MARKERS = ("o", "D", "^")
 _WIDTH, _HEIGHT = 8.27, 11.69
 _DPI = 144
+_NOTE_LINES = 11
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,13 @@ class Disagreement:
     report_probability: float
 
     def words(self) -> str:
-        """`Edema: film absent (p 0.12), report present (p 0.93)`."""
-        film, report = STATE_WORDS[self.film_state], STATE_WORDS[self.report_state]
+        """`Edema: film absent (p 0.12), report present (p 0.93)`.
+
+        Of a report, absent means denied or not mentioned: labels do not tell the two apart where empty counts as 0.
+        """
+        report = "present" if self.report_state == PRESENT else "denies it or does not mention it"
         return (
-            f"{self.finding}: film {film} (p {self.film_probability:.2f}), "
+            f"{self.finding}: film {STATE_WORDS[self.film_state]} (p {self.film_probability:.2f}), "
             f"report {report} (p {self.report_probability:.2f})"
         )
 
@@ -161,6 +166,8 @@ def draw_case(case: CasePage, format: Literal["png", "pdf"] = "png", made: datet
     _chart(figure, case)
     _notes(figure, case)
     warning = _warning(case.synthetic)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names and reports may hold dollar signs
     details = {"Title": "mlx_cxr case page", "Keywords" if format == "pdf" else "Description": warning}
     out = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):
@@ -179,7 +186,7 @@ def _head(figure: Figure, case: CasePage, made: datetime) -> None:
     named = " and ".join(model.name for model in case.models)
     figure.text(0.06, 0.948, _short(f"{film.name}   ·   {named}", 110), size=9, color=_DIM, va="center")
     box = {"boxstyle": "round,pad=0.5", "facecolor": "#fff3d6", "edgecolor": "#e0a72e"}
-    figure.text(0.065, 0.923, _warning(case.synthetic), size=9.5, weight="bold", color=_WARNING, va="center", bbox=box)
+    figure.text(0.065, 0.923, _warning(case.synthetic), size=8.5, weight="bold", color=_WARNING, va="center", bbox=box)
     if film.concerns:
         concerns = f"The film {'; '.join(film.concerns)}."
         figure.text(0.06, 0.903, _short(concerns, 118), size=8.5, color=_WARNING, va="center")
@@ -194,6 +201,8 @@ def _pictures(figure: Figure, case: CasePage) -> None:
     threshold = reading.points.tuned_thresholds[k]
     said = Reading(case.finding, float(reading.answer.probabilities[k]), float(threshold), method=case.method)
     why = "" if case.heat is None else said.withheld(case.heat)
+    if case.heat is not None and not why and reading.answer.states[k] == ABSTAIN:
+        why = "the model abstains"
     drawable = case.heat is not None and np.isfinite(case.heat).all() and (not why or case.show_withheld)
     at = (0.50, base, side, height)
     if not drawable:
@@ -206,7 +215,7 @@ def _pictures(figure: Figure, case: CasePage) -> None:
         figure,
         at,
         np.asarray(map_tile(film, case.heat, 640, case.opacity)),
-        caption + ", below threshold, shown on request" * bool(why),
+        caption + ", withheld, shown on request" * bool(why),
     )
     _scale(figure, (0.912, base, 0.014, height), case.opacity)
 
@@ -258,7 +267,7 @@ def _chart(figure: Figure, case: CasePage) -> None:
             )
     ax.set_yticks(range(len(order)), [LABELS[k] for k in order], size=9, color=_INK)
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_xlim(0, 1)
+    ax.set_xlim(-0.02, 1.02)
     ax.set_xticks(np.linspace(0, 1, 5), ["0", ".25", ".5", ".75", "1"], size=8)
     ax.set_xlabel("calibrated probability", size=8.5, color=_DIM, labelpad=2)
     ax.tick_params(length=0)
@@ -298,23 +307,31 @@ def _notes(figure: Figure, case: CasePage) -> None:
     if case.report is not None:
         found = disagreements(model.answer, case.report)
         lines += [("Film and report disagree on", one.words()) for one in found[:4]]
+        if len(found) > 4:
+            lines.append(("… and on", f"{', '.join(one.finding for one in found[4:])}."))
         if not found:
             lines.append(
                 ("Film and report:", f"no finding is called differently by {model.name} and the report's reader")
             )
         text = " ".join(words for _, words in case.report.sections)
-        lines.append(("The report, as read:", textwrap.shorten(text, 300, placeholder=" …")))
+        lines.append(
+            (
+                "The report as read, its beginning:" if len(text) > 300 else "The report as read:",
+                textwrap.shorten(text, 300, placeholder=" …"),
+            )
+        )
     if case.words is not None:
         lines.append((f"Words that moved {case.words.finding}:", _moved(case.words)))
-    y = 0.218
-    for head, body in lines:
-        wrapped = textwrap.wrap(f"{head} {body}", 128)
-        for i, line in enumerate(wrapped):
-            if y < 0.075:
-                break
-            figure.text(0.06, y, line, size=8, color=_INK if i == 0 else _DIM, va="top")
-            y -= 0.0135
-        y -= 0.002
+    wrapped = [
+        (line, _INK if number % 2 else _DIM)
+        for number, (head, body) in enumerate(lines, start=1)
+        for line in textwrap.wrap(f"{head} {body}", 128)
+    ]
+    if len(wrapped) > _NOTE_LINES:
+        cut = ("… There was no room for the rest, which the page on the screen has.", _DIM)
+        wrapped = [*wrapped[: _NOTE_LINES - 1], cut]
+    for i, (line, colour) in enumerate(wrapped):
+        figure.text(0.06, 0.218 - 0.014 * i, line, size=8, color=colour, va="top")
     rests = (
         f"mlx_cxr {__version__}. Thresholds, temperatures and abstention (alpha {model.points.bands.alpha:g}) of "
         f"{' and '.join(one.name for one in case.models)} were fitted on validation, per study.\n"

@@ -18,10 +18,10 @@ from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
 from mlx_cxr.config_sections import ModelConfig, TrainingConfig
 from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.inference import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.runs import sha256_file
+from mlx_cxr.trained_run import TrainedRun
 from mlx_cxr.training import film_run
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce

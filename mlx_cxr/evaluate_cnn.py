@@ -24,9 +24,10 @@ from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions, join
-from mlx_cxr.inference import TrainedRun, map_references, study_predictions, write_inference_record
+from mlx_cxr.inference import map_references, write_inference_record
 from mlx_cxr.runs import provenance, write_json
 from mlx_cxr.scoring_report import milliseconds_per_sample, write_cost, write_scores
+from mlx_cxr.trained_run import TrainedRun, study_predictions
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.scoring import compiled_forward
 

@@ -7,6 +7,7 @@ those of the run; else it counts as not recorded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlx_cxr.config import Config, config_from_plain
 from mlx_cxr.evaluation import operating_points, results
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.trained_run import CHECKPOINTS
 from mlx_cxr.training.preprocessing import check_preprocessing
 
 _CREDENTIALED = ("mimic-cxr-jpg",)
@@ -85,9 +87,9 @@ class EvaluatedRun:
                 its weights or its preprocessing are others than were evaluated; says what to run.
             ConfigError: its configuration does not fit this version.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         record = _trained(folder)
-        checkpoint = folder / inference.CHECKPOINTS[record["stage"]]
+        checkpoint = folder / CHECKPOINTS[record["stage"]]
         scores, prepared, points, sha256 = _evaluation(folder, checkpoint)
         config = config_from_plain(record["config"], folder / "config.json")
         check_preprocessing(prepared["preprocessing"], config, folder / inference.FILE)
@@ -125,13 +127,11 @@ def _trained(folder: Path) -> Mapping[str, Any]:
             f"{folder} is a teacher's run. Its folder adapter_weights/ is the export already: mlx-vlm loads "
             "adapters.safetensors with adapter_config.json onto the base that teacher.json names"
         )
-    if stage not in inference.CHECKPOINTS:
-        raise RunFormatError(
-            f"{folder} was made by the stage {stage!r}; a run of {' or '.join(inference.CHECKPOINTS)} is needed"
-        )
+    if stage not in CHECKPOINTS:
+        raise RunFormatError(f"{folder} was made by the stage {stage!r}; a run of {' or '.join(CHECKPOINTS)} is needed")
     if not ({"config", "inputs"} <= record.keys() and "manifest" in record["inputs"]):
         raise RunFormatError(f"{path} lacks 'config' or 'inputs.manifest'; is it a trained run?")
-    if not (folder / inference.CHECKPOINTS[stage]).exists() or not (folder / "training.json").exists():
+    if not (folder / CHECKPOINTS[stage]).exists() or not (folder / "training.json").exists():
         raise RunFormatError(
             f"the training of {folder} has not ended; go on with it: python -m mlx_cxr.{stage} "
             f"--run_name {folder.name} --resume --config …"
@@ -182,7 +182,10 @@ def _failures(folder: Path) -> Mapping[str, Any] | None:
 def _comparison(folder: Path) -> Mapping[str, Any] | None:
     """The latest comparison beside the run that read its present results."""
     now = sha256_file(folder / "test_results.json")
-    found = [read_json(path) for path in sorted(folder.parent.glob("comparison_*/final_comparison.json"))]
+    found = []
+    for path in sorted(folder.parent.glob("comparison_*/final_comparison.json")):
+        with suppress(RunFormatError):  # a damaged one is no fault of this run's
+            found.append(read_json(path))
     ours = [one for one in found if _input_sha256(one, f"{folder.name}/test_results.json") == now]
     return max(ours, key=lambda one: one["provenance"]["started"], default=None)
 

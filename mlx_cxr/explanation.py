@@ -20,10 +20,10 @@ from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.localization import Localization, Scores, localize
 from mlx_cxr.explain.maps import fit_reference, scale_maps
 from mlx_cxr.explain.overlay import Reading
-from mlx_cxr.inference import film_maps
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.runs import write_text
+from mlx_cxr.trained_run import film_maps
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.wording import number

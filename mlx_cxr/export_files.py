@@ -88,7 +88,7 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
                 "name": "call",
                 "how": "Present where the probability is at least `threshold`, else absent; but abstain unless that is "
                 "all that stays plausible: present is ruled out below `lower`, absent above `upper`. No call where "
-                "`threshold_source` is not `validation`.",
+                "`positives` or `negatives` is below ceil(1 / `alpha`) - 1.",
             },
         ],
     }

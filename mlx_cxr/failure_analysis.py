@@ -33,9 +33,9 @@ from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_st
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.subgroups import age_bands
 from mlx_cxr.failure_films import draw_failures
-from mlx_cxr.inference import TrainedRun
 from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.runs import atomic_path, provenance, read_json, write_json, write_text
+from mlx_cxr.trained_run import TrainedRun
 from mlx_cxr.training.cohort import Cohort
 
 log = logging.getLogger("mlx_cxr")

@@ -15,9 +15,9 @@ from mlx_cxr.data.films import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.explain.maps import fit_reference, scale_maps
 from mlx_cxr.explain.overlay import Reading, draw_overlay, save_picture
-from mlx_cxr.inference import TrainedRun, film_maps
 from mlx_cxr.labels import label_index
 from mlx_cxr.runs import RunFormatError
+from mlx_cxr.trained_run import TrainedRun, film_maps
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import Cohort
 

@@ -1,7 +1,4 @@
-"""A trained run, checked against the data it is asked about: probabilities and maps.
-
-`TrainedRun` is a run's record and weights, for the stages that score a cohort. `Predictor` answers for films that
-anybody brings; the page, `predict` and the stages share what is below them.
+"""An evaluated run that answers for films that anybody brings: calibrated probabilities, calls, abstention and maps.
 
 `inference.json`, which `evaluate_cnn` leaves in the run for the `Predictor`, has these keys:
 
@@ -26,25 +23,21 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.config import Config, config_from_plain
 from mlx_cxr.data.decoding import Film, FilmError, decode, decode_bytes
 from mlx_cxr.data.films import Transform
+from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
-from mlx_cxr.evaluation.predictions import Predictions, study_level
 from mlx_cxr.explain.grad_cam import Method, class_activation_maps
 from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
 from mlx_cxr.labels import LABELS
-from mlx_cxr.models.convert import freeze, load_model
-from mlx_cxr.models.resnet import ResNet18, parameter_counts, preprocess
+from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.trained_run import TrainedRun, film_maps
 from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
-from mlx_cxr.training.scoring import compiled_forward, predict_logits
+from mlx_cxr.training.scoring import compiled_forward
 
-CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
-"""The stages whose runs are opened here, and the weights that each of them leaves."""
 FILE = "inference.json"
 SCHEMA = 1
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -52,117 +45,8 @@ MAPPED = tuple(label for label in LABELS if label != "No Finding")
 """The findings that have maps: where nothing is, there is nothing to point at."""
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run folder that `train_cnn` or `distillation` made.
-
-    Attributes:
-        folder: the run's.
-        config: the configuration that it was trained with.
-        manifest_sha256: of the manifest that it was trained on.
-        checkpoint: its weights file.
-        model: those weights, in evaluation mode.
-    """
-
-    folder: Path
-    config: Config
-    manifest_sha256: str
-    checkpoint: Path
-    model: ResNet18
-
-    @classmethod
-    def open(cls, folder: str | Path) -> TrainedRun:
-        """Read a run's record and weights.
-
-        Raises:
-            RunFormatError: there is no such run, its record is incomplete, it is no CNN's or student's, or it has
-                no weights yet.
-            ConfigError: its configuration does not fit this version.
-            ModelFormatError: its weights cannot be used.
-        """
-        folder = Path(folder)
-        record_path = folder / "config.json"
-        if not record_path.exists():
-            raise RunFormatError(
-                f"{record_path} is missing: there is no such run; train it first, or give its --run_name"
-            )
-        record = read_json(record_path)
-        try:
-            manifest_sha256, plain = record["inputs"]["manifest"]["sha256"], record["config"]
-        except (KeyError, TypeError):
-            raise RunFormatError(
-                f"{record_path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?"
-            ) from None
-        if record.get("stage") not in CHECKPOINTS:
-            raise RunFormatError(
-                f"{folder} was made by the stage {record.get('stage')!r}; a run of {' or '.join(CHECKPOINTS)} is "
-                "asked for here"
-            )
-        checkpoint = folder / CHECKPOINTS[record["stage"]]
-        if not checkpoint.exists():
-            raise RunFormatError(f"{folder} has no {checkpoint.name}; has its training saved an epoch yet?")
-        return cls(folder, config_from_plain(plain, record_path), manifest_sha256, checkpoint, load_model(checkpoint))
-
-    @property
-    def protocol(self) -> str:
-        """The key of `labels.SCORING_PROTOCOLS` that treats empty labels as the training did."""
-        return f"empty_{self.config.labels.empty}"
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """`parameter_counts` of the network as it was trained, with what was frozen then."""
-        model = ResNet18(self.model.config)
-        freeze(model, self.config.model.freeze_stages, self.config.model.freeze_batchnorm)
-        return parameter_counts(model)
-
-    def check(self, config: Config) -> None:
-        """Refuse to be shown other data than the run was trained for.
-
-        Args:
-            config: of the experiment whose manifest and films are to be scored.
-
-        Raises:
-            RunFormatError: manifest, pixels, model or the synthetic flag differ; names each with both values.
-            OSError: the manifest cannot be read.
-        """
-        weights = self.model.config
-        pairs = {
-            f"manifest {config.manifest_path} (SHA-256)": (self.manifest_sha256, sha256_file(config.manifest_path)),
-            "data.synthetic": (self.config.data.synthetic, config.data.synthetic),
-            "pixels.size": (self.config.pixels.size, config.pixels.size),
-            "pixels.fit": (self.config.pixels.fit, config.pixels.fit),
-            "model.in_channels": (weights.in_channels, config.model.in_channels),
-            "model.output_stride": (weights.output_stride, config.model.output_stride),
-        }
-        faults = [
-            f"{key}: the run has {theirs}, this is {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours
-        ]
-        if faults:
-            raise RunFormatError(
-                f"{self.folder} was trained for something else:\n  " + "\n  ".join(faults) + "\n"
-                "use the configuration and manifest that it was trained with, or train again under another --run_name"
-            )
-
-
-def study_predictions(model: ResNet18, data: SplitData, batch_size: int) -> Predictions:
-    """A row per study of a split; its logit is the mean over its films."""
-    return study_level(data.frame, data.raw_labels, predict_logits(model, data.films, batch_size))
-
-
-def film_maps(
-    model: ResNet18, films: FilmSource, labels: Sequence[str], method: Method, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maps of every film of a source, all labels in one pass per batch.
-
-    Returns:
-        float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`), and the logits (N, 14) of the same passes.
-    """
-    batches = [np.arange(len(films))[i : i + batch_size] for i in range(0, len(films), batch_size)]
-    made = [
-        class_activation_maps(model, preprocess(x, model.config.in_channels), labels, method)
-        for x in films.batches(batches)
-    ]
-    return np.concatenate([maps.raw for maps in made], axis=1), np.concatenate([maps.logits for maps in made])
+class PredictorError(UserError, ValueError):
+    """Something that a predictor cannot be asked for."""
 
 
 def map_references(model: ResNet18, validation: FilmSource, batch_size: int) -> dict[str, dict[str, float]]:
@@ -254,6 +138,8 @@ class FilmAnswer:
 class Predictor:
     """An evaluated CNN or student that answers for any film.
 
+    MLX's streams belong to a thread: what one thread opened, that thread asks. `read` may be called in any.
+
     Attributes:
         trained: the run.
         points: what was fitted on its validation split, and turns logits into calls.
@@ -268,6 +154,8 @@ class Predictor:
     _forward: Callable[[mx.array], mx.array] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise PredictorError(f"batch size {self.batch_size}: give at least 1")
         object.__setattr__(self, "_forward", compiled_forward(self.trained.model))
 
     @classmethod
@@ -389,7 +277,7 @@ class Predictor:
 
     def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
         if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or source.ndim not in (2, 3):
+            if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or not source.size:
                 raise FilmError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
             content = io.BytesIO()
             Image.fromarray(source).save(content, "PNG", compress_level=0)

@@ -47,6 +47,8 @@ _FIGURES = (
 _SUBGROUPS = ("by_view", "pneumothorax_by_support_devices", "metadata_only")
 _PAIRS = ("student_minus_cnn", "student_minus_teacher", "teacher_minus_cnn")
 
+_LATERAL_VIEWS = {"LATERAL", "LL", "RL"}
+
 
 def model_card(run: EvaluatedRun) -> dict[str, Any]:
     """The card as JSON-ready data, as this module's docstring describes it."""
@@ -156,7 +158,7 @@ def _out_of_scope(run: EvaluatedRun) -> list[str]:
         "Any decision about a patient: diagnosis, triage, screening, a second reading, the order of a worklist. No "
         "clearance as a medical device is recorded.",
         f"Anything but {_films(run)}: other parts of the body, photographs of a screen, CT"
-        f"{', laterals' if run.config.data.views else ''}.",
+        f"{', laterals' if run.config.data.views and not {*run.config.data.views} & _LATERAL_VIEWS else ''}.",
         "Films of another source than the training data, before it was tested there: scanners, patients and the habits "
         "of report writers differ.",
         "Reading `No Finding`, or 14 calls of absent, as healthy: a film may show what is none of the 14.",

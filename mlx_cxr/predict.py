@@ -2,16 +2,19 @@
 
 JPEG, PNG, TIFF, BMP and DICOM, told by their content. Writes into the folder `--out`: `films.csv`, a row per file (see
 `prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.
-A file that cannot be used gets its reason in the table, and the next one is read. Research only, not for clinical use.
+Run again, it replaces all of them. A file that cannot be used gets its reason in the table, and the next one is read.
+Research only, not for clinical use.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,8 +25,12 @@ from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.inference import METHODS, Predictor
 from mlx_cxr.prediction_files import ContactSheets, called_maps, films_table, row_of, write_overlays
 from mlx_cxr.runs import provenance, write_json
+from mlx_cxr.wording import footer
 
 log = logging.getLogger("mlx_cxr")
+
+OVERLAYS = "overlays"
+WRITTEN = re.compile(r"films\.csv|predict\.json|contact_sheet_\d+\.png")
 
 
 class PredictError(UserError, ValueError):
@@ -56,7 +63,7 @@ def run(
         batch_size: films per forward pass.
 
     Raises:
-        PredictError: no files, or a run without maps of this method.
+        PredictError: no files, none that can be read, or a run without maps of this method.
         RunFormatError, ConfigError, ModelFormatError: as `Predictor.from_run`.
         OSError: the folder cannot be written.
     """
@@ -69,6 +76,7 @@ def run(
     files = all_files(inputs, out)
     if not files:
         raise PredictError(f"no files in {', '.join(map(str, inputs))}")
+    _remove_earlier(out)
     counts: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     sheets = ContactSheets(out, predictor) if contact_sheet else None
@@ -83,14 +91,14 @@ def run(
             if answer.answered:
                 calls.update(STATE_WORDS[state] for state in answer.states.tolist())
                 maps = called_maps(answer, predictor, most, method)
-                write_overlays(out / "overlays", number, answer, predictor, maps[:overlays], method)
+                write_overlays(out / OVERLAYS, number, answer, predictor, maps[:overlays], method)
             if sheets is not None:
                 sheets.add(answer, maps)
     if sheets is not None:
         sheets.finish()
     seconds = time.perf_counter() - begun
     made_from = {"checkpoint": predictor.trained.checkpoint}
-    settings = {"run": run_dir.name, "method": method, "recipe": recipe, "ignore_gate": ignore_gate}
+    settings = {"run": predictor.trained.folder.name, "method": method, "recipe": recipe, "ignore_gate": ignore_gate}
     write_json(
         out / "predict.json",
         {
@@ -102,27 +110,52 @@ def run(
             "films_per_second": len(files) / seconds,
         },
     )
-    log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, len(files) / seconds, _counted(counts))
+    per_second = len(files) / seconds
+    log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(counts))
     log.info("findings: %s", _counted(calls))
-    log.info("table in %s. Research only, not for clinical use.", out / "films.csv")
+    log.info("table in %s. %s", out / "films.csv", footer(predictor.synthetic, own_film=True))
+    if not counts.keys() - {"unreadable"}:
+        raise PredictError(f"none of the {len(files)} files can be read; {out / 'films.csv'} says why")
     return out / "films.csv"
 
 
 def all_files(inputs: Iterable[Path], out: Path) -> list[Path]:
-    """Files and the files of folders, each once, in order; hidden ones and those under `out` are left out of folders.
+    """Files and the files of folders, each once, in order; hidden ones and what was written here are left out.
 
-    A name that leads nowhere stays: its row says so.
+    A name or a link that leads nowhere stays: its row says so.
     """
     files: dict[Path, None] = {}
     for path in inputs:
-        if not path.is_dir():
-            files[path] = None
-            continue
-        for inside in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
-            if inside.is_file() and not hidden and out.resolve() not in inside.resolve().parents:
-                files[inside] = None
+        try:
+            folder = path.is_dir()
+        except OSError:  # such as a name that is too long; reading it will say so
+            folder = False
+        files |= dict.fromkeys(sorted(_inside(path, out)) if folder else [path])
     return list(files)
+
+
+def _inside(folder: Path, out: Path) -> Iterator[Path]:
+    """Files of a folder and of the folders in it, through links too, each folder once."""
+    seen, results = set(), out.resolve()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root).resolve()
+        folders[:] = [] if here in seen else [name for name in folders if not name.startswith(".")]
+        if here in seen:
+            continue
+        seen.add(here)
+        for name in names:
+            path = Path(root) / name
+            ours = here == results / OVERLAYS or (here == results and WRITTEN.fullmatch(name))
+            if not name.startswith(".") and not ours and (path.is_file() or path.is_symlink()):
+                yield path
+
+
+def _remove_earlier(out: Path) -> None:
+    """Take away the pictures of an earlier call, which would stand beside a table that they do not belong to."""
+    if not (out / "predict.json").exists():
+        return
+    for path in (*out.glob("contact_sheet_*.png"), *(out / OVERLAYS).glob("?????_*.png")):
+        path.unlink()
 
 
 def _counted(counts: Counter[str]) -> str:

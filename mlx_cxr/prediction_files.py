@@ -2,7 +2,8 @@
 
 Columns of `films.csv`, UTF-8 with a header:
 
-- `file`: as it was given.
+- `file`: as it was given; `./` is put before a name that a spreadsheet would take for a formula, and bytes that are no
+  UTF-8 are written as `\\xNN`.
 - `status`: `answered`; `questionable`, where it does not look like a frontal chest film; `unreadable`.
 - `reason`: why it is one of the latter two. `notes`: what else is worth knowing, such as `16-bit`.
 - for each of `labels.LABELS`, in that order, `<label> probability` (calibrated, in [0, 1]), `<label> threshold` and
@@ -38,13 +39,14 @@ COLUMNS: tuple[str, ...] = (
 _TILE = 208
 _ACROSS, _DOWN = 8, 6
 _NOTHING = LABELS.index("No Finding")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def row_of(answer: FilmAnswer, predictor: Predictor) -> dict[str, str]:
     """A film's row of `films.csv`."""
     film = answer.film
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"file": film.name, "status": answer.status, "notes": "; ".join(film.notes)}
+    row |= {"file": cell_of(film.name), "status": answer.status, "notes": "; ".join(film.notes)}
     row["reason"] = film.error or "; ".join(film.concerns)
     if answer.answered:
         for k, label in enumerate(LABELS):
@@ -55,13 +57,30 @@ def row_of(answer: FilmAnswer, predictor: Predictor) -> dict[str, str]:
     return row
 
 
+def cell_of(name: str) -> str:
+    """A file's name as it stands in `films.csv`."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return f"./{text}" if text[:1] in _FORMULA else text
+
+
+def shown_name(name: str) -> str:
+    """A file's name, without its folder, as it stands in pictures: what cannot be printed becomes `?`."""
+    return "".join(c if c.isprintable() else "?" for c in Path(name).name)
+
+
 @contextmanager
 def films_table(path: Path) -> Iterator[csv.DictWriter]:
-    """A writer of `films.csv`; the file is there, whole, when the block ends without an error."""
+    """A writer of `films.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
+    stopped = None
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        yield writer
+        try:
+            yield writer
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
+    if stopped is not None:
+        raise stopped
 
 
 def called_findings(answer: FilmAnswer, predictor: Predictor) -> list[str]:
@@ -104,12 +123,14 @@ def write_overlays(
             one.finding,
             float(answer.probabilities[k]),
             float(predictor.points.thresholds.values[k]),
-            film=Path(answer.film.name).name,
+            film=shown_name(answer.film.name),
             method=method,
             synthetic=predictor.synthetic,
             own_film=True,
         )
-        name = f"{number:05}_{Path(answer.film.name).stem}_{one.finding.replace(' ', '_')}.png"
+        # File systems allow 255 bytes, which a long name of its own may have used up.
+        stem = Path(shown_name(answer.film.name)).stem.encode()[:100].decode(errors="ignore")
+        name = f"{number:05}_{stem}_{one.finding.replace(' ', '_')}.png"
         save_picture(folder / name, draw_overlay(answer.film.pixels, one.heat, reading))
 
 
@@ -146,7 +167,7 @@ class ContactSheets:
 
     def _tile(self, answer: FilmAnswer, maps: Sequence[FindingMap]) -> Tile:
         film = answer.film
-        name = Path(film.name).name
+        name = shown_name(film.name)
         if film.pixels is None:
             return Tile(_worded(Image.new("RGB", (_TILE, _TILE), (40, 44, 52)), name, film.error or ""), "unreadable")
         picture = film_tile(film.pixels, _TILE)

@@ -22,7 +22,9 @@ model.torchvision.safetensors. A torchvision resnet18 at S = 16 would compute so
 """
 
 import json
+import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -164,29 +166,37 @@ def network_input(film, mean, std):
     return (x - mean) / std
 
 
-def decide(logit, point):
-    """Calibrated probability, and `present`, `absent` or `abstain`: a call only where it alone is plausible."""
+def decide(logit, point, alpha):
+    """Calibrated probability, and `present`, `absent` or `abstain`: a call only where it alone is plausible.
+
+    With too few validation studies of either class a finding is never called.
+    """
+    needed = math.ceil(1 / Fraction(str(alpha))) - 1
     probability = float(1 / (1 + np.exp(-np.float64(logit) / point["temperature"])))
     called = probability >= point["threshold"]
     present, absent = probability >= point["lower"], probability <= point["upper"]
-    if point["threshold_source"] == "validation" and present != absent and called == present:
+    if min(point["positives"], point["negatives"]) >= needed and present != absent and called == present:
         return probability, "present" if called else "absent"
     return probability, "abstain"
 
 
 def main(paths):
     about = json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
-    points = json.loads((HERE / "operating_points.json").read_text(encoding="utf-8"))["labels"]
+    points = json.loads((HERE / "operating_points.json").read_text(encoding="utf-8"))
     labels = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"]
     transform, normalization = about["transform"], about["normalization"]
     model = load_model()
     for path in paths:
-        film = read_film(path, transform["size"], transform["fit"])
+        try:
+            film = read_film(path, transform["size"], transform["fit"])
+        except (OSError, ValueError, SyntaxError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            continue
         with torch.inference_mode():
             logits = model(network_input(film, normalization["mean"], normalization["std"]))[0]
         print(f"{path}\\n  {'finding':28} probability  call")
         for label, logit in zip(labels, logits.tolist(), strict=True):
-            probability, call = decide(logit, points[label])
+            probability, call = decide(logit, points["labels"][label], points["alpha"])
             print(f"  {label:28} {probability:11.4f}  {call}")
     print(about["notice"])
 

@@ -29,6 +29,7 @@ ROOMS_1 = {"data", "phantom", "evaluation", "models", "explain"}
 ROOMS_WITHOUT_MLX = {"data", "phantom", "evaluation"}
 ROOMS = {**dict.fromkeys(ROOMS_1, 1), "training": 2, "teacher": 3}
 LEVEL_3_MODULES = (
+    "trained_run",
     "inference",
     "explanation",
     "showcase",

@@ -101,7 +101,11 @@ def test_a_report_s_answer_stands_beside_it_with_what_differs(case):
     told = TextExplanation("text", "Cardiomegaly", scores, 0.95, 0.3)
     full = replace(case, report=other, report_points=points(), reads="findings", words=told)
     text = words_of(draw_case(full, "pdf", MADE))
-    for words in ("report (findings)", "Edema: film present (p 0.90), report absent (p 0.02)", "The heart is large."):
+    for words in (
+        "report (findings)",
+        "Edema: film present (p 0.90), report denies it or does not mention it (p 0.02)",
+        "The heart is large.",
+    ):
         assert words in text, words
     assert "0.95 present" in text
     agreeing = words_of(draw_case(replace(full, report=report(Edema=0.8)), "pdf", MADE))
@@ -154,9 +158,23 @@ def test_the_png_shows_the_map_where_it_is_hot_and_none_where_it_is_withheld(cas
     assert np.ptp(withheld, axis=-1).max() < 12
     asked = pixels_of(draw_case(replace(absent, show_withheld=True), "png", MADE))[top : top + side, left : left + side]
     assert np.ptp(asked, axis=-1)[side // 4, side // 2] > 60
-    assert "below threshold, shown on request" in words_of(draw_case(replace(absent, show_withheld=True), "pdf", MADE))
+    assert "withheld, shown on request" in words_of(draw_case(replace(absent, show_withheld=True), "pdf", MADE))
     faint = pixels_of(draw_case(replace(case, opacity=0.2), "png", MADE))[top : top + side, left : left + side]
     assert 10 < np.ptp(faint, axis=-1)[side // 4, side // 2] < colour[side // 4, side // 2] / 2
+
+
+def test_dollar_signs_are_no_formulas_and_what_is_cut_is_said(case):
+    model = case.models[0]
+    film = replace(model.answer.film, name="from $5 to $_6^.dcm")
+    odd = replace(case, models=(replace(model, answer=replace(model.answer, film=film)),))
+    assert "from $5 to $_6^.dcm" in words_of(draw_case(odd, "pdf", MADE))
+    long = replace(report(), sections=(("findings", "Costs $x^$ and more. " * 80),))
+    told = words_of(draw_case(replace(case, report=long, report_points=points(), reads="findings"), "pdf", MADE))
+    assert "Costs $x^$ and more." in told
+    high, low = dict.fromkeys(LABELS, 0.9), dict.fromkeys(LABELS, 0.1)
+    told = {"report": report(**low), "report_points": points(), "reads": "findings"}
+    all_differ = replace(case, models=(replace(model, answer=answer(**high)),), **told)
+    assert "and on Enlarged Cardiomediastinum, Lung Lesion" in words_of(draw_case(all_differ, "pdf", MADE))
 
 
 def test_a_concern_is_on_the_page(case):

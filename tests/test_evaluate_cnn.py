@@ -25,11 +25,11 @@ from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.inference import TrainedRun
 from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
 from mlx_cxr.runs import RunFormatError, create_run, read_json
+from mlx_cxr.trained_run import TrainedRun
 
 SIZE = 64
 EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")

@@ -12,9 +12,9 @@ from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.explanation import TestMaps
-from mlx_cxr.inference import film_maps, study_predictions
 from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.trained_run import film_maps, study_predictions
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
 

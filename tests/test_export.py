@@ -24,6 +24,7 @@ from PIL import Image
 from mlx_cxr import export
 from mlx_cxr.config import config_from_plain
 from mlx_cxr.data.decoding import Transform, decode
+from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.operating_points import STATE_WORDS, read_operating_points
 from mlx_cxr.inference import Predictor
 from mlx_cxr.labels import LABELS
@@ -134,6 +135,27 @@ def test_the_script_prints_our_probabilities_and_calls(cnn, tmp_path, torch, fit
         assert float(row[1]) == pytest.approx(answers[answer].probabilities[k], abs=1e-4)
         assert row[2] == STATE_WORDS[int(answers[answer].states[k])]
     assert done.stdout.splitlines()[-1] == "Research only, not for clinical use."
+
+
+def test_the_script_calls_what_we_call_at_every_probability(cnn, tmp_path, torch):
+    """Also of findings with too few validation studies of a class, and with bands on either side of the threshold."""
+    rng = np.random.default_rng(0)
+    points = read_operating_points(cnn / "operating_points.json")[0]
+    positives = np.array([0, 1, 8, 9, 10, *[50] * 9])
+    bands = ConformalBands(0.1, rng.random(14), rng.random(14), positives, np.full(14, 50))
+    sources = tuple("default" if n == 0 else "validation" for n in positives)
+    thresholds = replace(points.thresholds, values=rng.random(14), sources=sources)
+    points = replace(points, bands=bands, thresholds=thresholds)
+    replace_points(cnn, points)
+    folder = export.run(cnn, tmp_path / "out")
+    plain, decide = read_json(folder / "operating_points.json"), script_of(folder).decide
+    logits = np.repeat(np.linspace(-6, 6, 401)[:, None], 14, axis=1)
+    ours = points.decide(logits)
+    for k, label in enumerate(LABELS):
+        theirs = [decide(z, plain["labels"][label], plain["alpha"]) for z in logits[:, k]]
+        np.testing.assert_allclose([p for p, _ in theirs], ours.probabilities[:, k], rtol=1e-12)
+        assert [call for _, call in theirs] == [STATE_WORDS[int(state)] for state in ours.states[:, k]], label
+    assert {STATE_WORDS[int(state)] for state in ours.states.ravel()} == {"present", "absent", "abstain"}
 
 
 def saved(image: Image.Image, name: str, **options) -> tuple[str, bytes]:

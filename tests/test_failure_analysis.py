@@ -318,7 +318,7 @@ def test_tables_stay_when_the_pictures_fail(copy, monkeypatch):
 
 def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
     """Maps that tell which film they are of: the second film of a study scores higher."""
-    from mlx_cxr.inference import TrainedRun
+    from mlx_cxr.trained_run import TrainedRun
     from mlx_cxr.training.cohort import Cohort
 
     cohort = Cohort.open(analysed)

@@ -141,7 +141,9 @@ def test_what_cannot_be_read_is_answered_with_the_reason(predictor, cohort, tmp_
     assert not answers[1].answered
     alone = predictor.predict([predictor.read(good[2])])[0]
     np.testing.assert_allclose(answers[4].logits, alone.logits, rtol=1e-5, atol=1e-6)
-    assert "uint8" in predictor.read(np.zeros((64, 64))).error
+    for bad in (np.zeros((64, 64)), np.zeros((64, 64, 2), np.uint8), np.zeros((0, 64), np.uint8)):
+        assert "give uint8 (H, W)" in predictor.read(bad).error
+    assert "no name of a file" in predictor.read("a\0b").error
     assert predictor.predict([]) == []
 
 
@@ -197,6 +199,8 @@ def spoil(path: Path, *keys: str, value: object) -> None:
         (("preprocessing", "normalization", "mean"), [0.5], "[0.5]"),
         (("preprocessing", "dicom_recipe"), "window", "'window'"),
         (("map_references",), None, "cannot be used"),
+        (("preprocessing",), None, "no preprocessing is recorded"),
+        (("preprocessing",), [], "no preprocessing is recorded"),
         (("map_references", "methods"), {"grad_cam": {"Edema": "much"}}, "cannot be used"),
         (("checkpoint", "sha256"), "0" * 64, "changed since"),
     ],

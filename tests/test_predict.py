@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ from toy_cohort import make_cohort
 from mlx_cxr import evaluate_cnn, predict, train_cnn
 from mlx_cxr.config import load_config
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
-from mlx_cxr.inference import Predictor
+from mlx_cxr.inference import Predictor, PredictorError
 from mlx_cxr.labels import LABELS
 from mlx_cxr.models.convert import load_model, save_model
-from mlx_cxr.prediction_files import COLUMNS, called_findings, called_maps
+from mlx_cxr.prediction_files import COLUMNS, called_findings, called_maps, cell_of, shown_name
 from mlx_cxr.runs import read_json, write_json
 
 
@@ -117,6 +118,60 @@ def test_overlays_and_contact_sheets_show_the_called_findings(run_dir, films, tm
     tile = slice(62 + 20, 62 + 200)
     coloured, gray = (np.ptp(first[tile, x + 10 : x + 190], axis=-1).mean() for x in (20, 20 + 3 * 222))
     assert coloured > 10 > gray
+
+
+def test_names_of_all_kinds_have_a_row_and_pictures(run_dir, films, tmp_path):
+    """Names that spreadsheets, file systems, UTF-8 or a font have no room for."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    content = (films / "a.jpg").read_bytes()
+    names = [b"=1+1.jpg", b"caf\xe9.jpg", b"two\nlines.jpg", b"x" * 240 + b".jpg", "\u80f8.jpg".encode()]
+    for name in names:
+        (Path(os.fsdecode(os.fsencode(folder) + b"/" + name))).write_bytes(content)
+    (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "again").symlink_to(folder)
+    out = tmp_path / "out"
+    rows = table(predict.run(run_dir, [folder], out, overlays=1, contact_sheet=True))
+    assert len(rows) == 6
+    assert [row["status"] for row in rows].count("answered") == 5
+    assert {row["reason"] for row in rows} == {"", "no such file"}
+    assert any(row["file"].endswith("caf\\udce9.jpg") for row in rows)
+    assert len(list((out / "overlays").glob("*.png"))) == 5
+    assert cell_of("=1+1.jpg") == "./=1+1.jpg"
+    assert cell_of("a=1.jpg") == "a=1.jpg"
+    assert shown_name("some/two\nlines.jpg") == "two?lines.jpg"
+    long = predict.run(run_dir, [Path("y" * 300), films / "a.jpg"], tmp_path / "long")
+    assert [row["status"] for row in table(long)] == ["unreadable", "answered"]
+
+
+def test_a_second_call_leaves_no_pictures_of_the_first(run_dir, films, tmp_path):
+    out = tmp_path / "out"
+    predict.run(run_dir, [films / "a.jpg"], out, overlays=1, contact_sheet=True)
+    mine = out / "overlays" / "mine.png"
+    mine.write_bytes(b"kept")
+    predict.run(run_dir, [films / "b"], out)
+    assert [path.name for path in (out / "overlays").iterdir()] == ["mine.png"]
+    assert not list(out.glob("contact_sheet_*"))
+    predict.run(run_dir, [films / "b"], out / "other", overlays=1)
+
+
+def test_ctrl_c_keeps_the_rows_that_are_there(run_dir, films, tmp_path, monkeypatch):
+    from mlx_cxr import prediction_files
+
+    def stop_at_second(answer, predictor):
+        if answer.film.name.endswith("b"):
+            raise KeyboardInterrupt
+        return prediction_files.row_of(answer, predictor)
+
+    monkeypatch.setattr(predict, "row_of", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        predict.run(run_dir, [films], tmp_path)
+    assert [Path(row["file"]).name for row in table(tmp_path / "films.csv")] == ["a.jpg"]
+
+
+def test_a_batch_of_none_is_refused(run_dir, films, tmp_path):
+    with pytest.raises(PredictorError, match="batch size 0"):
+        predict.run(run_dir, [films], tmp_path, batch_size=0)
 
 
 def test_results_inside_the_folder_are_not_read_again(run_dir, films, tmp_path):

@@ -25,21 +25,23 @@ def about_tab(index: RunIndex) -> None:
     with left:
         st.subheader("What this is for", anchor=False)
         st.markdown(
-            f"**{NOT_CLINICAL}.** The page shows what small research models make of a chest film, how sure "
-            "they are, and "
-            "where they look, so that they can be questioned. It is no medical device, and no decision about a person "
-            "may rest on it. Calls and abstention hold for films like those of the validation split; for "
-            "another hospital's, "
-            "another age group's or another projection's nothing is known."
+            f"**{NOT_CLINICAL}.** The page shows what small research models make of a chest film, how sure they are, "
+            "and where they look, so that they can be questioned. It is no medical device, and no decision about a "
+            "person may rest on it. Calls and abstention hold for films like those of the validation split; for "
+            "another hospital's, another age group's or another projection's nothing is known."
         )
     with right:
         st.subheader("Nothing leaves this machine", anchor=False)
         where = network_address()
         st.markdown(
             "Models, films and reports are read from this machine and computed on it. Uploads are kept in memory, are "
-            "written to no disk, and are gone when the page is closed; only what you download yourself is "
-            "kept. The page "
-            "asks no other server for anything and sends no usage figures. "
+            "written to no disk, and are gone when the page is closed; only what you download yourself is kept. The "
+            "page asks no other server for anything"
+            + (
+                ". **Streamlit's usage figures are switched on**: start it with `--browser.gatherUsageStats false`. "
+                if st.get_option("browser.gatherUsageStats")
+                else " and sends no usage figures. "
+            )
             + (
                 plain(f"It is served on {where}, so browsers on other machines can reach it.")
                 if where

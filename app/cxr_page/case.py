@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from cxr_page.chart import STATES, chart_html, rows_of, table_html
 from cxr_page.downloads import offer_downloads
-from cxr_page.films import CaseFilm, input_of
-from cxr_page.look import block, guarded, note, plain
+from cxr_page.films import CaseFilm, input_of, png
+from cxr_page.look import block, guarded, note, picture, plain
 from cxr_page.models import Opened, answer, predictor
 from cxr_page.report import report_panel
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
 from cxr_page.samples import Cohort, Sample, cohort_of
 from cxr_page.viewer import SAME_METHODS, View, likeliest, show_film
-from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES
+from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, film_tile
 from mlx_cxr.inference import FilmAnswer
 from mlx_cxr.labels import LABELS
 
@@ -97,7 +98,7 @@ def _choose_film(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGen
         source = st.segmented_control("Film from", options, key="film_from", required=True) or options[0]
     with right:
         if source == SAMPLE:
-            return _sample(cohort)
+            return _sample(cohort, models[0].name)
         if cohort.absent:
             note(f"{cohort.absent} Uploads work.")
         return _upload()
@@ -111,7 +112,7 @@ def cohort_for(opened: Opened) -> Cohort:
     return cohort_of(trained.config.model_dump_json(), trained.manifest_sha256, stamp)
 
 
-def _sample(cohort: Cohort) -> CaseFilm | None:
+def _sample(cohort: Cohort, run: str) -> CaseFilm | None:
     offered = dict(cohort.offered)
     wanted = st.session_state.get("opened_film")
     if wanted and wanted not in offered and (sample := cohort.of_film(wanted)) is not None:
@@ -123,7 +124,7 @@ def _sample(cohort: Cohort) -> CaseFilm | None:
         return offered[image_id].title
 
     chosen = st.selectbox(
-        f"Test film ({len(offered)} of the test split, none of it in training)",
+        f"Test film ({len(offered)} of the test split of {run}, which its training has not seen)",
         list(offered),
         format_func=title,
         key="sample",
@@ -153,28 +154,36 @@ def _answers(models: Sequence[Opened], film: CaseFilm) -> list[FilmAnswer] | Non
         st.error(plain(f"{film.name}: {seen.error}"))
         return None
     if seen.concerns:
-        st.warning(
-            "**This does not look like a frontal chest film, so no answer is given.** "
-            + plain("; ".join(seen.concerns))
-            + ". A model would answer with confidence all the same, and the answer would mean nothing.",
-            icon=":material/help:",
-        )
-        if not st.toggle("Answer anyway", key=f"anyway {film.key}"):
+        concerns = plain("; ".join(seen.concerns))
+        warning = st.empty()
+        if st.toggle("Answer anyway", key=f"anyway {film.key}"):
+            warning.warning(
+                f"**Answered at your request.** The film {concerns}. The calls may mean nothing.",
+                icon=":material/help:",
+            )
+        else:
+            warning.warning(
+                f"**No answer is given: this may be no upright frontal chest film.** It {concerns}. A model would "
+                "answer with confidence all the same. About 1 in 100 real frontal films is stopped by mistake; if this "
+                "is one, have it answered.",
+                icon=":material/help:",
+            )
             left, _ = st.columns([1, 1])
             with left:
                 show_plain(film, seen.pixels)
             return None
+    if film.sample is None and any(model.model.synthetic for model in models):
+        st.warning(
+            "This model knows drawn films only. What it says of a film of yours shows how the page works, and no more.",
+            icon=":material/draw:",
+        )
     if seen.notes:
         note(f"About the file: {'; '.join(seen.notes)}.")
     return [answer(model, input_of(model, film), film.key) for model in models]
 
 
-def show_plain(film: CaseFilm, pixels) -> None:
+def show_plain(film: CaseFilm, pixels: np.ndarray) -> None:
     """A film alone."""
-    from cxr_page.films import png
-    from cxr_page.look import picture
-    from mlx_cxr.explain.overlay import film_tile
-
     picture(png(film_tile(pixels, 512)), f"The file {film.name} as the model would see it")
 
 
@@ -263,9 +272,8 @@ def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnsw
         points = models[0].model.points
         note(
             f"Probabilities are calibrated. Thresholds (rule: {points.thresholds.rule}) and abstention (alpha "
-            f"{points.bands.alpha:g}) were fitted on validation studies of the data that the model was "
-            "trained for, and "
-            "hold for films like those."
+            f"{points.bands.alpha:g}) were fitted on validation studies of the data that the model was trained for; "
+            "they hold for films like those."
         )
 
 

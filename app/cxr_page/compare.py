@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from cxr_page.look import block, esc, html_table, note, picture, plain, whiskers
+from cxr_page.pages import without_pictures
 from cxr_page.run_index import RunIndex
 from mlx_cxr.evaluation.comparison_statement import control_verdicts, gate_lines, reading_warnings, statement
 from mlx_cxr.evaluation.comparison_tables import (
@@ -63,13 +64,13 @@ def compare_tab(index: RunIndex) -> None:
     _macro(record, section)
     with st.container(border=True):
         st.subheader("What the figures support", anchor=False)
-        st.markdown(statement(record))
+        st.markdown(without_pictures(statement(record)))
         for targets, difference, said in control_verdicts(record):
             st.markdown(f"- Student minus the control `{targets}`: {plain(interval_text(difference))}; {plain(said)}.")
         for line in gate_lines(record):
             st.markdown(plain(f"Gate {line}."))
     for warning in reading_warnings(record):
-        st.warning(warning, icon=":material/menu_book:")
+        st.warning(without_pictures(warning), icon=":material/menu_book:")
     _findings(record, section)
     with st.expander("Differences between models, paired by patient"):
         st.markdown("\n".join(differences_table(record, protocol)))

@@ -12,7 +12,7 @@ import streamlit as st
 from cxr_page.films import CaseFilm
 from cxr_page.look import note
 from cxr_page.models import Opened
-from cxr_page.viewer import View, heat_of, likeliest, why_withheld
+from cxr_page.viewer import View, heat_of, likeliest
 from mlx_cxr.case_page import CasePage, ModelReading, draw_case
 from mlx_cxr.inference import MAPPED, FilmAnswer
 
@@ -44,8 +44,6 @@ def case_page(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAn
     if view.finding not in MAPPED:
         view = replace(view, finding=likeliest(models[0], answers[0]))
     heat = heat_of(models[0], film, answers[0], view)
-    if why_withheld(models[0], answers[0], view, heat) and not view.show_withheld:
-        heat = None
     teacher, said = st.session_state.get("report_read") or (None, None)
     return CasePage(
         models=tuple(

@@ -44,8 +44,8 @@ def failures_tab(index: RunIndex) -> None:
     folder = entry.folder / _FOLDER
     results = read_json(folder / "failures.json")
     lead, *points = closing_failures(results).splitlines()
-    listed = "".join(f"\n- {plain(point[2:])}" for point in points if point.startswith("- "))
-    st.markdown(f"**{plain(lead)}**\n" + listed.replace("\\`", "`"))
+    listed = "".join(f"\n- {_with_code(point[2:])}" for point in points if point.startswith("- "))
+    st.markdown(f"**{plain(lead)}**\n" + listed)
     note(
         "A failure is a finding of a study whose call, at the threshold, differs from the report's label. "
         "The label may be "
@@ -116,3 +116,8 @@ def _open(entry: RunEntry, chosen: pd.DataFrame) -> None:
         )
     if sample is None:
         note(f"The film of study {row['study_id']} is not on this machine, so it cannot be opened.")
+
+
+def _with_code(text: str) -> str:
+    """Text as Markdown shows it, what stands between backticks as code."""
+    return "`".join(part if i % 2 else plain(part) for i, part in enumerate(text.split("`")))

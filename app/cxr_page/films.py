@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,10 @@ class CaseFilm:
     @classmethod
     def of_sample(cls, sample: Sample) -> CaseFilm:
         """A test film."""
-        return cls(f"film {sample.image_id}", f"study {sample.study_id}, film {sample.image_id}", sample.path, sample)
+        file = sample.path.stat() if sample.path.exists() else None
+        stamp = f"{file.st_mtime_ns} {file.st_size}" if file else ""
+        key = hashlib.sha256(f"{sample.path} {stamp}".encode()).hexdigest()[:16]
+        return cls(f"film {key}", f"study {sample.study_id}, film {sample.image_id}", sample.path, sample)
 
     @classmethod
     def of_upload(cls, name: str, content: bytes) -> CaseFilm:
@@ -54,7 +57,8 @@ def input_of(opened: Opened, film: CaseFilm) -> FilmInput:
             film.name, None, error=f"{len(film.source):,} bytes; films of up to {MOST_BYTES:,} are read here"
         )
     key = ("input", str(opened.model.transform), film.key)
-    return kept(key, lambda: opened.model.read(film.source, film.name))
+    # The same file may come back under another name.
+    return replace(kept(key, lambda: opened.model.read(film.source, film.name)), name=film.name)
 
 
 def pixels_of(film: CaseFilm, transform: Transform) -> np.ndarray | None:

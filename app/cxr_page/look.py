@@ -7,7 +7,7 @@ import inspect
 import ipaddress
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,7 +96,8 @@ STYLES = """<style>
   .stMainBlockContainer { padding-left: .8rem; padding-right: .8rem; }
   .cxr-row { grid-template-columns: 1fr 3rem 6rem; }
   .cxr-row .track-cell { grid-column: 1 / -1; grid-row: 2; }
-  .cxr-figures { grid-template-columns: 1fr 9.5rem; }
+  .cxr-figures { grid-template-columns: 1fr 9.5rem; grid-auto-flow: dense; }
+  .cxr-figures .cxr-axis { grid-column: 1 / -1; }
   .cxr-figures .cxr-whisker { grid-column: 1 / -1; }
 }
 @media print { [data-testid="stHeader"] { display: none; } }
@@ -159,13 +160,19 @@ def guarded(part: str) -> Iterator[None]:
         )
 
 
-def banner(synthetic: bool) -> None:
-    """The warning that stays in sight on every tab."""
+def banner(synthetic: Sequence[str], others: Sequence[str]) -> None:
+    """The warning that stays in sight on every tab.
+
+    Args:
+        synthetic: names of the runs that were trained on the synthetic cohort.
+        others: names of the runs that were not.
+    """
     words = f"<b>{esc(NOT_CLINICAL)}.</b>"
     if synthetic:
+        which = f" ({esc(', '.join(synthetic))})" if others else ""
         words += (
-            f" <b>{esc(SYNTHETIC)}:</b> films and reports are drawn by a program; the figures say "
-            "nothing about patients."
+            f" <b>{esc(SYNTHETIC)}{which}:</b> the models were trained on drawn films and reports; their figures and "
+            "answers say nothing about patients."
         )
     if address := network_address():
         words += (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -86,7 +86,7 @@ def answer(opened: Opened, film: FilmInput, key: str) -> FilmAnswer:
         log.info("%s answers for %s", opened.name, key)
         return compute(opened.model.predict, [film])[0]
 
-    return kept(("answer", opened.key, key), ask)
+    return replace(kept(("answer", opened.key, key), ask), film=film)
 
 
 def maps(opened: Opened, film: FilmInput, key: str, method: str) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def read_report(teacher: ReportReader, text: str, film: np.ndarray | None, key: 
         log.info("%s reads %d characters", teacher.teacher.folder.name, len(text))
         return compute(teacher.read, text, film)
 
-    return kept(("report", str(teacher.teacher.folder), text, key if teacher.needs_film else ""), ask)
+    return kept(("report", teacher.teacher.adapter_sha256, text, key if teacher.needs_film else ""), ask)
 
 
 def words(teacher: ReportReader, said: ReportAnswer, finding: str, name: str) -> TextExplanation:
@@ -121,7 +121,7 @@ def words(teacher: ReportReader, said: ReportAnswer, finding: str, name: str) ->
         log.info("%s explains %s", teacher.teacher.folder.name, finding)
         return compute(teacher.explain, said, [finding], name)[0]
 
-    return kept(("words", str(teacher.teacher.folder), said.logits.tobytes(), said.sections, finding, name), ask)
+    return kept(("words", teacher.teacher.adapter_sha256, said.logits.tobytes(), said.sections, finding, name), ask)
 
 
 def kept(key: tuple, make: Callable[[], T]) -> T:

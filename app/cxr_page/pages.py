@@ -45,7 +45,12 @@ def show_markdown(text: str, folder: Path) -> None:
     _text(text[at:])
 
 
+def without_pictures(text: str) -> str:
+    """Markdown of a run's files that can ask no other host for a picture."""
+    return text.replace("![", r"\![")
+
+
 def _text(text: str) -> None:
-    text = re.sub(r"(?m)^(#{1,4}) ", r"##\1 ", text.replace("![", r"\!["))
+    text = re.sub(r"(?m)^(#{1,4}) ", r"##\1 ", without_pictures(text))
     if text.strip():
         st.markdown(text.strip())

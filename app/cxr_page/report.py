@@ -20,12 +20,13 @@ from mlx_cxr.labels import LABELS
 from mlx_cxr.report_reading import LONGEST, ReportAnswer, ReportReader
 
 _LONGEST_FILE = 1_000_000
+_WORDS_AT_ONCE = 60
 
 
 def report_panel(index: RunIndex, models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
     """The section; what it read is left in the session as `report_read`, for the download."""
     st.subheader("Report", anchor=False)
-    st.session_state["report_read"] = None
+    st.session_state["report_read"] = st.session_state["report_words"] = None
     teachers = index.usable(TEACHER)
     if not teachers:
         note(
@@ -124,7 +125,9 @@ def _disagreements(opened: Opened, answer: FilmAnswer, said: ReportAnswer) -> No
         lines = "".join(f"\n- {plain(one.words())}" for one in found)
         st.warning(f"**{plain(title)}**{lines}", icon=":material/compare_arrows:")
     else:
-        agree = f"they agree on all {both} findings that both call" if both else "there is no finding that both call"
+        agree = "there is no finding that both call"
+        if both:
+            agree = "they agree on " + (f"all {both} findings" if both > 1 else "the one finding") + " that both call"
         st.info(plain(f"Film ({opened.name}) and report: {agree}."), icon=":material/compare_arrows:")
 
 
@@ -147,6 +150,11 @@ def _words(teacher: ReportReader, said: ReportAnswer, film: CaseFilm) -> None:
         st.session_state["word_finding_of"] = mark
         st.session_state["word_finding"] = LABELS[first]
     finding = st.selectbox("Finding in the report", LABELS, key="word_finding")
+    count = sum(len(text.split()) for _, text in said.sections)
+    if count > _WORDS_AT_ONCE and not st.toggle(
+        f"Show them: reads the report {count + 1} times, and others wait meanwhile", key=f"words {mark}"
+    ):
+        return
     with st.spinner("Leaving out words …"):
         explained = words(teacher, said, finding, film.name)
     st.session_state["report_words"] = explained

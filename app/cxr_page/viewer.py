@@ -9,13 +9,15 @@ import numpy as np
 
 from cxr_page.chart import rows_of
 from cxr_page.films import SHOWN_SIDE, CaseFilm, png, shown_pixels
-from cxr_page.look import block, esc, picture
+from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
+from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
 from mlx_cxr.explain.maps import upsample
 from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, Reading, film_tile, map_tile
 from mlx_cxr.inference import MAPPED, FilmAnswer
 from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.runs import read_json
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "
@@ -96,24 +98,47 @@ def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) ->
         strength = f"peak {heat.max():.2f}, {_peak(heat)}" if heat.any() else "the map is empty"
         name = f"<b>{esc(view.finding)}</b>: {esc(METHOD_NAMES[view.method])}"
         block(f'<div role="status">{name}; {strength}.</div>')
+        note(evidence(opened, view.finding))
     # The film may be shown at a higher resolution than the map was made of: the map is placed by the film as seen.
     placed = upsample(heat, pixels.shape[0], film=seen.pixels.shape[0])
     picture(
         png(map_tile(pixels, placed, SHOWN_SIDE, view.opacity)),
         f"Chest film {film.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
-        f"the map is strongest {_peak(heat)} of the picture",
+        f"the map is strongest {_peak(heat)}",
     )
     _scale(view.opacity)
 
 
 def _peak(heat: np.ndarray) -> str:
-    """Where a map is strongest, as the picture is looked at."""
+    """Where a map is strongest; a frontal film shows the patient's right on the picture's left."""
     if not heat.any():
         return "nowhere"
     row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
-    height = ("upper", "middle", "lower")[min(3 * row // heat.shape[0], 2)]
-    side = ("left", "centre", "right")[min(3 * column // heat.shape[1], 2)]
-    return f"{height} {side}"
+    height = ("in the upper third", "at mid height", "in the lower third")[min(3 * row // heat.shape[0], 2)]
+    sides = (
+        "on the left of the picture (the patient's right)",
+        "in the middle",
+        "on the right of the picture (the patient's left)",
+    )
+    return f"{sides[min(3 * column // heat.shape[1], 2)]}, {height}"
+
+
+def evidence(opened: Opened, finding: str) -> str:
+    """Whether maps of a finding were seen to point at it, in a sentence, from the run's `localization.json`."""
+    path = opened.model.trained.folder / "localization.json"
+    try:
+        entry = read_json(path)["per_label"].get(finding) if path.exists() else None
+        if entry is None:
+            return "Where this run's maps of the finding point was not tested, for want of films with its place marked."
+        films, hits, others = entry["films"], entry["hit"]["maps"]["value"], entry["hit"]["swapped"]
+        better = others["difference"]["low"] > 0
+        said = (
+            f"On {films} test films with the finding, maps peaked on it in {hits:.0%}, other films' maps in "
+            f"{others['mean']['value']:.0%}"
+        )
+    except (UserError, KeyError, TypeError, AttributeError):
+        return ""
+    return f"{said}." if better else f"{said}: do not take it as evidence of the place."
 
 
 def _scale(opacity: float) -> None:

@@ -350,6 +350,8 @@ def _read(path: Path) -> bytes:
         raise FilmError("no such file") from None
     except OSError as error:
         raise FilmError(f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a name with a zero byte in it
+        raise FilmError(f"no name of a file: {error}") from None
 
 
 def check_size(width: int, height: int) -> None:

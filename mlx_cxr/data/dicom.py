@@ -251,16 +251,22 @@ def _stretched(values: np.ndarray) -> np.ndarray:
 
 def _windowed(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
     """Gray levels as a viewer shows them, but for the inversion of MONOCHROME1; uint8."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-    measured = apply_modality_lut(values, dataset)
-    shown = np.asarray(apply_voi_lut(measured, dataset), dtype=np.float64)
-    if dataset.get("VOILUTSequence"):
-        low, high = 0.0, 2.0 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif "WindowCenter" in dataset and "WindowWidth" in dataset:
-        low, high = apply_windowing(np.array([-np.inf, np.inf]), dataset)
-    else:
-        low, high = shown.min(), shown.max()
+    measured = np.asarray(apply_modality_lut(values, dataset))
+    tables, width = dataset.get("VOILUTSequence"), dataset.get("WindowWidth")
+    try:
+        if tables and tables[0].get("LUTData"):
+            shown = apply_voi(measured, dataset)
+            low, high = 0.0, 2.0 ** tables[0].LUTDescriptor[2] - 1
+        elif width not in (None, "") and dataset.get("WindowCenter") not in (None, ""):
+            shown = apply_windowing(measured, dataset)
+            low, high = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+        else:
+            shown, low, high = measured, measured.min(), measured.max()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
+        raise FilmError("a DICOM whose window cannot be used; try the recipe 'mimic'") from None
+    shown = np.asarray(shown, dtype=np.float64)
     low, high = min(low, high), max(low, high)
     if not high > low:
         raise FilmError("a DICOM whose window shows nothing; try the recipe 'mimic'")

@@ -135,9 +135,9 @@ def _calls(card: Mapping[str, Any]) -> Iterator[str]:
     called, sure = section["macro"]["called"], f"{100 * wanted:.4g} %"
     if called["value"] is not None:
         yield (
-            f"It makes a call for a share of {number(called['value'])} of studies and findings, and abstains on the "
-            f"rest. That the truth stays plausible in {sure} of studies holds for films like those of validation, and "
-            "on average, not for each patient."
+            f"It makes a call for a share of {number(called['value'])} of studies (mean over "
+            f"{len(section['macro_labels'])} findings) and abstains on the rest. That the truth stays plausible in "
+            f"{sure} of studies holds for films like those of validation, and on average, not for each patient."
         )
     for key, which in (("positive_coverage", "with"), ("negative_coverage", "without")):
         coverage = {label: section["per_label"][label][key] for label in LABELS}

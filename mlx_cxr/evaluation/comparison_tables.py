@@ -21,7 +21,7 @@ from mlx_cxr.wording import NOT_CLINICAL, footer, interval_text, number
 
 SHOWN: Mapping[str, str] = {
     "roc_auc": "macro ROC-AUC",
-    "average_precision": "AP",
+    "average_precision": "avg. precision",
     "f1": "F1",
     "sensitivity": "sensitivity",
     "specificity": "specificity",

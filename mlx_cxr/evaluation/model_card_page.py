@@ -39,10 +39,12 @@ def _glance(card: Card) -> list[str]:
         mean = f"mean ROC-AUC of {len(protocol['macro_labels'])} findings, `{name}`"
         rows.append([mean, interval_text(protocol["macro"]["roc_auc"])])
     if abstention is not None:
-        macro = abstention["protocols"][abstention["fitted_under"]]["macro"]
-        rows.append(["share of findings called, the rest abstained on", interval_text(macro["called"])])
-        rows.append(["share of those calls that are wrong", interval_text(macro["risk_called"])])
-        rows.append(["share that would be wrong if all were called", interval_text(macro["risk"])])
+        section = abstention["protocols"][abstention["fitted_under"]]
+        macro, mean = section["macro"], f"mean over {len(section['macro_labels'])} findings"
+        rows.append([f"share of studies called, {mean}; it abstains on the rest", interval_text(macro["called"])])
+        rows.append([f"share of those calls that are wrong, {mean}", interval_text(macro["risk_called"])])
+        rows.append([f"share that would be wrong if all were called, {mean}", interval_text(macro["risk"])])
+        rows.append(["never called", ", ".join(abstention["too_few"]) or "none"])
     sharing = "**the weights may not be passed on**" if card["sharing"]["credentialed"] else "see Data rights"
     rows += [
         ["not tested", "other hospitals; prospective use; readers with and without it"],

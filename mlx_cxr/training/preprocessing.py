@@ -41,6 +41,8 @@ def check_preprocessing(recorded: Mapping[str, Any], config: Config, where: obje
     Raises:
         RunFormatError: they differ; names each key with both values.
     """
+    if not isinstance(recorded, Mapping):
+        raise RunFormatError(f"{where}: no preprocessing is recorded; evaluate the run again")
     now = preprocessing_record(config)
     faults = [
         f"{key}: recorded {recorded.get(key)!r}, this version has {now.get(key)!r}"

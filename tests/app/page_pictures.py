@@ -39,7 +39,7 @@ def served(outputs: Path, log: Path, folder: Path | None = None) -> Iterator[str
     Args:
         outputs: of the runs.
         log: gets what the server says.
-        folder: that it works in, whose `.streamlit/config.toml` holds; None takes the present one.
+        folder: that it works in, None takes the present one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -40,9 +40,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(cohort, tmp_path_factory):
-    """The command of the README, in the repository's folder, so that its `.streamlit/config.toml` holds."""
+    """The page, started from another folder than the repository's: its settings lie beside it and hold all the same."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with served(cohort.outputs, log, ROOT) as url:
+    with served(cohort.outputs, log, tmp_path_factory.mktemp("elsewhere")) as url:
         yield Server(url, log)
     said = log.read_text(errors="replace")
     assert "Traceback" not in said

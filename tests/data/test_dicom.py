@@ -179,6 +179,16 @@ class TestWindow:
         assert np.abs(gray(data, "window").astype(int) - expected).max() <= 1
         assert {0, 255} <= set(np.unique(gray(data, "window")).tolist())
 
+    @pytest.mark.parametrize("empty", [{"WindowCenter": "", "WindowWidth": ""}, {"WindowWidth": ""}])
+    def test_a_window_without_values_is_none(self, film, empty):
+        more = {"WindowCenter": 2000, "WindowWidth": 1001} | empty
+        none = gray(dicom_bytes(film, bits=12), "window")
+        np.testing.assert_array_equal(gray(dicom_bytes(film, bits=12, **more), "window"), none)
+
+    def test_a_window_that_cannot_be_is_named(self, film):
+        with pytest.raises(FilmError, match="window cannot be used; try the recipe 'mimic'"):
+            gray(dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=0), "window")
+
     def test_the_first_of_several_windows_after_rescale_of_signed_values(self, film):
         measured = (film.astype(np.float64) * 16 - 2048) * 0.5 + 10
         expected = (np.clip((measured - 99.5) / 799 + 0.5, 0, 1) * 255).astype(np.uint8)
@@ -212,7 +222,7 @@ class TestWindow:
         assert (gray(as_bytes(dataset), "window")[:10] == 0).all()
 
     def test_a_window_of_nothing(self, film):
-        with pytest.raises(FilmError, match=r"damaged|shows nothing"):
+        with pytest.raises(FilmError, match=r"cannot be used|shows nothing"):
             decode_bytes(dicom_bytes(film, WindowCenter=10, WindowWidth=0), TRANSFORM, "window")
 
 
