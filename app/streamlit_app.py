@@ -28,7 +28,16 @@ TABS = {
     "Explain": explain_tab,
     "About": about_tab,
 }
-_KEPT = ("filter_label", "filter_error", "filter_category", "filter_view", "protocol", "figure", "example_finding")
+_KEPT = (
+    "filter_label",
+    "filter_error",
+    "filter_category",
+    "filter_view",
+    "filter_call",
+    "protocol",
+    "figure",
+    "example_finding",
+)
 """Choices of tabs that are not drawn while another one is open; Streamlit would forget them."""
 
 

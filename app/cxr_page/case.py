@@ -17,9 +17,10 @@ from cxr_page.report import report_panel
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
 from cxr_page.samples import Cohort, Sample, cohort_of
 from cxr_page.viewer import SAME_METHODS, View, likeliest, show_film
+from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, film_tile
-from mlx_cxr.inference import FilmAnswer
-from mlx_cxr.labels import LABELS
+from mlx_cxr.inference import MAPPED, FilmAnswer
+from mlx_cxr.labels import LABELS, label_index
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"
@@ -265,6 +266,10 @@ def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer], column
 def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
     if len(models) == 2:
         _differences(models, answers)
+    for opened, said in zip(models, answers, strict=True):
+        called = [label for label in MAPPED if said.states[label_index(label)] == PRESENT]
+        if called and said.states[label_index("No Finding")] == PRESENT:
+            note(f"{opened.name} calls No Finding and {', '.join(called)}: these contradict each other.")
     labels = film.sample.label_words if film.sample else None
     with st.expander("The findings as a table, with reasons"):
         for opened, said in zip(models, answers, strict=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from cxr_page.look import note, plain
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
 from mlx_cxr.labels import LABELS
+from mlx_cxr.runs import read_json
 
 _READING = """
 - **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor
@@ -19,7 +22,7 @@ _READING = """
   what little there was as if it were something. “Show withheld maps” draws it all the same and says so.
 - **Cells are coarse.** The network sees the film in cells of 16 or 32 pixels; the smooth shape is interpolation. A
   finding smaller than a cell is found in the right region at best.
-- **Left is the patient's right**, as on any frontal film.
+- **The left of the picture is the patient's right**, as on any frontal film.
 """
 _METHODS = """
 - **Grad-CAM** weighs each channel of the last feature map by its mean gradient (Selvaraju et al.,
@@ -63,6 +66,7 @@ def explain_tab(index: RunIndex) -> None:
     sections = sections_of((entry.folder / "findings.md").read_text(encoding="utf-8"))
     checks = {head: body for head, body in sections.items() if head and head not in LABELS}
     st.subheader(plain(f"Are the maps of {entry.name} worth looking at?"), anchor=False)
+    st.markdown(plain(verdict(entry.folder)))
     if not checks:
         note("This run has no checks of its maps.")
     for head, body in checks.items():
@@ -77,3 +81,17 @@ def explain_tab(index: RunIndex) -> None:
         )
         finding = st.selectbox("Finding", pictured, key="example_finding")
         show_markdown(sections[finding], entry.folder)
+
+
+def verdict(folder: Path) -> str:
+    """Of which findings a run's maps point at the finding more often than other films' maps do."""
+    path = folder / "localization.json"
+    if not path.exists():
+        return "Where the maps point was not tested: no film of the test split has the place of a finding marked."
+    table = read_json(path)["per_label"]
+    better = [label for label, entry in table.items() if entry["hit"]["swapped"]["difference"]["low"] > 0]
+    rest = [label for label in table if label not in better]
+    return (
+        f"On test films, maps point at the finding more often than other films' maps of it do, for: "
+        f"{', '.join(better) or 'none'}. That they do is not shown for: {', '.join(rest) or 'none'}."
+    )

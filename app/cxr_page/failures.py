@@ -14,7 +14,10 @@ from mlx_cxr.evaluation.failure_advice import closing_failures
 from mlx_cxr.runs import RunFormatError, read_json
 
 _FOLDER = "failure_analysis"
-_NEEDED = ("study_id", "label", "raw_label", "error", "category", "confidence", "probability", "threshold")
+_NEEDED = (
+    *("study_id", "label", "raw_label", "error", "category", "confidence", "probability", "threshold"),
+    "abstention",
+)
 _TITLES = {
     "study_id": "study",
     "label": "finding",
@@ -23,12 +26,13 @@ _TITLES = {
     "confidence": "confidence",
     "probability": "p",
     "threshold": "threshold",
-    "abstention": "abstains, as",
+    "call": "call",
     "view": "view",
     "sex": "sex",
     "age": "age",
+    "abstention": "why no call is made",
 }
-_ANY = "any"
+_ANY, _ABSTAINED = "any", "abstained on"
 
 
 def failures_tab(index: RunIndex) -> None:
@@ -46,13 +50,14 @@ def failures_tab(index: RunIndex) -> None:
     lead, *points = closing_failures(results).splitlines()
     listed = "".join(f"\n- {_with_code(point[2:])}" for point in points if point.startswith("- "))
     st.markdown(f"**{plain(lead)}**\n" + listed)
-    note(
-        "A failure is a finding of a study whose call, at the threshold, differs from the report's label. "
-        "The label may be "
-        "the one that is wrong. Confidence is the share of the way from the threshold to the end of the scale."
-    )
     path = folder / "failures.csv"
     table = _table(str(path), f"{path.stat().st_mtime_ns}")
+    spared = int((table["call"] == _ABSTAINED).sum())
+    note(
+        "A failure is a finding of a study whose probability lies on the other side of the threshold than the report's "
+        f"label; on {spared} of these {len(table)} the model abstains, so that no call is shown. The label may be the "
+        "one that is wrong. Confidence is the share of the way from the threshold to the end of the scale."
+    )
     chosen = _filtered(table)
     st.markdown(f"**{len(chosen)} of {len(table)} failures**")
     if len(chosen):
@@ -74,11 +79,12 @@ def _table(path: str, stamp: str) -> pd.DataFrame:
     table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str})
     if lacking := [name for name in _NEEDED if name not in table]:
         raise RunFormatError(f"{path} lacks {', '.join(lacking)}; run failure_analysis again")
-    return table
+    reasons = table["abstention"].fillna("")
+    return table.assign(abstention=reasons, call=[_ABSTAINED if reason else "made" for reason in reasons])
 
 
 def _filtered(table: pd.DataFrame) -> pd.DataFrame:
-    columns = {"label": "Finding", "error": "Error", "category": "Category", "view": "View"}
+    columns = {"label": "Finding", "error": "Error", "category": "Category", "view": "View", "call": "Call"}
     columns = {name: title for name, title in columns.items() if name in table}
     for place, (name, title) in zip(st.columns(len(columns)), columns.items(), strict=True):
         options = [_ANY, *sorted(table[name].dropna().astype(str).unique())]

@@ -110,7 +110,7 @@ def _data(card: Card) -> list[str]:
     lines = [
         "## Data",
         "",
-        f"{data['about']} Labels: {data['label_origin']}",
+        f"{data['about']} Labels: {data['label_origin'][:1].lower()}{data['label_origin'][1:]}",
         "",
         f"In training, {data['label_policy_in_words']}. No patient is in two splits. Manifest, SHA-256: "
         f"`{data['manifest_sha256']}`.",
