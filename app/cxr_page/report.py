@@ -14,7 +14,8 @@ from cxr_page.models import Opened, read_report, reader, words
 from cxr_page.run_index import TEACHER, RunIndex
 from mlx_cxr.case_page import disagreements
 from mlx_cxr.evaluation.operating_points import ABSTAIN
-from mlx_cxr.explain.word_scores import READING, TextExplanation, shade, shared_scale, signed
+from mlx_cxr.explain.token_page import RAMP, words_html
+from mlx_cxr.explain.word_scores import READING, TextExplanation, shared_scale, signed
 from mlx_cxr.inference import FilmAnswer
 from mlx_cxr.labels import LABELS
 from mlx_cxr.report_reading import LONGEST, ReportAnswer, ReportReader
@@ -159,30 +160,23 @@ def _words(teacher: ReportReader, said: ReportAnswer, film: CaseFilm) -> None:
         explained = words(teacher, said, finding, film.name)
     st.session_state["report_words"] = explained
     st.markdown(plain(f"{finding}: {explained.summary()}"))
-    block(words_html(explained))
+    block(coloured_report(explained))
     note(f"{explained.check()} {READING}")
 
 
-def words_html(explained: TextExplanation) -> str:
+def coloured_report(explained: TextExplanation) -> str:
     """A report with each word on a ground that says how it moved the logit, and the legend.
 
     The scale is the report's own (`word_scores.shared_scale`), with its floor.
     """
-    scores, parts = explained.scores, []
+    scores = explained.scores
     scale = shared_scale([scores.shown])
-    for i, (word, shown, left_out) in enumerate(zip(scores.words, scores.shown, scores.left_out, strict=True)):
-        if i and i in scores.line_starts:
-            parts.append("<br>")
-        colour = "#{:02x}{:02x}{:02x}".format(*shade(shown, scale))
-        title = f"{signed(shown)} logits; leaving it out: {signed(left_out)}"
-        parts.append(f'<span style="background:{colour}" title="{title}">{esc(word)}</span>')
-    ramp = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
     strongest = sorted(range(len(scores.words)), key=lambda i: -abs(scores.shown[i]))[:6]
     listed = "; ".join(f"“{scores.words[i]}” {signed(float(scores.shown[i]))}" for i in strongest)
     return (
-        f'<div class="cxr-words" role="group" aria-label="The report as read">{" ".join(parts)}</div>'
+        f'<div class="cxr-words" role="group" aria-label="The report as read">{words_html(scores, scale)}</div>'
         '<div style="padding-top:.5rem"><div class="cxr-ramp" style="background:linear-gradient(to right, '
-        f'{ramp})"></div>'
+        f'{RAMP})"></div>'
         f'<div class="cxr-axis"><span>{signed(-scale, 1)} and less</span><span>0</span>'
         f"<span>{signed(scale, 1)} and more</span></div></div>"
         f'<div class="cxr-note">Effect on the logit: orange words raised it, blue ones lowered it. '

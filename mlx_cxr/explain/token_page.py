@@ -15,12 +15,34 @@ import numpy as np
 
 from mlx_cxr.explain.overlay import save_picture
 from mlx_cxr.explain.token_picture import draw_picture
-from mlx_cxr.explain.word_scores import READING, TextExplanation, shade, shared_scale, signed
+from mlx_cxr.explain.word_scores import READING, TextExplanation, WordScores, shade, shared_scale, signed
 from mlx_cxr.runs import write_json, write_text
 from mlx_cxr.wording import footer, number
 
 STRONGEST = 10
 """Words in a page's table."""
+
+
+RAMP = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
+"""The scale's colours from lowering to raising, for a CSS gradient."""
+
+
+def words_html(scores: WordScores, scale: float) -> str:
+    """A report's words, each on a ground that says how it moved the logit; a new section begins a line.
+
+    Args:
+        scores: of the words, which are escaped here.
+        scale: of `shared_scale`.
+    """
+    parts = []
+    rows = zip(scores.words, scores.shown, scores.contributions, scores.left_out, strict=True)
+    for i, (word, shown, contribution, without) in enumerate(rows):
+        if i and i in scores.line_starts:
+            parts.append("<br>")
+        colour = "#{:02x}{:02x}{:02x}".format(*shade(shown, scale))
+        title = f"{signed(contribution)} logits; leaving it out: {signed(without)}"
+        parts.append(f'<span style="background:{colour}" title="{title}">{html.escape(word)}</span>')
+    return " ".join(parts)
 
 
 def html_page(explanation: TextExplanation, scale: float) -> str:
@@ -31,15 +53,6 @@ def html_page(explanation: TextExplanation, scale: float) -> str:
         scale: of `shared_scale`.
     """
     e, scores = explanation, explanation.scores
-    parts = []
-    rows = zip(scores.words, scores.shown, scores.contributions, scores.left_out, strict=True)
-    for i, (word, shown, contribution, without) in enumerate(rows):
-        if i and i in scores.line_starts:
-            parts.append("<br>")
-        colour = "#{:02x}{:02x}{:02x}".format(*shade(shown, scale))
-        title = f"{signed(contribution)} logits; leaving it out: {signed(without)}"
-        parts.append(f'<span style="background:{colour}" title="{title}">{html.escape(word)}</span>')
-    ramp = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
     account = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{signed(value)}</td></tr>" for name, value in explanation.account()
     )
@@ -56,8 +69,8 @@ def html_page(explanation: TextExplanation, scale: float) -> str:
         e.synthetic,
         f"""<p>Study {html.escape(e.study_id)}; the teacher reads: {html.escape(e.reads)}.<br>
 {html.escape(e.summary())}{abstains}</p>
-<p class="report">{" ".join(parts)}</p>
-<div class="ramp" style="background:linear-gradient(to right, {ramp})"></div>
+<p class="report">{words_html(scores, scale)}</p>
+<div class="ramp" style="background:linear-gradient(to right, {RAMP})"></div>
 <div class="ticks"><span>{signed(-scale, 1)} and less</span><span>0</span><span>{signed(scale, 1)} and more</span></div>
 <p>Effect on the logit: orange words raised it, blue ones lowered it. Figures show where the pointer rests.</p>
 {cut}<p>{e.check()}</p>
