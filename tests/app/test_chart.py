@@ -7,7 +7,7 @@ import pytest
 from cxr_page.chart import chart_html, rows_of, table_html
 from cxr_page.look import html_table, network_address, plain, whiskers
 from cxr_page.pages import sections_of, show_markdown
-from cxr_page.report import words_html
+from cxr_page.report import coloured_report
 from cxr_page.viewer import likeliest
 
 from mlx_cxr.evaluation.calibration import Calibration
@@ -123,7 +123,7 @@ def test_text_from_elsewhere_is_text():
     assert "<img" not in html_table(attack, [attack], [["a"]])
     assert "<img" not in whiskers(attack, {attack: {"value": 0.5, "low": None, "high": None}}, 0, 1, lambda _: attack)
     scores = WordScores((attack, "b"), (0,), np.zeros(2), np.zeros(2), np.zeros(2), 0.0, 0.0)
-    words = words_html(TextExplanation("s", "Edema", scores, 0.5, 0.5))
+    words = coloured_report(TextExplanation("s", "Edema", scores, 0.5, 0.5))
     assert "<img" not in words
     assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;" in words
     assert plain("![a](http://b) $x$ `c` :d: <e>") == r"\!\[a\](http\://b) \$x\$ \`c\` \:d\: \<e\>"
@@ -132,7 +132,7 @@ def test_text_from_elsewhere_is_text():
 def test_words_are_coloured_by_what_they_did():
     effects = np.array([0.5, -0.25, 0.0, 0.1])
     scores = WordScores(("Edema.", "No", "x", "y"), (0,), effects, effects, effects, 0.35, 0.0)
-    html = words_html(TextExplanation("s", "Edema", scores, 0.9, 0.5))
+    html = coloured_report(TextExplanation("s", "Edema", scores, 0.9, 0.5))
     # Orange at the full scale of 0.5 logits, half way from white to blue at -0.25, and white at 0.
     assert re.findall(r"background:(#\w{6})\" title", html)[:3] == ["#e69f00", "#aadaf4", "#ffffff"]
     assert "“Edema.” +0.50; “No” −0.25" in html
