@@ -76,7 +76,7 @@ def failures_tab(index: RunIndex) -> None:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _table(path: str, stamp: str) -> pd.DataFrame:
-    table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str})
+    table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str, "abstention": str})
     if lacking := [name for name in _NEEDED if name not in table]:
         raise RunFormatError(f"{path} lacks {', '.join(lacking)}; run failure_analysis again")
     reasons = table["abstention"].fillna("")

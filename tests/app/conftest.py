@@ -33,6 +33,8 @@ def open_page(monkeypatch, tmp_path) -> Callable:
     """Opens the page on an outputs folder, in a working directory of its own."""
     from streamlit.testing.v1 import AppTest
 
+    if not hasattr(AppTest, "html"):
+        pytest.skip("the test runner of this Streamlit cannot look at the page's HTML; a newer one can")
     monkeypatch.chdir(tmp_path)
 
     def opened(outputs: Path) -> AppTest:
