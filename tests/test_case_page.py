@@ -70,7 +70,7 @@ def words_of(pdf: bytes) -> str:
             content = zlib.decompress(stream)
         except zlib.error:
             continue
-        for shown in re.findall(rb"\[(.*?)\] TJ|\((.*?)\) Tj", content, re.DOTALL):
+        for shown in re.findall(rb"\[(.*?)\]\s*TJ|\((.*?)\)\s*Tj", content, re.DOTALL):
             parts = re.findall(rb"\(((?:\\.|[^\\)])*)\)", shown[0]) if shown[0] else [shown[1]]
             text.append(b"".join(parts).replace(b"\0", b"").decode("latin-1").replace("\\(", "(").replace("\\)", ")"))
     return "".join(text).replace("\2", "fi")

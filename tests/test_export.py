@@ -230,7 +230,7 @@ def test_the_script_reads_dicoms_by_the_same_recipe(cnn, tmp_path, torch, photom
     np.testing.assert_array_equal(theirs, np.asarray(decode(path, Transform(64)).image))
 
 
-def test_the_steps_in_words_have_the_numbers_of_this_run(cnn, tmp_path):
+def test_the_steps_in_words_have_the_numbers_of_this_run(cnn, tmp_path, torch):
     replace_model(cnn, lively_model(3, 32, seed=1), 96, "center_crop")
     about = read_json(export.run(cnn, tmp_path / "out") / "preprocessing.json")
     recorded = read_json(cnn / "inference.json")["preprocessing"]
@@ -427,7 +427,7 @@ def test_an_export_that_cannot_take_its_place_puts_the_old_one_back(cnn, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"outputs", "out"}
 
 
-def test_weights_that_change_while_they_are_exported_are_noticed(cnn, tmp_path, monkeypatch):
+def test_weights_that_change_while_they_are_exported_are_noticed(cnn, tmp_path, monkeypatch, torch):
     card = export.model_card
 
     def retrain(run):
