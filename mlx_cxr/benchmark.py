@@ -1,78 +1,218 @@
-"""Measure what a machine can do: `python -m mlx_cxr.benchmark --config configs/mimic.yaml --teacher_size full`.
+"""Measure what a machine can do: `python -m mlx_cxr.benchmark [--against torch] [--update_readme README.md]`.
 
-So far the teacher: one LoRA step and one scoring batch with random weights of the published size, with MLX's peak
-memory beside the estimate that `lfm_finetune` makes before it starts. Writes `outputs/benchmark_teacher_<size>.json`.
+Times the ResNet-18's forward pass and training step, Grad-CAM, the training input and the teacher, in one process and
+in turn, against PyTorch with the same weights where asked; outputs are compared first. Without a configuration or a run
+the weights are random and the films are noise of 224 px, which cost the same. Writes `outputs/benchmark/`:
+`benchmark.json`, `.csv`, `.md` and `.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.bench import plot, results
+from mlx_cxr.bench.machine import machine_state
+from mlx_cxr.bench.run_all import SECTIONS, Settings, measure_all, random_network
+from mlx_cxr.bench.torch_side import best_device, describe_torch
+from mlx_cxr.config import Config, load_config
+from mlx_cxr.config_sections import DataConfig
 from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import provenance, write_json
-from mlx_cxr.teacher.full_size import measure
+from mlx_cxr.models.resnet import ResNet18, ResNetConfig
+from mlx_cxr.readme import replace_block
+from mlx_cxr.runs import provenance, run_folder, write_json, write_text
+from mlx_cxr.trained_run import TrainedRun
 
 log = logging.getLogger("mlx_cxr")
 
+BATCH_SIZES, QUICK_BATCH_SIZES = (1, 8, 32, 64), (1, 8)
+MINUTES, QUICK_MINUTES = 3.5, 0.4
+_COMPILE_SECONDS = 60.0
+_BUSY = 0.5
+"""Load average per core from which figures are doubtful."""
 
-def run(config: Config, teacher_size: str = "full", tokens: int = 256) -> Path:
-    """Measure, and return the path of the figures.
+
+class BenchmarkError(UserError, ValueError):
+    """Options that ask for what there is not."""
+
+
+def run(
+    config: Config | None = None,
+    run_name: str | Path | None = None,
+    *,
+    against: Literal["torch"] | None = None,
+    only: Sequence[str] = SECTIONS,
+    batch_sizes: Sequence[int] | None = None,
+    size: int | None = None,
+    minutes: float | None = None,
+    quick: bool = False,
+    teacher_size: Literal["tiny", "full", "none"] = "tiny",
+    tokens: int = 256,
+    quantize: Literal[4, 8] | None = None,
+    update_readme: Path | None = None,
+) -> Path:
+    """Measure, and return the path of `benchmark.json`.
 
     Args:
-        config: batch sizes, adapters and precision of `teacher` are used.
-        teacher_size: `full` (LFM2.5-VL-1.6B) or `tiny`.
-        tokens: length of each prompt.
+        config: film size, network, teacher, seed and `outputs`; None takes the defaults.
+        run_name: name or folder of a trained run, for its weights and film size; None draws random weights.
+        against: `torch` to measure PyTorch too, on the best device it has.
+        only: sections.
+        batch_sizes: films per forward pass; None takes 1, 8, 32, 64, or when `quick` 1 and 8.
+        size: side of the films in pixels; None takes that of the run, or of the configuration.
+        minutes: of an ordinary run, the teacher aside; None takes 3.5, or when `quick` 0.4.
+        quick: fewer batch sizes, fewer rounds, no `torch.compile`.
+        teacher_size: `full` (LFM2.5-VL-1.6B), `tiny`, or `none`.
+        tokens: length of each of the teacher's prompts.
+        quantize: bits of the teacher's base.
+        update_readme: a Markdown file whose block `benchmark` gets the short table.
 
     Raises:
-        UserError: fewer tokens than there are findings to read.
+        BenchmarkError: an unknown section, a batch or film size that cannot be, or fewer tokens than findings.
+        TorchMissingError: PyTorch is asked for and not installed.
+        RunFormatError: no such run.
         AdapterError: `teacher.lora` names what the base has not.
     """
-    if tokens < len(LABELS):
-        raise UserError(f"--tokens {tokens}: a prompt has a position for each of {len(LABELS)} findings")
+    batch_sizes = tuple(sorted(batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)))
+    _check(only, batch_sizes, size, tokens)
+    torch_device = best_device() if against == "torch" else None
+    config = config or Config(name="benchmark", data=DataConfig(root=Path(), work_dir=Path()))
     device = runtime.start("benchmark")
-    figures = measure(teacher_size, config.teacher, tokens, config.seed)  # type: ignore[arg-type]
-    count = figures["parameters"]
-    log.info(
-        "%s: %s parameters of language, %s of vision, %s trainable, %s",
-        teacher_size,
-        *(f"{count[part]:,}" for part in ("language", "vision", "trainable")),
-        figures["precision"],
+    model, size, inputs = _network(config, run_name, size)
+    settings = Settings(
+        size=size,
+        batch_sizes=batch_sizes,
+        torch_device=torch_device,
+        only=tuple(only),
+        minutes=minutes or (QUICK_MINUTES if quick else MINUTES),
+        compile_seconds=0.0 if quick else _COMPILE_SECONDS,
+        seed=config.seed,
+        teacher_size=None if teacher_size == "none" else teacher_size,
+        tokens=tokens,
+        bits=quantize,
     )
-    for what in ("training", "scoring"):
-        entry = figures[what]
-        log.info(
-            "%s: %d studies of %d tokens in %.1f s (%.0f tokens/s); peak %.2f GB, estimate %.2f GB (x %.2f)",
-            what,
-            *entry["shape"],
-            entry["seconds"],
-            entry["shape"][0] * entry["shape"][1] / entry["seconds"],
-            entry["peak_bytes"] / 1e9,
-            entry["estimate_bytes"] / 1e9,
-            entry["estimate_over_peak"],
+    torch = describe_torch(torch_device) if torch_device else None
+    record = provenance("benchmark", config.plain(), inputs, device)
+    before = machine_state()
+    if (before["load_average"] or 0.0) > _BUSY * device["cores"]:
+        log.warning(
+            "WARNING: load average %.1f on %d cores. Run this on an idle machine: other work slows some contenders more "
+            "than others, as PyTorch's threads spin while they wait (OMP_WAIT_POLICY=passive stops that)",
+            before["load_average"],
+            device["cores"],
         )
-    record = provenance("benchmark", config.plain(), {}, device)
-    return write_json(config.outputs / f"benchmark_teacher_{teacher_size}.json", {**figures, "provenance": record})
+    rows, found = measure_all(model, config.teacher, settings)
+    result: dict[str, Any] = {
+        "schema": 1,
+        "machine": device,
+        "torch": torch,
+        "settings": {**vars(settings), "weights": "random" if run_name is None else str(run_name)},
+        "before": before,
+        "after": machine_state(),
+        **found,
+    }
+    if not rows:
+        raise BenchmarkError("nothing was measured: --only teacher and --teacher_size none exclude each other")
+    return _write(config.outputs / "benchmark", result, rows, record, update_readme)
+
+
+def _check(only: Sequence[str], batch_sizes: Sequence[int], size: int | None, tokens: int) -> None:
+    if unknown := sorted(set(only) - set(SECTIONS)):
+        raise BenchmarkError(f"--only {','.join(unknown)}: sections are {', '.join(SECTIONS)}")
+    if not all(count >= 1 for count in batch_sizes):
+        raise BenchmarkError(f"--batch_sizes {','.join(map(str, batch_sizes))}: each is a film at least")
+    if size is not None and size < 32:
+        raise BenchmarkError(f"--size {size}: films have 32 px at least")
+    if tokens < len(LABELS):
+        raise BenchmarkError(f"--tokens {tokens}: a prompt has a position for each of {len(LABELS)} findings")
+
+
+def _network(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
+    """The network, the side of its films, and the file that it is from."""
+    if run_name is None:
+        model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)
+        return random_network(model, config.seed), size or config.pixels.size, {}
+    folder = Path(run_name) if Path(run_name).is_dir() else run_folder(config.outputs, str(run_name))
+    trained = TrainedRun.open(folder)
+    return trained.model, size or trained.config.pixels.size, {"weights": trained.checkpoint}
+
+
+def _write(
+    folder: Path, result: dict[str, Any], rows: list, record: dict[str, Any], update_readme: Path | None
+) -> Path:
+    targets = [results.ratio_entry(line) for line in results.ratios(rows)]
+    lora = results.lora_entry(result["teacher"])
+    write_text(folder / "benchmark.csv", results.table_csv(rows))
+    write_text(folder / "benchmark.md", results.full_page(result, rows))
+    plot.plot(folder / "benchmark.png", result, rows)
+    path = write_json(
+        folder / "benchmark.json",
+        {
+            **result,
+            "ratios": [*targets, *([lora] if lora else [])],
+            "rows": [row.plain() for row in rows],
+            "provenance": record,
+        },
+    )
+    if update_readme is not None:
+        replace_block(update_readme, "benchmark", results.readme_block(result, rows))
+    for entry in targets:
+        if entry["met"] is not None:
+            log.info(
+                "%s: %.2f of %s, at most %g wanted: %s",
+                *(entry[key] for key in ("what", "ratio", "against", "at_most")),
+                "met" if entry["met"] else "NOT MET",
+            )
+    log.info("tables in %s", folder / "benchmark.md")
+    return path
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mlx_cxr.benchmark", description=__doc__.splitlines()[0])
-    add_config_arguments(parser)
-    parser.add_argument("--teacher_size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--tokens", type=int, default=256, help="length of each prompt")
+    parser.add_argument("--config", type=Path, help="YAML of an experiment; none is needed")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one key of it"
+    )
+    parser.add_argument("--run", dest="run_name", metavar="NAME|FOLDER", help="a trained run, for its weights and size")
+    parser.add_argument("--against", choices=("torch",), help="measure PyTorch too (the extra `bench`)")
+    parser.add_argument(
+        "--only", type=_names, default=SECTIONS, metavar="A,B", help=f"sections, of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--batch_sizes", type=_numbers, metavar="N,M", help="films per forward pass; default 1,8,32,64")
+    parser.add_argument("--size", type=int, help="side of the films in pixels; default the run's, or 224")
+    parser.add_argument("--minutes", type=float, help=f"how long, the teacher aside; default {MINUTES:g}")
+    parser.add_argument("--quick", action="store_true", help="batches of 1 and 8, few rounds: about a minute")
+    parser.add_argument("--teacher_size", choices=("tiny", "full", "none"), default="tiny")
+    parser.add_argument("--tokens", type=int, default=256, help="length of each of the teacher's prompts")
+    parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the teacher's base")
+    parser.add_argument(
+        "--update_readme", type=Path, metavar="FILE", help="put the short table between its markers in this file"
+    )
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
+    args = vars(build_parser().parse_args(argv))
     with readable_errors():
-        run(load_config(args.config, args.overrides), args.teacher_size, args.tokens)
+        path, overrides = args.pop("config"), args.pop("overrides")
+        if path is None and overrides:
+            raise BenchmarkError("--set changes a configuration; give --config too")
+        run(None if path is None else load_config(path, overrides), **args)
 
 
 if __name__ == "__main__":

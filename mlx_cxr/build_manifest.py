@@ -29,11 +29,12 @@ from mlx_cxr.runs import provenance, write_json, write_text
 log = logging.getLogger("mlx_cxr")
 
 
-def run(config: Config) -> Path:
+def run(config: Config, workers: int = 0) -> Path:
     """Write the manifest and what goes with it, and return the manifest's path.
 
     Args:
         config: the experiment; `data` and `seed` are used.
+        workers: processes that read reports; 0 takes one per core. The bytes written do not depend on it.
 
     Raises:
         DataError: a table, column, film folder or report folder is missing, or contradicts itself; names it.
@@ -51,7 +52,7 @@ def run(config: Config) -> Path:
         rows = rows.keep(sample_studies(before, data.n_studies, *fractions, config.seed), "not in the sample")
         if len(rows) == len(before):
             log.warning("data.n_studies asks for %d studies and there are no more; all are kept", data.n_studies)
-    rows, reports = _with_texts(rows, config)
+    rows, reports = _with_texts(rows, config, workers)
 
     sha256 = write_manifest(config.manifest_path, rows.frame)
     about = {
@@ -108,14 +109,14 @@ def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
     return rows, "of the source"
 
 
-def _with_texts(rows: SourceRows, config: Config) -> tuple[SourceRows, ReportTexts]:
+def _with_texts(rows: SourceRows, config: Config, workers: int) -> tuple[SourceRows, ReportTexts]:
     frame = rows.frame
     if config.data.csv is not None:
         reports = reports_of_table(config.data, frame)
         key = "image_id"
     else:
         studies: pd.DataFrame = frame.drop_duplicates("study_id")
-        reports = read_reports(config.data, studies["patient_id"].tolist(), studies["study_id"].tolist())
+        reports = read_reports(config.data, studies["patient_id"].tolist(), studies["study_id"].tolist(), workers)
         key = "study_id"
     return replace(rows, frame=frame.assign(text=frame[key].map(reports.texts))), reports
 
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies, patients kept whole")
     parser.add_argument("--seed", type=int, help="of the sample, and of the split where the source brings none")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read reports; default: one per core")
     return parser
 
 
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies))
+        run(load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies), args.workers)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,8 +28,10 @@ from mlx_cxr.scoring_report import write_cost, write_scores
 from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
 from mlx_cxr.teacher.order import order_effect
 from mlx_cxr.teacher.scoring import Answers, score
+from mlx_cxr.teacher.sharing import Collector, own_rows, shared_score
 from mlx_cxr.teacher.studies import Studies
 from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
+from mlx_cxr.training.distributed import World
 
 log = logging.getLogger("mlx_cxr")
 
@@ -50,17 +50,59 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         AdapterError: its adapter is missing or does not fit.
         DataError: a file is missing, or no study can be read.
         SoftLabelError: an answer is not finite, or another process writes there.
+        RankLostError: another process of the run is gone.
     """
-    device = runtime.start("cache_teacher_outputs")
+    device, world = runtime.start("cache_teacher_outputs", parallel=True), World.join()
     teacher = TrainedTeacher.open(config.run_dir(teacher_run or config.teacher.run_name))
     material = Material.open(teacher.config)
     teacher.check(config, material)
     learned, test = (
         material.studies(teacher.config, teacher.form, *splits) for splits in (("train", "validate"), ("test",))
     )
-    protocol = SCORING_PROTOCOLS[teacher.protocol]
 
+    if world.writes:
+        validation = _predictions(learned.of_split("validate"), _cache(teacher, material, learned, world))
+    else:
+        _fill(None, teacher, material, learned, world)
+    answers = _answers(teacher, material, test, world)
+    bare: list[Predictions] = []
+    if zero_shot:
+        with adapters_off(teacher.base.model):
+            parts = learned.of_split("validate"), test
+            bare = [_predictions(part, _answers(teacher, material, part, world).logits) for part in parts]
+    if not world.writes:
+        return teacher.folder
+
+    inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
+    record = provenance("cache_teacher_outputs", config.plain(), inputs, device)
+    reads = teacher.record["reads"]
+    predictions, score_of = (
+        join(validation, _predictions(test, answers.logits)),
+        f"what the teacher says to its {reads}",
+    )
+    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record, score_of)
+    size = teacher.config.teacher.batch_size
+    write_cost(
+        teacher.folder,
+        parameters=read_json(teacher.folder / "training.json")["parameters"],
+        ms_per_sample=1000 * answers.seconds / len(test),
+        samples=len(test),
+        batch_size=size,
+        what=f"one study ({reads}), {answers.tokens / len(test):.0f} tokens on average, forward pass, batch {size}",
+        device=device,
+    )
+    if zero_shot:
+        folder, score_of = teacher.folder / "zero_shot", f"what the base says to its {reads}, without the adapter"
+        write_scores(folder, join(*bare), teacher.protocol, material.manifest, config, record, score_of)
+    if line_orders:
+        _write_order_effect(teacher, material, line_orders, config.seed)
+    return teacher.folder
+
+
+def _cache(teacher: TrainedTeacher, material: Material, learned: Studies, world: World) -> np.ndarray:
+    """Leave the soft labels in the run's folder; returns the validation studies' logits."""
     rows = np.flatnonzero((learned.frame["split"] == "validate").to_numpy())
+    protocol = SCORING_PROTOCOLS[teacher.protocol]
     with SoftLabelWriter.open(
         teacher.folder,
         learned.study_ids,
@@ -68,9 +110,9 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         teacher.header(material),
         None if teacher.config.teacher.modality == "text" else teacher.base.hidden_size,
     ) as writer:
-        _fill(writer, teacher, material, learned)
-        logits = writer.logits
-        calibration = fit_temperatures(logits[rows], protocol.apply(learned.raw_labels[rows]))
+        _fill(writer, teacher, material, learned, world)
+        logits = writer.logits[rows]
+        calibration = fit_temperatures(logits, protocol.apply(learned.raw_labels[rows]))
         tokens = {
             "tokens": int(learned.lengths().sum()),
             "tokens_one_by_one": sum(map(teacher.form.tokens_one_by_one, learned.prompts)),
@@ -88,88 +130,52 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         f"{tokens['tokens']:,}",
         tokens["tokens_one_by_one"] / tokens["tokens"],
     )
-
-    answers = _answers(teacher, material, test)
-    validation = _predictions(learned.of_split("validate"), logits[rows])
-    inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
-    record = provenance("cache_teacher_outputs", config.plain(), inputs, device)
-    predictions = join(validation, _predictions(test, answers.logits))
-    score_of = f"what the teacher says to its {teacher.record['reads']}"
-    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record, score_of)
-    size = teacher.config.teacher.batch_size
-    write_cost(
-        teacher.folder,
-        parameters=read_json(teacher.folder / "training.json")["parameters"],
-        ms_per_sample=1000 * answers.seconds / len(test),
-        samples=len(test),
-        batch_size=size,
-        what=f"one study ({teacher.record['reads']}), {answers.tokens / len(test):.0f} tokens on average, "
-        f"forward pass, batch {size}",
-        device=device,
-    )
-    if line_orders:
-        effect = order_effect(teacher.base, teacher.config, material, orders=line_orders, seed=config.seed).summary()
-        write_json(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
-        log.info(
-            "under %d other orders of the lines: validation macro AUC %.3f to %.3f (usual order: %.3f), logits move by "
-            "%.2f on average",
-            line_orders,
-            *(effect["macro_auc"][key] for key in ("least", "largest", "usual")),
-            effect["mean_abs_logit_shift"],
-        )
-    if zero_shot:
-        _score_zero_shot(teacher, material, learned.of_split("validate"), test, config, record)
-    return teacher.folder
+    return logits
 
 
-def _score_zero_shot(
-    teacher: TrainedTeacher,
-    material: Material,
-    validation: Studies,
-    test: Studies,
-    config: Config,
-    record: Mapping[str, Any],
+def _fill(
+    writer: SoftLabelWriter | None, teacher: TrainedTeacher, material: Material, studies: Studies, world: World
 ) -> None:
-    with adapters_off(teacher.base.model):
-        parts = [_predictions(part, _answers(teacher, material, part).logits) for part in (validation, test)]
-    write_scores(
-        teacher.folder / "zero_shot",
-        join(*parts),
-        teacher.protocol,
-        material.manifest,
-        config,
-        record,
-        f"what the base says to its {teacher.record['reads']}, without the adapter",
-    )
-
-
-def _fill(writer: SoftLabelWriter, teacher: TrainedTeacher, material: Material, studies: Studies) -> None:
-    todo = np.isin(np.arange(len(studies)), writer.todo)
+    """Answer what is not answered yet, each rank its share; rank 0 has the writer."""
+    todo = np.isin(np.arange(len(studies)), world.agree(lambda: writer.todo.tolist()))
     if not todo.all():
         log.info("going on: %d of %d studies are done", len(studies) - todo.sum(), len(studies))
-    keeps_features = teacher.config.teacher.modality != "text"
+    section = teacher.config.teacher
+    keeps_features = section.modality != "text"
     # A split at a time, as fine-tuning has stored the films' embeddings.
     for split in SPLITS:
         rows = np.flatnonzero((studies.frame["split"] == split).to_numpy())
         if not todo[rows].any():
             continue
         part = studies.of_split(split)
-        score(
-            teacher.base,
-            teacher.form,
-            part.prompts,
-            material.films(teacher.base, part, teacher.config),
-            teacher.config.teacher,
-            lambda batch, logits, features, rows=rows: writer.put(
-                rows[batch], logits, features if keeps_features else None
-            ),
-            todo[rows],
-        )
+        with world.one_after_another():
+            films = material.films(teacher.base, part, teacher.config)
+
+        def put(batch: np.ndarray, logits: np.ndarray, features: np.ndarray, rows: np.ndarray = rows) -> None:
+            writer.put(rows[batch], logits, features if keeps_features else None)
+
+        collector = Collector(put, section.batch_size, teacher.base.hidden_size, world)
+        mine = own_rows(part.prompts, section.batch_size, world)
+        score(teacher.base, teacher.form, part.prompts, films, section, collector, todo[rows] & mine)
+        collector.finish()
 
 
-def _answers(teacher: TrainedTeacher, material: Material, studies: Studies) -> Answers:
-    films = material.films(teacher.base, studies, teacher.config)
-    return score(teacher.base, teacher.form, studies.prompts, films, teacher.config.teacher)
+def _answers(teacher: TrainedTeacher, material: Material, studies: Studies, world: World) -> Answers:
+    with world.one_after_another():
+        films = material.films(teacher.base, studies, teacher.config)
+    return shared_score(teacher.base, teacher.form, studies.prompts, films, teacher.config.teacher, world)
+
+
+def _write_order_effect(teacher: TrainedTeacher, material: Material, orders: int, seed: int) -> None:
+    effect = order_effect(teacher.base, teacher.config, material, orders=orders, seed=seed).summary()
+    write_json(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
+    log.info(
+        "under %d other orders of the lines: validation macro AUC %.3f to %.3f (usual order: %.3f), logits move by "
+        "%.2f on average",
+        orders,
+        *(effect["macro_auc"][key] for key in ("least", "largest", "usual")),
+        effect["mean_abs_logit_shift"],
+    )
 
 
 def _predictions(studies: Studies, logits: np.ndarray) -> Predictions:

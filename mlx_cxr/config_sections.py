@@ -132,6 +132,8 @@ class PixelsConfig(Section):
     fit: Literal["letterbox", "center_crop"] = "letterbox"
     workers: Annotated[int, Field(ge=0)] = 0
     """Decoding processes; 0 takes one per core."""
+    shard_films: Count = 65_536
+    """Films of one file of the store at most, 3.3 GB at 224 px; a store of more lies in several."""
 
 
 class LabelsConfig(Section):

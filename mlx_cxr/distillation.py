@@ -23,6 +23,7 @@ from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.runs import sha256_file
 from mlx_cxr.trained_run import TrainedRun
 from mlx_cxr.training import film_run
+from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
@@ -47,29 +48,29 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         UserError: the student would replace a run that it reads.
         DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
     """
-    device = runtime.start("distillation")
+    device, world = runtime.start("distillation", parallel=True), World.join()
     settings = config.distillation
     run_dir = config.run_dir(settings.run_name if run_name is None else run_name)
     _refuse_to_replace_what_is_read(config, run_dir)
-    resume_state = film_run.can_resume(run_dir, resume, overwrite)
+    resume_state = film_run.can_resume(run_dir, resume, overwrite, world)
     cohort, train_data, validation = film_run.open_films(config)
     hard = config.labels.policy().apply(train_data.raw_labels)
     inputs: dict[str, Path] = {}
     soft = None
     if settings.targets != "hard":
         soft, inputs = read_soft_targets(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
-    validate = film_run.validator(validation, config.evaluation.batch_size)
+    validate = film_run.validator(validation, config.evaluation.batch_size, world)
     section = initial_section(config)
     if settings.init == "cnn":
         inputs["initial_weights"] = Path(section.weights)
     student, origin, weights = film_run.initial_network(config, section, hard)
-    film_run.begin(config, run_dir, "distillation", inputs, device, resume_state)
+    film_run.begin(config, run_dir, "distillation", inputs, device, resume_state, world)
 
     training = effective_training(config)
     model, keeps_features = student, soft is not None and soft.features is not None
     if keeps_features:
         model = FeatureStudent(student, soft.features.shape[1], config.seed)
-    loss, targets = loss_and_targets(config, hard, soft, weights)
+    loss, targets = loss_and_targets(config, hard, soft, weights, world)
     task = film_task(
         model,
         loss,
@@ -80,6 +81,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         seed=config.seed,
         best_name="best_student.safetensors",
         keep=lambda path: save_model(path, student),
+        world=world,
     )
     if settings.learning_rate is not None:
         task = replace(task, remedy=task.remedy.replace("training.learning_rate", "distillation.learning_rate"))
@@ -108,15 +110,20 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
 
 def loss_and_targets(
-    config: Config, hard: np.ndarray, soft: SoftTargets | None, positive_weight: np.ndarray | None
+    config: Config,
+    hard: np.ndarray,
+    soft: SoftTargets | None,
+    positive_weight: np.ndarray | None,
+    world: World = ALONE,
 ) -> tuple[Loss, np.ndarray]:
     """The loss, and its target rows: the hard labels alone where there are no soft ones."""
     settings = config.distillation
     if soft is None:
-        return masked_bce(positive_weight), hard
+        return masked_bce(positive_weight, world), hard
     weight = 0.0 if soft.features is None else settings.feature_weight
     parts = [hard, soft.logits, *([] if soft.features is None else [soft.features])]
-    return distillation_loss(settings.alpha, settings.temperature, positive_weight, weight), np.concatenate(parts, 1)
+    loss = distillation_loss(settings.alpha, settings.temperature, positive_weight, weight, world)
+    return loss, np.concatenate(parts, 1)
 
 
 def effective_training(config: Config) -> TrainingConfig:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from mlx_cxr import __version__, runtime
 from mlx_cxr.config import Config, ConfigError, load_config
+from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.models import hub
 from mlx_cxr.runs import RunFormatError
@@ -241,16 +242,17 @@ def check_data(config: Config, config_path: Path) -> list[Finding]:
     """What a configuration reads, then what its stages have made so far."""
     findings = _csv_source(config) if config.data.csv else _mimic_source(config, config_path)
     made = (
-        ("manifest", config.manifest_path, "build_manifest"),
-        ("pixel store", config.pixels_path, "prepare_images"),
-        ("trained CNN", config.run_dir() / "best_model.safetensors", "train_cnn"),
+        ("manifest", [config.manifest_path], "build_manifest"),
+        ("pixel store", store_files(config.pixels_path), "prepare_images"),
+        ("trained CNN", [config.run_dir() / "best_model.safetensors"], "train_cnn"),
     )
-    return findings + [
-        Finding("data", name, "ok", str(path))
-        if path.exists()
-        else Finding("data", name, "missing", str(path), f"python -m mlx_cxr.{stage} --config {config_path}")
-        for name, path, stage in made
+    findings += [
+        Finding("data", name, "missing", str(gone[0]), f"python -m mlx_cxr.{stage} --config {config_path}")
+        if (gone := [path for path in paths if not path.exists()])
+        else Finding("data", name, "ok", str(paths[-1]))
+        for name, paths, stage in made
     ]
+    return findings
 
 
 def _mimic_source(config: Config, config_path: Path) -> list[Finding]:

@@ -29,7 +29,7 @@ from mlx_cxr.runs import provenance, write_json
 from mlx_cxr.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.trained_run import TrainedRun, study_predictions
 from mlx_cxr.training.cohort import Cohort, SplitData
-from mlx_cxr.training.scoring import compiled_forward
+from mlx_cxr.training.scoring import film_forward
 
 log = logging.getLogger("mlx_cxr")
 
@@ -79,7 +79,7 @@ def measure_cost(trained: TrainedRun, test: SplitData, config: Config, device: M
     """Write `cost.json`: parameters, and milliseconds per film of the forward pass on films in memory."""
     items = np.arange(min(config.evaluation.batch_size, len(test)))
     films = test.films.batch(items)
-    forward = compiled_forward(trained.model)
+    forward = film_forward(trained.model)
     per_film, films_timed = milliseconds_per_sample(lambda: forward(films), len(items))
     write_cost(
         trained.folder,

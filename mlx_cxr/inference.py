@@ -12,12 +12,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -28,15 +28,16 @@ from mlx_cxr.data.films import Transform
 from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
-from mlx_cxr.explain.grad_cam import Method, class_activation_maps
+from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
 from mlx_cxr.labels import LABELS
+from mlx_cxr.models.folded import FoldedResNet18, inference_network
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
-from mlx_cxr.trained_run import TrainedRun, film_maps
+from mlx_cxr.trained_run import TrainedRun, film_maps_by
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
-from mlx_cxr.training.scoring import compiled_forward
+from mlx_cxr.training.scoring import film_features
 
 FILE = "inference.json"
 SCHEMA = 1
@@ -51,11 +52,8 @@ class PredictorError(UserError, ValueError):
 
 def map_references(model: ResNet18, validation: FilmSource, batch_size: int) -> dict[str, dict[str, float]]:
     """Each method's reference activation of each of `MAPPED`, fitted on the validation films; NaN for no scale."""
-    references = {}
-    for method in METHODS:
-        raw, _ = film_maps(model, validation, MAPPED, method, batch_size)
-        references[method] = dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True))
-    return references
+    maps, _ = film_maps_by(model, validation, MAPPED, METHODS, batch_size)
+    return {method: dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True)) for method, raw in maps.items()}
 
 
 def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], films: int) -> Path:
@@ -114,6 +112,7 @@ class FilmAnswer:
         logits: float32 (14,), or None where the film cannot be read.
         probabilities: float64 (14,) in [0, 1], calibrated, or None.
         states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`, or None.
+        features: float32 (h, w, 512), the last feature map, which maps are made from, or None.
         ignore_gate: whether a film that does not look like a frontal chest film is to be answered for too.
     """
 
@@ -121,6 +120,7 @@ class FilmAnswer:
     logits: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     states: np.ndarray | None = None
+    features: np.ndarray | None = field(default=None, repr=False)
     ignore_gate: bool = False
 
     @property
@@ -145,21 +145,25 @@ class Predictor:
         points: what was fitted on its validation split, and turns logits into calls.
         references: method -> label -> reference activation; NaN where there is none.
         batch_size: films per forward pass.
+        precision: `float32`, or `auto` for float16 where the device is faster with it and the logits of the first batch
+            agree (`models.folded.inference_network`).
     """
 
     trained: TrainedRun
     points: OperatingPoints
     references: Mapping[str, Mapping[str, float]]
     batch_size: int = 32
-    _forward: Callable[[mx.array], mx.array] = field(init=False, repr=False, compare=False)
+    precision: Literal["float32", "auto"] = "float32"
+    _ready: dict[str, FoldedResNet18] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise PredictorError(f"batch size {self.batch_size}: give at least 1")
-        object.__setattr__(self, "_forward", compiled_forward(self.trained.model))
 
     @classmethod
-    def from_run(cls, folder: str | Path, batch_size: int = 32) -> Predictor:
+    def from_run(
+        cls, folder: str | Path, batch_size: int = 32, precision: Literal["float32", "auto"] = "float32"
+    ) -> Predictor:
         """Open a run that `evaluate_cnn` has evaluated.
 
         Raises:
@@ -190,7 +194,7 @@ class Predictor:
                     f"{trained.checkpoint} changed since {where} was written; evaluate the run again: {again}"
                 )
         check_preprocessing(recorded, trained.config, path)
-        return cls(trained, points, references, batch_size)
+        return cls(trained, points, references, batch_size, precision)
 
     @property
     def transform(self) -> Transform:
@@ -225,20 +229,34 @@ class Predictor:
     def predict(self, films: Sequence[FilmInput], ignore_gate: bool = False) -> list[FilmAnswer]:
         """Answers in the films' order, those that cannot be read included; `ignore_gate` as in `FilmAnswer`."""
         readable = [film.pixels for film in films if film.pixels is not None]
-        logits = iter(self.logits(np.stack(readable)) if readable else ())
+        seen = iter(zip(*self._scored(np.stack(readable)), strict=True) if readable else ())
         return [
-            FilmAnswer(film) if film.pixels is None else self._answer(film, next(logits), ignore_gate) for film in films
+            FilmAnswer(film) if film.pixels is None else self._answer(film, *next(seen), ignore_gate) for film in films
         ]
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """float32 (N, 14) of films uint8 (N, S, S) as `read` gives them."""
+        return self._scored(pixels)[0]
+
+    def _scored(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, 14), and last feature maps (N, h, w, 512), float32."""
         size = min(self.batch_size, len(pixels))
-        parts = []
+        logits, features = [], []
         for start in range(0, len(pixels), size):
             # The last batch is filled up, so that one graph serves all.
             items = np.resize(np.arange(start, min(start + size, len(pixels))), size)
-            parts.append(np.array(self._forward(mx.array(pixels[items])))[: len(pixels) - start])
-        return np.concatenate(parts)
+            batch = mx.array(pixels[items])
+            network = self._network(batch)
+            a = film_features(network)(batch)
+            logits.append(np.array(network.head(a).astype(mx.float32))[: len(pixels) - start])
+            features.append(np.array(a)[: len(pixels) - start])
+        return np.concatenate(logits), np.concatenate(features)
+
+    def _network(self, films: mx.array) -> FoldedResNet18:
+        if "network" not in self._ready:
+            trial = preprocess(films, self.trained.model.config.in_channels) if self.precision == "auto" else None
+            self._ready["network"] = inference_network(self.trained.model, trial)
+        return self._ready["network"]
 
     def predict_files(
         self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
@@ -256,24 +274,26 @@ class Predictor:
                 coming = begin()
                 yield from self.predict(films, ignore_gate)
 
-    def maps(self, film: FilmInput, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
+    def maps(self, answer: FilmAnswer, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
         """float32 (K, h, w): maps of findings as shares of their reference activation, as `explain.maps.scale_maps`.
 
-        NaN for a finding whose maps were zero on all of validation.
+        They are made from the features of the pass that gave the answer. NaN for a finding whose maps were zero on all
+        of validation.
 
         Raises:
             KeyError: the run has no reference for this method or finding.
             ValueError: the film could not be read.
         """
-        if film.pixels is None:
-            raise ValueError(f"{film.name}: {film.error}")
+        if answer.features is None:
+            raise ValueError(f"{answer.film.name}: {answer.film.error}")
         reference = np.array([self.references[method][label] for label in labels])
-        x = preprocess(mx.array(film.pixels)[None], self.trained.model.config.in_channels)
-        return scale_maps(class_activation_maps(self.trained.model, x, labels, method).raw[:, 0], reference)
+        network = self._ready.get("network") or FoldedResNet18.of(self.trained.model)
+        a = mx.array(answer.features)[None]
+        return scale_maps(maps_of_features(network, a, labels, method).raw[:, 0], reference)
 
-    def _answer(self, film: FilmInput, logits: np.ndarray, ignore_gate: bool) -> FilmAnswer:
+    def _answer(self, film: FilmInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> FilmAnswer:
         decided = self.points.decide(logits[None])
-        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], ignore_gate)
+        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], features, ignore_gate)
 
     def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
         if isinstance(source, np.ndarray):

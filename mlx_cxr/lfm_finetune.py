@@ -24,6 +24,7 @@ from mlx_cxr.teacher.fine_tuning import lora_task, validator
 from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, read_first_adapter, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
 from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
+from mlx_cxr.training.distributed import World
 from mlx_cxr.training.film_run import can_resume
 from mlx_cxr.training.loop import train
 from mlx_cxr.training.losses import masked_bce, positive_weights
@@ -49,11 +50,12 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         AdapterError: `teacher.lora` names what the base has not.
         MemoryLimitError: it would not fit; names a setting that would.
         TrainingDivergedError: the loss is no longer a number.
+        RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
-    device = runtime.start("lfm_finetune")
+    device, world = runtime.start("lfm_finetune", parallel=True), World.join()
     teacher = config.teacher
     run_dir = config.run_dir(run_name or teacher.run_name)
-    resume_state = can_resume(run_dir, resume, overwrite)
+    resume_state = can_resume(run_dir, resume, overwrite, world)
     material = Material.open(config)
     base = Base.open(teacher, config.weights_dir, vision=teacher.modality != "text")
     form = prompt_format(base, config)
@@ -77,7 +79,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         inputs["first_adapter"] = first_folder / WEIGHTS
     estimate = check_training_fits(Decoder.of(base.model), widths, teacher, longest, base.precision)
     log.info("memory: about %s", estimate)
-    if not resume_state:
+    if not resume_state and world.writes:
         create_run(
             config.outputs,
             run_dir.name,
@@ -92,12 +94,13 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         for old in ("training.json", RECORD, adapter, state, INDEX_NAME):
             (run_dir / old).unlink(missing_ok=True)
 
-    films, validation_films = (material.films(base, studies, config) for studies in (training, validation))
+    with world.one_after_another():
+        films, validation_films = (material.films(base, studies, config) for studies in (training, validation))
     base.release_vision()
-    validate = validator(base, form, validation, validation_films, teacher)
+    validate = validator(base, form, validation, validation_films, teacher, world)
     if resume_state:
         log.info("going on from the last saved state of %s", run_dir)
-        zero_shot = read_json(run_dir / RECORD)["zero_shot"]
+        zero_shot = world.agree(lambda: read_json(run_dir / RECORD)["zero_shot"])
     else:
         zero_shot = validate(base.model)
     about = {
@@ -112,7 +115,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         "zero_shot": zero_shot,
         "zero_shot_auc": zero_shot["macro_auc"],
     }
-    if not resume_state:
+    if not resume_state and world.writes:
         write_json(run_dir / RECORD, about)
     log.info("zero-shot validation macro AUC %.4f", zero_shot["macro_auc"])
 
@@ -124,7 +127,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     trainable = sum(teacher.lora.rank * (inputs + outputs) for inputs, outputs in widths)
     mx.reset_peak_memory()
     result = train(
-        lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed),
+        lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed, world),
         epochs=teacher.training.epochs,
         seed=config.seed,
         patience=teacher.training.patience,
@@ -134,7 +137,6 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         settings=settings_hash(config, base, inputs),
         resume=resume_state,
     )
-    write_json(run_dir / RECORD, {**about, "tuned_auc": result.best_auc})
     summary = {
         "schema": 1,
         **asdict(result),
@@ -143,7 +145,9 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         "peak_memory_bytes": mx.get_peak_memory(),
         "synthetic": config.data.synthetic,
     }
-    write_json(run_dir / "training.json", summary)
+    if world.writes:
+        write_json(run_dir / RECORD, {**about, "tuned_auc": result.best_auc})
+        write_json(run_dir / "training.json", summary)
     log.info(
         "validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s",
         zero_shot["macro_auc"],

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.phantom.cohort import plan_cohort
 from mlx_cxr.phantom.layout import write_films, write_tables
 from mlx_cxr.runs import hash_of, read_json, write_json
+from mlx_cxr.workers import available_cores
 
 log = logging.getLogger("mlx_cxr")
 
@@ -72,7 +72,7 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05, mininterval=1.0) as bar:
-        shapes = write_films(cohort, fresh, config.demo.image_size, workers or os.cpu_count() or 1, bar.update)
+        shapes = write_films(cohort, fresh, config.demo.image_size, workers or available_cores(), bar.update)
     write_tables(cohort, fresh, shapes)
     (fresh / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
     write_json(

@@ -22,6 +22,7 @@ from mlx_cxr import (
     train_cnn,
 )
 from mlx_cxr.config import Config
+from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
 
 _SCORES = ("predictions.csv", "operating_points.json", "test_results.json")
@@ -67,7 +68,7 @@ def steps(config: Config) -> list[Step]:
             lambda _: prepare_images.run(config),
             ("pixels",),
             lambda: [config.manifest_path],
-            (config.pixels_path, _pixel_index(config)),
+            tuple(store_files(config.pixels_path)),
             data,
         ),
         Step(

@@ -100,7 +100,7 @@ class FindingMap:
 def called_maps(answer: FilmAnswer, predictor: Predictor, most: int, method: str) -> list[FindingMap]:
     """Maps of `most` called findings at most, in the order of `called_findings`."""
     findings = called_findings(answer, predictor)[:most]
-    heats = predictor.maps(answer.film, findings, method) if findings else ()
+    heats = predictor.maps(answer, findings, method) if findings else ()
     return [FindingMap(finding, heat) for finding, heat in zip(findings, heats, strict=True)]
 
 

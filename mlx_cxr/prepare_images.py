@@ -4,12 +4,17 @@ Writes into `data.work_dir`: `images_<size>.npy` (uint8 (N, S, S), a row per man
 `images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (films that could not be used,
 and why) and `images_<size>_notes.csv` (films that look inverted, were 16-bit, palette, …). A stopped run is gone on
 with. Prints films per second.
+
+More than `pixels.shard_films` films go into several files (`images_<size>-1-of-6.npy`, …). These may be made by several
+calls at once, also on several machines that share the disk: start the same command as often as wanted. Where the disk
+has no file locks across machines, give each call its share: `--shard 1/4` to `--shard 4/4`.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,12 +31,13 @@ from mlx_cxr.runs import atomic_path
 log = logging.getLogger("mlx_cxr")
 
 
-def run(config: Config, rebuild: bool = False) -> Path:
+def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = None) -> Path:
     """Make the pixel store, or find that it is up to date, and return its path.
 
     Args:
         config: the experiment; its manifest must be there.
         rebuild: decode every film again.
+        share: (k, n): of a store in several files, every n-th from the k-th on, and no other.
 
     Raises:
         DataError: the manifest is missing or has no films, or more than half of them cannot be used.
@@ -45,14 +51,20 @@ def run(config: Config, rebuild: bool = False) -> Path:
             "A text teacher is trained on it as it is; a model of films needs films"
         )
     transform = Transform(config.pixels.size, config.pixels.fit)
-    report = build_store(path, manifest, transform, config.data.root, config.pixels.workers, rebuild)
+    report = build_store(
+        path, manifest, transform, config.data.root, config.pixels.workers, rebuild, config.pixels.shard_films, share
+    )
     what = f"{path}: {report.films - len(report.unreadable)} of {report.films} films, {transform.key()}"
     if report.decoded:
         rate = report.decoded / report.seconds
         log.info("%s; %d decoded in %.1f s, %.1f films/s", what, report.decoded, report.seconds, rate)
-    else:
+    elif report.films:
         log.info("%s; up to date: manifest, transform and film files are unchanged", what)
-    _write_lists(path, manifest.frame, report)
+    if report.lacking:
+        lacking = ", ".join(shard.name for shard in report.lacking)
+        log.info("still to be made: %s; the store can be used when they are there", lacking)
+    else:
+        _write_lists(path, manifest.frame, report)
     return path
 
 
@@ -92,7 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--workers", type=int, help="pixels.workers: decoding processes; 0 takes one per core")
     parser.add_argument("--rebuild", action="store_true", help="decode every film again, up to date or not")
+    parser.add_argument(
+        "--shard",
+        type=_share,
+        metavar="K/N",
+        help="of a store in several files make the K-th of N equal shares; default: whatever nobody else is making",
+    )
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    match = re.fullmatch("([0-9]+)/([0-9]+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give K/N with K from 1 to N, such as 1/4")
+    return int(match[1]), int(match[2])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with readable_errors():
-        run(load_config(args.config, args.overrides, pixels__workers=args.workers), args.rebuild)
+        run(load_config(args.config, args.overrides, pixels__workers=args.workers), args.rebuild, args.shard)
 
 
 if __name__ == "__main__":

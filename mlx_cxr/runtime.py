@@ -1,4 +1,5 @@
-"""The machine: which device MLX computes on, how much memory it may take, and which BLAS serves it on Linux.
+"""The machine: which device MLX computes on, how much memory it may take, and which BLAS serves it on Linux; and
+whether this process is one of several that `mlx.launch` started.
 
 Measured facts behind this module: on Linux, `mlx[cpu]` links netlib's reference BLAS (7 GFLOP/s on two cores);
 `cblas_sgemm` is a dynamic symbol, so an OpenBLAS loaded globally before `mlx.core` serves it instead (about 220).
@@ -15,8 +16,14 @@ import os
 import platform
 import sys
 import time
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mlx_cxr.errors import UserError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 log = logging.getLogger("mlx_cxr")
 
@@ -157,12 +164,75 @@ def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:
     return 2 * size**3 * rounds / elapsed / 1e9
 
 
-def start(stage: str, verbose: bool = True) -> dict[str, Any]:
-    """Set up a stage: logging to the terminal, memory limits, and one line that says what it runs on.
+def process_group() -> mx.distributed.Group | None:
+    """The processes that `mlx.launch` or `mpirun` started; None where this one runs by itself.
+
+    MLX is asked only where their variables are set: it would load and start an MPI library that merely is there.
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
+    if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(os.environ):
+        return None
+    hostfile = os.environ.get("MLX_HOSTFILE")
+    if hostfile and not Path(hostfile).read_text(encoding="utf-8").strip():
+        return None  # `mlx.launch -n 1` leaves it empty, which MLX cannot read
+    import mlx.core as mx
+
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise UserError(
+            f"the other processes of this run cannot be reached ({error}); see that each of them is started, that no "
+            "other run uses the ports (mlx.launch --starting-port), and that the addresses of the hostfile are right"
+        ) from error
+    return group if group.size() > 1 else None
+
+
+def share_cores(group: mx.distributed.Group) -> int | None:
+    """Give OpenBLAS this process's share of the cores, where several ranks run on one machine.
+
+    Two ranks that each use all cores take turns, and each waits for the other's slowest thread. `OPENBLAS_NUM_THREADS`
+    in the environment stands above this.
 
     Returns:
-        `describe()`.
+        How many threads it has now; None where it was left as it is.
     """
+    import mlx.core as mx
+
+    # By all ranks alike, as it communicates.
+    here = mx.array([zlib.crc32(platform.node().encode()) >> 1], dtype=mx.int32)
+    neighbours = int(mx.sum(mx.distributed.all_gather(here, group=group) == here).item())
+    if _openblas is None or neighbours == 1 or "OPENBLAS_NUM_THREADS" in os.environ:
+        return None
+    threads = max(1, (os.cpu_count() or 1) // neighbours)
+    try:
+        ctypes.CDLL(_openblas).openblas_set_num_threads(threads)
+    except (OSError, AttributeError):
+        return None
+    return threads
+
+
+def start(stage: str, verbose: bool = True, parallel: bool = False) -> dict[str, Any]:
+    """Set up a stage: logging to the terminal, memory limits, and one line that says what it runs on.
+
+    Args:
+        stage: its name.
+        verbose: say more than warnings.
+        parallel: whether it can be one run of several processes. Only rank 0 of them is verbose.
+
+    Returns:
+        `describe()`, and how many `processes` where there are several.
+
+    Raises:
+        UserError: `mlx.launch` has started several processes of a stage that is not parallel; or they do not find each
+            other.
+    """
+    group = process_group()
+    if group is not None and not parallel:
+        raise UserError(f"{stage} runs as one process; start it without mlx.launch")
+    if group is not None and group.rank() > 0:
+        verbose = False
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     for chatty in ("httpx", "huggingface_hub", "matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -170,13 +240,17 @@ def start(stage: str, verbose: bool = True) -> dict[str, Any]:
     device = describe()
     if device["kind"] == "cpu":
         keep_freed_memory()
+    if group is not None:
+        device["processes"] = group.size()
+        share_cores(group)
     log.info(
-        "%s on %s (%s), %d cores, %.0f GB%s",
+        "%s on %s (%s), %d cores, %.0f GB%s%s",
         stage,
         device["kind"],
         device["name"],
         device["cores"],
         device["memory_bytes"] / 1e9,
         f", BLAS: {device['blas']}" if device["blas"] else "",
+        f", {group.size()} processes" if group is not None else "",
     )
     return device

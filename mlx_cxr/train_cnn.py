@@ -14,6 +14,7 @@ from mlx_cxr.config import Config, add_config_arguments, add_training_arguments,
 from mlx_cxr.errors import readable_errors
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import film_run
+from mlx_cxr.training.distributed import World
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
@@ -34,23 +35,25 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         DataError: manifest or pixel store missing or not matching.
         TrainingDataError: no training films, or a validation split without both classes of any label.
         TrainingDivergedError: the loss is no longer a number.
+        RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
-    device = runtime.start("train_cnn")
+    device, world = runtime.start("train_cnn", parallel=True), World.join()
     run_dir, training = config.run_dir(run_name), config.training
-    resume_state = film_run.can_resume(run_dir, resume, overwrite)
+    resume_state = film_run.can_resume(run_dir, resume, overwrite, world)
     cohort, train_data, validation = film_run.open_films(config)
     targets = config.labels.policy().apply(train_data.raw_labels)
-    validate = film_run.validator(validation, config.evaluation.batch_size)
+    validate = film_run.validator(validation, config.evaluation.batch_size, world)
     model, origin, weights = film_run.initial_network(config, config.model, targets)
-    film_run.begin(config, run_dir, "train_cnn", {}, device, resume_state)
+    film_run.begin(config, run_dir, "train_cnn", {}, device, resume_state, world)
     task = film_task(
         model,
-        masked_bce(weights),
+        masked_bce(weights, world),
         TrainingData(train_data.films, targets),
         validate,
         training=training,
         augmentation=config.augment,
         seed=config.seed,
+        world=world,
     )
     film_run.fit(
         task,

@@ -10,13 +10,14 @@ import numpy as np
 
 from mlx_cxr.config import Config, config_from_plain
 from mlx_cxr.evaluation.predictions import Predictions, study_level
-from mlx_cxr.explain.grad_cam import Method, class_activation_maps
+from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.models.convert import freeze, load_model
-from mlx_cxr.models.resnet import ResNet18, parameter_counts, preprocess
+from mlx_cxr.models.folded import FoldedResNet18
+from mlx_cxr.models.resnet import ResNet18, parameter_counts
 from mlx_cxr.runs import RunFormatError, read_json, sha256_file
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.cohort import SplitData
-from mlx_cxr.training.scoring import predict_logits
+from mlx_cxr.training.scoring import film_features, predict_logits
 
 CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
 """The stages whose runs are opened here, and the weights that each of them leaves."""
@@ -127,9 +128,19 @@ def film_maps(
     Returns:
         float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`), and the logits (N, 14) of the same passes.
     """
+    maps, logits = film_maps_by(model, films, labels, [method], batch_size)
+    return maps[method], logits
+
+
+def film_maps_by(
+    model: ResNet18, films: FilmSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
+) -> tuple[dict[Method, np.ndarray], np.ndarray]:
+    """As `film_maps`, by several methods, for which the trunk runs once."""
+    network = FoldedResNet18.of(model)
+    trunk = film_features(network)
     batches = [np.arange(len(films))[i : i + batch_size] for i in range(0, len(films), batch_size)]
     made = [
-        class_activation_maps(model, preprocess(x, model.config.in_channels), labels, method)
-        for x in films.batches(batches)
+        [maps_of_features(network, a, labels, method) for method in methods] for a in map(trunk, films.batches(batches))
     ]
-    return np.concatenate([maps.raw for maps in made], axis=1), np.concatenate([maps.logits for maps in made])
+    raw = {method: np.concatenate([maps[i].raw for maps in made], axis=1) for i, method in enumerate(methods)}
+    return raw, np.concatenate([maps[0].logits for maps in made])

@@ -24,10 +24,11 @@ LEVEL_0 = {
     "wording",
     "freshness",
     "readme",
+    "workers",
 }
 ROOMS_1 = {"data", "phantom", "evaluation", "models", "explain"}
 ROOMS_WITHOUT_MLX = {"data", "phantom", "evaluation"}
-ROOMS = {**dict.fromkeys(ROOMS_1, 1), "training": 2, "teacher": 3}
+ROOMS = {**dict.fromkeys(ROOMS_1, 1), "training": 2, "teacher": 3, "bench": 3}
 LEVEL_3_MODULES = (
     "trained_run",
     "inference",
@@ -93,8 +94,10 @@ def allowed(importer: str, imports: str) -> bool:
         return True
     if importer in STAGES_THAT_RUN_STAGES and imports in {*STAGES, *STAGES_THAT_RUN_STAGES}:
         return True
-    if importer in LEVEL_3_MODULES and imports == "teacher":
+    if importer in {*LEVEL_3_MODULES, "bench"} and imports == "teacher":
         return True
+    if imports == "bench":
+        return importer == "benchmark"
     if importer in LEVEL_3_MODULES and imports in LEVEL_3_MODULES:
         return LEVEL_3_MODULES.index(imports) < LEVEL_3_MODULES.index(importer)
     return level(imports) < level(importer)
@@ -114,7 +117,16 @@ def test_only_the_rooms_of_arrays_on_the_device_import_mlx(path):
         assert not {name for name in names if name.split(".")[0] in ("mlx", "mlx_vlm", "mlx_lm")}
     if here != "teacher":
         assert not {name for name in names if name.split(".")[0] in ("mlx_vlm", "mlx_lm")}
-    assert not {name for name in names if name.split(".")[0] == "torch"}, "PyTorch is for tests and benchmarks only"
+    if here != "bench":
+        assert "torch" not in {name.split(".")[0] for name in names}, "PyTorch is for tests and benchmarks only"
+
+
+@every_module
+def test_pytorch_is_imported_inside_functions_only(path):
+    """So that the benchmark runs, and says what is missing, where PyTorch is not installed."""
+    outside = [node for node in tree_of(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert "torch" not in {alias.name.split(".")[0] for node in outside for alias in node.names}
+    assert not {node.module for node in outside if isinstance(node, ast.ImportFrom) and node.module.startswith("torch")}
 
 
 @every_module
@@ -208,6 +220,11 @@ def test_rooms_of_data_and_evaluation_load_no_mlx():
         ("train_cnn", "doctor", False),
         ("training", "train_cnn", False),
         ("pipeline", "train_cnn", True),
+        ("bench", "teacher", True),
+        ("teacher", "bench", False),
+        ("benchmark", "bench", True),
+        ("doctor", "bench", False),
+        ("inference", "bench", False),
     ],
 )
 def test_the_rule_itself(importer, imports, fine):

@@ -202,3 +202,21 @@ def test_each_remedy_is_said_once_and_lines_are_not_too_long(quick, config_path)
     assert max(len(line) for line in text[: text.index("what to do")].splitlines()) <= doctor.TEXT_WIDTH + 60
     for entry in report["findings"]:
         assert entry["name"] in text
+
+
+def test_a_pixel_store_in_shards_is_whole_or_missing(tmp_path):
+    """Of its files the one that is not there is named."""
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: t\ndata: {{root: {tmp_path}, work_dir: {tmp_path}}}\n")
+    config, names = load_config(path), ["images_224-1-of-2.npy", "images_224-2-of-2.npy"]
+    index = dict.fromkeys(("manifest", "transform", "films", "sample", "unreadable", "notes", "image_ids"), "")
+    shards = [{"file": name, "films": 1, "sample": ""} for name in names]
+    config.pixels_path.with_suffix(".json").write_text(
+        json.dumps({"schema": 2, **index, "shape": [2, 224, 224], "shards": shards})
+    )
+    (tmp_path / names[0]).touch()
+    store = finding(doctor.check_data(config, path), "pixel store")
+    assert (store.mark, store.detail) == ("missing", str(tmp_path / names[1]))
+    assert store.remedy == f"python -m mlx_cxr.prepare_images --config {path}"
+    (tmp_path / names[1]).touch()
+    assert finding(doctor.check_data(config, path), "pixel store").mark == "ok"

@@ -164,13 +164,13 @@ def test_maps_are_shares_of_the_reference_on_validation(predictor, cohort, run_d
     raw = class_activation_maps(model, preprocess(mx.array(films), 1), MAPPED, method).raw
     reference = fit_reference(raw[:, :8])
     labels = ["Cardiomegaly", "Edema"]
-    maps = predictor.maps(predictor.read(cohort / "films" / "film20.png"), labels, method)
+    maps = predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], labels, method)
     for label, ours in zip(labels, maps, strict=True):
         k = MAPPED.index(label)
         np.testing.assert_allclose(ours, raw[k, 8] / reference[k], rtol=1e-3, atol=1e-5)
-    assert predictor.maps(predictor.read(cohort / "films" / "film20.png")).shape[0] == 13
+    assert predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0]).shape[0] == 13
     with pytest.raises(KeyError):
-        predictor.maps(predictor.read(cohort / "films" / "film20.png"), ["No Finding"], method)
+        predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], ["No Finding"], method)
 
 
 def test_the_record_says_how_films_are_prepared(run_dir):
@@ -242,5 +242,5 @@ def test_a_run_evaluated_without_maps_has_none(cohort):
     bare = Predictor.from_run(cohort / "outputs" / "bare")
     assert bare.methods == ()
     with pytest.raises(KeyError):
-        bare.maps(bare.read(chest_film()), ["Edema"])
+        bare.maps(bare.predict([bare.read(chest_film())])[0], ["Edema"])
     assert len(LABELS) == len(bare.predict([bare.read(chest_film())])[0].probabilities)

@@ -1,7 +1,11 @@
 """The stage: exact layout, same bytes for any number of workers, restart, refusal to overwrite."""
 
 import gzip
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +153,26 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path, capsys):
     assert str(tmp_path / "raw") in message
     assert "data.root" in message
     assert (tmp_path / "raw" / "mimic.csv").read_text() == "real data"
+
+
+def test_a_killed_run_leaves_no_process_and_no_cohort(tmp_path):
+    command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, 200))]
+    process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / ".raw-being-made").rglob("*.jpg")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while is_there(process.pid):
+        assert time.monotonic() < deadline, "processes that render outlive the run"
+        time.sleep(0.1)
+    assert not (tmp_path / "raw").exists()
+
+
+def is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

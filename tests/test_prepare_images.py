@@ -76,6 +76,32 @@ def test_a_second_call_says_that_nothing_changed(root, caplog):
     assert "6 decoded" in caplog.text
 
 
+def test_a_store_in_shards_by_two_calls(root, caplog):
+    caplog.set_level("INFO")
+    (root / "f5.png").write_bytes(b"")
+    config = ["--config", str(root / "config.yaml"), "--set", "pixels.shard_films=2"]
+    main([*config, "--shard", "2/2"])
+    assert "images_32.npy: 2 of 2 films, letterbox-32-v1; 2 decoded" in caplog.text
+    assert "still to be made: images_32-1-of-3.npy, images_32-3-of-3.npy" in caplog.text
+    assert not (root / "work" / "images_32_unreadable.csv").exists()
+    caplog.clear()
+    main([*config, "--shard", "1/2"])
+    assert "5 of 6 films, letterbox-32-v1; 4 decoded" in caplog.text
+    assert [row["image_id"] for row in table(root / "work" / "images_32_unreadable.csv")] == ["005"]
+    plain = load_config(root / "config.yaml")
+    store = PixelStore.open(plain.pixels_path, load_manifest(plain.manifest_path), Transform(32))
+    film = np.asarray(Image.open(root / "f3.png"))
+    assert (store.images[store.rows(["003"])] == apply(film, Transform(32))).all()
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_share_that_is_none(root, capsys, share):
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(root / "config.yaml"), "--shard", share])
+    assert ended.value.code == 2
+    assert f"{share!r} is no share; give K/N" in capsys.readouterr().err
+
+
 def test_bad_and_odd_films_are_listed(root, caplog):
     config = load_config(root / "config.yaml")
     good = (root / "f1.png").read_bytes()

@@ -15,8 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
 from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models import ops
+from mlx_cxr.models.batch_norm import BatchNorm
 from mlx_cxr.models.resnet import ResNetConfig
 from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.loop import TrainingResult, train
 from mlx_cxr.training.losses import Loss, masked_bce
@@ -53,12 +55,12 @@ def source(films: np.ndarray, budget_gb: float = 1.0) -> FilmSource:
     return FilmSource(films, np.arange(len(films)), budget_gb)
 
 
-def validator(films: np.ndarray, targets: np.ndarray) -> Callable[[nn.Module], dict[str, float]]:
+def validator(films: np.ndarray, targets: np.ndarray, world: World = ALONE) -> Callable[[nn.Module], dict[str, float]]:
     """As the stage's: loss and macro AUC of a split."""
     held_out = source(films)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        logits = predict_logits(model, held_out, 16)
+        logits = predict_logits(model, held_out, 16, world)
         loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
         return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
 
@@ -73,8 +75,8 @@ class TinyNet(nn.Module):
         self.config = ResNetConfig()
         mx.random.seed(seed)
         self.conv1 = ops.Conv3x3(1, 4, 2)
-        self.bn1 = ops.BatchNorm(4)
-        self.blocks = [ops.Conv3x3(4, 8, 2), ops.BatchNorm(8)]
+        self.bn1 = BatchNorm(4)
+        self.blocks = [ops.Conv3x3(4, 8, 2), BatchNorm(8)]
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(4 * 4 * 8, 14)
         mx.eval(self.parameters())
@@ -100,6 +102,7 @@ def run_tiny(
     seed: int = 3,
     targets: np.ndarray | None = None,
     augmentation: AugmentConfig | None = None,
+    world: World = ALONE,
     **training: Any,
 ) -> tuple[nn.Module, TrainingResult]:
     """The loop on the toy task: by default 2 epochs of 5 steps, saved every 3 steps, logged every 2."""
@@ -107,15 +110,16 @@ def run_tiny(
     chosen = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "save_every": 3, "log_every": 2} | training
     result = train_films(
         model,
-        masked_bce(),
+        masked_bce(world=world),
         TrainingData(source(TINY[0]), TINY[1] if targets is None else targets),
-        validate or validator(*TINY_VALIDATION),
+        validate or validator(*TINY_VALIDATION, world),
         training=TrainingConfig(**chosen),
         augmentation=augmentation or AugmentConfig(),
         seed=seed,
         run_dir=run_dir,
         settings=settings,
         resume=resume,
+        world=world,
     )
     return model, result
 
@@ -132,10 +136,11 @@ def train_films(
     run_dir: Path,
     settings: str = "",
     resume: bool = False,
+    world: World = ALONE,
 ) -> TrainingResult:
     """The loop on films, as the stage runs it."""
     return train(
-        film_task(model, loss, data, validate, training=training, augmentation=augmentation, seed=seed),
+        film_task(model, loss, data, validate, training=training, augmentation=augmentation, seed=seed, world=world),
         epochs=training.epochs,
         seed=seed,
         patience=training.patience,

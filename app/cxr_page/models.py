@@ -89,13 +89,13 @@ def answer(opened: Opened, film: FilmInput, key: str) -> FilmAnswer:
     return replace(kept(("answer", opened.key, key), ask), film=film)
 
 
-def maps(opened: Opened, film: FilmInput, key: str, method: str) -> dict[str, np.ndarray]:
-    """Every finding's map (h, w) by a method, made in one pass; see `Predictor.maps`."""
+def maps(opened: Opened, said: FilmAnswer, key: str, method: str) -> dict[str, np.ndarray]:
+    """Every finding's map (h, w) by a method, from what the model has made of the film; see `Predictor.maps`."""
     from mlx_cxr.inference import MAPPED
 
     def ask() -> dict[str, np.ndarray]:
         log.info("%s maps %s by %s", opened.name, key, method)
-        return dict(zip(MAPPED, compute(opened.model.maps, film, MAPPED, method), strict=True))
+        return dict(zip(MAPPED, compute(opened.model.maps, said, MAPPED, method), strict=True))
 
     return kept(("maps", opened.key, key, method), ask)
 

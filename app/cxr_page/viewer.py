@@ -60,7 +60,7 @@ def heat_of(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) -> n
     """The map (h, w) of the finding; None where the run or the finding has none."""
     if view.method not in opened.model.methods or view.finding not in MAPPED:
         return None
-    return maps(opened, answer.film, film.key, view.method)[view.finding]
+    return maps(opened, answer, film.key, view.method)[view.finding]
 
 
 def why_withheld(opened: Opened, answer: FilmAnswer, view: View, heat: np.ndarray | None) -> str:

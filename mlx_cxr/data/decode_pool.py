@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
-from types import ModuleType
 
 from mlx_cxr.data.decoding import FilmError, Transform, decode
 from mlx_cxr.errors import UserError
+from mlx_cxr.workers import available_cores, lean_start, worker_pool
 
 _MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3
@@ -49,8 +41,7 @@ class Decoded:
 def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers: int = 0) -> Iterator[Decoded]:
     """Decode films and yield each when it is done, in no particular order.
 
-    Worker processes are started afresh ("spawn"), as forking a process that holds MLX or a threaded BLAS is not safe.
-    They end with this process, however it ends. This process decodes too, in a thread, which counts as one of them.
+    This process decodes too, in a thread, which counts as one of them.
 
     Args:
         jobs: (row, path of the film).
@@ -67,9 +58,7 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
         return
     size = max(1, min(_MAX_CHUNK, len(jobs) // (workers * _CHUNKS_PER_WORKER)))
     chunks = (jobs[start : start + size] for start in range(0, len(jobs), size))
-    # Started with the first worker otherwise, when some Pythons unblock SIGINT behind it.
-    resource_tracker.ensure_running()
-    others = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), _start_worker)
+    others = worker_pool(workers - 1)
     # Pillow decodes without the GIL, so this process need not wait idly, least of all while the others start.
     here = ThreadPoolExecutor(1)
     free = {others: (workers - 1) * _CHUNKS_PER_WORKER, here: _CHUNKS_PER_WORKER}
@@ -78,7 +67,7 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
         for chunk in chunks:
             pool = others if free[others] else here
             free[pool] -= 1
-            with _lean_start():
+            with lean_start():
                 under_way[pool.submit(decode_chunk, chunk, transform)] = pool, chunk
             while not any(free.values()):
                 yield from _finished(under_way, free)
@@ -109,13 +98,6 @@ def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list
     return done
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _finished(
     under_way: dict[Future[list[Decoded]], tuple[Executor, Sequence[tuple[int, Path]]]], free: dict[Executor, int]
 ) -> Iterator[Decoded]:
@@ -125,33 +107,3 @@ def _finished(
         pool, _ = under_way.pop(future)
         free[pool] += 1
         yield from result
-
-
-@contextmanager
-def _lean_start() -> Iterator[None]:
-    """Around whatever may start a worker: what it must not inherit.
-
-    "spawn" has a worker import the parent's main module anew: it would bring pandas and MLX into each, and run a user's
-    script again where it lacks the usual guard. And Ctrl-C reaches workers as well as their parent, which alone should
-    act on it; a signal that is blocked here stays blocked in them from their first instruction.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-
-def _start_worker() -> None:
-    warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

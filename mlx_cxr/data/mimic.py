@@ -177,4 +177,3 @@ def _refuse_other_patient(frame: pd.DataFrame, table: pd.DataFrame, place: np.nd
                 f"{path}, row {row_number(table, row)}: {theirs} {other[wrong[0]]!r}, but the metadata table has "
                 f"{frame[ours].iloc[wrong[0]]!r} for image {frame['image_id'].iloc[wrong[0]]}; take both of one version"
             )
-

@@ -1,4 +1,4 @@
-"""The pixel store: every film of a manifest as one memory-mapped uint8 array, and the index that says which is which.
+"""The pixel store: every film of a manifest as memory-mapped uint8 pixels, and the index that says which is which.
 
 `images_<size>.npy` holds (N, S, S), a row per manifest row in its order; a film that could not be used is all 0.
 `images_<size>.json` beside it has, key by key:
@@ -14,12 +14,21 @@
     unreadable  image_id -> why it could not be used
     notes       image_id -> what is unusual about it (`decoding.Film.notes`)
     image_ids   of each row
+
+A store of very many films lies in shards, each of the next so many rows of the manifest: `images_<size>-1-of-6.npy`
+with an index of its own, as above, and so on. The index of the whole, `images_<size>.json`, is written when all are
+there; its schema is 2, it has no `pillow`, and
+
+    shards      [{file, films, sample}] in order: name of the array, number of rows, as in its own index
+    films       SHA-256 of what the shards have under `films`
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +38,12 @@ import pandas as pd
 
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.sharded_images import ShardedImages
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.runs import RunFormatError, read_json
 
 SCHEMA = 1
+SHARDED_SCHEMA = 2
 _SAMPLED_ROWS = 16
 
 
@@ -41,12 +52,13 @@ class PixelStore:
     """An opened store.
 
     Attributes:
-        images: uint8 (N, S, S), memory-mapped, read-only, gray levels 0..255.
+        images: uint8 (N, S, S), memory-mapped, read-only, gray levels 0..255; an array, or what serves as one where
+            the store lies in shards.
         missing: image_id -> reason, of the films that could not be used; their rows are all 0.
         notes: image_id -> what is unusual about the film.
     """
 
-    images: np.ndarray
+    images: np.ndarray | ShardedImages
     missing: Mapping[str, str]
     notes: Mapping[str, list[str]]
     _place: pd.Index
@@ -74,10 +86,13 @@ class PixelStore:
         place = pd.Index(index["image_ids"], dtype=object)
         if not place.equals(pd.Index(manifest.frame["image_id"], dtype=object)):
             raise DataError(f"{path.with_suffix('.json')} lists other films than the manifest; {_AGAIN}")
-        images = map_images(path, tuple(index["shape"]))
-        if sample_hash(images) != index["sample"]:
-            raise DataError(f"{path} and its index {path.with_suffix('.json')} do not belong together; {_AGAIN}")
-        return cls(images, index["unreadable"], index["notes"], place)
+        images = [_mapped(path, file, *form) for file, *form in _arrays(path, index)]
+        return cls(
+            images[0] if index["schema"] == SCHEMA else ShardedImages(images),
+            index["unreadable"],
+            index["notes"],
+            place,
+        )
 
     def rows(self, image_ids: Iterable[str]) -> np.ndarray:
         """int64 (M,): the row of each film in `images`.
@@ -89,9 +104,9 @@ class PixelStore:
         rows = self._place.get_indexer(ids).astype(np.int64)
         if (unknown := np.flatnonzero(rows < 0)).size:
             raise DataError(f"image_id {ids[unknown[0]]!r} is not in the pixel store; {_AGAIN}")
-        for image_id in ids if self.missing else ():
-            if image_id in self.missing:
-                raise DataError(f"the film of image_id {image_id!r} could not be used: {self.missing[image_id]}")
+        if (unusable := np.flatnonzero(ids.isin(list(self.missing)))).size:
+            image_id = ids[unusable[0]]
+            raise DataError(f"the film of image_id {image_id!r} could not be used: {self.missing[image_id]}")
         return rows
 
 
@@ -106,17 +121,41 @@ def read_index(path: Path) -> dict[str, Any]:
         DataError: there is no complete store, or the index is damaged or of another version.
     """
     index_path = path.with_suffix(".json")
-    if not path.is_file() or not index_path.is_file():
-        begun = partial_paths(path)[1].exists()
-        state = "is not complete: prepare_images was stopped" if begun else "is missing"
-        raise DataError(f"the pixel store {path} {state}; run prepare_images with this configuration")
+    if not index_path.is_file():
+        raise DataError(f"the pixel store {path} {_state(path)}; run prepare_images with this configuration")
     try:
         index = read_json(index_path)
     except RunFormatError as error:
         raise DataError(f"{error}; {_AGAIN}") from None
-    if not isinstance(index, dict) or index.get("schema") != SCHEMA or any(key not in index for key in _KEYS):
+    if not _is_index(index):
         raise DataError(f"{index_path} is not an index of this version of mlx_cxr; {_AGAIN}")
+    for file, *_ in _arrays(path, index):
+        if not file.is_file():
+            raise DataError(f"the pixel store {file} {_state(path)}; run prepare_images with this configuration")
     return index
+
+
+def store_files(path: Path) -> list[Path]:
+    """The index of a store and its arrays, as the index lists them; without a usable index, the two of one file."""
+    index_path = path.with_suffix(".json")
+    with suppress(RunFormatError):
+        if _is_index(index := read_json(index_path)):
+            return [index_path, *(file for file, *_ in _arrays(path, index))]
+    return [index_path, path]
+
+
+def shard_paths(path: Path, shards: int) -> list[Path]:
+    """Where the arrays of a store of so many shards lie; of one, the array is `path`."""
+    if shards == 1:
+        return [path]
+    width = len(str(shards))
+    return [path.with_name(f"{path.stem}-{k:0{width}}-of-{shards}{path.suffix}") for k in range(1, shards + 1)]
+
+
+def files_of_shards(path: Path) -> list[Path]:
+    """Whatever lies beside a store that is of its shards, finished, begun, or left by other settings."""
+    name = re.compile(re.escape(path.stem) + r"-\d+-of-\d+(\.partial)?\.(npy|json|jsonl|npy\.partial)")
+    return sorted(file for file in path.parent.glob(f"{path.stem}-*-of-*") if name.fullmatch(file.name))
 
 
 def partial_paths(path: Path) -> tuple[Path, Path]:
@@ -142,6 +181,36 @@ def map_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise DataError(f"{path} is damaged or cut short ({error}); {_AGAIN}") from None
     if images.dtype != np.uint8 or images.shape != shape:
         raise DataError(f"{path} holds {images.dtype} {images.shape}, its index says uint8 {shape}; {_AGAIN}")
+    return images
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or any(key not in index for key in _KEYS):
+        return False
+    if index.get("schema") == SHARDED_SCHEMA:
+        shards = index.get("shards")
+        wanted = {"file", "films", "sample"}
+        return isinstance(shards, list) and all(isinstance(s, dict) and wanted <= s.keys() for s in shards)
+    return index.get("schema") == SCHEMA
+
+
+def _state(path: Path) -> str:
+    begun = partial_paths(path)[1].exists() or bool(files_of_shards(path))
+    return "is not complete: prepare_images was stopped" if begun else "is missing"
+
+
+def _arrays(path: Path, index: dict[str, Any]) -> list[tuple[Path, tuple[int, ...], str]]:
+    """(file, shape, sample) of each array of a store."""
+    if index["schema"] == SCHEMA:
+        return [(path, tuple(index["shape"]), index["sample"])]
+    side = index["shape"][1:]
+    return [(path.with_name(s["file"]), (s["films"], *side), s["sample"]) for s in index["shards"]]
+
+
+def _mapped(path: Path, file: Path, shape: tuple[int, ...], sample: str) -> np.ndarray:
+    images = map_images(file, shape)
+    if sample_hash(images) != sample:
+        raise DataError(f"{file} and its index {path.with_suffix('.json')} do not belong together; {_AGAIN}")
     return images
 
 

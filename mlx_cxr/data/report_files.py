@@ -16,11 +16,16 @@ from typing import Protocol
 import pandas as pd
 
 from mlx_cxr.config_sections import DataConfig
-from mlx_cxr.data.reports import decode, has_headings, joined_text, section_texts, texts_of_sections
+from mlx_cxr.data.report_pool import cut_all
+from mlx_cxr.data.reports import has_headings, joined_text, section_texts, texts_of_sections
 from mlx_cxr.data.tables import DataError
+from mlx_cxr.workers import available_cores
 
 ZIP_NAME = "mimic-cxr-reports.zip"
 _THREADS = 8
+_PER_THREAD = 64
+_WORTH_A_WORKER = 4_000
+"""Reports that take about two seconds, longer than a worker takes to start."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,32 @@ class _Store(Protocol):
     def read(self, patient: str, study: str) -> bytes | None: ...
 
 
-def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[str]) -> ReportTexts:
-    """Read and cut the reports of the given studies, in threads.
+def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[str], workers: int = 0) -> ReportTexts:
+    """Read the reports of the given studies, in threads, and cut them, in processes where there are very many.
 
     Args:
         data: `reports` (None looks under `root`), `root`, `report_sections` and `report_mode` are used.
         patients: patient id of each study.
         studies: study ids, each once.
+        workers: processes; 0 takes one per core. The result does not depend on it.
 
     Raises:
         DataError: `data.reports` is set but is not there, is not a zip, or holds none of these studies' reports.
+        ReportWorkerDiedError: a process was killed.
     """
-    with _stores(data) as (stores, where):
+    with _stores(data) as (stores, where), ThreadPoolExecutor(_THREADS) as threads:
+        workers = min(workers or available_cores(), len(studies) // _WORTH_A_WORKER) if stores else 1
 
-        def one(patient: str, study: str) -> tuple[dict[str, str], bool] | None:
-            for store in stores:
-                if (raw := store.read(patient, study)) is not None:
-                    report, utf8 = decode(raw)
-                    return section_texts(report), utf8
-            return None
+        def read(pairs: Sequence[tuple[str, str]]) -> list[bytes | None]:
+            return [next((raw for s in stores if (raw := s.read(*pair)) is not None), None) for pair in pairs]
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            answers = list(pool.map(one, patients, studies, chunksize=256)) if stores else [None] * len(studies)
+        def batches() -> Iterator[list[bytes | None]]:
+            pairs = list(zip(patients, studies, strict=True))
+            for start in range(0, len(pairs), _THREADS * _PER_THREAD):
+                parts = [pairs[start + t * _PER_THREAD : start + (t + 1) * _PER_THREAD] for t in range(_THREADS)]
+                yield [raw for part in threads.map(read, parts) for raw in part]
+
+        answers = [answer for batch in cut_all(batches(), workers) for answer in batch]
     found = {study: answer for study, answer in zip(studies, answers, strict=True) if answer is not None}
     if data.reports is not None and len(studies) and not found:
         raise DataError(

@@ -195,6 +195,7 @@ def has_headings(report: str) -> bool:
     return any(section.kind in (FINDINGS, IMPRESSION, BOTH) for section in parse_sections(report))
 
 
+@lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
 def clean(text: str) -> str:
     """One line of plain text; words, negations, hedges and numbers stay.
 
@@ -210,21 +211,20 @@ def clean(text: str) -> str:
     text = " ".join(_MARK.sub(" ", text).split())
     text = re.sub(r"\(\s*[,;]?\s*\)", "", text)
     text = re.sub(r"\(\s+", "(", text)
-    text = re.sub(r"\s+(?=[,;:)?!])|\s+(?=\.(?!\d))", "", text)
+    text = re.sub(r"\s+(?=[.,;:)?!])(?!\.\d)", "", text)
     text = re.sub(r"[,;:](?=[,;.])|\.(?=\.)", "", text)
     return " ".join(text.split()).lstrip(".,;: -")
 
 
 def _wanted_text(sections: Sequence[Section], name: str) -> str:
     if name == LAST_PARAGRAPH:
-        paragraphs = [
+        paragraphs = (
             paragraph
-            for section in sections
+            for section in reversed(sections)
             if section.kind in _CONTENT_KINDS
-            for paragraph in _BLANK_LINE.split(section.text)
-            if clean(paragraph) and not _is_title(paragraph)
-        ]
-        return clean(paragraphs[-1]) if paragraphs else ""
+            for paragraph in reversed(_BLANK_LINE.split(section.text))
+        )
+        return next((text for p in paragraphs if not _is_title(p) and (text := clean(p))), "")
     kinds = (name, BOTH) if name in (FINDINGS, IMPRESSION) else (name,)
     return clean("\n\n".join(section.text for section in sections if section.kind in kinds))
 

@@ -1,48 +1,53 @@
-"""Making a pixel store: in parallel, to a file beside its place, so that a stopped run can be gone on with.
+"""Making a pixel store: in parallel, in one array file or in several, so that a stopped run can be gone on with.
 
-While it is made, `images_<size>.npy.partial` holds the pixels and `images_<size>.partial.jsonl` is the journal: a first
-line with what the store is for, then a line per checkpoint with the rows that are on disk by then. The index is
-written last; until then there is the old store or none.
+The array of a small store, and each shard of a large one, is made as `partial_store` says. A shard is complete when its
+own index is there; the index of the whole is written last, by whichever process finds all shards complete. Until then
+there is the old store or none.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
-import io
-import json
 import logging
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import PIL
+import pandas as pd
 from tqdm import tqdm
 
-from mlx_cxr.data.decode_pool import Decoded, decode_films
+from mlx_cxr.data.decode_pool import decode_films
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.pixel_store import SCHEMA, map_images, partial_paths, read_index, sample_hash
+from mlx_cxr.data.partial_store import PartialStore, StoreBusyError, claimed
+from mlx_cxr.data.pixel_store import (
+    SCHEMA,
+    SHARDED_SCHEMA,
+    files_of_shards,
+    map_images,
+    partial_paths,
+    read_index,
+    sample_hash,
+    shard_paths,
+    store_files,
+)
+from mlx_cxr.data.sharded_images import ShardedImages
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.errors import UserError
-from mlx_cxr.runs import write_json
+from mlx_cxr.runs import hash_of, write_json
 
 log = logging.getLogger("mlx_cxr")
 
-CHECKPOINT_SECONDS = 2.0
-
-
-class StoreBusyError(UserError, RuntimeError):
-    """Another process is making the same store."""
+SHARD_FILMS = 65_536
+"""Rows of an array file where nothing else is said: 3.3 GB at 224 px."""
+_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,12 @@ class StoreReport:
     """How a store came out.
 
     Attributes:
-        films: rows of the store.
+        films: rows of the store; where shards are lacking, of those that this process was to make.
         decoded: films that were decoded now; the others were there from before.
         seconds: that this took.
         unreadable: image_id -> reason.
         notes: image_id -> what is unusual about it.
+        lacking: shards that others still have to make.
     """
 
     films: int
@@ -62,6 +68,16 @@ class StoreReport:
     seconds: float
     unreadable: dict[str, str]
     notes: dict[str, list[str]]
+    lacking: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """An array file to be made: its place, its rows of the manifest, and the first entries of its index."""
+
+    path: Path
+    frame: pd.DataFrame
+    key: dict[str, Any]
 
 
 def build_store(
@@ -71,10 +87,16 @@ def build_store(
     root: str | Path,
     workers: int = 0,
     rebuild: bool = False,
+    shard_films: int = SHARD_FILMS,
+    share: tuple[int, int] | None = None,
 ) -> StoreReport:
     """Make the pixel store of a manifest, go on with one that was stopped, or find that it is up to date.
 
     It is up to date when manifest, transform, and the names and sizes of all film files are those it was made from.
+
+    A store of several shards may be made by several processes at once, also on several machines that share the disk:
+    each makes the shards that no other has claimed, waits in the end for those of the others, and takes over where one
+    of these dies. That needs a disk with file locks across the machines; where there are none, give each its `share`.
 
     Args:
         path: `images_<size>.npy`.
@@ -83,54 +105,72 @@ def build_store(
         root: folder that the manifest's paths are relative to.
         workers: decoding processes; 0 takes one per core.
         rebuild: decode every film again.
+        shard_films: rows of an array file at most; a store of more films lies in shards.
+        share: (k, n): every n-th shard from the k-th on, and no other; None takes all that there is to do.
 
     Raises:
-        DataError: no films, more than half of them unusable, or `root` is gone.
+        DataError: no films, more than half of those of an array file unusable, or `root` is gone.
         OSError: the disk is full or not writable; what was written is kept and gone on with by the next call.
         StoreBusyError: another process is at it.
         WorkerDiedError: a decoding process was killed.
     """
     path, root = Path(path), Path(root)
-    ids = [str(image_id) for image_id in manifest.frame["image_id"]]
-    films = [root / film for film in manifest.frame["path"]]
-    if not films:
+    if not len(manifest):
         raise DataError(f"the manifest has no films; see the counts that build_manifest wrote beside {path}")
-    sizes = film_sizes(films)
-    gone = [(film, "no such file") for film, size in zip(films, sizes, strict=True) if size < 0]
-    _refuse_if_most(gone, len(films), root)
-    key = {
-        "schema": SCHEMA,
-        "manifest": manifest.sha256,
-        "transform": transform.plain(),
-        "films": _films_hash(manifest.frame["path"], sizes),
-        "shape": [len(films), transform.size, transform.size],
-    }
-    if not rebuild and (current := _up_to_date(path, key)):
-        return StoreReport(len(films), 0, 0.0, current["unreadable"], current["notes"])
+    places = shard_paths(path, -(-len(manifest) // shard_films))
+    shards = []
+    for number in range(len(places)) if share is None else range(share[0] - 1, len(places), share[1]):
+        rows = manifest.frame.iloc[number * shard_films : (number + 1) * shard_films]
+        shards.append(_planned(places[number], rows, manifest.sha256, transform, root))
+    own = {} if rebuild else {s.path: index for s in shards if (index := _up_to_date(s)) is not None}
+    todo = [shard for shard in shards if shard.path not in own]
+    begun, decoded = time.perf_counter(), 0
+    if todo:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path, todo)
+        waits = share is None and len(places) > 1
+        made, decoded = _make_all(todo, path, transform, root, workers, rebuild, waits)
+        own |= made
+    seconds = time.perf_counter() - begun
 
-    begun = time.perf_counter()
-    with _Partial(path, key, fresh=rebuild) as partial:
-        jobs = [(row, film) for row, film in enumerate(films) if row not in partial.done]
-        if partial.done:
-            log.info("going on with a stopped run: %d of %d films are there already", len(partial.done), len(films))
-        partial.check_space()
-        reasons: dict[int, str] = {}
-        with tqdm(total=len(films), initial=len(partial.done), unit="img", desc="films", disable=None) as bar:
-            for film in decode_films(jobs, transform, workers):
-                if film.reason is None:
-                    partial.write(film)
-                else:
-                    _refuse_if_gone(root, films[film.row])
-                    reasons[film.row] = film.reason
-                bar.update()
-        _refuse_if_most([(films[row], reasons[row]) for row in sorted(reasons)], len(films), root)
-        unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
-        notes = {ids[row]: partial.notes[row] for row in sorted(partial.notes)}
-        partial.finish({"unreadable": unreadable, "notes": notes, "image_ids": ids})
-    return StoreReport(len(films), len(jobs), time.perf_counter() - begun, unreadable, notes)
+    indexes = {place: own.get(place) or _made(place, manifest, transform) for place in places}
+    lacking = tuple(place for place, index in indexes.items() if index is None)
+    if not lacking:
+        if len(places) > 1:
+            _write_whole(path, list(indexes.values()), manifest, transform)
+        _remove_others(path)
+    told = [own[shard.path] for shard in shards] if lacking else list(indexes.values())
+    unreadable, notes = (
+        {image: what for index in told for image, what in index[name].items()} for name in ("unreadable", "notes")
+    )
+    return StoreReport(sum(index["shape"][0] for index in told), decoded, seconds, unreadable, notes, lacking)
 
 
-def film_sizes(films: Sequence[Path]) -> np.ndarray:
+def _make_all(
+    todo: Sequence[_Shard], whole: Path, transform: Transform, root: Path, workers: int, rebuild: bool, waits: bool
+) -> tuple[dict[Path, dict[str, Any]], int]:
+    """Make array files, those that another process is making last: (path -> its index, films decoded)."""
+    indexes: dict[Path, dict[str, Any]] = {}
+    decoded, busy = 0, set()
+    while left := [shard for shard in todo if shard.path not in indexes]:
+        for shard in left:
+            try:
+                # What another has made in the meantime is not made again.
+                fresh = rebuild and shard.path not in busy
+                indexes[shard.path], count = _build(shard, whole, transform, root, workers, fresh)
+                decoded += count
+            except StoreBusyError:
+                if not waits:
+                    raise
+                if shard.path not in busy:
+                    log.info("%s is being made by another process; it is waited for in the end", shard.path.name)
+                busy.add(shard.path)
+        if all(shard.path not in indexes for shard in left):
+            time.sleep(_POLL_SECONDS)
+    return indexes, decoded
+
+
+def film_sizes(films: Sequence[str]) -> np.ndarray:
     """int64 (N,): bytes of each file, -1 where there is none."""
     sizes = np.full(len(films), -1, dtype=np.int64)
     for row, film in enumerate(films):
@@ -139,180 +179,123 @@ def film_sizes(films: Sequence[Path]) -> np.ndarray:
     return sizes
 
 
-class _Partial:
-    """A store that is being written.
-
-    Attributes:
-        done: rows that are written.
-        notes: row -> notes, of those.
-    """
-
-    def __init__(self, path: Path, key: dict[str, Any], fresh: bool) -> None:
-        self._path, self._key = path, key
-        self._pixels_path, self._journal_path = partial_paths(path)
-        header = io.BytesIO()
-        description = {"descr": "|u1", "fortran_order": False, "shape": tuple(key["shape"])}
-        np.lib.format.write_array_header_1_0(header, description)
-        self._header = header.getvalue()
-        self._film_bytes = key["shape"][1] * key["shape"][2]
-        self._bytes = len(self._header) + key["shape"][0] * self._film_bytes
-        self.done: set[int] = set()
-        self.notes: dict[int, list[str]] = {}
-        self._unsaved: list[int] = []
-        self._save_at = time.monotonic() + CHECKPOINT_SECONDS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = self._journal_path.open("a+b")
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._journal.close()
-            raise StoreBusyError(
-                f"another prepare_images is writing {path} at this moment; wait for it, or end it"
-            ) from None
-        if fresh or not self._go_on():
-            self._begin()
-
-    def __enter__(self) -> _Partial:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with suppress(OSError):
-                self._checkpoint()
-        finally:
-            os.close(self._pixels)
-            self._journal.close()
-
-    def write(self, film: Decoded) -> None:
-        """Put a decoded film in its row.
-
-        Raises:
-            OSError: disk full, or another fault; the films of before are kept.
-        """
-        try:
-            # Not through a memory map: on a full disk that ends the process without a word.
-            offset, rest = len(self._header) + film.row * self._film_bytes, memoryview(film.pixels)
-            while rest:
-                written = os.pwrite(self._pixels, rest, offset)
-                offset, rest = offset + written, rest[written:]
-            self.done.add(film.row)
-            self._unsaved.append(film.row)
-            if film.notes:
-                self.notes[film.row] = list(film.notes)
-            if time.monotonic() > self._save_at:
-                self._checkpoint()
-        except OSError as error:
-            raise self._disk_error(error) from error
-
-    def check_space(self) -> None:
-        """Raise OSError when the disk has not enough room for what is still to be written."""
-        needed = self._bytes - os.fstat(self._pixels).st_blocks * 512
-        free = shutil.disk_usage(self._path.parent).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self._path} needs {needed / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free there; make room, set "
-                "data.work_dir to another disk, or choose a smaller pixels.size or data.n_studies",
-            )
-
-    def finish(self, entries: dict[str, Any]) -> None:
-        """Move the store to its place and write its index.
-
-        Raises:
-            OSError: as `write`.
-        """
-        try:
-            os.ftruncate(self._pixels, self._bytes)
-            self._checkpoint()
-            images = map_images(self._pixels_path, tuple(self._key["shape"]))
-            index = {
-                **self._key,
-                "sample": sample_hash(images),
-                "pillow": PIL.__version__,
-                "stored": len(self.done),
-                **entries,
-            }
-            # An index never lies beside another array than its own: killed between these steps, `_go_on` mends it.
-            self._path.with_suffix(".json").unlink(missing_ok=True)
-            self._pixels_path.replace(self._path)
-        except OSError as error:
-            raise self._disk_error(error) from error
-        write_json(self._path.with_suffix(".json"), index)
-        self._journal_path.unlink()
-
-    def _begin(self) -> None:
-        self.done, self.notes = set(), {}
-        self._journal.truncate(0)
-        self._pixels = os.open(self._pixels_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.pwrite(self._pixels, self._header, 0)
-        self._append(self._key)
-
-    def _go_on(self) -> bool:
-        """Take up what a stopped run left; False when there is nothing, or it was for something else."""
-        self._journal.seek(0)
-        lines = self._journal.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            self._journal.truncate(sum(map(len, lines[:-1])))
-            lines.pop()
-        try:
-            records = [json.loads(line) for line in lines]
-        except ValueError:
-            return False
-        if not records or records[0] != self._key:
-            return False
-        if not self._pixels_path.exists() and self._path.exists() and not self._path.with_suffix(".json").exists():
-            self._path.replace(self._pixels_path)
-        for record in records[1:]:
-            self.done.update(record["rows"])
-            self.notes.update({int(row): notes for row, notes in record["notes"].items()})
-        try:
-            self._pixels = os.open(self._pixels_path, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        size = len(self._header) + (max(self.done, default=-1) + 1) * self._film_bytes
-        if os.pread(self._pixels, len(self._header), 0) != self._header or os.fstat(self._pixels).st_size < size:
-            os.close(self._pixels)
-            return False
-        return True
-
-    def _checkpoint(self) -> None:
-        """Films to the disk first, then their rows into the journal."""
-        begun = time.monotonic()
-        if self._unsaved:
-            os.fsync(self._pixels)
-            notes = {row: self.notes[row] for row in self._unsaved if row in self.notes}
-            self._append({"rows": self._unsaved, "notes": notes})
-            self._unsaved = []
-        # Less often where the disk is slow, so that decoding does not wait for it.
-        now = time.monotonic()
-        self._save_at = now + max(CHECKPOINT_SECONDS, 20 * (now - begun))
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(record).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
-
-    def _disk_error(self, error: OSError) -> OSError:
-        return OSError(
-            error.errno,
-            f"could not write {self._pixels_path}: {error.strerror or error}. {len(self.done)} of "
-            f"{self._key['shape'][0]} films are written and kept; make room (or set data.work_dir to another disk) and "
-            "run the same command again",
-        )
+def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: Transform, root: Path) -> _Shard:
+    """The array file of some rows; refuses when most films are not there."""
+    names = frame["path"].tolist()
+    start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 films
+    sizes = film_sizes([start + name for name in names])
+    gone = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
+    _refuse_if_most(gone, len(names), root)
+    key = {
+        "schema": SCHEMA,
+        "manifest": manifest_sha256,
+        "transform": transform.plain(),
+        "films": _films_hash(names, sizes),
+        "shape": [len(names), transform.size, transform.size],
+    }
+    return _Shard(path, frame, key)
 
 
-def _up_to_date(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def _build(
+    shard: _Shard, whole: Path, transform: Transform, root: Path, workers: int, fresh: bool
+) -> tuple[dict[str, Any], int]:
+    """Make an array file unless another process has just done so: (its index, films decoded)."""
+    ids, names = shard.frame["image_id"].tolist(), shard.frame["path"].tolist()
+    with claimed(shard.path) as journal:
+        if not fresh and (index := _up_to_date(shard)):
+            partial_paths(shard.path)[1].unlink()
+            return index, 0
+        with PartialStore(shard.path, shard.key, journal, fresh) as partial:
+            jobs = [(row, root / name) for row, name in enumerate(names) if row not in partial.done]
+            if there := len(partial.done):
+                log.info("going on with a stopped run: %d of %d films are there already", there, len(names))
+            reasons: dict[int, str] = {}
+            what = "films" if shard.path == whole else shard.path.stem
+            with tqdm(total=len(names), initial=there, unit="img", desc=what, disable=None) as bar:
+                for film in decode_films(jobs, transform, workers):
+                    if film.reason is None:
+                        partial.write(film)
+                    else:
+                        _refuse_if_gone(root, root / names[film.row])
+                        reasons[film.row] = film.reason
+                    bar.update()
+            _refuse_if_most([(root / names[row], reasons[row]) for row in sorted(reasons)], len(names), root)
+            unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
+            notes = {ids[row]: partial.notes[row] for row in sorted(partial.notes)}
+            index = partial.finish({"unreadable": unreadable, "notes": notes, "image_ids": ids}, whole)
+    return index, len(jobs)
+
+
+def _write_whole(path: Path, parts: Sequence[Mapping[str, Any]], manifest: Manifest, transform: Transform) -> None:
+    """Write the index of a store whose shards have these indexes, unless it is there."""
+    places = shard_paths(path, len(parts))
+    images = ShardedImages([map_images(p, tuple(part["shape"])) for p, part in zip(places, parts, strict=True)])
+    index = {
+        "schema": SHARDED_SCHEMA,
+        "manifest": manifest.sha256,
+        "transform": transform.plain(),
+        "films": hash_of([part["films"] for part in parts]),
+        "shape": list(images.shape),
+        "sample": sample_hash(images),
+        "stored": sum(part["stored"] for part in parts),
+        "shards": [
+            {"file": place.name, "films": part["shape"][0], "sample": part["sample"]}
+            for place, part in zip(places, parts, strict=True)
+        ],
+        "unreadable": {image: reason for part in parts for image, reason in part["unreadable"].items()},
+        "notes": {image: notes for part in parts for image, notes in part["notes"].items()},
+        "image_ids": manifest.frame["image_id"].tolist(),
+    }
+    if _read(path) != index:
+        write_json(path.with_suffix(".json"), index)
+
+
+def _remove_others(path: Path) -> None:
+    """Remove the arrays, begun or finished, that belong to a store of fewer or more shards than the one there."""
+    arrays = store_files(path)[1:]
+    kept = {file for array in arrays for file in (array, array.with_suffix(".json"), *partial_paths(array))}
+    for file in {*files_of_shards(path), path} - kept:
+        file.unlink(missing_ok=True)
+
+
+def _made(path: Path, manifest: Manifest, transform: Transform) -> dict[str, Any] | None:
+    """The index of a shard that another process has made; None if it is not there, or is for something else."""
+    index = _read(path)
+    wanted = {"schema": SCHEMA, "manifest": manifest.sha256, "transform": transform.plain()}
+    return index if index and all(index[name] == value for name, value in wanted.items()) else None
+
+
+def _up_to_date(shard: _Shard) -> dict[str, Any] | None:
+    """The index of an array file that need not be made again; None where it must."""
+    index = _read(shard.path)
+    if index is None or any(index[name] != value for name, value in shard.key.items()):
+        return None
+    with suppress(DataError):
+        if sample_hash(map_images(shard.path, tuple(index["shape"]))) == index["sample"]:
+            return index
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        index = read_index(path)
-        if any(index[name] != value for name, value in key.items()):
-            return None
-        if sample_hash(map_images(path, tuple(index["shape"]))) != index["sample"]:
-            return None
+        return read_index(path)
     except DataError:
         return None
-    return index
+
+
+def _check_space(path: Path, todo: Sequence[_Shard]) -> None:
+    """Raise OSError when the disk has not enough room for what is still to be written."""
+    needed = sum(int(np.prod(shard.key["shape"])) for shard in todo)
+    for shard in todo:
+        with suppress(FileNotFoundError):
+            needed -= partial_paths(shard.path)[0].stat().st_blocks * 512
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {needed / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free there; make room, set "
+            "data.work_dir to another disk, or choose a smaller pixels.size or data.n_studies",
+        )
 
 
 def _films_hash(paths: Sequence[str], sizes: np.ndarray) -> str:

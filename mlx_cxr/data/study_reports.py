@@ -19,6 +19,9 @@ from mlx_cxr.runs import atomic_path, sha256_file
 
 __all__ = ["StudyReports", "load_reports", "select", "write_reports"]
 
+_STUDIES_AT_ONCE = 20_000
+"""Written at a time, so that no second copy of all reports is held."""
+
 
 @dataclass(frozen=True)
 class StudyReports:
@@ -49,10 +52,12 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
     if not reports:
         Path(path).unlink(missing_ok=True)
         return None
-    rows = [(study, *(reports[study][name] for name in SECTIONS)) for study in sorted(reports)]
-    with atomic_path(path) as temporary:
-        table = pd.DataFrame(rows, columns=["study_id", *SECTIONS])
-        table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+    studies = sorted(reports)
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
+        for start in range(0, len(studies), _STUDIES_AT_ONCE):
+            rows = [(s, *(reports[s][name] for name in SECTIONS)) for s in studies[start : start + _STUDIES_AT_ONCE]]
+            table = pd.DataFrame(rows, columns=["study_id", *SECTIONS])
+            table.to_csv(out, index=False, header=start == 0, lineterminator="\n")
     return sha256_file(path)
 
 

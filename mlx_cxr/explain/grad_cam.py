@@ -84,12 +84,30 @@ def class_activation_maps(
             Grad-CAM++ meets a negative feature map.
     """
     _check_evaluation_mode(model)
-    if method not in _METHODS:
-        raise KeyError(f"unknown method {method!r}; there are: {', '.join(_METHODS)}")
     if not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(f"x is {x.dtype}; pass the films through models.resnet.preprocess first")
+    return maps_of_features(model, model.features(x), targets, method)
+
+
+def maps_of_features(
+    model: SplitNetwork, a: mx.array, targets: Iterable[Target | str], method: Method = "grad_cam"
+) -> Maps:
+    """As `class_activation_maps`, from what the trunk has made of the films already.
+
+    Args:
+        model: its head is used, in evaluation mode.
+        a: float (N, h, w, C), as `model.features` makes it.
+        targets: as there.
+        method: as there.
+
+    Raises:
+        RuntimeError, KeyError, ValueError: as there.
+    """
+    _check_evaluation_mode(model)
+    if method not in _METHODS:
+        raise KeyError(f"unknown method {method!r}; there are: {', '.join(_METHODS)}")
     targets = as_targets(targets)
-    a = model.features(x).astype(mx.float32)
+    a = a.astype(mx.float32)
     logits = model.head(a)
     cotangents, scores = _target_gradients(targets, logits)
 

@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten
 from mlx_cxr import __version__
 from mlx_cxr.config_sections import ModelConfig
 from mlx_cxr.labels import LABELS
-from mlx_cxr.models import hub, ops
+from mlx_cxr.models import hub
+from mlx_cxr.models.batch_norm import BatchNorm
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD, ResNet18, ResNetConfig, initialize
 from mlx_cxr.models.weight_files import ModelFormatError, check_weights, read_safetensors, write_safetensors
 from mlx_cxr.runs import sha256_file
@@ -291,7 +292,7 @@ def freeze(model: ResNet18, stages: int, batchnorm: bool) -> None:
     if not 0 <= stages <= 5:
         raise ValueError(f"freeze_stages is {stages}; 0 (nothing) to 5 (all but the head)")
     model.unfreeze()
-    norms = [module for module in model.modules() if isinstance(module, ops.BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     for norm in norms:
         # A parent's unfreeze reaches into its children past their own: running statistics would be trained.
         norm.unfreeze()

@@ -1,4 +1,4 @@
-"""Convolution, pooling and BatchNorm whose gradients suit the CPU backend; other devices keep MLX's own kernels.
+"""Convolution and pooling whose gradients suit the CPU backend; other devices keep MLX's own kernels.
 
 On the CPU backend only the forward convolution with stride and padding reaches the BLAS: MLX's gradient of a
 strided convolution, any dilated convolution and the scatter behind `nn.MaxPool2d` run in plain loops and are tens
@@ -8,8 +8,12 @@ order; `tests/models/test_ops.py` holds each against the stock operation. `use_f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_cxr.models import streams
 
 _enabled = True
 
@@ -20,7 +24,8 @@ def use_fast_ops(enabled: bool) -> None:
     _enabled = enabled
 
 
-def _fast() -> bool:
+def fast() -> bool:
+    """Whether graphs built now take the CPU paths."""
     return _enabled and mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -40,11 +45,7 @@ class Conv3x3(nn.Module):
         self.dilation = dilation
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not _fast():
-            return mx.conv2d(x, self.weight, self.stride, self.dilation, self.dilation)
-        if self.dilation == 2:
-            return _dilated(x, self.weight)
-        return (_conv_s2 if self.stride == 2 else _conv_s1)(x, self.weight)
+        return conv3x3(x, self.weight, self.stride, self.dilation)
 
 
 class Conv1x1(nn.Module):
@@ -57,9 +58,7 @@ class Conv1x1(nn.Module):
         self.stride = stride
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not _fast():
-            return mx.conv2d(x, self.weight, self.stride)
-        return x[:, :: self.stride, :: self.stride] @ self.weight[:, 0, 0].T
+        return conv1x1(x, self.weight, self.stride)
 
 
 class StemConv(nn.Module):
@@ -71,7 +70,50 @@ class StemConv(nn.Module):
         self.weight = mx.random.uniform(-scale, scale, (out_channels, 7, 7, in_channels))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _stem(x, self.weight) if _fast() else mx.conv2d(x, self.weight, 2, 3)
+        return stem_conv(x, self.weight)
+
+
+def conv3x3(x: mx.array, weight: mx.array, stride: int, dilation: int) -> mx.array:
+    """(N, H, W, C) and (O, 3, 3, C) -> (N, ceil(H / stride), ceil(W / stride), O); padding equals dilation."""
+    if not fast():
+        return mx.conv2d(x, weight, stride, dilation, dilation)
+    if dilation == 2:
+        return _dilated(x, weight)
+    if stride == 2:
+        return _with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 1), _stride2_gradients)(x, weight)
+    return _with_gradient(_sliced_conv, _stride1_gradients)(x, weight)
+
+
+def conv1x1(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """(N, H, W, C) and (O, 1, 1, C) -> (N, ceil(H / stride), ceil(W / stride), O)."""
+    if not fast():
+        return mx.conv2d(x, weight, stride)
+    return x[:, ::stride, ::stride] @ weight[:, 0, 0].T
+
+
+def stem_conv(x: mx.array, weight: mx.array) -> mx.array:
+    """(N, H, W, C) and (O, 7, 7, C) -> (N, ceil(H / 2), ceil(W / 2), O); stride 2, padding 3."""
+    if not fast():
+        return mx.conv2d(x, weight, 2, 3)
+    return _with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 3), _stem_gradients)(x, weight)
+
+
+Gradients = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+def _with_gradient(
+    function: Callable[[mx.array, mx.array], mx.array], gradients: Gradients
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """`function` of x and weight with gradients of its own, which are computed on the stream that it is called on."""
+    stream = streams.here()
+    with_gradient = mx.custom_function(function)
+
+    @with_gradient.vjp
+    def vjp(primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        with mx.stream(stream):
+            return gradients(*primals, dy)
+
+    return with_gradient
 
 
 def _dilated(x: mx.array, weight: mx.array) -> mx.array:
@@ -80,13 +122,15 @@ def _dilated(x: mx.array, weight: mx.array) -> mx.array:
     padded = mx.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
     half_h, half_w = padded.shape[1] // 2, padded.shape[2] // 2
     grids = padded.reshape(n, half_h, 2, half_w, 2, c).transpose(2, 4, 0, 1, 3, 5).reshape(4 * n, half_h, half_w, c)
-    y = _conv_s1(grids, weight)
+    y = _with_gradient(_sliced_conv, _stride1_gradients)(grids, weight)
     y = y.reshape(2, 2, n, half_h, half_w, -1).transpose(2, 3, 0, 4, 1, 5).reshape(n, 2 * half_h, 2 * half_w, -1)
     return y[:, :h, :w]
 
 
 _CACHE_BYTES = 2_000_000
 """Patches of a batch slice should stay within a core's L2 cache; measured best between 1 and 2 MB."""
+_DEEP = 256
+"""Output channels from which writing out patches costs less than turning the weights round in full."""
 
 
 def _slices(x: mx.array) -> int:
@@ -96,38 +140,34 @@ def _slices(x: mx.array) -> int:
     """
     n, h, w, c = x.shape
     fitting = _CACHE_BYTES // (h * w * 9 * c * 4)
-    return n // fitting if c <= 64 and fitting and n % fitting == 0 else 1
+    return n // fitting if c <= 128 and fitting and n % fitting == 0 else 1
 
 
 def _sliced_conv(x: mx.array, weight: mx.array) -> mx.array:
-    return mx.concatenate([mx.conv2d(part, weight, 1, 1) for part in mx.split(x, _slices(x))])
-
-
-@mx.custom_function
-def _conv_s1(x: mx.array, weight: mx.array) -> mx.array:
-    return _sliced_conv(x, weight)
-
-
-@_conv_s1.vjp
-def _conv_s1_vjp(primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    x, weight = primals
-    dx = _sliced_conv(dy, weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
     parts = _slices(x)
     if parts == 1:
-        return dx, _weight_gradient(x, dy, 1)
+        return mx.conv2d(x, weight, 1, 1)
+    return mx.concatenate([mx.conv2d(part, weight, 1, 1) for part in mx.split(x, parts)])
+
+
+def _stride1_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+    parts = _slices(x)
     pairs = zip(mx.split(x, parts), mx.split(dy, parts), strict=True)
-    return dx, sum(_patch_weight_gradient(part, d_part, 3, 1, 1) for part, d_part in pairs)
+    d_weight = sum(_weight_gradient(part, d_part, 3, 1, 1) for part, d_part in pairs)
+    if weight.shape[0] < _DEEP:
+        return _sliced_conv(dy, weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)), d_weight
+    # Rows of the turned weights are still whole runs of channels in memory here, which copy ten times as fast.
+    turned = weight[:, ::-1, ::-1].transpose(1, 2, 0, 3).reshape(-1, weight.shape[-1])
+    return (_patches(dy, 3, 1, 1) @ turned).reshape(x.shape), d_weight
 
 
-@mx.custom_function
-def _conv_s2(x: mx.array, weight: mx.array) -> mx.array:
-    return mx.conv2d(x, weight, 2, 1)
+def _stride2_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+    return _stride2_input_gradient(dy, weight, x.shape[1], x.shape[2]), _weight_gradient(x, dy, 3, 2, 1)
 
 
-@_conv_s2.vjp
-def _conv_s2_vjp(primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    x, weight = primals
-    return _stride2_input_gradient(dy, weight, x.shape[1], x.shape[2]), _weight_gradient(x, dy, 2)
+def _stem_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+    _, (dx,) = mx.vjp(lambda image: mx.conv2d(image, weight, 2, 3), [x], [dy])
+    return dx, _weight_gradient(x, dy, 7, 2, 3)
 
 
 def _stride2_input_gradient(dy: mx.array, weight: mx.array, height: int, width: int) -> mx.array:
@@ -136,54 +176,37 @@ def _stride2_input_gradient(dy: mx.array, weight: mx.array, height: int, width: 
     With padding 1, output i reads rows 2i-1, 2i, 2i+1: an even row 2i gets tap 1 of output i; an odd row 2i+1 gets
     tap 2 of output i and tap 0 of output i+1.
     """
-    n, rows, columns, _ = dy.shape
-    dy = mx.pad(dy, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    n, rows, columns, out_channels = dy.shape
+    dy = mx.contiguous(mx.pad(dy, ((0, 0), (0, 1), (0, 1), (0, 0))))
     taps = weight.transpose(1, 2, 0, 3)
+    steps = ((rows + 1) * (columns + 1) * out_channels, (columns + 1) * out_channels, out_channels)
 
-    def phase(row_taps: tuple[tuple[int, int], ...], column_taps: tuple[tuple[int, int], ...]) -> mx.array:
-        return sum(dy[:, r : r + rows, c : c + columns] @ taps[ky, kx] for ky, r in row_taps for kx, c in column_taps)
+    def phase(row_taps: list[int], column_taps: list[int]) -> mx.array:
+        shape = (n, rows, columns, len(row_taps), len(column_taps), out_channels)
+        patches = mx.as_strided(dy, shape, (*steps, *steps[1:], 1)).reshape(n, rows, columns, -1)
+        return patches @ taps[mx.array(row_taps)][:, mx.array(column_taps)].reshape(-1, weight.shape[-1])
 
-    even, odd = ((1, 0),), ((2, 0), (0, 1))
+    even, odd = [1], [2, 0]
     top = mx.stack([phase(even, even), phase(even, odd)], axis=3)
     bottom = mx.stack([phase(odd, even), phase(odd, odd)], axis=3)
     dx = mx.stack([top, bottom], axis=2).reshape(n, 2 * rows, 2 * columns, -1)
     return dx[:, :height, :width]
 
 
-def _weight_gradient(x: mx.array, dy: mx.array, stride: int) -> mx.array:
-    """Weight gradient (out, 3, 3, in) as one matrix product per tap, each over all output positions."""
-    _, rows, columns, out_channels = dy.shape
-    x = mx.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    flat = dy.reshape(-1, out_channels).T
-    row_span, column_span = stride * (rows - 1) + 1, stride * (columns - 1) + 1
-    taps = [
-        flat @ x[:, ky : ky + row_span : stride, kx : kx + column_span : stride].reshape(-1, x.shape[-1])
-        for ky in range(3)
-        for kx in range(3)
-    ]
-    return mx.stack(taps, axis=1).reshape(out_channels, 3, 3, -1)
-
-
-def _patch_weight_gradient(x: mx.array, dy: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
+def _weight_gradient(x: mx.array, dy: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
     """Weight gradient (out, k, k, in) as one matrix product with all patches of `x` written out."""
-    n, rows, columns, out_channels = dy.shape
+    out_channels = dy.shape[-1]
+    product = dy.reshape(-1, out_channels).T @ _patches(x, kernel, stride, padding)
+    return product.reshape(out_channels, kernel, kernel, -1)
+
+
+def _patches(x: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
+    """(positions of the output, k * k * channels): what each output of a convolution sees of `x`."""
     padded = mx.contiguous(mx.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))))
-    _, height, width, c = padded.shape
+    n, height, width, c = padded.shape
+    rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1
     steps = (height * width * c, stride * width * c, stride * c, width * c, c, 1)
-    patches = mx.as_strided(padded, (n, rows, columns, kernel, kernel, c), steps).reshape(n * rows * columns, -1)
-    return (dy.reshape(-1, out_channels).T @ patches).reshape(out_channels, kernel, kernel, c)
-
-
-@mx.custom_function
-def _stem(x: mx.array, weight: mx.array) -> mx.array:
-    return mx.conv2d(x, weight, 2, 3)
-
-
-@_stem.vjp
-def _stem_vjp(primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    x, weight = primals
-    _, (dx,) = mx.vjp(lambda image: mx.conv2d(image, weight, 2, 3), [x], [dy])
-    return dx, _patch_weight_gradient(x, dy, 7, 2, 3)
+    return mx.as_strided(padded, (n, rows, columns, kernel, kernel, c), steps).reshape(n * rows * columns, -1)
 
 
 def max_pool_3x3_s2(x: mx.array) -> mx.array:
@@ -192,10 +215,17 @@ def max_pool_3x3_s2(x: mx.array) -> mx.array:
     On the CPU the maximum is taken along columns and then along rows, over shifted slices; the gradient goes to
     the first maximum of each, as in the stock operation unless equal maxima stand in different rows.
     """
-    if not _fast():
+    if not fast():
         return nn.MaxPool2d(3, 2, 1)(x)
-    x = _pool_rows(x.swapaxes(1, 2)).swapaxes(1, 2)
-    return _pool_rows(x)
+    stream = streams.here()
+    pool_rows = mx.custom_function(_pool_rows)
+
+    @pool_rows.vjp
+    def vjp(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
+        with mx.stream(stream):
+            return _pool_rows_gradient(x, dy, y)
+
+    return pool_rows(pool_rows(x.swapaxes(1, 2)).swapaxes(1, 2))
 
 
 def _row_phases(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -206,14 +236,12 @@ def _row_phases(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return pairs[:, :, 0], pairs[:, :, 1], x[:, 2 : 2 * rows + 1 : 2]
 
 
-@mx.custom_function
 def _pool_rows(x: mx.array) -> mx.array:
     before, centre, after = _row_phases(x)
     return mx.maximum(mx.maximum(before, centre), after)
 
 
-@_pool_rows.vjp
-def _pool_rows_vjp(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
+def _pool_rows_gradient(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
     before, centre, _ = _row_phases(x)
     nothing = mx.zeros_like(dy)
     to_before = mx.where(before == y, dy, nothing)
@@ -223,71 +251,3 @@ def _pool_rows_vjp(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
     odd = to_after + mx.pad(to_before[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
     dx = mx.stack([to_centre, odd], axis=2).reshape(x.shape[0], -1, *x.shape[2:])
     return dx[:, : x.shape[1]]
-
-
-class BatchNorm(nn.Module):
-    """BatchNorm over N, H, W with torchvision's names and conventions (eps 1e-5, momentum 0.1).
-
-    Statistics are computed once per step and the gradient is the closed form of Ioffe and Szegedy
-    (arXiv:1502.03167, section 3). As in PyTorch, the running variance is the unbiased one. `frozen_statistics`
-    normalizes with the running statistics while training too, and leaves them alone.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = mx.ones((channels,))
-        self.bias = mx.zeros((channels,))
-        self.running_mean = mx.zeros((channels,))
-        self.running_var = mx.ones((channels,))
-        self.frozen_statistics = False
-        self.freeze(keys=["running_mean", "running_var"], recurse=False)
-
-    def unfreeze(self, *args: object, **kwargs: object) -> nn.Module:
-        """As `nn.Module.unfreeze`, but the running statistics are never trainable."""
-        super().unfreeze(*args, **kwargs)
-        return self.freeze(keys=["running_mean", "running_var"], recurse=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.training or self.frozen_statistics:
-            scale = self.weight * mx.rsqrt(self.running_var + _EPS)
-            return x * scale.astype(x.dtype) + (self.bias - self.running_mean * scale).astype(x.dtype)
-        y, mean, var = _batch_norm(x, self.weight, self.bias)
-        count = x.size // x.shape[-1]
-        unbiased = mx.stop_gradient(var) * (count / max(count - 1, 1))
-        self.running_mean = (1 - _MOMENTUM) * self.running_mean + _MOMENTUM * mx.stop_gradient(mean)
-        self.running_var = (1 - _MOMENTUM) * self.running_var + _MOMENTUM * unbiased
-        return y
-
-
-_EPS = 1e-5
-_MOMENTUM = 0.1
-
-
-def _channel_mean(x: mx.array) -> mx.array:
-    """Mean over all axes but the last, in float32; on the CPU as a matrix product, which is threaded."""
-    flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-    if _fast():
-        return (mx.full((1, flat.shape[0]), 1.0 / flat.shape[0]) @ flat)[0]
-    return mx.mean(flat, axis=0)
-
-
-@mx.custom_function
-def _batch_norm(x: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    mean = _channel_mean(x)
-    centred = x.astype(mx.float32) - mean
-    var = _channel_mean(centred * centred)
-    y = centred * (mx.rsqrt(var + _EPS) * weight) + bias
-    return y.astype(x.dtype), mean, var
-
-
-@_batch_norm.vjp
-def _batch_norm_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array, mx.array]:
-    x, weight, _ = primals
-    dy = cotangents[0].astype(mx.float32)
-    _, mean, var = outputs
-    inverse = mx.rsqrt(var + _EPS)
-    normal = (x.astype(mx.float32) - mean) * inverse
-    mean_dy, mean_dy_normal = _channel_mean(dy), _channel_mean(dy * normal)
-    dx = (dy - mean_dy - normal * mean_dy_normal) * (inverse * weight)
-    count = x.size // x.shape[-1]
-    return dx.astype(x.dtype), mean_dy_normal * count, mean_dy * count

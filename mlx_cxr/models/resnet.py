@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cxr.models import ops
+from mlx_cxr.models import ops, streams
+from mlx_cxr.models.batch_norm import BatchNorm
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 
@@ -47,24 +48,24 @@ class ResNetConfig:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the identity, or a 1x1 projection of it where shape changes."""
+    """Two 3x3 convolutions and the identity, or a 1x1 projection of it where shape changes; on the parts of a batch."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: tuple[int, int]) -> None:
         super().__init__()
         self.conv1 = ops.Conv3x3(in_channels, channels, stride, dilation[0])
-        self.bn1 = ops.BatchNorm(channels)
+        self.bn1 = BatchNorm(channels)
         self.conv2 = ops.Conv3x3(channels, channels, 1, dilation[1])
-        self.bn2 = ops.BatchNorm(channels)
+        self.bn2 = BatchNorm(channels)
         if stride != 1 or in_channels != channels:
-            self.downsample = [ops.Conv1x1(in_channels, channels, stride), ops.BatchNorm(channels)]
+            self.downsample = [ops.Conv1x1(in_channels, channels, stride), BatchNorm(channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = nn.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+    def __call__(self, parts: list[mx.array]) -> list[mx.array]:
+        y = streams.each(nn.relu, self.bn1.over(streams.each(self.conv1, parts)))
+        y = self.bn2.over(streams.each(self.conv2, y))
         if "downsample" in self:
-            for layer in self.downsample:
-                x = layer(x)
-        return nn.relu(x + y)
+            projection, norm = self.downsample
+            parts = norm.over(streams.each(projection, parts))
+        return streams.each(lambda x, y: nn.relu(x + y), parts, y)
 
 
 class ResNet18(nn.Module):
@@ -77,7 +78,7 @@ class ResNet18(nn.Module):
         super().__init__()
         self.config = config
         self.conv1 = ops.StemConv(config.in_channels, 64)
-        self.bn1 = ops.BatchNorm(64)
+        self.bn1 = BatchNorm(64)
         dilated = config.output_stride == 16
         self.layer1 = [BasicBlock(64, 64, 1, (1, 1)), BasicBlock(64, 64, 1, (1, 1))]
         self.layer2 = [BasicBlock(64, 128, 2, (1, 1)), BasicBlock(128, 128, 1, (1, 1))]
@@ -101,11 +102,13 @@ class ResNet18(nn.Module):
         """
         if x.ndim != 4 or x.shape[-1] != self.config.in_channels:
             raise ValueError(f"input has shape {x.shape}, expected (N, H, W, {self.config.in_channels}), channels last")
-        x = ops.max_pool_3x3_s2(nn.relu(self.bn1(self.conv1(x))))
+        parts = self.bn1.over(streams.each(self.conv1, streams.split(x)))
+        # The published order is ReLU, then pool; a maximum is the same either way, and here ReLU sees a quarter of it.
+        parts = streams.each(lambda part: nn.relu(ops.max_pool_3x3_s2(part)), parts)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = block(x)
-        return x
+                parts = block(parts)
+        return streams.joined(parts)
 
     def head(self, a: mx.array) -> mx.array:
         """Logits (N, 14) of a feature map (N, h, w, 512): average pool, dropout while training, linear."""

@@ -7,10 +7,7 @@ gzipped without a time stamp.
 from __future__ import annotations
 
 import gzip
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +16,10 @@ from PIL import Image
 from mlx_cxr.labels import LABELS
 from mlx_cxr.phantom.cohort import Cohort, FilmPlan, StudyPlan
 from mlx_cxr.phantom.film import render_film
+from mlx_cxr.workers import lean_start, worker_pool
 
 QUALITY = 95
+_CHUNK = 4
 _VIEW_CODES = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral", "LL": "left lateral", "": ""}
 
 
@@ -50,12 +49,11 @@ def write_films(cohort: Cohort, root: Path, size: int, workers: int, tick: Calla
             shapes += _write_study(task)
             tick()
         return shapes
-    # Numerical libraries must not start threads of their own in each process.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_write_study, tasks, chunksize=4):
-            shapes += found
+    with worker_pool(workers) as pool:
+        with lean_start():
+            found = pool.map(_write_study, tasks, chunksize=_CHUNK)
+        for some in found:
+            shapes += some
             tick()
     return shapes
 

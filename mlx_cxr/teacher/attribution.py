@@ -149,7 +149,8 @@ def explain(
     def answers(points: mx.array) -> mx.array:
         reads = mx.broadcast_to(read, (len(points), read.shape[1]))
         checkpoint = config.training.gradient_checkpointing
-        return finding_logits(language, points.astype(stored.dtype), reads, direction, checkpoint)
+        shared = form.shared(len(points))
+        return finding_logits(language, points.astype(stored.dtype), reads, direction, checkpoint, shared)
 
     rows = config.training.batch_size
     logits, without = np.array(mx.concatenate([answers(embeddings[None]), answers(blank[None])]))

@@ -15,11 +15,14 @@ from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.fast_ops import compiled
 from mlx_cxr.teacher.lora import save_adapter
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
-from mlx_cxr.teacher.scoring import prompt_embeddings, score
+from mlx_cxr.teacher.scoring import prompt_embeddings
+from mlx_cxr.teacher.sharing import shared_score
 from mlx_cxr.teacher.studies import Studies
+from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError
 from mlx_cxr.training.losses import Loss
 from mlx_cxr.training.optimizer import make_optimizer
@@ -38,6 +41,7 @@ def lora_task(
     validate: Callable[[nn.Module], dict[str, float]],
     config: TeacherConfig,
     seed: int,
+    world: World = ALONE,
 ) -> Task:
     """The task of training the adapters on `base.model`.
 
@@ -51,10 +55,16 @@ def lora_task(
         validate: as `Task.validate`.
         config: the teacher's section.
         seed: of the order of the studies.
+        world: the ranks that share the forward passes of each step.
+
+    Raises:
+        TrainingDataError: no studies.
+        UserError: the passes of a step cannot be shared equally.
     """
     training = config.training
     plan = BatchPlan(studies.lengths(), training.batch_size, training.accumulate, seed)
     steps_per_epoch = plan.steps
+    part = world.part(plan.accumulate, "teacher.training.accumulate")
     optimizer = make_optimizer(
         learning_rate=training.learning_rate,
         final_learning_rate=training.final_learning_rate,
@@ -67,7 +77,7 @@ def lora_task(
     def batches(epoch: int, skip: int) -> Iterator[tuple[mx.array, ...]]:
         for group in plan.epoch(epoch)[skip:]:
             arrays: list[mx.array] = []
-            for items in group:
+            for items in group[part]:
                 arrays += batch_arrays([studies.prompts[i] for i in items], training.bucket)
                 arrays.append(mx.array(targets[items]))
                 if films is not None:
@@ -80,7 +90,7 @@ def lora_task(
     return Task(
         model=base.model,
         optimizer=optimizer,
-        step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (films is not None)),
+        step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (films is not None), world=world),
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         samples=lambda epoch, skip: (steps_per_epoch - skip) * plan.accumulate * plan.batch_size,
@@ -91,6 +101,7 @@ def lora_task(
         tokens=tokens,
         unit="studies",
         remedy="lower teacher.training.learning_rate, or use teacher.training.precision: float32",
+        world=world,
     )
 
 
@@ -144,6 +155,7 @@ def accumulating_step(
     loss: Loss,
     config: TeacherConfig,
     arrays: int,
+    world: World = ALONE,
 ) -> Callable[..., tuple[mx.array, mx.array]]:
     """A step over several forward passes, whose mean loss it descends; one pass is in memory at a time.
 
@@ -154,24 +166,25 @@ def accumulating_step(
         loss: logits and targets to a scalar.
         config: the teacher's section.
         arrays: how many of the arguments belong to one pass: ids, read, targets and, with films, embeddings.
+        world: the ranks, each of which is given as many of the step's passes, in their order.
     """
     language = model.language_model
     direction = answer_direction(language, form.yes, form.no)
 
     def objective(ids: mx.array, read: mx.array, targets: mx.array, *film: mx.array) -> mx.array:
         embeddings = prompt_embeddings(language, form, ids, *film)
-        logits = finding_logits(language, embeddings, read, direction, config.training.gradient_checkpointing)
-        return loss(logits, targets)
+        checkpoint = config.training.gradient_checkpointing
+        return loss(finding_logits(language, embeddings, read, direction, checkpoint, form.shared(len(ids))), targets)
 
     state = [model.state, mx.random.state]
 
-    @partial(mx.compile, inputs=state, outputs=state)
+    @partial(compiled, inputs=state, outputs=state)
     def gradient(*batch: mx.array) -> tuple[mx.array, dict]:
         return nn.value_and_grad(model, objective)(*batch)
 
     updated = [model.state, optimizer.state]
 
-    @partial(mx.compile, inputs=updated, outputs=updated)
+    @partial(compiled, inputs=updated, outputs=updated)
     def update(gradients: dict) -> mx.array:
         gradients, norm = optim.clip_grad_norm(gradients, config.training.clip_norm)
         optimizer.update(model, gradients)
@@ -180,19 +193,27 @@ def accumulating_step(
     def step(*batches: mx.array) -> tuple[mx.array, mx.array]:
         passes = [batches[i : i + arrays] for i in range(0, len(batches), arrays)]
         total, summed = mx.array(0.0), None
+        # A pass draws one key (`decode`): those of the passes before, on other ranks, are left out.
+        for _ in range(world.rank * len(passes)):
+            mx.random.state[0][:] = mx.random.split(mx.random.state[0])[0]
         for batch in passes:
             value, gradients = gradient(*batch)
             summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
             total = total + value
             mx.eval(total, summed, mx.random.state)
-        norm = update(tree_map(lambda g: g / len(passes), summed))
-        return total / len(passes), norm
+        mean, gradients = world.average((total / len(passes), tree_map(lambda g: g / len(passes), summed)))
+        return mean, update(gradients)
 
     return step
 
 
 def validator(
-    base: Base, form: PromptFormat, studies: Studies, films: np.ndarray | None, config: TeacherConfig
+    base: Base,
+    form: PromptFormat,
+    studies: Studies,
+    films: np.ndarray | None,
+    config: TeacherConfig,
+    world: World = ALONE,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """What the loop calls after each epoch: loss and macro AUC per study, -1 and empty counted as 0.
 
@@ -207,7 +228,7 @@ def validator(
         )
 
     def validate(_: nn.Module) -> dict[str, float]:
-        logits = score(base, form, studies.prompts, films, config).logits
+        logits = shared_score(base, form, studies.prompts, films, config, world).logits
         if not np.isfinite(logits).all():
             raise TrainingDivergedError(
                 "logits of validation studies are not finite; lower teacher.training.learning_rate. "

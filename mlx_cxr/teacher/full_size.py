@@ -1,4 +1,4 @@
-"""One LoRA step and one scoring batch of a teacher of a given size, with random weights: time, memory, shapes.
+"""LoRA steps and scoring batches of a teacher of a given size, with random weights: time, memory, shapes.
 
 The arithmetic and the memory of a model do not depend on what its weights say, so this tells whether a machine can
 fine-tune LFM2.5-VL-1.6B before 3 GB are fetched.
@@ -6,10 +6,13 @@ fine-tune LFM2.5-VL-1.6B before 3 GB are fetched.
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -29,9 +32,17 @@ from mlx_cxr.training.optimizer import make_optimizer
 
 _PRECISIONS = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _YES, _NO, _FIRST_WORD = 501, 502, 503
+_GROUP = 64
 
 
-def measure(size: Literal["full", "tiny"], config: TeacherConfig, tokens: int, seed: int) -> dict[str, Any]:
+def measure(
+    size: Literal["full", "tiny"],
+    config: TeacherConfig,
+    tokens: int,
+    seed: int,
+    rounds: int = 1,
+    bits: Literal[4, 8] | None = None,
+) -> dict[str, Any]:
     """Time and memory of a text teacher.
 
     Args:
@@ -39,12 +50,19 @@ def measure(size: Literal["full", "tiny"], config: TeacherConfig, tokens: int, s
         config: batch sizes, adapters and precision.
         tokens: length of each prompt; at least 14.
         seed: of the weights and the prompts.
+        rounds: steps and batches that are timed. With more than one there is one before them that is not, in which
+            the step is compiled.
+        bits: quantize the base's linear layers and embedding (groups of 64), as its 4- and 8-bit copies are.
 
     Returns:
-        `parameters` (`language`, `vision`, `trainable`), `precision`, and `training` and `scoring`, each with `shape`
-        (studies, tokens), `logits` (its shape), `seconds`, `peak_bytes`, `estimate_bytes`, their ratio
-        `estimate_over_peak`, and the same without the weights, `activations_over_peak`.
+        `parameters` (`language`, `vision`, `trainable`), `precision`, `bits`, and `training` and `scoring`, each with
+        `shape` (studies, tokens), `logits` (its shape), `seconds` of each round, `peak_bytes` (of MLX, above what was
+        held before), `estimate_bytes`, their ratio `estimate_over_peak`, and the same without the weights,
+        `activations_over_peak`.
     """
+    gc.collect()
+    mx.clear_cache()
+    held = mx.get_active_memory()
     settings = full_config() if size == "full" else tiny_config(config.tiny or TinyTeacherConfig(), 2048)
     precision = config.training.precision
     if precision == "auto":
@@ -52,6 +70,10 @@ def measure(size: Literal["full", "tiny"], config: TeacherConfig, tokens: int, s
     model = new_model(settings, seed, _PRECISIONS[precision], vision=False)
     vision = vision_parameters(settings)
     language = model.language_model
+    parameters = parameter_count(model)
+    if bits is not None:
+        nn.quantize(language, group_size=_GROUP, bits=bits)
+        mx.eval(model.parameters())
     names = attach_lora(model, config.lora, seed)
     decoder, widths = Decoder.of(model), adapted_widths(model, names)
     optimizer = make_optimizer(
@@ -75,27 +97,34 @@ def measure(size: Literal["full", "tiny"], config: TeacherConfig, tokens: int, s
     studies = config.training.batch_size
     ids, read = batch(studies)
     model.train()
-    started = _fresh_peak()
-    loss, _ = step(ids, read, mx.zeros((studies, len(LABELS))))
-    mx.eval(loss, model.trainable_parameters())
-    trained = _measured(started, training_estimate(decoder, widths, config, tokens, precision))
+
+    def train_once() -> float:
+        loss, _ = step(ids, read, mx.zeros((studies, len(LABELS))))
+        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+        return loss.item()
+
+    loss, trained = _measured(train_once, rounds, held, training_estimate(decoder, widths, config, tokens, precision))
     model.eval()
-    ids, read = batch(config.batch_size)
     direction = answer_direction(language, _YES, _NO)
-    started = _fresh_peak()
-    logits = finding_logits(language, language.model.embed_tokens(ids), read, direction)
-    mx.eval(logits)
-    scored = _measured(started, scoring_estimate(decoder, config, tokens, precision))
+    scored_ids, scored_read = batch(config.batch_size)
+
+    def score_once() -> list[int]:
+        logits = finding_logits(language, language.model.embed_tokens(scored_ids), scored_read, direction)
+        mx.eval(logits)
+        return list(logits.shape)
+
+    shape, scored = _measured(score_once, rounds, held, scoring_estimate(decoder, config, tokens, precision))
     return {
         "size": size,
         "parameters": {
-            "language": parameter_count(model),
+            "language": parameters,
             "vision": vision,
             "trainable": sum(value.size for _, value in tree_flatten(model.trainable_parameters())),
         },
         "precision": precision,
-        "training": {"shape": [studies, tokens], "logits": [studies, len(LABELS)], "loss": loss.item(), **trained},
-        "scoring": {"shape": [config.batch_size, tokens], "logits": list(logits.shape), **scored},
+        "bits": bits,
+        "training": {"shape": [studies, tokens], "logits": [studies, len(LABELS)], "loss": loss, **trained},
+        "scoring": {"shape": [config.batch_size, tokens], "logits": shape, **scored},
     }
 
 
@@ -105,16 +134,18 @@ def vision_parameters(settings: dict[str, Any]) -> int:
     return sum(value.size for name, value in tree_flatten(model.parameters()) if not name.startswith("language_model."))
 
 
-def _fresh_peak() -> float:
+def _measured(once: Callable[[], Any], rounds: int, held: int, estimate: MemoryEstimate) -> tuple[Any, dict[str, Any]]:
+    """What the first call gave, and the times and peak of all."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    return time.perf_counter()
-
-
-def _measured(started: float, estimate: MemoryEstimate) -> dict[str, Any]:
-    seconds, peak = time.perf_counter() - started, mx.get_peak_memory()
-    return {
-        "seconds": seconds,
+    seconds, results = [], []
+    for _ in range(rounds + (rounds > 1)):
+        started = time.perf_counter()
+        results.append(once())
+        seconds.append(time.perf_counter() - started)
+    peak = mx.get_peak_memory() - held
+    return results[0], {
+        "seconds": seconds[-rounds:],
         "peak_bytes": peak,
         "estimate_bytes": estimate.total,
         "estimate_over_peak": estimate.total / peak,

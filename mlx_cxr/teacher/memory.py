@@ -17,8 +17,9 @@ from mlx_cxr import runtime
 from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.errors import UserError
 
-_RECOMPUTED = 2.8
-"""A recomputed layer's activations with the gradients that flow back through them, in multiples of the former."""
+_FEED_FORWARD, _SCORES = 12, 11
+"""What a layer's backward pass holds at once beside what was kept: so many arrays of the feed-forward width, or of the
+attention's scores, whichever is more."""
 _COPIES = 5
 """Of each adapter weight in float32: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
 _SHARE = 0.7
@@ -109,15 +110,16 @@ def training_estimate(
     tokens, length = _tokens(config.training.batch_size, longest, config.training.bucket)
     size = _BYTES[precision]
     layers = len(decoder.attention)
-    kept = [_kept_elements(decoder, attention, length) * size for attention in decoder.attention]
-    if config.lora.dropout > 0:
-        # The dropped-out input in the adapters' float32, and its mask of one byte.
-        inputs = 5 * sum(width for width, _ in adapted) / layers
-        kept = [value + inputs for value in kept]
+    dropped = config.lora.dropout > 0 and bool(adapted)
+    kept = [_kept_bytes(decoder, attention, length, size, dropped) for attention in decoder.attention]
+    backward = [_backward_bytes(decoder, attention, length, size) for attention in decoder.attention]
+    # Of the last layer, all that follows its keys or its convolution is computed for the tokens that are read only.
+    kept[-1] -= _feed_forward_bytes(decoder, size, dropped)
+    backward[-1] = 0
+    before = [sum(kept[:i]) for i in range(layers)]
     if config.training.gradient_checkpointing:
-        per_token = layers * decoder.hidden * size + _RECOMPUTED * max(kept)
-    else:
-        per_token = sum(kept)
+        before = [layers * decoder.hidden * size] * layers
+    per_token = max(map(sum, zip(before, kept, backward, strict=True)))
     weights = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in adapted)
     return MemoryEstimate(decoder.weight_bytes, 4 * _COPIES * weights, round(tokens * per_token))
 
@@ -199,16 +201,28 @@ def _tokens(batch_size: int, longest: int, bucket: int) -> tuple[int, int]:
     return batch_size * length, length
 
 
-def _kept_elements(decoder: Decoder, attention: bool, length: int) -> int:
-    """Elements per token that a layer keeps for its backward pass, adapters' inputs aside."""
-    hidden, inner, keys = decoder.hidden, decoder.inner, decoder.keys
-    # Two residuals, two norms, the last layer's output; gate, up, their product, and the gate's sigmoid and SiLU.
-    kept = 5 * hidden + 5 * inner
+def _kept_bytes(decoder: Decoder, attention: bool, length: int, size: int, dropped: bool) -> int:
+    """Per token, what a layer keeps for its backward pass; a dropout's mask is a byte for each of its inputs."""
+    hidden, keys = decoder.hidden, decoder.keys
     if attention:
-        # Queries, keys and values; both normed; both rotated; scores and weights; output and its projection.
-        return kept + 3 * (hidden + keys) + keys + 2 * decoder.heads * length + 2 * hidden
-    # Three gates in one projection, their product, padded; convolved, gated; the output's projection.
-    return kept + 8 * hidden
+        # The layer's input and its norm's output; queries, keys and values; both normed and rotated; the weights, which
+        # a fused kernel computes again; the output.
+        kept = 4 * hidden + 4 * keys + decoder.heads * length
+        kept += hidden
+    else:
+        # The layer's input and its norm's output; three gates in one projection; convolved; the output.
+        kept = 7 * hidden
+    return kept * size + 2 * hidden * dropped + _feed_forward_bytes(decoder, size, dropped)
+
+
+def _backward_bytes(decoder: Decoder, attention: bool, length: int, size: int) -> int:
+    return size * max(_FEED_FORWARD * decoder.inner, _SCORES * decoder.heads * length * attention)
+
+
+def _feed_forward_bytes(decoder: Decoder, size: int, dropped: bool) -> int:
+    # The residual and its norm's output; gate, up and their product.
+    inputs = decoder.hidden + decoder.inner
+    return (decoder.hidden + inputs + 2 * decoder.inner) * size + inputs * dropped
 
 
 def _outputs(linear: nn.Module) -> int:

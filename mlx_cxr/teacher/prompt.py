@@ -1,8 +1,9 @@
 """The prompt: what the teacher reads of a study, then one line per finding, each with the position that is read.
 
-A study is read once. After the chat's opening come the film's image tokens and the report's sections, as far as they
-are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer to a finding is read where
-its line ends. The model is causal, so an answer sees the input and the lines above it, and nothing that follows.
+A study is read once. After the chat's opening and the instruction come the film's image tokens and the report's
+sections, as far as they are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer
+to a finding is read where its line ends. The model is causal, so an answer sees the input and the lines above it, and
+nothing that follows. The instruction comes first so that a batch computes it once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ INSTRUCTION = "Is each finding present on this chest radiograph? Answer yes or n
 ANSWERS = (" yes", " no")
 _KEPT_LONGEST = ("impression", "last_paragraph")
 _SENTINEL = "@@study@@"
+_WORTH_SHARING = 64
+"""Least tokens saved for a beginning to be computed apart: that pass reads all weights once more, which takes a device
+of 3 TFLOP/s and 100 GB/s as long as some 30 tokens."""
 
 
 class PromptError(UserError, ValueError):
@@ -47,9 +51,9 @@ class PromptFormat:
     """Token ids of everything in a prompt that does not change from study to study.
 
     Attributes:
-        head: the chat's opening.
+        head: the chat's opening and the instruction.
         image: the film's tokens, with their start and end; empty without a film.
-        tail: instruction, end of the user's turn, opening of the assistant's.
+        tail: end of the user's turn, opening of the assistant's.
         lines: per finding of `order`, the line's tokens up to the one that is read.
         order: labels of the lines, as they are written.
         yes: id of the answer "yes".
@@ -110,9 +114,9 @@ class PromptFormat:
             )
             image = (start, *[image_token] * image_tokens, end)
         return cls(
-            head=ids(head),
+            head=ids(f"{head}{INSTRUCTION}\n"),
             image=image,
-            tail=ids(f"{INSTRUCTION}{tail}"),
+            tail=ids(tail),
             lines=tuple(ids(f"{name}:" if number == 0 else f"\n{name}:") for number, name in enumerate(order)),
             order=tuple(order),
             yes=yes,
@@ -126,6 +130,10 @@ class PromptFormat:
     def fixed(self) -> int:
         """Tokens of a prompt that holds no report."""
         return sum(map(len, (self.head, self.image, self.tail, *self.lines)))
+
+    def shared(self, studies: int) -> int:
+        """So many first tokens of a batch of `studies` prompts are worth computing once: the head's, or 0."""
+        return len(self.head) if (studies - 1) * len(self.head) >= _WORTH_SHARING else 0
 
     def tokens_one_by_one(self, prompt: Prompt) -> int:
         """Tokens that 14 prompts of one line each would take for the same study, everything else the same."""

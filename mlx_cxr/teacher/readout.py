@@ -1,15 +1,15 @@
 """All 14 logits of a study from one forward pass: yes minus no, read from the language head where each line ends.
 
-The tower of layers is walked here, layer by layer, so that its last norm and the head are computed at 14 positions and
-for two rows of the vocabulary only; the full logits of 512 tokens would be 134 MB per study in float32.
+The end of the last layer, the last norm and the head are computed at 14 positions, and the head for two rows of the
+vocabulary only; the full logits of 512 tokens would be 134 MB per study in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_cxr.teacher.decoder import decode
 
 
 def answer_direction(language_model: nn.Module, yes: int, no: int) -> mx.array:
@@ -36,26 +36,13 @@ def answer_direction(language_model: nn.Module, yes: int, no: int) -> mx.array:
     return direction
 
 
-def hidden_states(language_model: nn.Module, embeddings: mx.array, checkpoint: bool = False) -> mx.array:
-    """States before the last norm.
-
-    Args:
-        language_model: the decoder of an LFM2.5-VL.
-        embeddings: (B, L, H), of tokens and of the film.
-        checkpoint: compute each layer's activations again in the backward pass instead of keeping them.
-
-    Returns:
-        (B, L, H).
-    """
-    h = embeddings
-    for layer in language_model.model.layers:
-        mask = "causal" if layer.is_attention_layer else None
-        h = _checkpointed(layer, mask)(h) if checkpoint else layer(h, mask)
-    return h
-
-
 def finding_logits(
-    language_model: nn.Module, embeddings: mx.array, read: mx.array, direction: mx.array, checkpoint: bool = False
+    language_model: nn.Module,
+    embeddings: mx.array,
+    read: mx.array,
+    direction: mx.array,
+    checkpoint: bool = False,
+    shared: int = 0,
 ) -> mx.array:
     """float32 (B, 14): the answers.
 
@@ -64,36 +51,21 @@ def finding_logits(
         embeddings: (B, L, H).
         read: int (B, 14), positions along L.
         direction: `answer_direction`.
-        checkpoint: as `hidden_states`.
+        checkpoint: as `decode`.
+        shared: as `decode`; no answer is read among these tokens.
     """
-    return answers(finding_states(language_model, embeddings, read, checkpoint), direction)
+    return answers(finding_states(language_model, embeddings, read, checkpoint, shared), direction)
 
 
 def finding_states(
-    language_model: nn.Module, embeddings: mx.array, read: mx.array, checkpoint: bool = False
+    language_model: nn.Module, embeddings: mx.array, read: mx.array, checkpoint: bool = False, shared: int = 0
 ) -> mx.array:
     """(B, 14, H): normed states where each line ends, from which the answers are read."""
-    h = hidden_states(language_model, embeddings, checkpoint)
-    h = mx.take_along_axis(h, read[..., None].astype(mx.int32), axis=1)
-    return language_model.model.embedding_norm(h)
+    model = language_model.model
+    states = decode(model.layers, embeddings, read.astype(mx.int32), shared, checkpoint, language_model.training)
+    return model.embedding_norm(states)
 
 
 def answers(states: mx.array, direction: mx.array) -> mx.array:
     """float32 (B, 14): the answers that `finding_states` (B, 14, H) give in `direction`."""
     return states.astype(mx.float32) @ direction
-
-
-def _checkpointed(layer: nn.Module, mask: str | None) -> Any:
-    # The backward pass runs `forward` again, and dropout has to draw the same mask then.
-    following, key = mx.random.split(mx.random.state[0])
-    mx.random.state[0][:] = following
-
-    def forward(parameters: dict, x: mx.array) -> mx.array:
-        layer.update(parameters)
-        outside = mx.random.state[0][:]
-        mx.random.state[0][:] = key
-        out = layer(x, mask)
-        mx.random.state[0][:] = outside
-        return out
-
-    return lambda x: mx.checkpoint(forward)(layer.trainable_parameters(), x)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.fast_ops import compiled
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, answers, finding_states
 
@@ -79,10 +80,11 @@ def score(
     direction = answer_direction(language, form.yes, form.no)
 
     def forward(ids: mx.array, read: mx.array, *film: mx.array) -> tuple[mx.array, mx.array]:
-        states = finding_states(language, prompt_embeddings(language, form, ids, *film), read)
+        embeddings = prompt_embeddings(language, form, ids, *film)
+        states = finding_states(language, embeddings, read, shared=form.shared(len(ids)))
         return answers(states, direction), mx.mean(states.astype(mx.float32), axis=1)
 
-    compiled = mx.compile(forward, inputs=base.model.state)
+    answered = compiled(forward, inputs=base.model.state)
     order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
     logits = np.full((len(prompts), 14), np.nan, dtype=np.float32)
     features = np.full((len(prompts), base.hidden_size), np.nan, dtype=np.float16)
@@ -97,7 +99,7 @@ def score(
             batch = padded([prompts[i] for i in rows], config.training.bucket)
             film = () if films is None else (mx.array(films[rows]),)
             begun = time.perf_counter()
-            answer, feature = compiled(mx.array(batch.ids), mx.array(batch.read), *film)
+            answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *film)
             mx.eval(answer, feature)
             if batch.ids.shape in seen:
                 times.append((time.perf_counter() - begun) / len(rows))

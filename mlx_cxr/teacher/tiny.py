@@ -27,6 +27,8 @@ from mlx_cxr.labels import LABELS
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.runs import write_json
 from mlx_cxr.teacher.architecture import PAD, image_processor_config, tiny_config
+from mlx_cxr.teacher.decoder import decode
+from mlx_cxr.teacher.fast_ops import compiled, logsumexp
 from mlx_cxr.teacher.prompt import ANSWERS, INSTRUCTION
 from mlx_cxr.teacher.tokenizer import write_tokenizer
 
@@ -139,12 +141,14 @@ def train_language_model(
     state = [language.state, optimizer.state]
 
     def objective(ids: mx.array) -> mx.array:
-        logits = language(ids[:, :-1]).logits.astype(mx.float32)
-        targets, known = ids[:, 1:], ids[:, 1:] != PAD
-        each = nn.losses.cross_entropy(logits, targets)
+        model = language.model
+        states = model.embedding_norm(decode(model.layers, model.embed_tokens(ids[:, :-1])))
+        logits, targets = model.embed_tokens.as_linear(states), ids[:, 1:]
+        known = targets != PAD
+        each = logsumexp(logits) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return mx.sum(each * known) / mx.sum(known)
 
-    @partial(mx.compile, inputs=state, outputs=state)
+    @partial(compiled, inputs=state, outputs=state)
     def step(ids: mx.array) -> mx.array:
         loss, gradients = nn.value_and_grad(language, objective)(ids)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)

@@ -12,13 +12,14 @@ import mlx.core as mx
 from mlx_cxr.config_sections import AugmentConfig
 
 
-def augment(films: mx.array, key: mx.array, config: AugmentConfig) -> mx.array:
+def augment(films: mx.array, key: mx.array, config: AugmentConfig, part: tuple[int, int] = (0, 1)) -> mx.array:
     """One random variant of each film.
 
     Args:
         films: uint8 or float (N, S, S); uint8 is scaled to [0, 1].
         key: an `mx.random.key`; the same key gives the same variants.
         config: largest amounts; each is drawn uniformly from its symmetric range.
+        part: (i, n): the films are part i of n equal ones of a batch, and get the variants that they have in it.
 
     Returns:
         float32 (N, S, S) in [0, 1]; what comes in from outside the film is 0, as letterbox padding is.
@@ -26,12 +27,17 @@ def augment(films: mx.array, key: mx.array, config: AugmentConfig) -> mx.array:
     x = films.astype(mx.float32) / 255.0 if films.dtype == mx.uint8 else films.astype(mx.float32)
     n, side, _ = x.shape
     angle, scale, shift, contrast, brightness = mx.random.split(key, 5)
-    radians = mx.random.uniform(-1, 1, (n, 1, 1), key=angle) * math.radians(config.rotate)
-    zoom = 1 + config.scale * mx.random.uniform(-1, 1, (n, 1, 1), key=scale)
-    offset = config.shift * side * mx.random.uniform(-1, 1, (n, 1, 1, 2), key=shift)
+
+    def drawn(key: mx.array, *shape: int) -> mx.array:
+        index, parts = part
+        return mx.random.uniform(-1, 1, (parts * n, 1, 1, *shape), key=key)[index * n : (index + 1) * n]
+
+    radians = drawn(angle) * math.radians(config.rotate)
+    zoom = 1 + config.scale * drawn(scale)
+    offset = config.shift * side * drawn(shift, 2)
     x = affine(x, radians, zoom, offset)
-    gain = 1 + config.contrast * mx.random.uniform(-1, 1, (n, 1, 1), key=contrast)
-    lift = config.brightness * mx.random.uniform(-1, 1, (n, 1, 1), key=brightness)
+    gain = 1 + config.contrast * drawn(contrast)
+    lift = config.brightness * drawn(brightness)
     return mx.clip((x - 0.5) * gain + 0.5 + lift, 0, 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_cxr.models.weight_files import ModelFormatError, read_safetensors, write_safetensors
 from mlx_cxr.runs import RunFormatError
+from mlx_cxr.training.distributed import World
 
 _FORMAT = "mlx_cxr.training_state"
 
@@ -39,6 +41,11 @@ class Progress:
     seconds: float = 0.0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
     settings: str = ""
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Progress:
+        """From what `asdict` and JSON have made of it; TypeError or KeyError where it is of another version."""
+        return cls(**plain | {"sums": tuple(plain["sums"])})
 
 
 def save_state(
@@ -87,8 +94,7 @@ def load_state(
     if header.get("format") != _FORMAT:
         raise RunFormatError(f"{path} is not a training state of this package; start the run again with --overwrite")
     try:
-        recorded = json.loads(header["progress"])
-        progress = Progress(**recorded | {"sums": tuple(recorded["sums"])})
+        progress = Progress.from_plain(json.loads(header["progress"]))
     except (KeyError, TypeError, ValueError) as error:
         raise RunFormatError(
             f"{path} is of another version of this package ({error}); start the run again with --overwrite"
@@ -105,6 +111,26 @@ def load_state(
     model.load_weights(list(weights.items()), strict=False)
     _put(optimizer.state, tree_unflatten(list(moments.items())))
     return progress
+
+
+def share_state(
+    progress: Progress, model: nn.Module, optimizer: optim.Optimizer, world: World, trainable_only: bool = False
+) -> Progress:
+    """Give every rank the progress, weights and optimizer of rank 0, which need not have come from a file all can read.
+
+    Args:
+        progress: of rank 0.
+        model: changed in place on the other ranks.
+        optimizer: likewise.
+        world: the ranks.
+        trainable_only: whether what is frozen is left as it is.
+    """
+    if world.size == 1:
+        return progress
+    weights, state = world.from_first((dict(_weights(model, trainable_only)), optimizer.state))
+    model.load_weights(list(weights.items()), strict=False)
+    _put(optimizer.state, state)
+    return Progress.from_plain(world.agree(lambda: asdict(progress)))
 
 
 def _weights(model: nn.Module, trainable_only: bool) -> list[tuple[str, mx.array]]:

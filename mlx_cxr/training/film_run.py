@@ -17,8 +17,10 @@ from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_labe
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.runs import RunExistsError, create_run, hash_of, write_json
 from mlx_cxr.training.cohort import Cohort, SplitData
+from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, TrainingResult, train
 from mlx_cxr.training.losses import positive_weights, prior_logits
 from mlx_cxr.training.scoring import predict_logits
@@ -68,19 +70,29 @@ def initial_network(
     return model, origin, weights
 
 
-def can_resume(run_dir: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a saved state to go on from, and it is asked for.
+def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALONE) -> bool:
+    """Whether there is a saved state to go on from, and it is asked for; rank 0 looks.
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
     """
-    if (run_dir / "config.json").exists() and not (resume or overwrite):
-        raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
-    return resume and (run_dir / "last" / "state.safetensors").exists()
+
+    def look() -> bool:
+        if (run_dir / "config.json").exists() and not (resume or overwrite):
+            raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
+        return resume and (run_dir / "last" / "state.safetensors").exists()
+
+    return world.agree(look)
 
 
 def begin(
-    config: Config, run_dir: Path, stage: str, inputs: Mapping[str, Path], device: Mapping[str, Any], resume: bool
+    config: Config,
+    run_dir: Path,
+    stage: str,
+    inputs: Mapping[str, Path],
+    device: Mapping[str, Any],
+    resume: bool,
+    world: World = ALONE,
 ) -> None:
     """Write the run's `config.json`, unless a saved state is gone on from; a run that saved none begins anew.
 
@@ -91,7 +103,10 @@ def begin(
         inputs: role -> file that is read, beside manifest and pixel index.
         device: `runtime.start`.
         resume: whether `can_resume` said so.
+        world: rank 0 of it writes.
     """
+    if not world.writes:
+        return
     if resume:
         log.info("going on from the last saved state of %s", run_dir)
         return
@@ -132,18 +147,20 @@ def fit(
     Raises:
         TrainingDivergedError, TrainingDataError, RunFormatError: as `train`.
     """
-    result = train(
-        task,
-        epochs=training.epochs,
-        seed=seed,
-        patience=training.patience,
-        save_every=training.save_every,
-        log_every=training.log_every,
-        run_dir=run_dir,
-        settings=settings,
-        resume=resume,
-    )
-    write_json(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
+    with batch_parallel():
+        result = train(
+            task,
+            epochs=training.epochs,
+            seed=seed,
+            patience=training.patience,
+            save_every=training.save_every,
+            log_every=training.log_every,
+            run_dir=run_dir,
+            settings=settings,
+            resume=resume,
+        )
+    if task.world.writes:
+        write_json(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
     log.info(
         "best validation macro AUC %.4f (epoch %d); weights in %s",
         result.best_auc,
@@ -168,8 +185,13 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
     return hash_of({"manifest": manifest_sha256, **settings, **others})
 
 
-def validator(data: SplitData, batch_size: int) -> Callable[[ResNet18], dict[str, float]]:
+def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callable[[ResNet18], dict[str, float]]:
     """What the loop calls after each epoch: loss and macro AUC of a split, per film, -1 and empty counted as 0.
+
+    Args:
+        data: the split.
+        batch_size: films per forward pass.
+        world: the ranks that share the films.
 
     Raises:
         TrainingDataError: no label of the split has both classes, so no epoch could be told from another.
@@ -182,7 +204,7 @@ def validator(data: SplitData, batch_size: int) -> Callable[[ResNet18], dict[str
         )
 
     def validate(model: ResNet18) -> dict[str, float]:
-        logits = predict_logits(model, data.films, batch_size)
+        logits = predict_logits(model, data.films, batch_size, world)
         if not np.isfinite(logits).all():
             raise TrainingDivergedError(
                 "logits of validation films are not finite; lower the learning rate. "

@@ -3,7 +3,8 @@
 What is trained is a `Task`: `film_task` makes one of a network that reads films, the teacher one of its adapters. What
 a step does depends on the seed and the step's number only (order, augmentation, dropout), so a run that was killed and
 resumed ends where an unbroken one does. A step is evaluated once; the loss is added up on the device and read once per
-logging interval.
+logging interval. A GPU is given the next step while it is at one; on the CPU backend, where the host has nothing else
+to do, that gains nothing. On several ranks each does its part of the step, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from mlx_cxr.errors import UserError
 from mlx_cxr.runs import append_jsonl, write_text
-from mlx_cxr.training.checkpoint import Progress, load_state, save_state
+from mlx_cxr.training.checkpoint import Progress, load_state, save_state, share_state
+from mlx_cxr.training.distributed import ALONE, World
 
 
 class TrainingDivergedError(UserError, RuntimeError):
@@ -55,6 +57,7 @@ class Task:
         tokens: as `samples`, for a rate in tokens beside it.
         unit: what a sample is called.
         remedy: what the message says to do when the loss is no number.
+        world: the ranks that take a step together; its loss and norm, and what `validate` gives, are those of all.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class Task:
     tokens: Callable[[int, int], int] | None = None
     unit: str = "sample"
     remedy: str = "lower the learning rate, or use precision float32"
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -113,22 +117,21 @@ def train(
         TrainingDivergedError: the loss or its gradient became NaN or infinite; the last saved state stays.
         TrainingDataError: `macro_auc` is NaN, as no label of the validation split has both classes.
         RunFormatError: nothing to resume, or made with other settings.
+        RanksDifferError: the ranks were given other settings, or their weights have come apart.
+        RankLostError: another rank is gone.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path, best_path = (
         run_dir / name for name in ("last/state.safetensors", "metrics.jsonl", task.best_name)
     )
-    # What kills in the middle of a save left behind, 130 MB each.
-    for folder in {run_dir, state_path.parent, best_path.parent}:
-        for stray in folder.glob(".*.safetensors"):
-            stray.unlink()
+    world = task.world
+    world.check_same("data or settings", settings)
     progress = Progress(settings=settings)
-    if resume:
-        progress = load_state(state_path, task.model, task.optimizer, settings, task.trainable_only)
-        _forget_after(metrics_path, progress.step)
-    else:
-        for old in (state_path, metrics_path, best_path):
-            old.unlink(missing_ok=True)
+    if world.writes:
+        _clear(run_dir, state_path, metrics_path, best_path, resume)
+        if resume:
+            progress = load_state(state_path, task.model, task.optimizer, settings, task.trainable_only)
+            _forget_after(metrics_path, progress.step)
+    progress = share_state(progress, task.model, task.optimizer, world, task.trainable_only)
     clock = _Clock(progress.seconds)
     stopped_early = False
 
@@ -143,35 +146,47 @@ def train(
             unit="step",
             desc=f"epoch {epoch + 1}/{epochs}",
             leave=False,
-            disable=None,
+            disable=None if world.writes else True,
         )
         task.model.train()
+        ahead, before = _device_runs_ahead(), []
         clock.lap()
         for batch in task.batches(epoch, skip):
             mx.random.seed(_step_seed(seed, progress.step))
             losses.add(*task.step(*batch))
-            mx.eval(task.model.state, task.optimizer.state, losses.arrays)
+            with world.waiting(f"step {progress.step + 1}"):
+                if ahead:
+                    mx.async_eval(task.model.state, task.optimizer.state, losses.arrays)
+                    # With the step before done, one at most is under way, and memory does not grow.
+                    mx.eval(before)
+                    before = losses.arrays
+                else:
+                    mx.eval(task.model.state, task.optimizer.state, losses.arrays)
             progress = replace(progress, step=progress.step + 1)
             bar.update()
             if progress.step % log_every == 0:
                 mean, norm = losses.interval(progress.step)
                 bar.set_postfix(loss=f"{mean:.4f}")
-                append_jsonl(metrics_path, {"kind": "step", "step": progress.step, "loss": mean, "grad_norm": norm})
+                if world.writes:
+                    append_jsonl(metrics_path, {"kind": "step", "step": progress.step, "loss": mean, "grad_norm": norm})
             if progress.step % save_every == 0 and progress.step % task.steps_per_epoch:
                 sums = losses.finite_sums(progress.step)
-                reached = replace(progress, seconds=clock.total(), sums=sums)
-                save_state(state_path, task.model, task.optimizer, reached, task.trainable_only)
+                world.check_same_weights(task.model)
+                if world.writes:
+                    reached = replace(progress, seconds=clock.total(), sums=sums)
+                    save_state(state_path, task.model, task.optimizer, reached, task.trainable_only)
         bar.close()
         train_loss = losses.epoch(progress.step)
         seconds = clock.lap()
         rates = {"samples_per_second": task.samples(epoch, skip) / seconds}
         if task.tokens is not None:
             rates["tokens_per_second"] = task.tokens(epoch, skip) / seconds
+        world.check_same_weights(task.model)
         figures = task.validate(task.model)
         if math.isnan(figures["macro_auc"]):
             raise TrainingDataError("the validation macro AUC is undefined: no label has both classes there")
         improved = figures["macro_auc"] > progress.best_auc
-        if improved:
+        if improved and world.writes:
             task.keep(best_path)
         progress = replace(
             progress,
@@ -194,9 +209,10 @@ def train(
             "active_memory_bytes": mx.get_active_memory(),
             "cache_memory_bytes": mx.get_cache_memory(),
         }
-        append_jsonl(metrics_path, record)
-        save_state(state_path, task.model, task.optimizer, progress, task.trainable_only)
-        _say_epoch(record, epochs, improved, task.unit)
+        if world.writes:
+            append_jsonl(metrics_path, record)
+            save_state(state_path, task.model, task.optimizer, progress, task.trainable_only)
+            _say_epoch(record, epochs, improved, task.unit)
 
     return TrainingResult(
         best_auc=progress.best_auc,
@@ -252,6 +268,21 @@ class _Clock:
     def lap(self) -> float:
         lap, self._lap = time.perf_counter() - self._lap, time.perf_counter()
         return lap
+
+
+def _device_runs_ahead() -> bool:
+    return mx.default_device().type != mx.DeviceType.cpu
+
+
+def _clear(run_dir: Path, state_path: Path, metrics_path: Path, best_path: Path, resume: bool) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # What kills in the middle of a save left behind, 130 MB each.
+    for folder in {run_dir, state_path.parent, best_path.parent}:
+        for stray in folder.glob(".*.safetensors"):
+            stray.unlink()
+    if not resume:
+        for old in (state_path, metrics_path, best_path):
+            old.unlink(missing_ok=True)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -8,10 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.labels import LABELS
+from mlx_cxr.training.distributed import ALONE, World
 
 Loss = Callable[[mx.array, mx.array], mx.array]
 """(outputs (B, C), targets (B, K)) -> scalar. C is 14 logits, and H features where a network gives them; K is what the
-loss needs: 14 hard labels, then for `distillation_loss` 14 soft ones and H features."""
+loss needs: 14 hard labels, then for `distillation_loss` 14 soft ones and H features.
+
+On several ranks the mean of their losses is the loss of the whole batch, however its known targets are spread."""
 
 
 def binary_cross_entropy(logits: mx.array, targets: mx.array, positive_weight: mx.array | None = None) -> mx.array:
@@ -31,24 +34,29 @@ def binary_cross_entropy(logits: mx.array, targets: mx.array, positive_weight: m
     return -(weight * targets * log_p + (1 - targets) * log_not_p)
 
 
-def masked_bce(positive_weight: np.ndarray | None = None) -> Loss:
+def masked_bce(positive_weight: np.ndarray | None = None, world: World = ALONE) -> Loss:
     """Mean cross-entropy over the labels that are not NaN; 0 where a batch has none.
 
     Args:
         positive_weight: float (14,) from `positive_weights`, or None for no weighting.
+        world: the ranks that share a batch.
     """
     weight = None if positive_weight is None else mx.array(positive_weight.astype(np.float32))
 
     def loss(logits: mx.array, targets: mx.array) -> mx.array:
         known = ~mx.isnan(targets)
         each = binary_cross_entropy(logits, mx.where(known, targets, 0.0), weight)
-        return _mean_where(known, each)
+        return _mean_where(known, each, world)
 
     return loss
 
 
 def distillation_loss(
-    alpha: float, temperature: float, positive_weight: np.ndarray | None = None, feature_weight: float = 0.0
+    alpha: float,
+    temperature: float,
+    positive_weight: np.ndarray | None = None,
+    feature_weight: float = 0.0,
+    world: World = ALONE,
 ) -> Loss:
     """`alpha * hard + (1 - alpha) * T^2 * soft`, after Hinton et al., arXiv:1503.02531, for sigmoid outputs.
 
@@ -63,12 +71,13 @@ def distillation_loss(
         positive_weight: float (14,) of the hard labels, from `positive_weights`; the soft ones are taken as they are.
         feature_weight: of the mean of 1 - cosine(outputs[:, 14:], targets[:, 28:]), over the studies that have
             features; 0 leaves them alone.
+        world: the ranks that share a batch.
 
     Returns:
         A loss of outputs (B, 14) or (B, 14 + H) and targets (B, 28) or (B, 28 + H): hard labels in [0, 1], the
         teacher's logits, its features; NaN in each where there is none.
     """
-    hard, labels = masked_bce(positive_weight), len(LABELS)
+    hard, labels = masked_bce(positive_weight, world), len(LABELS)
 
     def loss(outputs: mx.array, targets: mx.array) -> mx.array:
         logits, teacher = outputs[:, :labels], targets[:, labels : 2 * labels]
@@ -76,24 +85,26 @@ def distillation_loss(
         softened = mx.sigmoid(mx.where(known, teacher, 0.0) / temperature)
         each = binary_cross_entropy(logits.astype(mx.float32) / temperature, softened)
         value = alpha * hard(logits, targets[:, :labels])
-        value = value + (1 - alpha) * temperature**2 * _mean_where(known, each)
+        value = value + (1 - alpha) * temperature**2 * _mean_where(known, each, world)
         if feature_weight:
-            value = value + feature_weight * _cosine_distance(outputs[:, labels:], targets[:, 2 * labels :])
+            value = value + feature_weight * _cosine_distance(outputs[:, labels:], targets[:, 2 * labels :], world)
         return value
 
     return loss
 
 
-def _cosine_distance(predicted: mx.array, features: mx.array) -> mx.array:
+def _cosine_distance(predicted: mx.array, features: mx.array, world: World) -> mx.array:
     known = ~mx.isnan(features[:, 0])
     a, b = predicted.astype(mx.float32), mx.where(known[:, None], features, 1.0)
     # The small number keeps the gradient of an output that is all 0 finite.
     squares = (mx.sum(a * a, axis=1) + 1e-12) * (mx.sum(b * b, axis=1) + 1e-12)
-    return _mean_where(known, 1 - mx.sum(a * b, axis=1) * mx.rsqrt(squares))
+    return _mean_where(known, 1 - mx.sum(a * b, axis=1) * mx.rsqrt(squares), world)
 
 
-def _mean_where(known: mx.array, values: mx.array) -> mx.array:
-    return mx.sum(mx.where(known, values, 0.0)) / mx.maximum(mx.sum(known), 1)
+def _mean_where(known: mx.array, values: mx.array, world: World) -> mx.array:
+    # A rank's sum over the mean count, so that a known target weighs the same on whichever rank it is.
+    count = mx.maximum(world.mean(mx.sum(known)), 1 / world.size if world.size > 1 else 1)
+    return mx.sum(mx.where(known, values, 0.0)) / count
 
 
 def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarray | None:

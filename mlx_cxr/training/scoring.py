@@ -7,37 +7,44 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from mlx_cxr.models.folded import FoldedResNet18, evaluated
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.distributed import ALONE, World
 
 
-def compiled_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
-    """Films (B, S, S) as the pixel store has them -> float32 logits (B, 14), by the model's weights of the moment.
+def film_features(network: FoldedResNet18) -> Callable[[mx.array], mx.array]:
+    """Films (B, S, S) as the pixel store has them -> the last feature map, float32 (B, h, w, 512), evaluated."""
+    channels = network.config.in_channels
+    return evaluated(lambda films: network.features(preprocess(films, channels)).astype(mx.float32))
 
-    The mode that the model is in at the first call stays.
+
+def film_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
+    """Films (B, S, S) as the pixel store has them -> float32 logits (B, 14), evaluated, by the weights of this moment.
+
+    A ResNet-18 is folded for it (`models.folded`), and scores as it does in evaluation, whatever mode it is in.
     """
-
-    def forward(films: mx.array) -> mx.array:
-        return model(preprocess(films, model.config.in_channels)).astype(mx.float32)
-
-    return mx.compile(forward, inputs=model.state)
+    network = FoldedResNet18.of(model) if isinstance(model, ResNet18) else model
+    channels = model.config.in_channels
+    return evaluated(lambda films: network(preprocess(films, channels)).astype(mx.float32))
 
 
-def predict_logits(model: ResNet18, source: FilmSource, batch_size: int) -> np.ndarray:
+def predict_logits(model: ResNet18, source: FilmSource, batch_size: int, world: World = ALONE) -> np.ndarray:
     """Score every film of a source.
 
     Args:
         model: put into evaluation mode for the call, and back into the mode it was in.
         source: the films.
         batch_size: films per forward pass; the last batch is filled up with repeats, so that the graph is built once.
+        world: the ranks, each of which scores its share of the films.
 
     Returns:
-        float32 (len(source), 14), in the source's order.
+        float32 (len(source), 14), in the source's order; the same on every rank.
     """
     was_training = model.training
     model.eval()
-    forward = compiled_forward(model)
-    items = np.arange(len(source))
+    forward = film_forward(model)
+    items = np.array_split(np.arange(len(source)), world.size)[world.rank]
     starts = range(0, len(source), batch_size)
     filled = [np.resize(items[i : i + batch_size], min(batch_size, len(items))) for i in starts]
     logits = []
@@ -46,6 +53,8 @@ def predict_logits(model: ResNet18, source: FilmSource, batch_size: int) -> np.n
             logits.append(np.array(forward(films)))
     finally:
         model.train(was_training)
-    if not logits:
-        return np.zeros((0, 14), dtype=np.float32)
-    return np.concatenate([rows[: len(items[i : i + batch_size])] for rows, i in zip(logits, starts, strict=True)])
+    answers = np.zeros((len(source), 14), dtype=np.float32)
+    for rows, i in zip(logits, starts, strict=True):
+        chosen = items[i : i + batch_size]
+        answers[chosen] = rows[: len(chosen)]
+    return world.rows_of_all(answers, np.isin(np.arange(len(source)), items))

@@ -63,16 +63,17 @@ import pandas, mlx.core
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import mlx_cxr.data.decode_pool as pool
+import mlx_cxr.workers as workers
 from mlx_cxr.data.films import Transform
 
 print("main module runs")
-LOADED = "print(*__import__('sys').modules, flush=True) or []"
+LOADED = "__import__('mlx_cxr.data.decode_pool') and print(*__import__('sys').modules, flush=True) or []"
 
 class Watched(ProcessPoolExecutor):
     def submit(self, *args):
         return super().submit(eval, LOADED)
 
-pool.ProcessPoolExecutor = Watched
+workers.ProcessPoolExecutor = Watched
 list(pool.decode_films([(0, Path("x"))] * 8, Transform(32), 2))
 """
 

@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from few_films import TRANSFORM, film, manifest_of
 
-from mlx_cxr.data import store_writer
+from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_films
 from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.partial_store import StoreBusyError
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
-from mlx_cxr.data.store_writer import StoreBusyError, build_store
+from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.labels import LABELS
 
@@ -98,11 +99,11 @@ class TestUpToDate:
 
 STAGE = """
 import signal, sys
-from mlx_cxr.data import store_writer
+from mlx_cxr.data import partial_store
 from mlx_cxr.prepare_images import main
 # A shell that puts the tests into the background has Ctrl-C ignored in all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-store_writer.CHECKPOINT_SECONDS = 0.02
+partial_store.CHECKPOINT_SECONDS = 0.02
 main(sys.argv[1:])
 """
 
@@ -201,7 +202,7 @@ class TestKilled:
 
         expected = root / "unbroken" / "images_32.npy"
         build_store(expected, manifest, TRANSFORM, root, 1)
-        monkeypatch.setattr(store_writer, "write_json", killed)
+        monkeypatch.setattr(partial_store, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(store_path, manifest, TRANSFORM, root, 1)
         monkeypatch.undo()

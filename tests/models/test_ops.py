@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_cxr.models import ops
+from mlx_cxr.models.batch_norm import BatchNorm
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="the fast operations serve the CPU backend only"
@@ -112,7 +113,7 @@ def test_max_pool_of_ties_passes_each_gradient_once():
 @pytest.mark.parametrize("size", [(4, 8, 8), (2, 9, 7), (3, 1, 1), (16, 30, 31)])
 def test_batchnorm_against_stock_layer_and_its_autograd(size, fast):
     ops.use_fast_ops(fast)
-    ours, stock = ops.BatchNorm(6), nn.BatchNorm(6)
+    ours, stock = BatchNorm(6), nn.BatchNorm(6)
     x = normal(*size, 6) * 2 + 3
     weight, bias = normal(6, seed=1), normal(6, seed=2)
     cotangent = normal(*size, 6, seed=3)
@@ -125,7 +126,7 @@ def test_batchnorm_against_stock_layer_and_its_autograd(size, fast):
         return inner
 
     # vjp traces state updates, so each layer's statistics come from a plain call.
-    (got,), got_gradients = mx.vjp(call(ops.BatchNorm(6)), [x, weight, bias], [cotangent])
+    (got,), got_gradients = mx.vjp(call(BatchNorm(6)), [x, weight, bias], [cotangent])
     (wanted,), wanted_gradients = mx.vjp(call(nn.BatchNorm(6)), [x, weight, bias], [cotangent])
     np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
     for ours_gradient, stock_gradient in zip(got_gradients, wanted_gradients, strict=True):
@@ -142,13 +143,13 @@ def test_batchnorm_against_stock_layer_and_its_autograd(size, fast):
 def test_batchnorm_of_large_offset_keeps_its_precision():
     """Mean 1000, deviation 1: the one-pass variance E[x²] - E[x]² would lose it in float32."""
     x = normal(8, 10, 10, 4) + 1000.0
-    y = np.array(ops.BatchNorm(4)(x))
+    y = np.array(BatchNorm(4)(x))
     np.testing.assert_allclose(y.reshape(-1, 4).std(axis=0), 1.0, atol=1e-3)
     np.testing.assert_allclose(y.reshape(-1, 4).mean(axis=0), 0.0, atol=1e-3)
 
 
 def test_frozen_statistics_are_used_and_left_alone_while_training():
-    norm = ops.BatchNorm(3)
+    norm = BatchNorm(3)
     norm.running_mean = mx.array([1.0, 2.0, 3.0])
     norm.frozen_statistics = True
     x = normal(2, 4, 4, 3)
@@ -158,7 +159,7 @@ def test_frozen_statistics_are_used_and_left_alone_while_training():
 
 
 def test_unfreeze_leaves_running_statistics_untrainable():
-    norm = ops.BatchNorm(3)
+    norm = BatchNorm(3)
     norm.freeze()
     assert norm.trainable_parameters() == {}
     norm.unfreeze()

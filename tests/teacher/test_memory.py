@@ -144,7 +144,7 @@ def measured_and_estimated(settings: TeacherConfig, length: int) -> tuple[int, i
     widths = adapted_widths(model, target_layers(model, settings.lora))
     estimate = training_estimate(Decoder.of(model), widths, settings, length, "float32").total
     attach_lora(model, settings.lora, 0)
-    form = SimpleNamespace(yes=7, no=9, head=())
+    form = SimpleNamespace(yes=7, no=9, head=(), shared=lambda _: 0)
     optimizer = make_optimizer(
         learning_rate=1e-3, final_learning_rate=1e-3, warmup_fraction=0, weight_decay=0, total_steps=4
     )

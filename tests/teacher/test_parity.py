@@ -14,10 +14,11 @@ from toy_teacher import opened, perturbed_adapters, prompts_of
 
 from mlx_cxr.config_sections import LoraConfig
 from mlx_cxr.labels import LABELS
+from mlx_cxr.teacher.decoder import decode
 from mlx_cxr.teacher.films import encode_films, film_patches
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
-from mlx_cxr.teacher.readout import answer_direction, finding_logits, hidden_states
+from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings
 from mlx_cxr.training.losses import masked_bce
 
@@ -66,13 +67,13 @@ def test_states_and_answers_of_text_equal_transformers(base, form, reference):
     embeddings = prompt_embeddings(language, form, mx.array(batch.ids))
     with torch.no_grad():
         wanted = reference(torch.from_numpy(batch.ids).long(), output_hidden_states=True)
-    states = language.model.embedding_norm(hidden_states(language, embeddings))
+    states = language.model.embedding_norm(decode(language.model.layers, embeddings))
     np.testing.assert_allclose(np.array(states), wanted.hidden_states[-1].numpy(), atol=1e-4)
     answers = finding_logits(language, embeddings, mx.array(batch.read), answer_direction(language, form.yes, form.no))
     theirs = torch_readout(wanted.logits, batch.read, form).numpy()
     np.testing.assert_allclose(np.array(answers), theirs, atol=1e-4)
     # The comparison says something only if answers differ between studies and findings.
-    assert theirs.std(axis=0).min() > 1e-3
+    assert theirs.std(axis=0).min() > 3e-4
     assert theirs.std(axis=1).min() > 1e-2
 
 

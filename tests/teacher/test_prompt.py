@@ -24,7 +24,8 @@ def processor(toy):
 
 
 def template_text(tokenizer, text: str, image: bool = False) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": text}] if image else text
+    first = {"type": "text", "text": f"{INSTRUCTION}\n"}
+    content = [first, {"type": "image"}, {"type": "text", "text": text}] if image else f"{INSTRUCTION}\n{text}"
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -33,9 +34,9 @@ def template_text(tokenizer, text: str, image: bool = False) -> str:
 def test_ids_of_text_are_those_of_the_chat_template(base, form):
     """The whole prompt as one text, tokenized at once."""
     prompt = form.prompt([("findings", FINDINGS), ("last_paragraph", IMPRESSION)])
-    user = f"Findings: {FINDINGS}\nLast paragraph: {IMPRESSION}\n{INSTRUCTION}"
+    user = f"Findings: {FINDINGS}\nLast paragraph: {IMPRESSION}\n"
     text = template_text(base.tokenizer, user) + LINES
-    assert text.startswith("<|startoftext|><|im_start|>user\nFindings: The lungs")
+    assert text.startswith(f"<|startoftext|><|im_start|>user\n{INSTRUCTION}\nFindings: The lungs")
     assert base.tokenizer.decode(prompt.ids.tolist()) == text
     # Token by token too: no cut between the prompt's parts falls inside a token.
     assert prompt.ids.tolist() == base.tokenizer.encode(text, add_special_tokens=False)
@@ -47,7 +48,7 @@ def test_ids_of_text_are_those_of_the_chat_template(base, form):
 def test_ids_with_a_film_are_the_processors(processor, size):
     """One tile: as many image tokens as the model has embeddings for a film of this size, between start and end."""
     form = PromptFormat.of(processor.tokenizer, image_tokens=(size // 32) ** 2, max_tokens=600)
-    text = template_text(processor.tokenizer, f"Findings: {FINDINGS}\n{INSTRUCTION}", image=True) + LINES
+    text = template_text(processor.tokenizer, f"Findings: {FINDINGS}\n", image=True) + LINES
     film = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size)).astype(np.uint8))
     theirs = processor(text=text, images=[film], do_image_splitting=False, add_special_tokens=False)["input_ids"]
     prompt = form.prompt([("findings", FINDINGS)])
@@ -116,7 +117,7 @@ def test_of_a_whole_report_the_end_is_kept(base, form):
     text = FINDINGS * 410 + " " + IMPRESSION
     prompt = form.prompt([("whole", text)])
     shown = base.tokenizer.decode(prompt.ids.tolist())
-    assert f"{IMPRESSION}\n{INSTRUCTION}" in shown
+    assert f"{IMPRESSION}\n<|im_end|>" in shown
     assert "Whole:" not in shown
     assert len(prompt.ids) == form.max_tokens
 
@@ -152,7 +153,7 @@ def test_a_report_cannot_open_a_turn_of_its_own(base, form):
 def test_without_sections_there_is_no_report(base, form):
     prompt = form.prompt()
     assert len(prompt.ids) == form.fixed
-    assert base.tokenizer.decode(prompt.ids.tolist()) == template_text(base.tokenizer, INSTRUCTION) + LINES
+    assert base.tokenizer.decode(prompt.ids.tolist()) == template_text(base.tokenizer, "") + LINES
 
 
 def test_no_room_is_refused_with_the_setting(base, form):

@@ -40,9 +40,9 @@ def read(manifest: Manifest, form, *splits: str, without_film=frozenset(), **set
 
 
 def texts(studies: Studies, form) -> list[str]:
-    """What stands before the instruction."""
+    """What stands between the instruction and the end of the turn."""
     shown = [form.tokenizer.decode(prompt.ids.tolist()) for prompt in studies.prompts]
-    return [text.split("user\n", 1)[1].split(INSTRUCTION)[0] for text in shown]
+    return [text.split(f"{INSTRUCTION}\n", 1)[1].split("<|im_end|>")[0] for text in shown]
 
 
 def test_a_study_is_asked_about_once_with_its_first_films_labels(manifest, form):

@@ -213,6 +213,14 @@ def test_logged_losses_are_means_over_their_steps(tmp_path, monkeypatch):
     assert first["train_loss"] == pytest.approx(np.mean([each[i]["loss"] for i in range(1, 6)]), rel=1e-6)
 
 
+def test_a_step_ahead_of_the_host_makes_no_difference(unbroken, tmp_path, monkeypatch):
+    """As on a GPU: a step is begun before the last one is done."""
+    folder, wanted, _, _ = unbroken
+    monkeypatch.setattr(loop, "_device_runs_ahead", lambda: True)
+    assert_same_weights(run_tiny(tmp_path)[0], wanted)
+    assert metrics(tmp_path) == metrics(folder)
+
+
 def test_seeds_decide_everything(unbroken, tmp_path):
     _, wanted, _, _ = unbroken
     mx.random.seed(12345)

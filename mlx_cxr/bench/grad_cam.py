@@ -1,0 +1,84 @@
+"""Grad-CAM of all 14 findings at once, against one backward pass of the network for each, and against no maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cxr import runtime
+from mlx_cxr.bench.contenders import Contender, Row, compare, largest_difference
+from mlx_cxr.explain.grad_cam import Maps, class_activation_maps
+from mlx_cxr.labels import LABELS
+from mlx_cxr.models.resnet import ResNet18
+from mlx_cxr.models.streams import batch_parallel
+
+SECTION = "grad_cam"
+FORWARD, AT_ONCE, ONE_BY_ONE = "plain forward, no maps", "14 maps, one pass", "14 maps, a backward pass each"
+TOLERANCE = 1e-3
+"""Largest difference of maps, as a share of the highest value."""
+
+
+def measure(model: ResNet18, size: int, batch_sizes: tuple[int, ...], budget: float, seed: int = 0) -> list[Row]:
+    """Compare the maps and time them, in float32.
+
+    Args:
+        model: in evaluation mode.
+        size: side of the films in pixels.
+        batch_sizes: films per call.
+        budget: seconds for all of it.
+        seed: of the films.
+    """
+    rows, known = [], {}
+    for films in sorted(batch_sizes):
+        host = np.random.default_rng([seed, films]).normal(size=(films, size, size, model.config.in_channels))
+        x = mx.array(host.astype(np.float32))
+        one_by_one = partial(maps_one_by_one, model, x)
+        reference = one_by_one(labels=2)
+        at_once = partial(class_activation_maps, model, x, LABELS)
+
+        def difference(at_once: Callable[[], Maps] = at_once, wanted: np.ndarray = reference) -> float:
+            highest = max(float(wanted.max()), 1e-12)
+            return largest_difference(at_once().raw[: len(wanted)] / highest, wanted / highest)
+
+        contenders = [
+            _contender(FORWARD, lambda x=x: mx.eval(model(x)), None, films),
+            _contender(AT_ONCE, at_once, difference, films),
+            _contender(ONE_BY_ONE, one_by_one, None, films),
+        ]
+        # As `batch_parallel` leaves BLAS one thread, a single film is better off without.
+        with batch_parallel() if films > 1 else nullcontext():
+            rows += compare(SECTION, contenders, budget / len(batch_sizes), None, known, seed)
+    return rows
+
+
+def maps_one_by_one(model: ResNet18, x: mx.array, labels: int = len(LABELS)) -> np.ndarray:
+    """Grad-CAM as it is done with hooks: for each finding forward, and backward through the whole network.
+
+    Args:
+        model: in evaluation mode.
+        x: (N, H, W, channels).
+        labels: how many findings, from the first.
+
+    Returns:
+        float32 (labels, N, h, w), not scaled.
+    """
+    maps = []
+    for label in range(labels):
+        a = model.features(x)
+
+        def score(film: mx.array, shift: mx.array, label: int = label) -> mx.array:
+            return model.head(model.features(film) + shift)[:, label]
+
+        _, (dx, gradient) = mx.vjp(score, [x, mx.zeros(a.shape)], [mx.ones(x.shape[0])])
+        raised = mx.maximum(mx.sum(mx.mean(gradient, axis=(1, 2), keepdims=True) * a, axis=-1), 0)
+        mx.eval(raised, dx)
+        maps.append(np.array(raised))
+    return np.stack(maps)
+
+
+def _contender(name: str, call: Callable[[], object], difference: Callable[[], float] | None, films: int) -> Contender:
+    return Contender(name, "mlx", runtime.device_kind(), "float32", call, difference, TOLERANCE, films)

@@ -1,0 +1,175 @@
+"""The sections of the benchmark in their order, each with its share of the time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_cxr.bench import grad_cam, inference, input_data, machine, teacher, training
+from mlx_cxr.bench.contenders import Row
+from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
+
+log = logging.getLogger("mlx_cxr")
+
+SECTIONS = ("inference", "training", "grad_cam", "data", "teacher")
+_SHARES = {"peak": 0.05, "inference": 0.44, "training": 0.2, "epoch": 0.12, "grad_cam": 0.12, "data": 0.03}
+_EPOCH_BATCH, _CAM_BATCHES, _TRAINING_BATCHES = 8, (1, 8), (8, 32)
+_PIPELINE_BATCH, _PIPELINE_FILMS = 32, 256
+_SECONDS_PER_STORED_FILM = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how long.
+
+    Attributes:
+        size: side of the films in pixels.
+        batch_sizes: films per forward pass; training and maps take those of them that suit them.
+        torch_device: where PyTorch computes; None leaves it out.
+        only: sections, of `SECTIONS`.
+        minutes: for all sections of an ordinary run, the teacher aside; fewer sections take less.
+        compile_seconds: for `torch.compile`.
+        seed: of films, labels and weights.
+        teacher_size: `tiny`, `full`, or None.
+        tokens: of a prompt.
+        bits: of the teacher's base; None leaves it in floating point.
+    """
+
+    size: int
+    batch_sizes: tuple[int, ...]
+    torch_device: str | None
+    only: tuple[str, ...]
+    minutes: float
+    compile_seconds: float
+    seed: int
+    teacher_size: Literal["tiny", "full"] | None
+    tokens: int
+    bits: Literal[4, 8] | None
+
+
+def random_network(config: ResNetConfig, seed: int) -> ResNet18:
+    """A ResNet-18 with random weights, BatchNorms that do something included, in evaluation mode."""
+    model, rng = ResNet18(config), np.random.default_rng(seed)
+    initialize(model, seed)
+    weights = []
+    for name, value in tree_flatten(model.parameters()):
+        kind = name.rsplit(".", 1)[-1]
+        if kind == "running_mean" or (kind == "bias" and not name.startswith("fc.")):
+            weights.append((name, rng.normal(0.0, 0.2, value.shape)))
+        elif kind == "running_var" or (kind == "weight" and value.ndim == 1):
+            weights.append((name, rng.uniform(0.5, 1.2, value.shape)))
+    model.load_weights([(name, mx.array(value.astype(np.float32))) for name, value in weights], strict=False)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> tuple[list[Row], dict[str, Any]]:
+    """Run the sections.
+
+    Args:
+        model: in evaluation mode.
+        config: of the teacher.
+        settings: what and how long.
+
+    Returns:
+        All rows, and `peak` (`gflops` and `bandwidth_gbs` by name; None where no section needs it) and `teacher`
+        (`teacher.full_size.measure`; None where it was not asked for).
+    """
+    rows: list[Row] = []
+    found: dict[str, Any] = {"peak": None, "teacher": None}
+
+    def seconds(part: str) -> float:
+        return 60 * settings.minutes * _SHARES[part]
+
+    def section(name: str, work: Callable[[], list[Row]]) -> None:
+        log.info("%s …", name)
+        made = work()
+        rows.extend(made)
+        for row in made:
+            _say(row)
+
+    if "inference" in settings.only:
+        log.info("peak …")
+        each = seconds("peak") / 8
+        peaks = machine.matrix_product_peaks(settings.torch_device, each)
+        bandwidth = machine.memory_bandwidth(settings.torch_device, each)
+        found["peak"] = {
+            "gflops": {f"{framework}, {precision}": value for (framework, precision), value in peaks.items()},
+            "bandwidth_gbs": bandwidth,
+        }
+        section(
+            "inference",
+            lambda: inference.measure(
+                model,
+                settings.size,
+                settings.batch_sizes,
+                settings.torch_device,
+                peaks,
+                max(bandwidth.values()),
+                seconds("inference"),
+                settings.compile_seconds,
+                settings.seed,
+            ),
+        )
+    if "training" in settings.only:
+        batches = tuple(n for n in settings.batch_sizes if n in _TRAINING_BATCHES) or settings.batch_sizes[-1:]
+        arguments = (model, settings.size)
+        section(
+            "training",
+            lambda: training.measure_steps(
+                *arguments, batches, settings.torch_device, seconds("training"), settings.seed
+            ),
+        )
+        section("epoch", lambda: training.measure_epoch(*arguments, _EPOCH_BATCH, seconds("epoch"), settings.seed))
+    if "grad_cam" in settings.only:
+        section(
+            "grad_cam",
+            lambda: grad_cam.measure(model, settings.size, _CAM_BATCHES, seconds("grad_cam"), settings.seed),
+        )
+    if "data" in settings.only:
+        films = max(8, int(60 * settings.minutes / _SECONDS_PER_STORED_FILM))
+        section("store", lambda: [input_data.measure_store(settings.size, films, settings.seed)])
+        section(
+            "pipeline",
+            lambda: input_data.measure_pipeline(
+                settings.size,
+                _PIPELINE_BATCH,
+                _PIPELINE_FILMS,
+                model.config.in_channels,
+                seconds("data"),
+                settings.seed,
+            ),
+        )
+    if "teacher" in settings.only and settings.teacher_size is not None:
+        log.info("teacher …")
+        made, found["teacher"] = teacher.measure(
+            settings.teacher_size, config, settings.tokens, settings.seed, settings.bits
+        )
+        rows.extend(made)
+        for row in made:
+            _say(row)
+    return rows, found
+
+
+def _say(row: Row) -> None:
+    if row.timing is None:
+        return
+    rate = "" if row.gflops is None else f", {row.gflops:.0f} GFLOP/s"
+    note = f"  ({row.note})" if row.note else ""
+    log.info(
+        "  %-52s batch %3d  %9.3f ms each, %d rounds%s%s",
+        row.name,
+        row.samples,
+        row.ms_per_sample,
+        row.timing.rounds,
+        rate,
+        note,
+    )

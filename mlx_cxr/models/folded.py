@@ -1,0 +1,160 @@
+"""The ResNet-18 for inference: BatchNorm folded into the convolutions, in the precision and form that the device likes.
+
+In evaluation a BatchNorm is one factor and one constant per channel, `BatchNorm.affine`; the factor goes into the
+kernel before it (Jacob et al., arXiv:1712.05877, section 3.2), and the constant becomes its bias.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cxr.models import ops, streams
+from mlx_cxr.models.batch_norm import BatchNorm
+from mlx_cxr.models.resnet import BasicBlock, ResNet18, ResNetConfig
+
+HALF_PRECISION_TOLERANCE = 0.02
+"""Largest difference of a logit that a network in float16 may have from float32 to be taken in its place."""
+_WORTH_IT = 0.9
+
+
+class _FoldedConv(nn.Module):
+    def __init__(self, conv: nn.Module, norm: BatchNorm, dtype: mx.Dtype) -> None:
+        super().__init__()
+        scale, shift = norm.affine()
+        self.weight = (conv.weight * scale[:, None, None, None]).astype(dtype)
+        self.bias = shift.astype(dtype)
+        self.stride = getattr(conv, "stride", 2)
+        self.dilation = getattr(conv, "dilation", 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        kernel = self.weight.shape[1]
+        if kernel == 3:
+            return ops.conv3x3(x, self.weight, self.stride, self.dilation) + self.bias
+        if kernel == 1:
+            return ops.conv1x1(x, self.weight, self.stride) + self.bias
+        return ops.stem_conv(x, self.weight) + self.bias
+
+
+class _FoldedBlock(nn.Module):
+    def __init__(self, block: BasicBlock, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.first = _FoldedConv(block.conv1, block.bn1, dtype)
+        self.second = _FoldedConv(block.conv2, block.bn2, dtype)
+        self.projection = _FoldedConv(*block.downsample, dtype) if "downsample" in block else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        shortcut = x if self.projection is None else self.projection(x)
+        return nn.relu(shortcut + self.second(nn.relu(self.first(x))))
+
+
+class FoldedResNet18(nn.Module):
+    """A `ResNet18` as it is in evaluation, cut at the last feature map like it (`explain.grad_cam.SplitNetwork`).
+
+    A copy: what happens to the network that it was made of later does not change it.
+    """
+
+    def __init__(self, model: ResNet18, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.config: ResNetConfig = model.config
+        self.dtype = dtype
+        self.stem = _FoldedConv(model.conv1, model.bn1, dtype)
+        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+        self.blocks = [_FoldedBlock(block, dtype) for stage in stages for block in stage]
+        self.fc = nn.Linear(*reversed(model.fc.weight.shape))
+        self.fc.weight, self.fc.bias = model.fc.weight.astype(dtype), model.fc.bias.astype(dtype)
+        self.eval()
+        mx.eval(self.parameters())
+
+    @classmethod
+    def of(cls, model: ResNet18, dtype: mx.Dtype = mx.float32) -> FoldedResNet18:
+        """Fold `model`, whatever mode it is in.
+
+        Args:
+            model: left as it is.
+            dtype: float32, float16 or bfloat16; of weights and activations.
+        """
+        return cls(model, dtype)
+
+    def features(self, x: mx.array) -> mx.array:
+        """As `ResNet18.features`, of any floating type, in this network's."""
+        if x.ndim != 4 or x.shape[-1] != self.config.in_channels:
+            raise ValueError(f"input has shape {x.shape}, expected (N, H, W, {self.config.in_channels}), channels last")
+        return streams.joined(streams.each(self._trunk, streams.split(x.astype(self.dtype))))
+
+    def head(self, a: mx.array) -> mx.array:
+        """As `ResNet18.head`."""
+        return self.fc(mx.mean(a, axis=(1, 2)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.head(self.features(x))
+
+    def _trunk(self, x: mx.array) -> mx.array:
+        x = nn.relu(ops.max_pool_3x3_s2(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """`function` in the form that runs fastest here; its results are evaluated.
+
+    On the CPU backend a batch is worked on in parts, uncompiled: fused operations with a value per channel run there
+    element by element, and made the forward pass 1.5 times as long. Elsewhere one graph is compiled per shape.
+
+    Args:
+        function: of one array to one array, such as a network in evaluation mode whose weights stay as they are.
+    """
+    if not _computes_on_cpu():
+        compiled = mx.compile(function)
+
+        def run(x: mx.array) -> mx.array:
+            y = compiled(x)
+            mx.eval(y)
+            return y
+
+        return run
+
+    def run_in_parts(x: mx.array) -> mx.array:
+        with streams.batch_parallel() if len(x) > 1 else nullcontext():
+            y = function(x)
+            mx.eval(y)
+            return y
+
+    return run_in_parts
+
+
+def inference_network(model: ResNet18, trial: mx.array | None = None) -> FoldedResNet18:
+    """Fold `model` for this device: in float16 where that is faster and says the same, else in float32.
+
+    Args:
+        model: the network.
+        trial: preprocessed films (N, H, W, channels) to find out with; None takes float32. On the CPU backend, whose
+            matrix products are fast in float32 alone, float32 is taken without a trial.
+    """
+    full = FoldedResNet18.of(model)
+    if trial is None or _computes_on_cpu():
+        return full
+    half = FoldedResNet18.of(model, mx.float16)
+    difference = mx.max(mx.abs(evaluated(full)(trial) - evaluated(half)(trial).astype(mx.float32))).item()
+    if not difference <= HALF_PRECISION_TOLERANCE:
+        return full
+    return half if _seconds(half, trial) < _WORTH_IT * _seconds(full, trial) else full
+
+
+def _computes_on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _seconds(network: FoldedResNet18, x: mx.array, rounds: int = 5) -> float:
+    run, times = evaluated(network), []
+    run(x)
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        run(x)
+        times.append(time.perf_counter() - begun)
+    return sorted(times)[rounds // 2]

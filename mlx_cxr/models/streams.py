@@ -1,0 +1,109 @@
+"""Parts of a batch on streams of their own: what the CPU backend computes with one thread is then done by all cores.
+
+MLX's CPU backend runs one operation of a stream at a time, and all of it but the matrix products on one core: the
+patches of a convolution, BatchNorm, ReLU, pooling. Inside `batch_parallel` a network's batch is cut into a part per
+core; each part has a stream, and each matrix product one thread. Outside of it, and on other devices, a batch is one
+part, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from mlx_cxr import runtime
+
+_MOST = 8
+_own = threading.local()
+"""`streams`: those of this thread, as MLX gives a stream to a thread; `active`: how many of them are in use."""
+
+
+@contextmanager
+def batch_parallel(streams: int | None = None) -> Iterator[int]:
+    """Cut the batches of graphs that are built inside into parts, one per core; evaluate them inside too.
+
+    Does nothing on another device than the CPU, with one core, where BLAS threads are limited to one already, or where
+    the environment has `MLX_CXR_STREAMS=1`.
+
+    Args:
+        streams: how many parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
+
+    Yields:
+        How many parts a batch is cut into, at most; 1 means that nothing changes.
+    """
+    before = _active()
+    blas = _OpenBLAS.linked()
+    if before > 1 or mx.default_device().type != mx.DeviceType.cpu:
+        yield before
+        return
+    threads = blas.threads() if blas else os.cpu_count() or 1
+    wanted = streams or int(os.environ.get("MLX_CXR_STREAMS", 0)) or min(threads, _MOST)
+    if wanted == 1:
+        yield 1
+        return
+    held = getattr(_own, "streams", [])
+    _own.streams = held + [mx.new_stream(mx.cpu) for _ in range(wanted - len(held))]
+    _own.active = wanted
+    if blas:
+        blas.set_threads(1)
+    try:
+        yield wanted
+    finally:
+        _own.active = 1
+        if blas:
+            blas.set_threads(threads)
+
+
+def split(x: mx.array) -> list[mx.array]:
+    """A batch (N, …) in parts of like size, in order; one part outside of `batch_parallel`, never more than N."""
+    count = min(_active(), len(x))
+    if count < 2:
+        return [x]
+    return mx.split(x, [len(x) * i // count for i in range(1, count)])
+
+
+def each(function: Callable[..., mx.array], *parts: Sequence[mx.array]) -> list[mx.array]:
+    """`function` of every part, on the part's stream; several lists of parts give several arguments."""
+    arguments = list(zip(*parts, strict=True))
+    if len(arguments) == 1:
+        return [function(*arguments[0])]
+    made = []
+    for stream, own in zip(_own.streams, arguments, strict=False):
+        with mx.stream(stream):
+            made.append(function(*own))
+    return made
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """The batch (N, …) of its parts."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def here() -> mx.Stream:
+    """The stream of the part that is being worked on: a custom gradient has to be computed there too."""
+    return mx.default_stream(mx.default_device())
+
+
+def _active() -> int:
+    return getattr(_own, "active", 1)
+
+
+class _OpenBLAS:
+    """Thread control of the OpenBLAS that serves MLX."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.threads: Callable[[], int] = library.openblas_get_num_threads
+        self.set_threads: Callable[[int], None] = library.openblas_set_num_threads
+
+    @classmethod
+    def linked(cls) -> _OpenBLAS | None:
+        name = runtime.link_openblas()
+        try:
+            return cls(ctypes.CDLL(name)) if name else None
+        except (OSError, AttributeError):
+            return None

@@ -1,0 +1,85 @@
+"""Worker processes: started lean, deaf to Ctrl-C, and gone when their parent is.
+
+They are started afresh ("spawn"), as forking a process that holds MLX or a threaded BLAS is not safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from types import ModuleType
+
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's `malloc.h`."""
+_KEPT_BYTES = 1 << 28
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of so many processes, which end with this one, however it ends; submit under `lean_start`."""
+    # Started with the first worker otherwise, when some Pythons unblock SIGINT behind it.
+    resource_tracker.ensure_running()
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+@contextmanager
+def lean_start() -> Iterator[None]:
+    """Around whatever may start a worker: what it must not inherit.
+
+    "spawn" has a worker import the parent's main module anew: it would bring pandas and MLX into each, and run a user's
+    script again where it lacks the usual guard. And Ctrl-C reaches workers as well as their parent, which alone should
+    act on it; a signal that is blocked here stays blocked in them from their first instruction. Nor must numerical
+    libraries start threads of their own in each.
+    """
+    main, settings = sys.modules["__main__"], {name: os.environ.get(name) for name in _THREAD_SETTINGS}
+    sys.modules["__main__"] = ModuleType("__main__")
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        for name, value in settings.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    warnings.simplefilter("ignore")
+    _keep_freed_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc use memory again that was freed, where it would give it back to the system.
+
+    Arrays of a megabyte that come and go otherwise cost 12,000 page faults per rendered film. Nothing happens where the
+    C library is another.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
