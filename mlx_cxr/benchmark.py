@@ -101,8 +101,8 @@ def run(
     before = machine_state()
     if (before["load_average"] or 0.0) > _BUSY * device["cores"]:
         log.warning(
-            "WARNING: load average %.1f on %d cores. Run this on an idle machine: other work slows some contenders more "
-            "than others, as PyTorch's threads spin while they wait (OMP_WAIT_POLICY=passive stops that)",
+            "WARNING: load average %.1f on %d cores. Run this on an idle machine: other work slows some contenders "
+            "more than others, as PyTorch's threads spin while they wait (OMP_WAIT_POLICY=passive stops that)",
             before["load_average"],
             device["cores"],
         )

@@ -1,11 +1,17 @@
-"""MIMIC-CXR-JPG as large as it is, with nothing of it in it: what a run on the whole of it takes can be measured.
+r"""MIMIC-CXR-JPG as large as it is, with nothing of it in it: what a run on the whole of it takes can be measured.
 
     python tests/whole_mimic.py FOLDER [IMAGES]
 
 writes tables, reports and films: 377,110 images of 227,835 studies of 65,379 patients in the splits of MIMIC-CXR-JPG
 2.0.0, or a scale model with about IMAGES images. Ids, labels and views are drawn at about the frequencies of the
 original (Johnson et al., arXiv:1901.07042); the reports are the phantom's, each made unlike all others. A film is a
-link to one of a few JPEGs: 377,110 files of their own would take hours to write.
+link to one of a few JPEGs: 377,110 files of their own would take hours to write. The tree has 287,000 folders, which
+take 1.2 GB and a minute.
+
+    python -m mlx_cxr.build_manifest --config configs/mimic.yaml --set data.root=FOLDER --set data.work_dir=ELSEWHERE \
+        --set data.views=null --set data.n_studies=null
+
+then took 119 s of processor time on two cores, 85 of them in two workers, and a peak of 1.1 GB.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_cxr.bench import grad_cam, inference, input_data, teacher, training
+from mlx_cxr.bench import contenders, grad_cam, inference, input_data, teacher, training
 from mlx_cxr.bench.contenders import Row, stock_operations
 from mlx_cxr.bench.run_all import random_network
 from mlx_cxr.config_sections import FineTuningConfig, TeacherConfig, TinyTeacherConfig, TrainingConfig
@@ -33,16 +33,22 @@ def uncompiled(torch, monkeypatch):
     return torch
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Nothing is left out, however busy the machine."""
+    monkeypatch.setattr(contenders, "_too_slow", lambda seconds, budget: "")
+
+
 def by_name(rows: list[Row], samples: int) -> dict[str, Row]:
     return {row.name: row for row in rows if row.samples == samples}
 
 
-def test_inference_times_both_frameworks_and_all_of_them_agree(uncompiled, model):
+def test_inference_times_both_frameworks_and_all_of_them_agree(uncompiled, model, patient):
     rows = inference.measure(model, SIZE, (1, 2), "cpu", PEAKS, 10.0, 1.0)
     assert {row.samples for row in rows} == {1, 2}
     found = by_name(rows, 1)
     assert {inference.STOCK, inference.PLAIN, inference.EAGER, inference.CHANNELS_LAST} <= set(found)
-    assert {row.status for row in rows} <= {"timed", "left out"}, [(row.name, row.note) for row in rows]
+    assert {row.status for row in rows} == {"timed"}, [(row.name, row.note) for row in rows]
     for name in (inference.STOCK, inference.FOLDED, inference.COMPILED, inference.CHANNELS_LAST, inference.INDUCTOR):
         row = found[name]
         assert row.timing.rounds >= 3
@@ -86,9 +92,9 @@ def test_torch_compile_stops_when_its_time_is_used_up():
         compiler.first_run(lambda: 3)
 
 
-def test_training_steps_agree_with_pytorch(torch, model):
+def test_training_steps_agree_with_pytorch(torch, model, patient):
     before = np.array(model.fc.weight)
-    rows = training.measure_steps(model, SIZE, (4,), "cpu", 4.0)
+    rows = training.measure_steps(model, SIZE, (4,), "cpu", 1.0)
     found = by_name(rows, 4)
     assert set(found) >= {training.STOCK, training.OURS, training.EAGER}
     for row in rows:
@@ -148,8 +154,8 @@ def test_an_epoch_is_held_against_bare_steps(model, monkeypatch):
 
 def test_maps_one_by_one_are_those_of_the_explainer(model):
     x = mx.array(np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 1)).astype(np.float32))
-    one_by_one = grad_cam.maps_one_by_one(model, x, labels=3)
-    at_once = class_activation_maps(model, x, LABELS[:3]).raw
+    one_by_one = grad_cam.maps_one_by_one(model, x, range(3, 14, 2))
+    at_once = class_activation_maps(model, x, LABELS[3::2]).raw
     assert at_once.max() > 0.01
     np.testing.assert_allclose(one_by_one, at_once, rtol=1e-4, atol=1e-5)
 
@@ -164,14 +170,13 @@ def test_maps_of_something_else_are_wrong(model, monkeypatch):
     assert {row.name for row in rows if row.status == "wrong"} == {grad_cam.AT_ONCE}
 
 
-def test_grad_cam_is_timed_beside_the_forward_pass(model):
-    rows = grad_cam.measure(model, 32, (1,), 4.0)
+def test_grad_cam_is_timed_beside_the_forward_pass(model, patient):
+    rows = grad_cam.measure(model, 32, (1,), 1.0)
     assert [row.name for row in rows] == [grad_cam.FORWARD, grad_cam.AT_ONCE, grad_cam.ONE_BY_ONE]
     forward, at_once, one_by_one = rows
     assert (forward.status, at_once.status) == ("timed", "timed")
     assert at_once.difference < grad_cam.TOLERANCE
-    if one_by_one.status == "timed":  # a busy machine leaves it out
-        assert one_by_one.ms_per_sample > max(forward.ms_per_sample, at_once.ms_per_sample)
+    assert one_by_one.ms_per_sample > max(forward.ms_per_sample, at_once.ms_per_sample)
 
 
 def test_the_store_is_built_of_files(monkeypatch):
