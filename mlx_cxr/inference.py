@@ -211,6 +211,12 @@ class Predictor:
         """The map methods that have a scale in this run."""
         return tuple(self.references)
 
+    @property
+    def computed_in(self) -> str:
+        """What the films so far were scored in, such as `float32`."""
+        network = self._ready.get("network")
+        return str(mx.float32 if network is None else network.dtype).removeprefix("mlx.core.")
+
     def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> FilmInput:
         """A film from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
 

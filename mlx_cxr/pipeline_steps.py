@@ -25,6 +25,8 @@ from mlx_cxr.config import Config
 from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
 
+_PIXELS = ("pixels.size", "pixels.fit")
+"""What of the pixel store decides what is learned; not how it is made and kept."""
 _SCORES = ("predictions.csv", "operating_points.json", "test_results.json")
 
 
@@ -74,7 +76,7 @@ def steps(config: Config) -> list[Step]:
         Step(
             "train_cnn",
             lambda resume: train_cnn.run(config, resume=resume, overwrite=not resume),
-            ("seed", "labels", "model", "augment", "training", "pixels"),
+            ("seed", "labels", "model", "augment", "training", *_PIXELS),
             lambda: _films(config),
             (config.run_dir() / "best_model.safetensors", config.run_dir() / "training.json"),
             config.run_dir(),
@@ -209,7 +211,7 @@ def _student(config: Config, name: str, suffix: str) -> list[Step]:
         Step(
             f"distillation{suffix}",
             lambda resume: distillation.run(config, name, resume=resume, overwrite=not resume),
-            ("seed", "labels", "model", "augment", "training", "pixels", "distillation"),
+            ("seed", "labels", "model", "augment", "training", *_PIXELS, "distillation"),
             read,
             (folder / weights, folder / "training.json"),
             folder,

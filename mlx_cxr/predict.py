@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ def run(
     recipe: str = "mimic",
     ignore_gate: bool = False,
     batch_size: int = 32,
+    precision: Literal["float32", "auto"] = "float32",
 ) -> Path:
     """Answer for all files, and return the path of the table.
 
@@ -61,6 +63,7 @@ def run(
         recipe: how a DICOM's values become gray levels: `mimic` or `window`.
         ignore_gate: answer for films that do not look like frontal chest films too.
         batch_size: films per forward pass.
+        precision: as `Predictor` has it.
 
     Raises:
         PredictError: no files, none that can be read, or a run without maps of this method.
@@ -68,7 +71,7 @@ def run(
         OSError: the folder cannot be written.
     """
     device = runtime.start("predict")
-    predictor = Predictor.from_run(run_dir, batch_size)
+    predictor = Predictor.from_run(run_dir, batch_size, precision)
     if (overlays or contact_sheet) and method not in predictor.methods:
         raise PredictError(
             f"{run_dir} has no scale for {method} maps; evaluate it again without --without_maps, or ask for none"
@@ -98,7 +101,13 @@ def run(
         sheets.finish()
     seconds = time.perf_counter() - begun
     made_from = {"checkpoint": predictor.trained.checkpoint}
-    settings = {"run": predictor.trained.folder.name, "method": method, "recipe": recipe, "ignore_gate": ignore_gate}
+    settings = {
+        "run": predictor.trained.folder.name,
+        "method": method,
+        "recipe": recipe,
+        "ignore_gate": ignore_gate,
+        "precision": predictor.computed_in,
+    }
     write_json(
         out / "predict.json",
         {
@@ -185,6 +194,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--ignore_gate", action="store_true", help="answer for what does not look like a chest film too"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="films per forward pass; default 32")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "auto"),
+        default="float32",
+        help="float32, which the run was evaluated in; auto: float16 where it is faster here and says the same",
+    )
     return parser
 
 
@@ -202,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             recipe=args.dicom_recipe,
             ignore_gate=args.ignore_gate,
             batch_size=args.batch_size,
+            precision=args.precision,
         )
 
 

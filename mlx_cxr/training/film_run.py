@@ -180,7 +180,8 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
         others: what else decides them, as plain data.
     """
     plain = config.plain()
-    settings = {key: plain[key] for key in ("seed", "pixels", "labels", "model", "augment")}
+    settings = {key: plain[key] for key in ("seed", "labels", "model", "augment")}
+    settings["pixels"] = {key: plain["pixels"][key] for key in ("size", "fit")}
     settings["training"] = training.model_dump(mode="json", exclude={"pixel_budget_gb"})
     return hash_of({"manifest": manifest_sha256, **settings, **others})
 
