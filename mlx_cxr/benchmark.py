@@ -80,6 +80,8 @@ def run(
     """
     batch_sizes = tuple(sorted(batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)))
     _check(only, batch_sizes, size, tokens)
+    if minutes is not None and not minutes > 0:
+        raise BenchmarkError(f"--minutes {minutes:g}: give more than 0")
     torch_device = best_device() if against == "torch" else None
     config = config or Config(name="benchmark", data=DataConfig(root=Path(), work_dir=Path()))
     device = runtime.start("benchmark")
@@ -89,7 +91,7 @@ def run(
         batch_sizes=batch_sizes,
         torch_device=torch_device,
         only=tuple(only),
-        minutes=minutes or (QUICK_MINUTES if quick else MINUTES),
+        minutes=(QUICK_MINUTES if quick else MINUTES) if minutes is None else minutes,
         compile_seconds=0.0 if quick else _COMPILE_SECONDS,
         seed=config.seed,
         teacher_size=None if teacher_size == "none" else teacher_size,

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -154,7 +154,7 @@ class Predictor:
     references: Mapping[str, Mapping[str, float]]
     batch_size: int = 32
     precision: Literal["float32", "auto"] = "float32"
-    _ready: dict[str, FoldedResNet18] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _ready: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -240,10 +240,6 @@ class Predictor:
             FilmAnswer(film) if film.pixels is None else self._answer(film, *next(seen), ignore_gate) for film in films
         ]
 
-    def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 (N, 14) of films uint8 (N, S, S) as `read` gives them."""
-        return self._scored(pixels)[0]
-
     def _scored(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits (N, 14), and last feature maps (N, h, w, 512), float32."""
         size = min(self.batch_size, len(pixels))
@@ -252,17 +248,24 @@ class Predictor:
             # The last batch is filled up, so that one graph serves all.
             items = np.resize(np.arange(start, min(start + size, len(pixels))), size)
             batch = mx.array(pixels[items])
-            network = self._network(batch)
-            a = film_features(network)(batch)
-            logits.append(np.array(network.head(a).astype(mx.float32))[: len(pixels) - start])
-            features.append(np.array(a)[: len(pixels) - start])
+            if not self._ready:
+                trial = preprocess(batch, self.trained.model.config.in_channels) if self.precision == "auto" else None
+                self._take(inference_network(self.trained.model, trial))
+            scored = self._batch(batch)
+            if self._ready["network"].dtype != mx.float32 and not np.isfinite(scored[0]).all():
+                # A film beyond the range of float16, which the first batch did not show.
+                self._take(FoldedResNet18.of(self.trained.model))
+                scored = self._batch(batch)
+            for parts, part in zip((logits, features), scored, strict=True):
+                parts.append(part[: len(pixels) - start])
         return np.concatenate(logits), np.concatenate(features)
 
-    def _network(self, films: mx.array) -> FoldedResNet18:
-        if "network" not in self._ready:
-            trial = preprocess(films, self.trained.model.config.in_channels) if self.precision == "auto" else None
-            self._ready["network"] = inference_network(self.trained.model, trial)
-        return self._ready["network"]
+    def _batch(self, films: mx.array) -> tuple[np.ndarray, np.ndarray]:
+        a = self._ready["trunk"](films)
+        return np.array(self._ready["network"].head(a).astype(mx.float32)), np.array(a)
+
+    def _take(self, network: FoldedResNet18) -> None:
+        self._ready.update(network=network, trunk=film_features(network))
 
     def predict_files(
         self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
@@ -299,7 +302,7 @@ class Predictor:
 
     def _answer(self, film: FilmInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> FilmAnswer:
         decided = self.points.decide(logits[None])
-        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], features, ignore_gate)
+        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], features.copy(), ignore_gate)
 
     def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
         if isinstance(source, np.ndarray):

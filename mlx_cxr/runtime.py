@@ -186,6 +186,13 @@ def process_group() -> mx.distributed.Group | None:
             f"the other processes of this run cannot be reached ({error}); see that each of them is started, that no "
             "other run uses the ports (mlx.launch --starting-port), and that the addresses of the hostfile are right"
         ) from error
+    sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_WORLD_SIZE"))
+    ranks = (os.environ.get(name, "0") for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    if group.size() == 1 and (any(int(size) > 1 for size in sizes) or any(int(rank) > 0 for rank in ranks)):
+        raise UserError(
+            "this process was started as one of several, but MLX finds no other: is the library of its backend (such "
+            "as MPI) installed for it, and does each process have the hostfile? Each of them would write the same run"
+        )
     return group if group.size() > 1 else None
 
 

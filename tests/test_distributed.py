@@ -68,7 +68,7 @@ def test_a_rank_killed_under_the_launcher_ends_the_run_which_one_process_goes_on
     folder = tmp_path / "run"
     started = time.monotonic()
     done = launched(TINY, str(folder), f"kill={victim},8", timeout=90)
-    assert time.monotonic() - started < 60, "much less where nothing else runs"
+    assert time.monotonic() - started < 85, "much less where nothing else runs"
     assert f"Node with rank {victim} exited with code -9" in done.stderr
     assert "done" not in done.stdout
     again = tmp_path / "again"

@@ -26,6 +26,7 @@ from mlx_cxr.explain.maps import fit_reference
 from mlx_cxr.inference import MAPPED, METHODS, Predictor
 from mlx_cxr.labels import LABELS
 from mlx_cxr.models.convert import load_model
+from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.runs import RunFormatError, read_json, write_json
 
@@ -171,6 +172,29 @@ def test_maps_are_shares_of_the_reference_on_validation(predictor, cohort, run_d
     assert predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0]).shape[0] == 13
     with pytest.raises(KeyError):
         predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], ["No Finding"], method)
+
+
+def test_a_network_in_half_precision_answers_and_maps_like_the_other(predictor, run_dir, cohort):
+    half = Predictor.from_run(run_dir, batch_size=2, precision="auto")
+    half._take(FoldedResNet18.of(half.trained.model, mx.float16))
+    assert half.computed_in == "float16"
+    films = [predictor.read(cohort / "films" / f"film{i:02}.png") for i in (12, 15, 20)]
+    for ours, wanted in zip(half.predict(films), predictor.predict(films), strict=True):
+        assert ours.features.dtype == np.float32
+        np.testing.assert_allclose(ours.logits, wanted.logits, atol=0.02)
+        assert (ours.logits != wanted.logits).any(), "computed in the other precision"
+        scale = np.nanmax(predictor.maps(wanted))
+        np.testing.assert_allclose(half.maps(ours), predictor.maps(wanted), atol=0.02 * max(scale, 1))
+
+
+def test_a_film_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
+    other = Predictor.from_run(run_dir, batch_size=2, precision="auto")
+    network = FoldedResNet18.of(other.trained.model, mx.float16)
+    network.stem.bias = network.stem.bias + mx.inf
+    other._take(network)
+    film = predictor.read(cohort / "films" / "film20.png")
+    np.testing.assert_allclose(other.predict([film])[0].logits, predictor.predict([film])[0].logits, atol=1e-5)
+    assert other.computed_in == "float32"
 
 
 def test_the_record_says_how_films_are_prepared(run_dir):

@@ -25,6 +25,7 @@ from mlx_cxr.teacher.trained import Material, TrainedTeacher, what_it_reads
 from mlx_cxr.training.loop import TrainingDivergedError
 
 SHORT = ("teacher.training.epochs=1",)
+LONG = ("teacher.training.epochs=30", "teacher.training.learning_rate=3e-3")
 TRAINED = SPLITS.count("train") - 1
 VALIDATED = SPLITS.count("validate") - 1
 
@@ -107,9 +108,9 @@ def separation(teacher: Base, form, config: Config, label: int) -> tuple[float, 
     return float(auc), float(with_it.mean() - without.mean())
 
 
-def test_the_tuned_teacher_separates_the_label_that_the_report_names(toy, tuned):
+def test_the_tuned_teacher_separates_the_label_that_the_report_names(toy):
     config = toy.config()
-    teacher = TrainedTeacher.open(tuned)
+    teacher = TrainedTeacher.open(toy.tuned("tuned_long", *LONG))
     auc, margin = separation(teacher.base, teacher.form, config, HEART)
     assert auc > 0.9
     assert margin > 1.0
@@ -118,7 +119,7 @@ def test_the_tuned_teacher_separates_the_label_that_the_report_names(toy, tuned)
 
 
 def test_the_tuned_image_teacher_separates_the_label_that_the_film_shows(toy):
-    run_dir = toy.tuned("tuned_image", "teacher.modality=image")
+    run_dir = toy.tuned("tuned_image", "teacher.modality=image", *LONG)
     teacher = TrainedTeacher.open(run_dir)
     auc, margin = separation(teacher.base, teacher.form, teacher.config, EDEMA)
     assert auc > 0.9
@@ -233,14 +234,14 @@ def test_what_cannot_fit_is_refused_with_settings_that_run(toy, capsys):
     """The message's own `--set` are passed on, and the run goes through."""
     run_dir = toy.tuned("roomy", *SHORT)
     needed = read_json(run_dir / "training.json")["memory_estimate_bytes"] / 1e9
-    limit = f"teacher.memory_limit_gb={0.6 * needed}"
+    limit = f"teacher.memory_limit_gb={0.8 * needed}"
     message = failure(capsys, toy, "tight", limit, *SHORT)
     assert "fine-tuning would take about" in message
     assert not (toy.folder / "outputs" / "tight").exists(), "the name is still free"
     named = [f"{key}={value}" for key, value in re.findall(r"--set (\S+?)=(\S+)", message)]
     assert named
     again = lfm_finetune.run(toy.config(limit, *SHORT, *named), "tight")
-    assert read_json(again / "training.json")["memory_estimate_bytes"] <= 0.6 * needed * 1e9
+    assert read_json(again / "training.json")["memory_estimate_bytes"] <= 0.8 * needed * 1e9
     assert "4-bit copy" in failure(capsys, toy, "tighter", "teacher.memory_limit_gb=1e-6", *SHORT)
 
 

@@ -99,7 +99,7 @@ def make_cohort(folder: Path) -> Path:
                 **{"epochs": 10, "batch_size": 2, "accumulate": 2, "learning_rate": 4e-3},
                 **{"save_every": 2, "log_every": 1},
             },
-            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 1000, "epochs": 12, "learning_rate": 1e-2},
+            "tiny": {"hidden_size": 64, "layers": 2, "vocabulary": 1000, "epochs": 20, "learning_rate": 1e-2},
         },
     }
     (folder / "trial.yaml").write_text(yaml.safe_dump(plain))

@@ -78,7 +78,7 @@ def measure(
     """
     counted, known, rows = forward_work(model, size), {}, []
     mlx_calls = dict(_mlx_networks(model))
-    torch_calls = {} if torch_device is None else dict(_torch_networks(model, torch_device))
+    torch_calls = {} if torch_device is None else dict(_torch_networks(model, torch_device, compile_seconds > 0))
     compiler, device = TorchCompiler(compile_seconds), runtime.device_kind()
     for films in sorted(batch_sizes):
         host = np.random.default_rng([seed, films]).normal(size=(films, size, size, model.config.in_channels))
@@ -170,7 +170,7 @@ def _mlx_contender(
     )
 
 
-def _torch_networks(model: ResNet18, device: str) -> Iterator[tuple[tuple[str, str], Any]]:
+def _torch_networks(model: ResNet18, device: str, inductor: bool) -> Iterator[tuple[tuple[str, str], Any]]:
     torch = import_torch()
     for precision in PRECISIONS:
         network = torch_resnet18(model).to(device, torch_dtype(precision))
@@ -178,7 +178,7 @@ def _torch_networks(model: ResNet18, device: str) -> Iterator[tuple[tuple[str, s
             yield (EAGER, precision), network
         last = torch_resnet18(model).to(device, torch_dtype(precision), memory_format=torch.channels_last)
         yield (CHANNELS_LAST, precision), last
-        if precision == "float32" or device != "cpu":
+        if inductor and (precision == "float32" or device != "cpu"):
             yield (INDUCTOR, precision), torch.compile(last, dynamic=False)
 
 

@@ -49,8 +49,10 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None without a target or a ratio."""
-        return None if self.limit is None or self.value is None else self.value <= self.limit
+        """Whether the target, which is one of the CPU, is met; None without a target or a ratio, and elsewhere."""
+        return (
+            None if self.limit is None or self.value is None or self.mlx.device != "cpu" else self.value <= self.limit
+        )
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:

@@ -72,7 +72,7 @@ def measure_steps(
     for films in sorted(batch_sizes):
         cohort = random_cohort(films, size, seed)
         settings = TrainingConfig(batch_size=films, epochs=1000, warmup_fraction=0.0)
-        reference = _MlxStep(model, cohort, settings).first_step()
+        reference = _MlxStep(model, cohort, settings, stock_operations).first_step()
         on_cpu = runtime.device_kind() == "cpu"
         contenders = [
             _mlx_contender(name, "float32", _MlxStep(model, cohort, settings, around), reference)

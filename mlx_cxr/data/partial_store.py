@@ -6,9 +6,11 @@ the file is for, then a line per checkpoint with the rows that are on disk by th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from mlx_cxr.data.decode_pool import Decoded
 from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
 from mlx_cxr.errors import UserError
 from mlx_cxr.runs import write_json
+
+log = logging.getLogger("mlx_cxr")
 
 CHECKPOINT_SECONDS = 2.0
 
@@ -54,6 +58,10 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
                 raise StoreBusyError(
                     f"another prepare_images is writing {path} at this moment; wait for it, or end it"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                    raise
+                log.warning("%s: this disk has no file locks; see that no other process is at it (--shard)", path)
             # One who has finished removes the journal, perhaps between our opening and our locking it.
             if _is_at(journal, journal_path):
                 yield journal

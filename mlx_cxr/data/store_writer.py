@@ -37,7 +37,6 @@ from mlx_cxr.data.pixel_store import (
     read_index,
     sample_hash,
     shard_paths,
-    store_files,
 )
 from mlx_cxr.data.sharded_images import ShardedImages
 from mlx_cxr.data.tables import DataError
@@ -118,10 +117,13 @@ def build_store(
     if not len(manifest):
         raise DataError(f"the manifest has no films; see the counts that build_manifest wrote beside {path}")
     places = shard_paths(path, -(-len(manifest) // shard_films))
-    shards = []
-    for number in range(len(places)) if share is None else range(share[0] - 1, len(places), share[1]):
-        rows = manifest.frame.iloc[number * shard_films : (number + 1) * shard_films]
-        shards.append(_planned(places[number], rows, manifest.sha256, transform, root))
+    planned = [
+        _planned(
+            place, manifest.frame.iloc[n * shard_films : (n + 1) * shard_films], manifest.sha256, transform, root
+        )
+        for n, place in enumerate(places)
+    ]
+    shards = planned if share is None else planned[share[0] - 1 :: share[1]]
     own = {} if rebuild else {s.path: index for s in shards if (index := _up_to_date(s)) is not None}
     todo = [shard for shard in shards if shard.path not in own]
     begun, decoded = time.perf_counter(), 0
@@ -133,12 +135,12 @@ def build_store(
         own |= made
     seconds = time.perf_counter() - begun
 
-    indexes = {place: own.get(place) or _made(place, manifest, transform) for place in places}
+    indexes = {shard.path: own.get(shard.path) or _up_to_date(shard) for shard in planned}
     lacking = tuple(place for place, index in indexes.items() if index is None)
     if not lacking:
         if len(places) > 1:
             _write_whole(path, list(indexes.values()), manifest, transform)
-        _remove_others(path)
+        _remove_others(path, places)
     told = [own[shard.path] for shard in shards] if lacking else list(indexes.values())
     unreadable, notes = (
         {image: what for index in told for image, what in index[name].items()} for name in ("unreadable", "notes")
@@ -250,19 +252,11 @@ def _write_whole(path: Path, parts: Sequence[Mapping[str, Any]], manifest: Manif
         write_json(path.with_suffix(".json"), index)
 
 
-def _remove_others(path: Path) -> None:
-    """Remove the arrays, begun or finished, that belong to a store of fewer or more shards than the one there."""
-    arrays = store_files(path)[1:]
-    kept = {file for array in arrays for file in (array, array.with_suffix(".json"), *partial_paths(array))}
+def _remove_others(path: Path, places: Sequence[Path]) -> None:
+    """Remove the arrays, begun or finished, that belong to a store of fewer or more shards than these."""
+    kept = {file for array in places for file in (array, array.with_suffix(".json"), *partial_paths(array))}
     for file in {*files_of_shards(path), path} - kept:
         file.unlink(missing_ok=True)
-
-
-def _made(path: Path, manifest: Manifest, transform: Transform) -> dict[str, Any] | None:
-    """The index of a shard that another process has made; None if it is not there, or is for something else."""
-    index = _read(path)
-    wanted = {"schema": SCHEMA, "manifest": manifest.sha256, "transform": transform.plain()}
-    return index if index and all(index[name] == value for name, value in wanted.items()) else None
 
 
 def _up_to_date(shard: _Shard) -> dict[str, Any] | None:

@@ -17,37 +17,43 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from mlx_cxr import runtime
+from mlx_cxr.errors import UserError
+from mlx_cxr.workers import available_cores
 
 _MOST = 8
 _own = threading.local()
 """`streams`: those of this thread, as MLX gives a stream to a thread; `active`: how many of them are in use."""
+_held = threading.Lock()
+"""By the thread that is inside: how many threads OpenBLAS has is one setting for all of them."""
 
 
 @contextmanager
 def batch_parallel(streams: int | None = None) -> Iterator[int]:
     """Cut the batches of graphs that are built inside into parts, one per core; evaluate them inside too.
 
-    Does nothing on another device than the CPU, with one core, where BLAS threads are limited to one already, or where
-    the environment has `MLX_CXR_STREAMS=1`.
+    Does nothing on another device than the CPU, with one core, where BLAS is limited to one thread, while another
+    thread of this process is inside, or where the environment has `MLX_CXR_STREAMS=1`.
 
     Args:
         streams: how many parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
 
     Yields:
         How many parts a batch is cut into, at most; 1 means that nothing changes.
+
+    Raises:
+        UserError: `MLX_CXR_STREAMS` is no whole number above 0.
     """
     before = _active()
-    blas = _OpenBLAS.linked()
-    if before > 1 or mx.default_device().type != mx.DeviceType.cpu:
+    if before > 1 or mx.default_device().type != mx.DeviceType.cpu or (wanted := streams or available()) == 1:
         yield before
         return
-    threads = blas.threads() if blas else os.cpu_count() or 1
-    wanted = streams or int(os.environ.get("MLX_CXR_STREAMS", 0)) or min(threads, _MOST)
-    if wanted == 1:
+    if not _held.acquire(blocking=False):
         yield 1
         return
-    held = getattr(_own, "streams", [])
-    _own.streams = held + [mx.new_stream(mx.cpu) for _ in range(wanted - len(held))]
+    blas = _OpenBLAS.linked()
+    threads = blas.threads() if blas else 1
+    own = getattr(_own, "streams", [])
+    _own.streams = own + [mx.new_stream(mx.cpu) for _ in range(wanted - len(own))]
     _own.active = wanted
     if blas:
         blas.set_threads(1)
@@ -57,6 +63,23 @@ def batch_parallel(streams: int | None = None) -> Iterator[int]:
         _own.active = 1
         if blas:
             blas.set_threads(threads)
+        _held.release()
+
+
+def available() -> int:
+    """How many parts `batch_parallel` makes of a batch unless it is told: `MLX_CXR_STREAMS`, or one per BLAS thread.
+
+    Raises:
+        UserError: `MLX_CXR_STREAMS` is no whole number above 0.
+    """
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return 1
+    if asked := os.environ.get("MLX_CXR_STREAMS"):
+        if not asked.isdecimal() or int(asked) < 1:
+            raise UserError(f"MLX_CXR_STREAMS is {asked!r}; give a whole number from 1 (off), or leave it out")
+        return int(asked)
+    blas = _OpenBLAS.linked()
+    return min(blas.threads() if blas else available_cores(), _MOST)
 
 
 def split(x: mx.array) -> list[mx.array]:
@@ -72,6 +95,8 @@ def each(function: Callable[..., mx.array], *parts: Sequence[mx.array]) -> list[
     arguments = list(zip(*parts, strict=True))
     if len(arguments) == 1:
         return [function(*arguments[0])]
+    if len(arguments) > _active():
+        raise RuntimeError(f"{len(arguments)} parts of a batch outside of the batch_parallel that cut it")
     made = []
     for stream, own in zip(_own.streams, arguments, strict=False):
         with mx.stream(stream):

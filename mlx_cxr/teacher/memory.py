@@ -2,7 +2,7 @@
 
 The count follows what each decoder layer keeps for the backward pass. For the 1.6B model on the CPU backend it is
 0.3 % above MLX's peak in bfloat16 (one study of 128 tokens) and 2 % in float32 (one of 512);
-`python -m mlx_cxr.benchmark --teacher_size full` shows both for other shapes.
+`python -m mlx_cxr.benchmark --only teacher --teacher_size full` shows both for other shapes.
 """
 
 from __future__ import annotations

@@ -132,8 +132,7 @@ class World:
         own = values.astype(np.float32)
         own[~mine] = 0
         total = mx.distributed.all_sum(mx.array(own), group=self.group)
-        with self.waiting("the answers of all ranks"):
-            mx.eval(total)
+        self._evaluate(total, "the answers of all ranks")
         return np.array(total).astype(values.dtype)
 
     def barrier(self) -> None:
@@ -158,8 +157,12 @@ class World:
         if self.size > 1:
             self._check(what, np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32))
 
-    def check_same_weights(self, model: nn.Module) -> None:
+    def check_same_weights(self, model: nn.Module, trainable_only: bool = False) -> None:
         """See that all ranks have the same parameters and running statistics, by a sum over their bits.
+
+        Args:
+            model: its parameters are compared.
+            trainable_only: leave out what is frozen, such as a base that each rank has read from the same file.
 
         Raises:
             RanksDifferError: they have not; says which.
@@ -167,8 +170,9 @@ class World:
         if self.size == 1:
             return
         total = mx.array(0, dtype=mx.uint32)
-        for place, (_, value) in enumerate(tree_flatten(model.parameters())):
-            bits = value.reshape(-1).view(mx.uint32 if value.dtype.size == 4 else mx.uint8)
+        compared = model.trainable_parameters() if trainable_only else model.parameters()
+        for place, (_, value) in enumerate(tree_flatten(compared)):
+            bits = value.reshape(-1).view({4: mx.uint32, 2: mx.uint16}.get(value.dtype.size, mx.uint8))
             total = total + (place + 1) * mx.sum(bits.astype(mx.uint32))
         self._check("weights", np.array(total)[None].view(np.int32))
 
@@ -182,7 +186,7 @@ class World:
             )
 
     def _evaluate(self, tree: Any, where: str) -> None:
-        """Without a limit: rank 0 may be at something long that it does alone."""
+        """Without a limit: another rank may be slower, or rank 0 at something long that it does alone."""
         with self._connection(where):
             mx.eval(tree)
 
@@ -231,6 +235,17 @@ ALONE = World()
 """One process."""
 
 
+def _seconds_to_wait() -> float:
+    asked = os.environ.get(_TIMEOUT)
+    try:
+        seconds = float(asked) if asked else _SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{_TIMEOUT} is {asked!r}; give the seconds to wait for another rank, such as 600")
+    return seconds
+
+
 class _Watchdog:
     """A thread that ends the process when a wait has outlasted its time."""
 
@@ -241,7 +256,7 @@ class _Watchdog:
 
     def begin(self, message: str) -> None:
         if self._thread is None:
-            self._limit = float(os.environ.get(_TIMEOUT, _SECONDS))
+            self._limit = _seconds_to_wait()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         self._wait = (time.monotonic() + self._limit, message)

@@ -11,13 +11,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_cxr import __version__, runtime
 from mlx_cxr.config import Config
 from mlx_cxr.config_sections import ModelConfig, TrainingConfig
 from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
 from mlx_cxr.labels import SCORING_PROTOCOLS
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
-from mlx_cxr.models.streams import batch_parallel
+from mlx_cxr.models.streams import available, batch_parallel
 from mlx_cxr.runs import RunExistsError, create_run, hash_of, write_json
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.distributed import ALONE, World
@@ -147,7 +148,11 @@ def fit(
     Raises:
         TrainingDivergedError, TrainingDataError, RunFormatError: as `train`.
     """
-    with batch_parallel():
+    world = task.world
+    world.check_same("version of this package, or kind of device,", f"{__version__} {runtime.device_kind()}")
+    # The parts of a batch decide in which order ranks exchange BatchNorm's sums: as many on each.
+    parts = int(world.gather(np.array([available()], np.int32)).min())
+    with batch_parallel(parts):
         result = train(
             task,
             epochs=training.epochs,
@@ -159,7 +164,7 @@ def fit(
             settings=settings,
             resume=resume,
         )
-    if task.world.writes:
+    if world.writes:
         write_json(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
     log.info(
         "best validation macro AUC %.4f (epoch %d); weights in %s",

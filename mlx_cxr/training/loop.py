@@ -150,6 +150,11 @@ def train(
         )
         task.model.train()
         ahead, before = _device_runs_ahead(), []
+
+        def is_read(step: int) -> bool:
+            """Whether the sums are looked at after so many steps."""
+            return step % log_every == 0 or step % save_every == 0 or step % task.steps_per_epoch == 0
+
         clock.lap()
         for batch in task.batches(epoch, skip):
             mx.random.seed(_step_seed(seed, progress.step))
@@ -160,6 +165,8 @@ def train(
                     # With the step before done, one at most is under way, and memory does not grow.
                     mx.eval(before)
                     before = losses.arrays
+                    if is_read(progress.step + 1):
+                        mx.eval(before)
                 else:
                     mx.eval(task.model.state, task.optimizer.state, losses.arrays)
             progress = replace(progress, step=progress.step + 1)
@@ -171,7 +178,7 @@ def train(
                     append_jsonl(metrics_path, {"kind": "step", "step": progress.step, "loss": mean, "grad_norm": norm})
             if progress.step % save_every == 0 and progress.step % task.steps_per_epoch:
                 sums = losses.finite_sums(progress.step)
-                world.check_same_weights(task.model)
+                world.check_same_weights(task.model, task.trainable_only)
                 if world.writes:
                     reached = replace(progress, seconds=clock.total(), sums=sums)
                     save_state(state_path, task.model, task.optimizer, reached, task.trainable_only)
@@ -181,7 +188,7 @@ def train(
         rates = {"samples_per_second": task.samples(epoch, skip) / seconds}
         if task.tokens is not None:
             rates["tokens_per_second"] = task.tokens(epoch, skip) / seconds
-        world.check_same_weights(task.model)
+        world.check_same_weights(task.model, task.trainable_only)
         figures = task.validate(task.model)
         if math.isnan(figures["macro_auc"]):
             raise TrainingDataError("the validation macro AUC is undefined: no label has both classes there")

@@ -45,7 +45,7 @@ def predict_logits(model: ResNet18, source: FilmSource, batch_size: int, world: 
     model.eval()
     forward = film_forward(model)
     items = np.array_split(np.arange(len(source)), world.size)[world.rank]
-    starts = range(0, len(source), batch_size)
+    starts = range(0, len(items), batch_size)
     filled = [np.resize(items[i : i + batch_size], min(batch_size, len(items))) for i in starts]
     logits = []
     try:

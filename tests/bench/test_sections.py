@@ -104,6 +104,16 @@ def test_training_steps_agree_with_pytorch(torch, model, patient):
     np.testing.assert_array_equal(np.array(model.fc.weight), before)
 
 
+def test_a_wrong_gradient_of_ours_is_found_and_not_timed(model, patient, monkeypatch):
+    """The reference is MLX's own operations: no fast path vouches for itself."""
+    right = ops._stride2_gradients
+    monkeypatch.setattr(ops, "_stride2_gradients", lambda *a: tuple(0.3 * g for g in right(*a)))
+    found = by_name(training.measure_steps(model, SIZE, (2,), None, 0.2), 2)
+    assert found[training.STOCK].status == "timed"
+    assert found[training.OURS].status == "wrong"
+    assert found[training.OURS].timing is None
+
+
 def test_a_step_with_another_optimizer_is_found(torch, model):
     cohort = training.random_cohort(4, SIZE, 0)
     settings = TrainingConfig(batch_size=4, warmup_fraction=0.0)

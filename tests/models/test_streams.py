@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_cxr import runtime
+from mlx_cxr.errors import UserError
 from mlx_cxr.models import streams
 from mlx_cxr.models.batch_norm import BatchNorm
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
@@ -124,21 +125,40 @@ def test_it_can_be_turned_off(monkeypatch):
         assert len(streams.split(normal(4, 2))) == 1
 
 
-def test_threads_do_not_share_streams():
-    """MLX gives a stream to the thread that made it."""
-    results = []
+@pytest.mark.parametrize("asked", ["garbage", "-3", "0", "1.5"])
+def test_a_number_of_streams_that_is_none_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("MLX_CXR_STREAMS", asked)
+    with pytest.raises(UserError, match="MLX_CXR_STREAMS"), streams.batch_parallel():
+        pass
+
+
+def test_parts_belong_to_the_context_that_cut_them():
+    with streams.batch_parallel(3):
+        parts = streams.split(normal(6, 2))
+    with pytest.raises(RuntimeError, match="3 parts"):
+        streams.each(nn.relu, parts)
+
+
+def test_another_thread_goes_on_in_one_part_and_blas_has_its_threads_back():
+    """MLX gives a stream to the thread that made it, and OpenBLAS's number of threads is one for all of them."""
+    before, results = blas_threads(), []
 
     def work() -> None:
-        with streams.batch_parallel(2):
+        with streams.batch_parallel(2) as count:
             y = streams.joined(streams.each(nn.relu, streams.split(normal(4, 3))))
             mx.eval(y)
-            results.append(np.array(y))
+            results.append((count, np.array(y)))
 
-    with streams.batch_parallel(2):
+    def in_a_thread() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
+
+    with streams.batch_parallel(2):
+        in_a_thread()
         work()
-    assert len(results) == 2
-    for result in results:
+    in_a_thread()
+    assert [count for count, _ in results] == [1, 2, 2]
+    for _, result in results:
         np.testing.assert_array_equal(result, np.maximum(np.array(normal(4, 3)), 0))
+    assert blas_threads() == before

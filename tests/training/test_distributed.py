@@ -15,6 +15,7 @@ import pytest
 from mlx_cxr.config_sections import AugmentConfig
 from mlx_cxr.errors import UserError
 from mlx_cxr.teacher.sharing import own_rows
+from mlx_cxr.training import distributed
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.distributed import ALONE, PartialDropout, World, share_dropout
@@ -170,11 +171,11 @@ def test_a_wait_without_end_ends_the_process():
     """Where no exception can reach, as in MLX's ring behind an exchange that has failed."""
     code = "import time, mlx_cxr; from mlx_cxr.training.distributed import World\n"
     code += "with World(1, 3).waiting('step 12'): time.sleep(0.1)\n"
-    code += "time.sleep(1)\nprint('alive', flush=True)\n"
+    code += "time.sleep(4)\nprint('alive', flush=True)\n"
     code += "with World(1, 3).waiting('step 13'): time.sleep(60)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "MLX_CXR_RANK_TIMEOUT": "0.5"},
+        env={**os.environ, "MLX_CXR_RANK_TIMEOUT": "3"},
         capture_output=True,
         text=True,
         timeout=30,
@@ -182,6 +183,24 @@ def test_a_wait_without_end_ends_the_process():
     )
     assert (done.returncode, done.stdout) == (3, "alive\n")
     assert "error: rank 1 of 3 waits in vain for another rank at step 13" in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["soon", "0", "-5"])
+def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("MLX_CXR_RANK_TIMEOUT", asked)
+    with pytest.raises(UserError, match="MLX_CXR_RANK_TIMEOUT"):
+        distributed._seconds_to_wait()
+
+
+def test_a_rank_of_a_launcher_that_mlx_cannot_reach_does_not_write_alone():
+    code = "import mlx_cxr; from mlx_cxr import runtime; from mlx_cxr.errors import readable_errors\n"
+    code += "with readable_errors(): runtime.start('train_cnn', parallel=True)"
+    environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "started as one of several" in done.stderr
 
 
 def test_a_rank_whose_peer_never_starts_says_so(tmp_path):

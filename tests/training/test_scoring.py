@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, ResNet18, ResNetConfig, initialize, preprocess
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.scoring import predict_logits
 
@@ -63,3 +66,41 @@ def test_weights_changed_between_calls_are_seen(model):
     before = predict_logits(model, source, 3)
     model.fc.bias = model.fc.bias + 1
     np.testing.assert_allclose(predict_logits(model, source, 3), before + 1, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("films", "ranks"), [(7, 3), (2, 3), (0, 2), (6, 2)])
+def test_ranks_score_their_share_and_no_more(model, films, ranks):
+    """Each rank by itself, its rows given back as they are: together they are all rows, once."""
+
+    @dataclass(frozen=True)
+    class Part:
+        rank: int
+        size: int
+
+        def rows_of_all(self, values: np.ndarray, mine: np.ndarray) -> np.ndarray:
+            return np.where(mine[:, None], values, np.nan)
+
+    passes = []
+    toy = CountingNetwork(passes)
+    source = FilmSource(FILMS, np.arange(films), 1.0)
+    parts = [predict_logits(toy, source, 2, Part(rank, ranks)) for rank in range(ranks)]
+    assert sum(passes) <= films + ranks, "the last batch of a rank is filled up, nothing else"
+    known = [~np.isnan(part) for part in parts]
+    assert (np.sum(known, axis=0) == 1).all()
+    wanted = FILMS[:films].mean(axis=(1, 2), dtype=np.float64)
+    for part, mine in zip(parts, known, strict=True):
+        np.testing.assert_allclose(part[mine[:, 0], 0], wanted[mine[:, 0]], rtol=1e-4)
+
+
+class CountingNetwork(nn.Module):
+    """Says how bright a film is, and how many films it was asked about."""
+
+    def __init__(self, passes: list[int]) -> None:
+        super().__init__()
+        self._passes = passes
+        self.config = ResNetConfig()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._passes.append(len(x))
+        level = (mx.mean(x, axis=(1, 2, 3)) * GRAY_STD + GRAY_MEAN) * 255
+        return mx.broadcast_to(level[:, None], (len(x), 14))
