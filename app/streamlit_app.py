@@ -86,7 +86,7 @@ def nothing_to_show(index: RunIndex) -> None:
     st.header("No model to show yet", anchor=False)
     st.markdown(
         f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the built-in "
-        "synthetic cohort takes twenty to thirty minutes on two CPU cores:"
+        "synthetic cohort takes about twenty minutes on two CPU cores:"
     )
     st.code("./scripts/demo", language="bash")
     st.markdown("Or train and evaluate a CNN on your own data:")
