@@ -19,6 +19,7 @@ from mlx_cxr import build_manifest, cache_teacher_outputs
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 from mlx_cxr.labels import LABELS
 from mlx_cxr.runs import hash_of, read_json, sha256_file, write_json
+from mlx_cxr.teacher import sharing
 from mlx_cxr.teacher.trained import Material, TrainedTeacher
 
 SOFT = ("teacher_soft_labels.npy", "teacher_study_ids.json")
@@ -179,11 +180,12 @@ def test_a_second_run_has_nothing_left_to_score(toy, cached, monkeypatch):
     scored = []
     real = cache_teacher_outputs.score
 
-    def counting(base, form, prompts, *rest):
+    def counting(base, form, prompts, *rest, **named):
         scored.append(len(prompts))
-        return real(base, form, prompts, *rest)
+        return real(base, form, prompts, *rest, **named)
 
-    monkeypatch.setattr(cache_teacher_outputs, "score", counting)
+    for module in (cache_teacher_outputs, sharing):
+        monkeypatch.setattr(module, "score", counting)
     cache_teacher_outputs.run(toy.config(), cached.name)
     assert scored == [len(TEST)]
     assert {name: sha256_file(cached / name) for name in SOFT} == before

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_cxr import runtime
 from mlx_cxr.config_sections import TeacherConfig
@@ -80,7 +80,9 @@ class Base:
         model.update(tree_map(lambda w: _as(w, precision), model.parameters()))
         model.freeze()
         model.eval()
-        mx.eval(model.parameters())
+        # One at a time: all at once would hold each weight as it is in the file beside its copy in this precision.
+        for _, weight in tree_flatten(model.parameters()):
+            mx.eval(weight)
         quantized = [
             m.bits for _, m in model.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))
         ]
