@@ -169,7 +169,7 @@ def full_page(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "",
         "Quartiles in brackets. `share` is GFLOP/s over the peak that the same framework reached in a matrix product "
         "of that precision; `bound` is the least time that measured peak and bandwidth allow a pass layer by layer; "
-        "both are left out where a pass beats its precision's matrix products, as the framework computes it in another. "
+        "both are left out where a pass beats its precision's matrix products, as it is computed in another. "
         "`differs` is the largest difference of the output from MLX's float32 network on stock operations, in "
         "multiples of its largest value, and what is tolerated.",
     ]
