@@ -166,7 +166,8 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
     grad_cam = film_pixels(page)
     page.get_by_role("radio", name="HiResCAM").click()
     settled(page)
-    np.testing.assert_allclose(film_pixels(page), grad_cam, atol=1)
+    # The same map up to rounding, which may decide between two neighbours of the 256 colours: two gray levels apart.
+    np.testing.assert_allclose(film_pixels(page), grad_cam, atol=2)
     page.get_by_role("radio", name="Grad-CAM++").click()
     settled(page)
     assert page.get_by_text(f"{finding}: Grad-CAM++; peak").count() == 1
