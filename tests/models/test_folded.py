@@ -61,6 +61,13 @@ def test_half_precision_is_that_precise(dtype, tolerance):
     assert 0 < relative_error(net(x), model(x)) < tolerance
 
 
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 35])
+def test_large_batches_come_back_whole_and_in_order(count):
+    net, x = FoldedResNet18.of(network()), films(count, 39)
+    wanted = mx.concatenate([net(x[i : i + 1]) for i in range(count)])
+    assert relative_error(evaluated(net)(x), wanted) < 1e-4
+
+
 def test_maps_of_findings_are_those_of_the_network():
     model, x = network(), films(2, 96)
     ours, wanted = (class_activation_maps(net, x, LABELS) for net in (FoldedResNet18.of(model), model))
