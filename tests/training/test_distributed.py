@@ -12,14 +12,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_cxr.config_sections import AugmentConfig
+from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
 from mlx_cxr.errors import UserError
+from mlx_cxr.models import streams
 from mlx_cxr.teacher.sharing import own_rows
-from mlx_cxr.training import distributed
+from mlx_cxr.training import distributed, film_run
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.distributed import ALONE, PartialDropout, World, share_dropout
 from mlx_cxr.training.film_task import TrainingData, film_task
+from mlx_cxr.training.loop import TrainingResult
 from mlx_cxr.training.losses import distillation_loss, masked_bce
 
 
@@ -183,6 +185,25 @@ def test_a_wait_without_end_ends_the_process():
     )
     assert (done.returncode, done.stdout) == (3, "alive\n")
     assert "error: rank 1 of 3 waits in vain for another rank at step 13" in done.stderr
+
+
+def test_ranks_cut_their_batches_into_as_many_parts_as_the_one_with_the_fewest(monkeypatch, tmp_path):
+    """Where they did not, two of BatchNorm's exchanges changed places, and wrong sums were added without a word."""
+    found = []
+
+    def train(*_, **__) -> TrainingResult:
+        found.append(len(streams.split(mx.zeros((8, 1)))))
+        return TrainingResult(0.9, 1, 1, 1, 1.0, False)
+
+    monkeypatch.setattr(film_run, "train", train)
+    monkeypatch.setenv("MLX_CXR_STREAMS", "4")
+    for others, parts in ((2, 2), (8, 4), (1, 1)):
+        world = SimpleNamespace(
+            writes=False, check_same=lambda *_: None, gather=lambda mine, n=others: np.stack([mine, [n]])
+        )
+        task = SimpleNamespace(world=world, best_name="best")
+        film_run.fit(task, TrainingConfig(), seed=0, run_dir=tmp_path, settings="", resume=False, summary={})
+        assert found.pop() == parts
 
 
 @pytest.mark.parametrize("asked", ["soon", "0", "-5"])
