@@ -18,6 +18,7 @@ from mlx_cxr import runtime
 from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.errors import readable_errors
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.runs import create_run, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
@@ -126,17 +127,18 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         base.model.load_weights(list(first.items()), strict=False)
     trainable = sum(teacher.lora.rank * (inputs + outputs) for inputs, outputs in widths)
     mx.reset_peak_memory()
-    result = train(
-        lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed, world),
-        epochs=teacher.training.epochs,
-        seed=config.seed,
-        patience=teacher.training.patience,
-        save_every=teacher.training.save_every,
-        log_every=teacher.training.log_every,
-        run_dir=run_dir,
-        settings=settings_hash(config, base, inputs),
-        resume=resume_state,
-    )
+    with batch_parallel(rows=teacher.training.batch_size):
+        result = train(
+            lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed, world),
+            epochs=teacher.training.epochs,
+            seed=config.seed,
+            patience=teacher.training.patience,
+            save_every=teacher.training.save_every,
+            log_every=teacher.training.log_every,
+            run_dir=run_dir,
+            settings=settings_hash(config, base, inputs),
+            resume=resume_state,
+        )
     summary = {
         "schema": 1,
         **asdict(result),

@@ -8,12 +8,10 @@ order; `tests/models/test_ops.py` holds each against the stock operation. `use_f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cxr.models import streams
+from mlx_cxr.models.streams import with_gradient
 
 _enabled = True
 
@@ -80,8 +78,8 @@ def conv3x3(x: mx.array, weight: mx.array, stride: int, dilation: int) -> mx.arr
     if dilation == 2:
         return _dilated(x, weight)
     if stride == 2:
-        return _with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 1), _stride2_gradients)(x, weight)
-    return _with_gradient(_sliced_conv, _stride1_gradients)(x, weight)
+        return with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 1), _stride2_gradients)(x, weight)
+    return with_gradient(_sliced_conv, _stride1_gradients)(x, weight)
 
 
 def conv1x1(x: mx.array, weight: mx.array, stride: int) -> mx.array:
@@ -95,25 +93,7 @@ def stem_conv(x: mx.array, weight: mx.array) -> mx.array:
     """(N, H, W, C) and (O, 7, 7, C) -> (N, ceil(H / 2), ceil(W / 2), O); stride 2, padding 3."""
     if not fast():
         return mx.conv2d(x, weight, 2, 3)
-    return _with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 3), _stem_gradients)(x, weight)
-
-
-Gradients = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
-
-
-def _with_gradient(
-    function: Callable[[mx.array, mx.array], mx.array], gradients: Gradients
-) -> Callable[[mx.array, mx.array], mx.array]:
-    """`function` of x and weight with gradients of its own, which are computed on the stream that it is called on."""
-    stream = streams.here()
-    with_gradient = mx.custom_function(function)
-
-    @with_gradient.vjp
-    def vjp(primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-        with mx.stream(stream):
-            return gradients(*primals, dy)
-
-    return with_gradient
+    return with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 3), _stem_gradients)(x, weight)
 
 
 def _dilated(x: mx.array, weight: mx.array) -> mx.array:
@@ -122,7 +102,7 @@ def _dilated(x: mx.array, weight: mx.array) -> mx.array:
     padded = mx.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
     half_h, half_w = padded.shape[1] // 2, padded.shape[2] // 2
     grids = padded.reshape(n, half_h, 2, half_w, 2, c).transpose(2, 4, 0, 1, 3, 5).reshape(4 * n, half_h, half_w, c)
-    y = _with_gradient(_sliced_conv, _stride1_gradients)(grids, weight)
+    y = with_gradient(_sliced_conv, _stride1_gradients)(grids, weight)
     y = y.reshape(2, 2, n, half_h, half_w, -1).transpose(2, 3, 0, 4, 1, 5).reshape(n, 2 * half_h, 2 * half_w, -1)
     return y[:, :h, :w]
 
@@ -150,7 +130,7 @@ def _sliced_conv(x: mx.array, weight: mx.array) -> mx.array:
     return mx.concatenate([mx.conv2d(part, weight, 1, 1) for part in mx.split(x, parts)])
 
 
-def _stride1_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+def _stride1_gradients(x: mx.array, weight: mx.array, dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     parts = _slices(x)
     pairs = zip(mx.split(x, parts), mx.split(dy, parts), strict=True)
     d_weight = sum(_weight_gradient(part, d_part, 3, 1, 1) for part, d_part in pairs)
@@ -161,11 +141,11 @@ def _stride1_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.
     return (_patches(dy, 3, 1, 1) @ turned).reshape(x.shape), d_weight
 
 
-def _stride2_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+def _stride2_gradients(x: mx.array, weight: mx.array, dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     return _stride2_input_gradient(dy, weight, x.shape[1], x.shape[2]), _weight_gradient(x, dy, 3, 2, 1)
 
 
-def _stem_gradients(x: mx.array, weight: mx.array, dy: mx.array) -> tuple[mx.array, mx.array]:
+def _stem_gradients(x: mx.array, weight: mx.array, dy: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     _, (dx,) = mx.vjp(lambda image: mx.conv2d(image, weight, 2, 3), [x], [dy])
     return dx, _weight_gradient(x, dy, 7, 2, 3)
 
@@ -217,14 +197,7 @@ def max_pool_3x3_s2(x: mx.array) -> mx.array:
     """
     if not fast():
         return nn.MaxPool2d(3, 2, 1)(x)
-    stream = streams.here()
-    pool_rows = mx.custom_function(_pool_rows)
-
-    @pool_rows.vjp
-    def vjp(x: mx.array, dy: mx.array, y: mx.array) -> mx.array:
-        with mx.stream(stream):
-            return _pool_rows_gradient(x, dy, y)
-
+    pool_rows = with_gradient(_pool_rows, _pool_rows_gradient)
     return pool_rows(pool_rows(x.swapaxes(1, 2)).swapaxes(1, 2))
 
 

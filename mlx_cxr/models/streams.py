@@ -4,6 +4,10 @@ MLX's CPU backend runs one operation of a stream at a time, and all of it but th
 patches of a convolution, BatchNorm, ReLU, pooling. Inside `batch_parallel` a network's batch is cut into a part per
 core; each part has a stream, and each matrix product one thread. Outside of it, and on other devices, a batch is one
 part, and nothing here does anything.
+
+MLX hands a graph's operations to their streams in one order, a few ahead of what is computed. Where more than
+`MLX_BFS_MAX_WIDTH` arrays are open it goes into depth: the whole of one part before the next, one core after the other.
+Its default, 20, is less than a training step of the teacher has; this module raises it, unless it is set already.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,6 +26,7 @@ from mlx_cxr.errors import UserError
 from mlx_cxr.workers import available_cores
 
 _MOST = 8
+_WIDTH = "1000"
 _own = threading.local()
 """`streams`: those of this thread, as MLX gives a stream to a thread; `active`: how many of them are in use."""
 _held = threading.Lock()
@@ -28,14 +34,15 @@ _held = threading.Lock()
 
 
 @contextmanager
-def batch_parallel(streams: int | None = None) -> Iterator[int]:
+def batch_parallel(streams: int | None = None, rows: int | None = None) -> Iterator[int]:
     """Cut the batches of graphs that are built inside into parts, one per core; evaluate them inside too.
 
-    Does nothing on another device than the CPU, with one core, where BLAS is limited to one thread, while another
-    thread of this process is inside, or where the environment has `MLX_CXR_STREAMS=1`.
+    Does nothing on another device than the CPU, with one core, where BLAS is limited to one thread, for batches of one
+    row, while another thread of this process is inside, or where the environment has `MLX_CXR_STREAMS=1`.
 
     Args:
         streams: how many parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
+        rows: of the batches, whose parts have one at least; None for many.
 
     Yields:
         How many parts a batch is cut into, at most; 1 means that nothing changes.
@@ -44,7 +51,9 @@ def batch_parallel(streams: int | None = None) -> Iterator[int]:
         UserError: `MLX_CXR_STREAMS` is no whole number above 0.
     """
     before = _active()
-    if before > 1 or mx.default_device().type != mx.DeviceType.cpu or (wanted := streams or available()) == 1:
+    wanted = streams or available()
+    wanted = wanted if rows is None else min(wanted, max(rows, 1))
+    if before > 1 or mx.default_device().type != mx.DeviceType.cpu or wanted == 1:
         yield before
         return
     if not _held.acquire(blocking=False):
@@ -109,8 +118,26 @@ def joined(parts: Sequence[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
+def with_gradient(function: Callable[..., mx.array], gradient: Callable[..., Any]) -> Callable[..., mx.array]:
+    """`function` with a gradient of its own, computed on the stream that this is called on.
+
+    Args:
+        function: of one or several arrays.
+        gradient: of the arguments, the cotangent of the value and the value; returns each argument's cotangent.
+    """
+    stream = here()
+    made = mx.custom_function(function)
+
+    @made.vjp
+    def vjp(arguments: Any, cotangent: mx.array, value: mx.array) -> Any:
+        with mx.stream(stream):
+            return gradient(*(arguments if isinstance(arguments, tuple) else (arguments,)), cotangent, value)
+
+    return made
+
+
 def here() -> mx.Stream:
-    """The stream of the part that is being worked on: a custom gradient has to be computed there too."""
+    """The stream of the part that is being worked on."""
     return mx.default_stream(mx.default_device())
 
 
@@ -132,3 +159,8 @@ class _OpenBLAS:
             return cls(ctypes.CDLL(name)) if name else None
         except (OSError, AttributeError):
             return None
+
+
+if mx.default_device().type == mx.DeviceType.cpu:
+    # Read by MLX when it first evaluates something.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", _WIDTH)

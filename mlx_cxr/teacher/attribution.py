@@ -19,6 +19,7 @@ import numpy as np
 from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.errors import UserError
 from mlx_cxr.explain.word_scores import WordScores
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
@@ -153,10 +154,11 @@ def explain(
         return finding_logits(language, points.astype(stored.dtype), reads, direction, checkpoint, shared)
 
     rows = config.training.batch_size
-    logits, without = np.array(mx.concatenate([answers(embeddings[None]), answers(blank[None])]))
-    integrated = [_complete(answers, embeddings, blank, k, float(logits[k] - without[k]), rows) for k in columns]
-    plain = gradient_x_input(answers, embeddings, columns, rows)
-    left_out = leave_one_out(base, form, prompt, report, film, config)
+    with batch_parallel(rows=rows):
+        logits, without = np.array(mx.concatenate([answers(embeddings[None]), answers(blank[None])]))
+        integrated = [_complete(answers, embeddings, blank, k, float(logits[k] - without[k]), rows) for k in columns]
+        plain = gradient_x_input(answers, embeddings, columns, rows)
+        left_out = leave_one_out(base, form, prompt, report, film, config)
     film_tokens = slice(len(form.head), len(form.head) + len(form.image))
     return [
         WordScores(

@@ -4,17 +4,21 @@ The layers are mlx-vlm's, weights and all; what is computed here is their forwar
 not give: tokens that all prompts of a batch begin with are computed once and the batch goes on from there, with
 gradients; adapters work in the precision of the base, with one dropout mask for the projections of one input, which
 takes less memory; nothing is kept for the backward pass that is cheaper to compute again; and on the CPU backend the
-exponentials are those of `fast_ops`. `tests/teacher` holds it against mlx-vlm and against transformers.
+exponentials are those of `fast_ops`, and a batch is worked on by all cores inside `models.streams.batch_parallel`.
+`tests/teacher` holds it against mlx-vlm and against transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_cxr.models.streams import each, here, joined, split, with_gradient
 from mlx_cxr.teacher.fast_ops import fast, softmax, swiglu
 
 State = tuple[mx.array, ...]
@@ -23,6 +27,32 @@ State = tuple[mx.array, ...]
 
 _HIDDEN = -1e30
 """Added to the score of a token that is not to be seen."""
+
+
+class Dropout(NamedTuple):
+    """Which inputs of the adapters are dropped: what a key draws for a batch, of which these may be some of the rows.
+
+    So the same ones are dropped into however many parts a batch is cut.
+    """
+
+    key: mx.array
+    start: int
+    """Row of the batch that is the first one here."""
+    rows: int
+    """Of the batch."""
+
+    def one_each(self, count: int) -> list[Dropout]:
+        """For so many layers."""
+        return [self._replace(key=key) for key in mx.random.split(self.key, count)]
+
+    def kept(self, x: mx.array, share: float) -> tuple[mx.array, float]:
+        """Bool of the shape of `x`, (B, L, I), and the share of the batch's elements that is kept, about `share`."""
+        # One random byte per element is a quarter of the usual draws; the share is that to the nearest 1 / 256.
+        kept = min(max(round(256 * share), 1), 255)
+        shape = (self.rows, *x.shape[1:])
+        size = self.rows * x[0].size
+        draws = mx.random.split(self.key, -(-size // 8)).view(mx.uint8).reshape(-1)[:size].reshape(shape)
+        return draws[self.start : self.start + len(x)] < kept, kept / 256
 
 
 def decode(
@@ -47,20 +77,29 @@ def decode(
     Returns:
         (B, R, H); (B, L - shared, H) where `read` is None.
     """
-    keys = list(_drawn_keys(2 * len(layers))) if training else [None] * (2 * len(layers))
-    first, h = embeddings[:1, :shared], embeddings[:, shared:]
-    for number, layer in enumerate(layers):
-        run = _checkpointed(layer) if checkpoint else partial(decoder_layer, layer)
-        state: State = ()
-        if shared:
-            first, state = run(first, (), keys[2 * number], None)
-        last = number == len(layers) - 1 and read is not None
-        h, _ = run(h, state, keys[2 * number + 1], read - shared if last else None)
-    return h
+    keys = _drawn_keys(2 * len(layers)) if training else None
+    beginning, parts = embeddings[:1, :shared], split(embeddings[:, shared:])
+    places = [None] * len(parts) if read is None else split(read - shared)
+    starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
+
+    def decoded(h: mx.array, places: mx.array | None, start: int) -> mx.array:
+        first = beginning
+        for number, layer in enumerate(layers):
+            run = _checkpointed(layer) if checkpoint else partial(decoder_layer, layer)
+            drops = [None, None]
+            if training:
+                drops = [Dropout(keys[2 * number], 0, 1), Dropout(keys[2 * number + 1], start, len(embeddings))]
+            state: State = ()
+            if shared:
+                first, state = run(first, (), drops[0], None)
+            h, _ = run(h, state, drops[1], places if number == len(layers) - 1 else None)
+        return h
+
+    return joined(each(decoded, parts, places, starts))
 
 
 def decoder_layer(
-    layer: nn.Module, x: mx.array, before: State, key: mx.array | None, read: mx.array | None = None
+    layer: nn.Module, x: mx.array, before: State, drop: Dropout | None, read: mx.array | None = None
 ) -> tuple[mx.array, State]:
     """One layer.
 
@@ -68,42 +107,40 @@ def decoder_layer(
         layer: mlx-vlm's `Lfm2DecoderLayer`.
         x: (B, L, H).
         before: what it handed on from tokens that come before those of `x`; empty where none do.
-        key: of the dropout; None drops nothing.
+        drop: inputs of the adapters; None drops nothing.
         read: int (B, R), positions along L whose states are wanted; None for all.
 
     Returns:
         (B, R or L, H), and what it hands on.
     """
-    keys = [None] * 4 if key is None else list(mx.random.split(key, 4))
+    drops = [None] * 4 if drop is None else drop.one_each(4)
     operator = _attention if layer.is_attention_layer else _short_convolution
     module = layer.self_attn if layer.is_attention_layer else layer.conv
-    mixed, state = operator(module, layer.operator_norm(x), before, keys[:2], read)
+    mixed, state = operator(module, layer.operator_norm(x), before, drops[:2], read)
     h = _at(x, read) + mixed
     ffn = layer.feed_forward
-    gate, up = projections(layer.ffn_norm(h), keys[2], ffn.w1, ffn.w3)
-    (out,) = projections(swiglu(gate, up), keys[3], ffn.w2)
+    gate, up = projections(layer.ffn_norm(h), drops[2], ffn.w1, ffn.w3)
+    (out,) = projections(swiglu(gate, up), drops[3], ffn.w2)
     return h + out, state
 
 
-def projections(x: mx.array, key: mx.array | None, *linears: nn.Module) -> list[mx.array]:
+def projections(x: mx.array, drop: Dropout | None, *linears: nn.Module) -> list[mx.array]:
     """One input through some linear layers, each with its adapter where it has one.
 
     The adapters' product is taken in the precision of `x`, and they see the same input, dropped out or not.
 
     Args:
         x: (B, L, I).
-        key: of the dropout; None drops nothing.
+        drop: inputs of the adapters; None drops nothing.
         linears: of I inputs.
     """
     adapted = [linear for linear in linears if "lora_a" in linear]
     # Under the name by which `nn.Dropout` keeps the share that stays.
     keep = adapted[0].dropout._p_1 if adapted else 1.0
     dropped = x
-    if key is not None and keep < 1.0:
-        # One random byte per element is a quarter of the usual draws; the share is that to the nearest 1 / 256.
-        kept = min(max(round(256 * keep), 1), 255)
-        draws = mx.random.split(key, -(-x.size // 8)).view(mx.uint8).reshape(-1)[: x.size]
-        dropped, keep = _masked(x, draws.reshape(x.shape) < kept), kept / 256
+    if drop is not None and keep < 1.0:
+        kept, keep = drop.kept(x, keep)
+        dropped = with_gradient(_masked, _masked_gradient)(x, kept)
     else:
         keep = 1.0
     outputs = []
@@ -117,19 +154,17 @@ def projections(x: mx.array, key: mx.array | None, *linears: nn.Module) -> list[
     return outputs
 
 
-@mx.custom_function
 def _masked(x: mx.array, kept: mx.array) -> mx.array:
     """`x` where `kept`, else 0, as a product: a choice is slower on the CPU backend, and a float mask larger."""
     return x * kept
 
 
-@_masked.vjp
-def _masked_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    return cotangent * primals[1], mx.zeros_like(primals[1])
+def _masked_gradient(x: mx.array, kept: mx.array, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    return cotangent * kept, mx.zeros_like(kept)
 
 
 def _attention(
-    attention: nn.Module, x: mx.array, before: State, keys: Sequence[mx.array | None], read: mx.array | None
+    attention: nn.Module, x: mx.array, before: State, drops: Sequence[Dropout | None], read: mx.array | None
 ) -> tuple[mx.array, State]:
     rows, length, _ = x.shape
     offset = before[0].shape[2] if before else 0
@@ -137,7 +172,7 @@ def _attention(
     def heads(projected: mx.array, count: int) -> mx.array:
         return projected.reshape(rows, length, count, -1)
 
-    q, k, v = projections(x, keys[0], attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = projections(x, drops[0], attention.q_proj, attention.k_proj, attention.v_proj)
     q = attention.q_layernorm(heads(q, attention.n_heads)).transpose(0, 2, 1, 3)
     k = attention.k_layernorm(heads(k, attention.n_kv_heads)).transpose(0, 2, 1, 3)
     v = heads(v, attention.n_kv_heads).transpose(0, 2, 1, 3)
@@ -152,7 +187,7 @@ def _attention(
     attend = _grouped_attention if fast(x) else _fused_attention
     mixed = attend(q, k, v, attention.scale, None if read is None else read + offset)
     mixed = mixed.transpose(0, 2, 1, 3).reshape(rows, q.shape[2], -1)
-    return projections(mixed, keys[1], attention.out_proj)[0], (k, v)
+    return projections(mixed, drops[1], attention.out_proj)[0], (k, v)
 
 
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, places: mx.array | None) -> mx.array:
@@ -173,9 +208,9 @@ def _grouped_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, plac
 
 
 def _short_convolution(
-    conv: nn.Module, x: mx.array, before: State, keys: Sequence[mx.array | None], read: mx.array | None
+    conv: nn.Module, x: mx.array, before: State, drops: Sequence[Dropout | None], read: mx.array | None
 ) -> tuple[mx.array, State]:
-    (projected,) = projections(x, keys[0], conv.in_proj)
+    (projected,) = projections(x, drops[0], conv.in_proj)
     gate_in, gate_out, value = mx.split(projected, 3, axis=-1)
     gated = gate_in * value
     rows, length, width = gated.shape
@@ -188,7 +223,7 @@ def _short_convolution(
         mixed = mixed + conv.conv.bias if "bias" in conv.conv else mixed
     else:
         mixed = conv.conv(gated)
-    return projections(_at(gate_out * mixed, read), keys[1], conv.out_proj)[0], (gated[:, -earlier:],)
+    return projections(_at(gate_out * mixed, read), drops[1], conv.out_proj)[0], (gated[:, -earlier:],)
 
 
 def _at(x: mx.array, read: mx.array | None) -> mx.array:
@@ -203,12 +238,36 @@ def _drawn_keys(count: int) -> mx.array:
 
 
 def _checkpointed(layer: nn.Module) -> Callable[..., tuple[mx.array, State]]:
-    def forward(
-        parameters: dict, x: mx.array, before: State, key: mx.array | None, read: mx.array | None
-    ) -> tuple[mx.array, State]:
-        layer.update(parameters)
-        # All arguments of a checkpoint are differentiated, these too.
-        key, read = (None if value is None else mx.stop_gradient(value) for value in (key, read))
-        return decoder_layer(layer, x, before, key, read)
+    """`decoder_layer` of a layer, of which nothing is kept for the backward pass but what it is given.
 
-    return lambda *arguments: mx.checkpoint(forward)(layer.trainable_parameters(), *arguments)
+    Unlike `mx.checkpoint`'s, its activations are computed again only when the gradient has come down to it, and the
+    gradient goes on only when that of the adapters is taken: on several streams MLX's order would else have those of
+    all layers in memory.
+    """
+    stream, own = here(), tree_flatten(layer.trainable_parameters())
+
+    def run(x: mx.array, before: State, drop: Dropout | None, read: mx.array | None) -> tuple[mx.array, State]:
+        def forward(*arrays: mx.array) -> list[mx.array]:
+            layer.update(tree_unflatten([(name, array) for (name, _), array in zip(own, arrays, strict=False)]))
+            x, *before = arrays[len(own) :]
+            out, state = decoder_layer(layer, x, tuple(before), drop, read)
+            return [out, *state]
+
+        kept = mx.custom_function(forward)
+
+        @kept.vjp
+        def vjp(
+            arrays: tuple[mx.array, ...], cotangents: list[mx.array], outputs: list[mx.array]
+        ) -> tuple[mx.array, ...]:
+            with mx.stream(stream):
+                _, slopes = mx.vjp(forward, mx.depends(list(arrays), list(cotangents)), list(cotangents))
+                of_weights, of_inputs = slopes[: len(own)], slopes[len(own) :]
+                if of_weights:
+                    of_inputs = mx.depends(of_inputs, of_weights)
+            layer.update(tree_unflatten(own))
+            return (*of_weights, *of_inputs)
+
+        out, *state = kept(*(array for _, array in own), x, *before)
+        return out, tuple(state)
+
+    return run

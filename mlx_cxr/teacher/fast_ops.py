@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_cxr.models.streams import with_gradient
+
 _LOG2_E = 1.4426950408889634
 _POWER_OF_2 = (
     1.0,
@@ -51,43 +53,43 @@ def compiled(function: Callable, **state: Any) -> Callable:
 
 def exp(x: mx.array) -> mx.array:
     """Elementwise exponential; the CPU path saturates at 2^-126 and 2^127, and NaN stays NaN."""
-    return _exp(x) if fast(x) else mx.exp(x)
+    return with_gradient(_exp, _exp_gradient)(x) if fast(x) else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
     """Elementwise 1 / (1 + exp(-x))."""
-    return 1 / (1 + _exp(-x)) if fast(x) else mx.sigmoid(x)
+    return 1 / (1 + exp(-x)) if fast(x) else mx.sigmoid(x)
 
 
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis."""
-    return _softmax(x) if fast(x) else mx.softmax(x, axis=-1)
+    return with_gradient(_softmax, _softmax_gradient)(x) if fast(x) else mx.softmax(x, axis=-1)
 
 
 def logsumexp(x: mx.array) -> mx.array:
     """log(sum(exp(x))) over the last axis, which is dropped."""
-    return _logsumexp(x) if fast(x) else mx.logsumexp(x, axis=-1)
+    return with_gradient(_logsumexp, _logsumexp_gradient)(x) if fast(x) else mx.logsumexp(x, axis=-1)
 
 
-@mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * up` (Shazeer, arXiv:2002.05202).
 
     For its gradient it keeps `gate` and `up`; what lies between is computed again, which is two arrays of the
     feed-forward width less per layer.
     """
+    return with_gradient(_swiglu, _swiglu_gradient)(gate, up)
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * sigmoid(gate) * up
 
 
-@swiglu.vjp
-def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = primals
+def _swiglu_gradient(gate: mx.array, up: mx.array, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     share = sigmoid(gate)
     active = gate * share
     return cotangent * up * (share + active * (1 - share)), cotangent * active
 
 
-@mx.custom_function
 def _exp(x: mx.array) -> mx.array:
     # 2^y for y = n + f: the polynomial for f in [-1/2, 1/2], and n in the exponent's bits.
     y = mx.clip(x * _LOG2_E, -126.0, 127.0)
@@ -100,29 +102,24 @@ def _exp(x: mx.array) -> mx.array:
     return value * power
 
 
-@_exp.vjp
-def _exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+def _exp_gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * output
 
 
-@mx.custom_function
 def _softmax(x: mx.array) -> mx.array:
     weights = _exp(x - mx.max(x, axis=-1, keepdims=True))
     return weights * (1 / mx.sum(weights, axis=-1, keepdims=True))
 
 
-@_softmax.vjp
-def _softmax_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+def _softmax_gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     weighted = cotangent * output
     return weighted - output * mx.sum(weighted, axis=-1, keepdims=True)
 
 
-@mx.custom_function
 def _logsumexp(x: mx.array) -> mx.array:
     largest = mx.max(x, axis=-1, keepdims=True)
     return mx.log(mx.sum(_exp(x - largest), axis=-1)) + largest[..., 0]
 
 
-@_logsumexp.vjp
-def _logsumexp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+def _logsumexp_gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent[..., None] * _exp(x - output[..., None])

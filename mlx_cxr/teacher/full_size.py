@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_cxr import runtime
 from mlx_cxr.config_sections import TeacherConfig, TinyTeacherConfig
 from mlx_cxr.labels import LABELS
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.teacher.architecture import full_config, tiny_config
 from mlx_cxr.teacher.base import parameter_count
 from mlx_cxr.teacher.fine_tuning import accumulating_step
@@ -99,8 +100,9 @@ def measure(
     model.train()
 
     def train_once() -> float:
-        loss, _ = step(ids, read, mx.zeros((studies, len(LABELS))))
-        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+        with batch_parallel(rows=studies):
+            loss, _ = step(ids, read, mx.zeros((studies, len(LABELS))))
+            mx.eval(loss, model.trainable_parameters(), optimizer.state)
         return loss.item()
 
     loss, trained = _measured(train_once, rounds, held, training_estimate(decoder, widths, config, tokens, precision))
@@ -109,8 +111,9 @@ def measure(
     scored_ids, scored_read = batch(config.batch_size)
 
     def score_once() -> list[int]:
-        logits = finding_logits(language, language.model.embed_tokens(scored_ids), scored_read, direction)
-        mx.eval(logits)
+        with batch_parallel(rows=config.batch_size):
+            logits = finding_logits(language, language.model.embed_tokens(scored_ids), scored_read, direction)
+            mx.eval(logits)
         return list(logits.shape)
 
     shape, scored = _measured(score_once, rounds, held, scoring_estimate(decoder, config, tokens, precision))

@@ -18,7 +18,7 @@ from mlx_cxr import runtime
 from mlx_cxr.config_sections import TeacherConfig
 from mlx_cxr.errors import UserError
 
-_FEED_FORWARD, _SCORES = 12, 11
+_FEED_FORWARD, _SCORES = 12, 6
 """What a layer's backward pass holds at once beside what was kept: so many arrays of the feed-forward width, or of the
 attention's scores, whichever is more."""
 _COPIES = 5

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.teacher.base import Base
 from mlx_cxr.teacher.fast_ops import compiled
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
@@ -92,22 +93,23 @@ def score(
     times: list[float] = []
     tokens = 0
     try:
-        for start in range(0, len(order), config.batch_size):
-            rows = order[start : start + config.batch_size]
-            if todo is not None and not todo[rows].any():
-                continue
-            batch = padded([prompts[i] for i in rows], config.training.bucket)
-            film = () if films is None else (mx.array(films[rows]),)
-            begun = time.perf_counter()
-            answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *film)
-            mx.eval(answer, feature)
-            if batch.ids.shape in seen:
-                times.append((time.perf_counter() - begun) / len(rows))
-            seen.add(batch.ids.shape)
-            logits[rows], features[rows] = np.array(answer), np.array(feature).astype(np.float16)
-            tokens += batch.tokens
-            if done is not None:
-                done(rows, logits[rows], features[rows])
+        with batch_parallel(rows=config.batch_size):
+            for start in range(0, len(order), config.batch_size):
+                rows = order[start : start + config.batch_size]
+                if todo is not None and not todo[rows].any():
+                    continue
+                batch = padded([prompts[i] for i in rows], config.training.bucket)
+                film = () if films is None else (mx.array(films[rows]),)
+                begun = time.perf_counter()
+                answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *film)
+                mx.eval(answer, feature)
+                if batch.ids.shape in seen:
+                    times.append((time.perf_counter() - begun) / len(rows))
+                seen.add(batch.ids.shape)
+                logits[rows], features[rows] = np.array(answer), np.array(feature).astype(np.float16)
+                tokens += batch.tokens
+                if done is not None:
+                    done(rows, logits[rows], features[rows])
     finally:
         base.model.train(was_training)
     return Answers(logits, features, tokens, float(np.median(times)) * len(prompts) if times else float("nan"))

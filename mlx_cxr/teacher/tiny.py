@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_cxr.config_sections import TinyTeacherConfig
 from mlx_cxr.labels import LABELS
+from mlx_cxr.models.streams import batch_parallel, each, split
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.runs import write_json
 from mlx_cxr.teacher.architecture import PAD, image_processor_config, tiny_config
@@ -68,7 +69,8 @@ def make_tiny_teacher(
     model = new_model(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     documents = [ids for report in reports if (ids := _document(tokenizer, report, settings.max_tokens))]
-    loss, tokens = train_language_model(model, documents, settings, seed)
+    with batch_parallel(rows=settings.batch_size):
+        loss, tokens = train_language_model(model, documents, settings, seed)
     weights = dict(tree_flatten(model.parameters()))
     write_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
     write_json(folder / "config.json", config)
@@ -142,11 +144,14 @@ def train_language_model(
 
     def objective(ids: mx.array) -> mx.array:
         model = language.model
-        states = model.embedding_norm(decode(model.layers, model.embed_tokens(ids[:, :-1])))
-        logits, targets = model.embed_tokens.as_linear(states), ids[:, 1:]
-        known = targets != PAD
-        each = logsumexp(logits) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return mx.sum(each * known) / mx.sum(known)
+
+        def nats(states: mx.array, targets: mx.array) -> mx.array:
+            logits = model.embed_tokens.as_linear(model.embedding_norm(states))
+            right = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return mx.sum((logsumexp(logits) - right) * (targets != PAD))
+
+        states, targets = decode(model.layers, model.embed_tokens(ids[:, :-1])), ids[:, 1:]
+        return sum(each(nats, split(states), split(targets))) / mx.sum(targets != PAD)
 
     @partial(compiled, inputs=state, outputs=state)
     def step(ids: mx.array) -> mx.array:

@@ -13,8 +13,9 @@ from mlx_vlm.trainer.peft.lora_layers import LoRALinear
 from toy_teacher import opened, perturbed_adapters, prompts_of, quantized_copy
 
 from mlx_cxr.config_sections import LoraConfig, TeacherConfig
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.teacher import fast_ops
-from mlx_cxr.teacher.decoder import decode, decoder_layer, projections
+from mlx_cxr.teacher.decoder import Dropout, decode, decoder_layer, projections
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
@@ -104,6 +105,30 @@ def test_a_shared_beginning_changes_neither_answers_nor_gradients(toy, tmp_path,
     assert min(np.abs(plain[name]).max() for name in plain) > 1e-4 * largest, "each adapter has a gradient"
 
 
+@pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="batches are cut on the CPU backend only")
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_gives_the_same_answers_and_gradients_dropout_included(toy, parts, shared, checkpoint):
+    base = adapted(toy.base, dropout=0.3)
+    form = PromptFormat.of(base.tokenizer, image_tokens=0, max_tokens=320)
+    base.model.train()
+
+    def computed(count: int) -> dict[str, np.ndarray]:
+        mx.random.seed(5)
+        with batch_parallel(count) as active:
+            assert active == count
+            return slopes(base, form, len(form.head) if shared else 0, checkpoint, None)
+
+    whole, cut = computed(1), computed(parts)
+    largest = max(np.abs(value).max() for value in whole.values())
+    for name, value in whole.items():
+        np.testing.assert_allclose(cut[name], value, atol=1e-5 * largest, err_msg=name)
+    base.model.eval()
+    without = slopes(base, form, 0, checkpoint, None)["logits"]
+    assert np.abs(without - whole["logits"]).max() > 1e-3, "dropout did something"
+
+
 def test_a_beginning_is_shared_where_it_saves_enough_and_scores_are_the_same(base, form, monkeypatch):
     head = len(form.head)
     assert form.shared(1) == 0
@@ -126,16 +151,18 @@ def transparent(dropout: float) -> LoRALinear:
 def test_dropout_keeps_its_share_and_the_mean_with_one_mask_for_one_input(dropout):
     layers = transparent(dropout), transparent(dropout)
     x = mx.full((50, 40, 64), 1.5)
-    first, second = (np.array(y) / 3 for y in projections(x, mx.random.key(0), *layers))
+    first, second = (np.array(y) / 3 for y in projections(x, Dropout(mx.random.key(0), 0, 50), *layers))
     np.testing.assert_array_equal(first, second)
     kept = first > 0
     assert kept.mean() == pytest.approx(1 - dropout, abs=0.006)
     assert len(np.unique(first)) == 2
     assert first.mean() == pytest.approx(1.0, abs=0.005)
     assert kept.mean(axis=(0, 1)).std() < 0.02, "no input is dropped more often than others"
-    other = np.array(projections(x, mx.random.key(1), layers[0])[0]) > 0
+    other = np.array(projections(x, Dropout(mx.random.key(1), 0, 50), layers[0])[0]) > 0
     assert (other != kept).mean() == pytest.approx(2 * dropout * (1 - dropout), abs=0.01)
     np.testing.assert_array_equal(np.array(projections(x, None, layers[0])[0]), 3.0)
+    rows = Dropout(mx.random.key(0), 20, 50)
+    np.testing.assert_array_equal(np.array(projections(x[20:33], rows, layers[0])[0]) / 3, first[20:33])
 
 
 def test_compiled_on_the_cpu_is_the_function_itself():

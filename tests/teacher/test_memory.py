@@ -11,6 +11,7 @@ import pytest
 from toy_teacher import opened, quantized_copy
 
 from mlx_cxr.config_sections import FineTuningConfig, LoraConfig, TeacherConfig, TinyTeacherConfig
+from mlx_cxr.models.streams import batch_parallel
 from mlx_cxr.teacher.architecture import tiny_config
 from mlx_cxr.teacher.fine_tuning import accumulating_step
 from mlx_cxr.teacher.lora import attach_lora, target_layers
@@ -173,13 +174,17 @@ def measured_and_estimated(settings: TeacherConfig, length: int) -> tuple[int, i
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "length"),
     [
-        pytest.param(config(batch_size=2, accumulate=2, dropout=0.0), id="kept"),
-        pytest.param(config(batch_size=2, accumulate=2, dropout=0.1), id="kept-dropout"),
-        pytest.param(config(batch_size=4, accumulate=1, dropout=0.1, gradient_checkpointing=True), id="recomputed"),
+        pytest.param(config(batch_size=2, accumulate=2, dropout=0.0), 256, id="kept"),
+        pytest.param(config(batch_size=2, accumulate=2, dropout=0.1), 256, id="kept-dropout"),
+        pytest.param(config(batch_size=1, dropout=0.1), 512, id="kept-long"),
+        pytest.param(config(batch_size=4, dropout=0.1, gradient_checkpointing=True), 256, id="recomputed"),
+        pytest.param(config(batch_size=2, dropout=0.1, gradient_checkpointing=True), 512, id="recomputed-long"),
     ],
 )
-def test_the_estimate_is_near_mlx_peak(settings):
-    measured, estimated = measured_and_estimated(settings, 256)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_estimate_is_near_mlx_peak(settings, length, parts):
+    with batch_parallel(parts, rows=settings.training.batch_size):
+        measured, estimated = measured_and_estimated(settings, length)
     assert estimated == pytest.approx(measured, rel=0.2)
