@@ -90,8 +90,10 @@ def run(
             changes = ledger.changes(step.name, now)
             resume = step.trains and _may_resume(step.folder, changes, step.name in forced, overwrite)
             ledger.record(step.name, now, finished=False)
+            started = time.perf_counter()
             step.run(resume)
             ledger.record(step.name, now, finished=True)
+            log.info("%s: done in %.0f s", title, time.perf_counter() - started)
             data_changed = data_changed or of_data
         if step.name == "train_cnn":
             check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)

@@ -1,9 +1,14 @@
 """Loads the package first, and puts this folder on `sys.path` for the reference networks kept here."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers with all cores each would wait for each other in every matrix product.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # Before any test imports mlx.core, as that fixes which BLAS serves on Linux; the stock one is 30x slower.
 import mlx_cxr  # noqa: F401
