@@ -29,9 +29,10 @@ install() {
   wanted="$(cat pyproject.toml constraints.txt <(echo "$extras $* $PWD") | cksum)"
   if [ "$(cat ".venv/installed$extras" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing into .venv (once, a minute or two)"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".$extras" "$@" || {
+    # Python compiles what is imported, once; compiling all that is installed takes longer than installing it.
+    .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".$extras" "$@" || {
       echo "The tested versions did not install; trying the newest that pyproject.toml allows." >&2
-      .venv/bin/python -m pip install -q --disable-pip-version-check -e ".$extras" "$@" || exit 1
+      .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -e ".$extras" "$@" || exit 1
     }
     echo "$wanted" >".venv/installed$extras"
   fi
