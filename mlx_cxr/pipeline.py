@@ -93,7 +93,7 @@ def run(
             started = time.perf_counter()
             step.run(resume)
             ledger.record(step.name, now, finished=True)
-            log.info("%s: done in %.0f s", title, time.perf_counter() - started)
+            log.info("%s took %.0f s", step.name, time.perf_counter() - started)
             data_changed = data_changed or of_data
         if step.name == "train_cnn":
             check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)

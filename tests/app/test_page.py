@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from mlx_cxr.data.manifest import load_manifest
-from mlx_cxr.evaluation.operating_points import ABSTAIN, STATE_WORDS, read_operating_points
+from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference import Predictor
 from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.report_reading import ReportReader
 from mlx_cxr.runs import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,22 +200,29 @@ class TestWithRuns:
         assert 'class="cxr-words"' in html_of(page)
         assert "Checked against leave-one-out" in text_of(page) or "failed the check" in text_of(page)
 
-    def test_a_report_that_says_the_other_thing_is_set_against_the_film_in_words(self, page):
+    def test_a_report_that_says_the_other_thing_is_set_against_the_film_in_words(self, cohort, page):
+        reader = ReportReader.from_run(cohort.run_dir("teacher"))
+        hearts = ("Normal. Normal. Normal.", "Cardiomegaly. Cardiomegaly. Cardiomegaly.")
+        lungs = ("", "Clear. Clear. Clear. Clear.", "Edema. Edema. Edema. Edema.")
+        read = {text: reader.read(text) for text in (f"FINDINGS: {a} {b}" for a in lungs for b in hearts)}
+        other = {"present": ABSENT, "absent": PRESENT, "abstains": None}
+        found = None
         for title in page.selectbox(key="sample").options:
             page.selectbox(key="sample").select(title).run()
             probability, _, _, call, *_ = rows_shown(page, "cnn")["Cardiomegaly"]
-            if call != "abstains":
+            # This small teacher reads some of the texts only.
+            found = next((text for text, answer in read.items() if answer.states[HEART] == other[call]), None)
+            if found:
                 break
-        heart = "Normal. Normal. Normal." if call == "present" else "Cardiomegaly. Cardiomegaly. Cardiomegaly."
-        other = {"present": "absent", "absent": "present"}[call]
-        page.text_area(key="report").set_value(f"FINDINGS: {heart}").run()
+        assert found
+        page.text_area(key="report").set_value(found).run()
         page.button(key="read_report").click().run()
-        words = {"present": "present", "absent": "denies it or does not mention it"}[other]
+        words = {"absent": "present", "present": "denies it or does not mention it"}[call]
         said = re.search(rf"Cardiomegaly: film (\w+) \(p (\S+)\), report ({words}) \(p (\S+)\)", text_of(page))
         assert said is not None
         assert said[1] == call
         assert float(said[2]) == pytest.approx(float(probability), abs=5.1e-3)
-        assert (float(said[4]) > 0.5) == (other == "present")
+        assert float(said[4]) == pytest.approx(read[found].probabilities[HEART], abs=5.1e-3)
 
     def test_markup_in_a_report_is_text(self, page):
         page.text_area(key="report").set_value(
