@@ -262,7 +262,8 @@ def _checkpointed(layer: nn.Module) -> Callable[..., tuple[mx.array, State]]:
             with mx.stream(stream):
                 _, slopes = mx.vjp(forward, mx.depends(list(arrays), list(cotangents)), list(cotangents))
                 of_weights, of_inputs = slopes[: len(own)], slopes[len(own) :]
-                if of_weights:
+                # In an explanation nobody asks for the adapters' gradient, and it is not to be taken.
+                if of_weights and layer.training:
                     of_inputs = mx.depends(of_inputs, of_weights)
             layer.update(tree_unflatten(own))
             return (*of_weights, *of_inputs)
