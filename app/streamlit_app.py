@@ -19,7 +19,7 @@ from cxr_page.look import STYLES, banner, guarded, icon, plain
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunIndex, scan
 from cxr_page.uploads import keep_uploads_in_memory
 
-from mlx_cxr.wording import NOT_CLINICAL
+from mlx_cxr.core.formatting import NOT_CLINICAL
 
 TABS = {
     "Case": case_tab,

@@ -1,6 +1,6 @@
 """mlx_cxr: explainable multi-modal AI for chest X-rays, native to Apple's MLX. Research only, not for clinical use."""
 
-from mlx_cxr.runtime import link_openblas
+from mlx_cxr.core.device import link_openblas
 
 __version__ = "0.1.0"
 

@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_cxr import runtime
 from mlx_cxr.bench import plot, results
 from mlx_cxr.bench.machine import machine_state
 from mlx_cxr.bench.run_all import SECTIONS, Settings, measure_all, random_network
 from mlx_cxr.bench.torch_side import best_device, describe_torch
-from mlx_cxr.config import Config, load_config
-from mlx_cxr.config_sections import DataConfig
-from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.config_schema import DataConfig
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import provenance, run_folder, write_json, write_text
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
-from mlx_cxr.readme import replace_block
-from mlx_cxr.runs import provenance, run_folder, write_json, write_text
-from mlx_cxr.trained_run import TrainedRun
+from mlx_cxr.pages.readme import replace_block
 
 log = logging.getLogger("mlx_cxr")
 
@@ -84,7 +84,7 @@ def run(
         raise BenchmarkError(f"--minutes {minutes:g}: give more than 0")
     torch_device = best_device() if against == "torch" else None
     config = config or Config(name="benchmark", data=DataConfig(root=Path(), work_dir=Path()))
-    device = runtime.start("benchmark")
+    machine = device.start("benchmark")
     model, size, inputs = _network(config, run_name, size)
     settings = Settings(
         size=size,
@@ -99,19 +99,19 @@ def run(
         bits=quantize,
     )
     torch = describe_torch(torch_device) if torch_device else None
-    record = provenance("benchmark", config.plain(), inputs, device)
+    record = provenance("benchmark", config.plain(), inputs, machine)
     before = machine_state()
-    if (before["load_average"] or 0.0) > _BUSY * device["cores"]:
+    if (before["load_average"] or 0.0) > _BUSY * machine["cores"]:
         log.warning(
             "WARNING: load average %.1f on %d cores. Run this on an idle machine: other work slows some contenders "
             "more than others, as PyTorch's threads spin while they wait (OMP_WAIT_POLICY=passive stops that)",
             before["load_average"],
-            device["cores"],
+            machine["cores"],
         )
     rows, found = measure_all(model, config.teacher, settings)
     result: dict[str, Any] = {
         "schema": 1,
-        "machine": device,
+        "machine": machine,
         "torch": torch,
         "settings": {**vars(settings), "weights": "random" if run_name is None else str(run_name)},
         "before": before,

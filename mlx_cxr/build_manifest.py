@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.runs import provenance, write_json, write_text
 from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.manifest import check_patient_splits, split_counts, write_manifest, write_splits
 from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
@@ -23,8 +25,6 @@ from mlx_cxr.data.report_files import ReportTexts, read_reports, reports_of_tabl
 from mlx_cxr.data.sampling import sample_studies, split_patients
 from mlx_cxr.data.source_rows import SourceRows
 from mlx_cxr.data.study_reports import write_reports
-from mlx_cxr.errors import readable_errors
-from mlx_cxr.runs import provenance, write_json, write_text
 
 log = logging.getLogger("mlx_cxr")
 

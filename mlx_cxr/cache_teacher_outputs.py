@@ -15,22 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
+from mlx_cxr.core.runs import provenance, read_json, write_json
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 from mlx_cxr.data.soft_labels import SPLITS
-from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.calibration import fit_temperatures
 from mlx_cxr.evaluation.predictions import Predictions, join, study_level
-from mlx_cxr.labels import SCORING_PROTOCOLS
-from mlx_cxr.runs import provenance, read_json, write_json
-from mlx_cxr.scoring_report import write_cost, write_scores
+from mlx_cxr.inference.scoring_report import write_cost, write_scores
+from mlx_cxr.teacher.dataset import Studies
 from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
-from mlx_cxr.teacher.order import order_effect
-from mlx_cxr.teacher.scoring import Answers, score
-from mlx_cxr.teacher.sharing import Collector, own_rows, shared_score
-from mlx_cxr.teacher.studies import Studies
-from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher
+from mlx_cxr.teacher.prompt_order import order_effect
+from mlx_cxr.teacher.scoring import Answers, Collector, own_rows, score, shared_score
+from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher
 from mlx_cxr.training.distributed import World
 
 log = logging.getLogger("mlx_cxr")
@@ -52,7 +51,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         SoftLabelError: an answer is not finite, or another process writes there.
         RankLostError: another process of the run is gone.
     """
-    device, world = runtime.start("cache_teacher_outputs", parallel=True), World.join()
+    machine, world = device.start("cache_teacher_outputs", parallel=True), World.join()
     teacher = TrainedTeacher.open(config.run_dir(teacher_run or config.teacher.run_name))
     material = Material.open(teacher.config)
     teacher.check(config, material)
@@ -74,7 +73,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         return teacher.folder
 
     inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
-    record = provenance("cache_teacher_outputs", config.plain(), inputs, device)
+    record = provenance("cache_teacher_outputs", config.plain(), inputs, machine)
     reads = teacher.record["reads"]
     predictions, score_of = (
         join(validation, _predictions(test, answers.logits)),
@@ -89,7 +88,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         samples=len(test),
         batch_size=size,
         what=f"one study ({reads}), {answers.tokens / len(test):.0f} tokens on average, forward pass, batch {size}",
-        device=device,
+        device=machine,
     )
     if zero_shot:
         folder, score_of = teacher.folder / "zero_shot", f"what the base says to its {reads}, without the adapter"

@@ -12,17 +12,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.errors import readable_errors
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
+from mlx_cxr.core.runs import atomic_path, provenance, write_json, write_text
 from mlx_cxr.evaluation.comparison import compare
-from mlx_cxr.evaluation.comparison_page import comparison_markdown
-from mlx_cxr.evaluation.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
-from mlx_cxr.evaluation.comparison_statement import gate_lines
-from mlx_cxr.evaluation.comparison_tables import closing_comparison, comparison_block, comparison_table
 from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
-from mlx_cxr.labels import SCORING_PROTOCOLS
-from mlx_cxr.readme import replace_block
-from mlx_cxr.runs import atomic_path, provenance, write_json, write_text
+from mlx_cxr.pages.comparison_page import comparison_markdown
+from mlx_cxr.pages.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
+from mlx_cxr.pages.comparison_statement import gate_lines
+from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block, comparison_table
+from mlx_cxr.pages.readme import replace_block
 
 log = logging.getLogger("mlx_cxr")
 

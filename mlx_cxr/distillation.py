@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
-from mlx_cxr.config_sections import ModelConfig, TrainingConfig
-from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
+from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.runs import sha256_file
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import parameter_counts
-from mlx_cxr.runs import sha256_file
-from mlx_cxr.trained_run import TrainedRun
-from mlx_cxr.training import film_run
+from mlx_cxr.training import classifier_run
+from mlx_cxr.training.classifier_task import TrainingData, film_task
 from mlx_cxr.training.distributed import ALONE, World
-from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
-from mlx_cxr.training.soft_targets import SoftTargets, read_soft_targets
 from mlx_cxr.training.student import FeatureStudent
+from mlx_cxr.training.student_soft_labels import SoftTargets, read_soft_targets
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -48,23 +48,23 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         UserError: the student would replace a run that it reads.
         DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
     """
-    device, world = runtime.start("distillation", parallel=True), World.join()
+    machine, world = device.start("distillation", parallel=True), World.join()
     settings = config.distillation
     run_dir = config.run_dir(settings.run_name if run_name is None else run_name)
     _refuse_to_replace_what_is_read(config, run_dir)
-    resume_state = film_run.can_resume(run_dir, resume, overwrite, world)
-    cohort, train_data, validation = film_run.open_films(config)
+    resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
+    cohort, train_data, validation = classifier_run.open_films(config)
     hard = config.labels.policy().apply(train_data.raw_labels)
     inputs: dict[str, Path] = {}
     soft = None
     if settings.targets != "hard":
         soft, inputs = read_soft_targets(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
-    validate = film_run.validator(validation, config.evaluation.batch_size, world)
+    validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     section = initial_section(config)
     if settings.init == "cnn":
         inputs["initial_weights"] = Path(section.weights)
-    student, origin, weights = film_run.initial_network(config, section, hard)
-    film_run.begin(config, run_dir, "distillation", inputs, device, resume_state, world)
+    student, origin, weights = classifier_run.initial_network(config, section, hard)
+    classifier_run.begin(config, run_dir, "distillation", inputs, machine, resume_state, world)
 
     training = effective_training(config)
     model, keeps_features = student, soft is not None and soft.features is not None
@@ -85,12 +85,12 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     )
     if settings.learning_rate is not None:
         task = replace(task, remedy=task.remedy.replace("training.learning_rate", "distillation.learning_rate"))
-    film_run.fit(
+    classifier_run.fit(
         task,
         training,
         seed=config.seed,
         run_dir=run_dir,
-        settings=film_run.settings_hash(
+        settings=classifier_run.settings_hash(
             config,
             training,
             cohort.manifest.sha256,

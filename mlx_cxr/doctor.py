@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_cxr import __version__, runtime
-from mlx_cxr.config import Config, ConfigError, load_config
+from mlx_cxr import __version__
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, ConfigError, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.data.pixel_store import store_files
-from mlx_cxr.errors import readable_errors
 from mlx_cxr.models import hub
-from mlx_cxr.runs import RunFormatError
 
 Mark = Literal["ok", "note", "slow", "missing", "broken"]
 
@@ -66,8 +67,8 @@ def run(config_path: Path | None = None, weights_dir: Path | None = None) -> dic
         JSON-ready: `schema`, `version`, `config`, `device` (`runtime.describe`), `healthy` (nothing is
         broken) and `findings`, a list of `Finding` as mappings.
     """
-    device = runtime.start("doctor", verbose=False)
-    findings = [*check_machine(device), *check_software()]
+    machine = device.start("doctor", verbose=False)
+    findings = [*check_machine(machine), *check_software()]
     config, config_findings = _configuration(config_path)
     folder = weights_dir or (config.weights_dir if config else Path("weights"))
     findings += [*check_weights(folder, config), *config_findings]
@@ -77,22 +78,22 @@ def run(config_path: Path | None = None, weights_dir: Path | None = None) -> dic
         "schema": 1,
         "version": __version__,
         "config": str(config_path or DEFAULT_CONFIG) if config else None,
-        "device": device,
+        "device": machine,
         "healthy": all(finding.mark != "broken" for finding in findings),
         "findings": [asdict(finding) for finding in findings],
     }
 
 
-def check_machine(device: dict[str, Any]) -> list[Finding]:
+def check_machine(machine: dict[str, Any]) -> list[Finding]:
     """Device, memory, measured speed and free disk; `device` is what `runtime.describe` says."""
-    memory = device["memory_bytes"] / 1e9
+    memory = machine["memory_bytes"] / 1e9
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     return [
-        Finding("machine", "device", "ok", f"{device['kind']} ({device['name']}), {device['cores']} cores"),
+        Finding("machine", "device", "ok", f"{machine['kind']} ({machine['name']}), {machine['cores']} cores"),
         Finding("machine", "memory", "ok", f"{memory:.0f} GB")
         if memory >= LOW_MEMORY_GB
         else Finding("machine", "memory", "note", f"{memory:.1f} GB", "use a smaller training.batch_size (8 or 16)"),
-        judge_speed(device["kind"], runtime.measure_gflops(), device["blas"]),
+        judge_speed(machine["kind"], device.measure_gflops(), machine["blas"]),
         Finding("machine", "ResNet-18", "ok", f"{_forward_ms():.1f} ms per 224 px film, forward, batch of 8"),
         Finding("machine", "disk", "ok", f"{disk:.0f} GB free here")
         if disk >= LOW_DISK_GB

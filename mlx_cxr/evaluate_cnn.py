@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr import explanation, runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.data.films import Transform
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions, join
-from mlx_cxr.inference import map_references, write_inference_record
-from mlx_cxr.runs import provenance, write_json
-from mlx_cxr.scoring_report import milliseconds_per_sample, write_cost, write_scores
-from mlx_cxr.trained_run import TrainedRun, study_predictions
+from mlx_cxr.inference import explanation
+from mlx_cxr.inference.predictor import map_references, write_inference_record
+from mlx_cxr.inference.scoring_report import milliseconds_per_sample, write_cost, write_scores
+from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.scoring import film_forward
 
@@ -47,7 +48,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
         DataError: manifest or pixel store missing or not matching, or no validation or test films.
         PredictionsError: the films of a study disagree.
     """
-    device = runtime.start("evaluate_cnn")
+    machine = device.start("evaluate_cnn")
     trained = TrainedRun.open(config.run_dir(run_name))
     trained.check(config)
     cohort = Cohort.open(config)
@@ -60,11 +61,11 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     log.info("%s: %d validation and %d test films", trained.checkpoint, len(validation), len(test))
 
     inputs = {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
-    record = provenance("evaluate_cnn", config.plain(), inputs, device)
+    record = provenance("evaluate_cnn", config.plain(), inputs, machine)
     parts = [study_predictions(trained.model, data, config.evaluation.batch_size) for data in (validation, test)]
     predictions = join(*parts)
     points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
-    measure_cost(trained, test, config, device)
+    measure_cost(trained, test, config, machine)
     references = map_references(trained.model, validation.films, config.evaluation.batch_size) if maps else {}
     write_inference_record(trained, references, len(validation))
     if maps:
@@ -75,7 +76,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     return trained.folder
 
 
-def measure_cost(trained: TrainedRun, test: SplitData, config: Config, device: Mapping[str, Any]) -> None:
+def measure_cost(trained: TrainedRun, test: SplitData, config: Config, machine: Mapping[str, Any]) -> None:
     """Write `cost.json`: parameters, and milliseconds per film of the forward pass on films in memory."""
     items = np.arange(min(config.evaluation.batch_size, len(test)))
     films = test.films.batch(items)
@@ -88,7 +89,7 @@ def measure_cost(trained: TrainedRun, test: SplitData, config: Config, device: M
         samples=films_timed,
         batch_size=len(items),
         what=f"one film of {config.pixels.size} px in memory, forward pass in batches of {len(items)}",
-        device=device,
+        device=machine,
     )
 
 

@@ -18,23 +18,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.data.reports import decode
-from mlx_cxr.errors import UserError, readable_errors
 from mlx_cxr.evaluation.operating_points import FILE as POINTS
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.explain.findings_report import outcomes
-from mlx_cxr.explain.token_page import write_explanations
 from mlx_cxr.explain.word_scores import TextExplanation
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.report_reading import ReportReader, sections_to_read
-from mlx_cxr.runs import provenance
-from mlx_cxr.teacher.films import encode_films
+from mlx_cxr.inference.report_reader import ReportReader, sections_to_read
+from mlx_cxr.pages.findings_page import outcomes
+from mlx_cxr.pages.token_page import write_explanations
+from mlx_cxr.teacher.image_embeddings import encode_films
 from mlx_cxr.teacher.lora import WEIGHTS
 from mlx_cxr.teacher.prompt import Prompt
-from mlx_cxr.teacher.trained import ADAPTER, Material, TrainedTeacher, what_it_reads
+from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher, what_it_reads
 
 log = logging.getLogger("mlx_cxr")
 
@@ -97,7 +97,7 @@ def run(
         raise ExplainReportError("--study_id and --text exclude each other: give one of them")
     if examples < 1:
         raise ExplainReportError(f"--examples {examples}: give at least 1")
-    device = runtime.start("explain_report")
+    machine = device.start("explain_report")
     run_dir = config.run_dir(teacher_run or config.teacher.run_name)
     reader = ReportReader.from_run(run_dir)
     teacher, points = reader.teacher, reader.points
@@ -122,7 +122,7 @@ def run(
             )
             wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
         asked = of_studies(wanted, teacher, material) if wanted else []
-    record = provenance("explain_report", config.plain(), inputs, device)
+    record = provenance("explain_report", config.plain(), inputs, machine)
     explanations = [e for one in asked for e in explained(one, reader)]
     explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
     synthetic = teacher.config.data.synthetic

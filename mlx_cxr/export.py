@@ -17,15 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.evaluated_run import EvaluatedRun
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.runs import sha256_file, write_json, write_text
 from mlx_cxr.evaluation import operating_points
-from mlx_cxr.evaluation.model_card_page import card_markdown
-from mlx_cxr.export_files import labels_file, preprocessing_file, public_record
-from mlx_cxr.model_card import model_card
+from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.models.convert import export_torchvision, load_model
-from mlx_cxr.pytorch_script import NAME, SCRIPT
-from mlx_cxr.runs import sha256_file, write_json, write_text
+from mlx_cxr.publishing.export_files import labels_file, preprocessing_file, public_record
+from mlx_cxr.publishing.model_card import model_card
+from mlx_cxr.publishing.model_card_page import card_markdown
+from mlx_cxr.publishing.pytorch_script import NAME, SCRIPT
 
 log = logging.getLogger("mlx_cxr")
 

@@ -15,27 +15,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, write_text
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.masks import has_masks, mask_folder
+from mlx_cxr.data.report_mentions import mentions
 from mlx_cxr.data.study_reports import load_reports, select
-from mlx_cxr.errors import readable_errors
 from mlx_cxr.evaluation.confusions import plot_confusions
-from mlx_cxr.evaluation.failure_advice import closing_failures
-from mlx_cxr.evaluation.failure_page import Shown, failure_markdown
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
-from mlx_cxr.evaluation.figures import cohort_line
 from mlx_cxr.evaluation.relabeling import relabel_sheet
-from mlx_cxr.evaluation.report_mentions import mentions
 from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.subgroups import age_bands
-from mlx_cxr.failure_films import draw_failures
-from mlx_cxr.labels import LABELS, label_index
-from mlx_cxr.runs import atomic_path, provenance, read_json, write_json, write_text
-from mlx_cxr.trained_run import TrainedRun
+from mlx_cxr.inference.trained_run import TrainedRun
+from mlx_cxr.pages.failure_advice import closing_failures
+from mlx_cxr.pages.failure_page import Shown, failure_markdown
+from mlx_cxr.pages.failure_pictures import draw_failures
+from mlx_cxr.pages.figures import cohort_line
 from mlx_cxr.training.cohort import Cohort
 
 log = logging.getLogger("mlx_cxr")
@@ -60,7 +60,7 @@ def run(
         RunFormatError: the student is no trained run, or was trained for something else.
         DataError: manifest, pixel store or reports missing or not matching.
     """
-    device = runtime.start("failure_analysis")
+    machine = device.start("failure_analysis")
     student = open_scored_run(config.run_dir(student_run or config.distillation.run_name), "student")
     others = {
         "cnn": _optional(config, "cnn", cnn_run, config.run_name),
@@ -88,7 +88,7 @@ def run(
         rare_share=settings.rare_share,
         samples=config.evaluation.bootstrap_samples,
         seed=config.seed,
-        provenance=provenance("failure_analysis", config.plain(), files, device),
+        provenance=provenance("failure_analysis", config.plain(), files, machine),
     )
 
     folder, failures = student.folder / FOLDER, analysis.failures

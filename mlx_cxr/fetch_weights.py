@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError, readable_errors
 from mlx_cxr.models import hub
 from mlx_cxr.models.convert import fetch_imagenet
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.runs import create_run, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import INDEX_NAME
-from mlx_cxr.errors import readable_errors
-from mlx_cxr.models.streams import batch_parallel
-from mlx_cxr.runs import create_run, hash_of, read_json, sha256_file, write_json
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.ops.streams import batch_parallel
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.fine_tuning import lora_task, validator
 from mlx_cxr.teacher.lora import WEIGHTS, attach_lora, read_first_adapter, target_layers
 from mlx_cxr.teacher.memory import Decoder, adapted_widths, check_training_fits
-from mlx_cxr.teacher.trained import ADAPTER, RECORD, Material, prompt_format, what_it_reads
+from mlx_cxr.teacher.teacher_run import ADAPTER, RECORD, Material, prompt_format, what_it_reads
+from mlx_cxr.training.classifier_run import can_resume
 from mlx_cxr.training.distributed import World
-from mlx_cxr.training.film_run import can_resume
 from mlx_cxr.training.loop import train
 from mlx_cxr.training.losses import masked_bce, positive_weights
 
@@ -53,7 +53,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         TrainingDivergedError: the loss is no longer a number.
         RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
-    device, world = runtime.start("lfm_finetune", parallel=True), World.join()
+    machine, world = device.start("lfm_finetune", parallel=True), World.join()
     teacher = config.teacher
     run_dir = config.run_dir(run_name or teacher.run_name)
     resume_state = can_resume(run_dir, resume, overwrite, world)
@@ -87,7 +87,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
             stage="lfm_finetune",
             config=config.plain(),
             inputs=inputs,
-            device=device,
+            device=machine,
             overwrite=overwrite or resume,
         )
         # Soft labels too: they would be taken for those of the new adapter.

@@ -1,6 +1,6 @@
 """Make the built-in synthetic cohort: `python -m mlx_cxr.make_demo_data --config configs/demo.yaml`.
 
-Writes, under `data.root`, films, reports, masks and tables in the layout of MIMIC-CXR-JPG 2.0.0 (see `phantom`), with
+Writes, under `data.root`, films, reports, masks and tables in the layout of MIMIC-CXR-JPG 2.0.0 (see `synthetic`), with
 `SYNTHETIC.txt`, which says that nothing in it is real. A cohort that is there already and was made from the same
 settings by the same code is left as it is.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.phantom.cohort import plan_cohort
-from mlx_cxr.phantom.layout import write_films, write_tables
-from mlx_cxr.runs import hash_of, read_json, write_json
-from mlx_cxr.workers import available_cores
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.runs import hash_of, read_json, write_json
+from mlx_cxr.core.workers import available_cores
+from mlx_cxr.synthetic.cohort import plan_cohort
+from mlx_cxr.synthetic.layout import write_films, write_tables
 
 log = logging.getLogger("mlx_cxr")
 
@@ -89,7 +89,7 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
 def code_hash() -> str:
     """Hash of the source that decides what is drawn and written."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "phantom").glob("*.py")):
+    for path in sorted((Path(__file__).parent / "synthetic").glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -11,14 +11,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.config_sections import TeacherConfig, TinyTeacherConfig
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.runs import provenance, write_json
 from mlx_cxr.teacher.tiny import make_tiny_teacher
 
 log = logging.getLogger("mlx_cxr")
@@ -33,7 +33,7 @@ def run(config: Config) -> Path:
         UserError: `teacher.base` is a hub id, or a folder that holds something that was not made here.
         DataError: no manifest, no reports, or no training study with one.
     """
-    device = runtime.start("make_tiny_teacher")
+    machine = device.start("make_tiny_teacher")
     folder = Path(config.teacher.base)
     if config.teacher.base == TeacherConfig().base:
         raise UserError(
@@ -50,7 +50,7 @@ def run(config: Config) -> Path:
         raise DataError(f"{config.reports_path}: no training study has a report to train the language model on")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {"manifest": config.manifest_path, "reports": config.reports_path}
-    record = provenance("make_tiny_teacher", config.plain(), inputs, device)
+    record = provenance("make_tiny_teacher", config.plain(), inputs, machine)
     write_json(folder / RECORD, record)
     made = make_tiny_teacher(folder, texts, config.teacher.tiny or TinyTeacherConfig(), config.seed)
     write_json(folder / RECORD, {**record, "made": made})

@@ -14,18 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr import compare_models, failure_analysis, runtime
-from mlx_cxr.config import Config, add_config_arguments, load_config
-from mlx_cxr.errors import UserError, readable_errors
-from mlx_cxr.evaluation.comparison_statement import gate_lines
-from mlx_cxr.evaluation.comparison_tables import closing_comparison, comparison_block
-from mlx_cxr.evaluation.tables import closing_table
-from mlx_cxr.freshness import Ledger, fingerprint
+from mlx_cxr import compare_models, failure_analysis
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.ledger import Ledger, fingerprint
+from mlx_cxr.core.runs import RunExistsError, read_json
+from mlx_cxr.pages.comparison_statement import gate_lines
+from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
+from mlx_cxr.pages.readme import replace_block, update_readme
+from mlx_cxr.pages.results_page import closing_table
 from mlx_cxr.pipeline_steps import steps
-from mlx_cxr.readme import replace_block
-from mlx_cxr.runs import RunExistsError, read_json
-from mlx_cxr.showcase import update_readme
-from mlx_cxr.teacher.base import BaseUnavailableError, find_base
+from mlx_cxr.teacher.base_model import BaseUnavailableError, find_base
 
 log = logging.getLogger("mlx_cxr")
 
@@ -62,7 +62,7 @@ def run(
         BaseUnavailableError: the teacher's base is not on this machine; said before anything runs.
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
-    runtime.start("pipeline")
+    device.start("pipeline")
     if run_name is not None:
         config = config.model_copy(update={"run_name": run_name})
     if config.pipeline.teacher and config.teacher.tiny is None:

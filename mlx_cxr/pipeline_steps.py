@@ -21,7 +21,7 @@ from mlx_cxr import (
     prepare_images,
     train_cnn,
 )
-from mlx_cxr.config import Config
+from mlx_cxr.core.config import Config
 from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
 

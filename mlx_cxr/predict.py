@@ -20,13 +20,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from mlx_cxr import runtime
-from mlx_cxr.errors import UserError, readable_errors
+from mlx_cxr.core import device
+from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.formatting import footer
+from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
-from mlx_cxr.inference import METHODS, Predictor
-from mlx_cxr.prediction_files import ContactSheets, called_maps, films_table, row_of, write_overlays
-from mlx_cxr.runs import provenance, write_json
-from mlx_cxr.wording import footer
+from mlx_cxr.inference.predictor import METHODS, Predictor
+from mlx_cxr.pages.prediction_files import ContactSheets, called_maps, films_table, row_of, write_overlays
 
 log = logging.getLogger("mlx_cxr")
 
@@ -70,7 +70,7 @@ def run(
         RunFormatError, ConfigError, ModelFormatError: as `Predictor.from_run`.
         OSError: the folder cannot be written.
     """
-    device = runtime.start("predict")
+    machine = device.start("predict")
     predictor = Predictor.from_run(run_dir, batch_size, precision)
     if (overlays or contact_sheet) and method not in predictor.methods:
         raise PredictError(
@@ -111,7 +111,7 @@ def run(
     write_json(
         out / "predict.json",
         {
-            **provenance("predict", settings, made_from, device),
+            **provenance("predict", settings, made_from, machine),
             "synthetic": predictor.synthetic,
             "files": len(files),
             "status": dict(counts),

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.data.decoding import INVERTED, Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.store_writer import StoreReport, build_store
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.errors import readable_errors
-from mlx_cxr.runs import atomic_path
 
 log = logging.getLogger("mlx_cxr")
 

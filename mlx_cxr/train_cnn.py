@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_cxr import runtime
-from mlx_cxr.config import Config, add_config_arguments, add_training_arguments, load_config
-from mlx_cxr.errors import readable_errors
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
+from mlx_cxr.core.errors import readable_errors
 from mlx_cxr.models.resnet import parameter_counts
-from mlx_cxr.training import film_run
+from mlx_cxr.training import classifier_run
+from mlx_cxr.training.classifier_task import TrainingData, film_task
 from mlx_cxr.training.distributed import World
-from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.losses import masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
 
@@ -37,14 +37,14 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         TrainingDivergedError: the loss is no longer a number.
         RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
-    device, world = runtime.start("train_cnn", parallel=True), World.join()
+    machine, world = device.start("train_cnn", parallel=True), World.join()
     run_dir, training = config.run_dir(run_name), config.training
-    resume_state = film_run.can_resume(run_dir, resume, overwrite, world)
-    cohort, train_data, validation = film_run.open_films(config)
+    resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
+    cohort, train_data, validation = classifier_run.open_films(config)
     targets = config.labels.policy().apply(train_data.raw_labels)
-    validate = film_run.validator(validation, config.evaluation.batch_size, world)
-    model, origin, weights = film_run.initial_network(config, config.model, targets)
-    film_run.begin(config, run_dir, "train_cnn", {}, device, resume_state, world)
+    validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
+    model, origin, weights = classifier_run.initial_network(config, config.model, targets)
+    classifier_run.begin(config, run_dir, "train_cnn", {}, machine, resume_state, world)
     task = film_task(
         model,
         masked_bce(weights, world),
@@ -55,12 +55,12 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         seed=config.seed,
         world=world,
     )
-    film_run.fit(
+    classifier_run.fit(
         task,
         training,
         seed=config.seed,
         run_dir=run_dir,
-        settings=film_run.settings_hash(config, training, cohort.manifest.sha256),
+        settings=classifier_run.settings_hash(config, training, cohort.manifest.sha256),
         resume=resume_state,
         summary={
             "parameters": parameter_counts(model),

@@ -6,8 +6,8 @@ import functools
 
 import numpy as np
 
-from mlx_cxr.phantom.anatomy import sample_patient
-from mlx_cxr.phantom.film import render_film
+from mlx_cxr.synthetic.anatomy import sample_patient
+from mlx_cxr.synthetic.film import render_film
 
 
 @functools.cache

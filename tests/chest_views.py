@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.quality import SIDE, pattern
-from mlx_cxr.phantom.cohort import plan_cohort
-from mlx_cxr.phantom.film import render_film
+from mlx_cxr.data.chest_film_gate import SIDE, pattern
+from mlx_cxr.synthetic.cohort import plan_cohort
+from mlx_cxr.synthetic.film import render_film
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[2] / "shared" / "realcxr"))
 COMPONENTS = 5

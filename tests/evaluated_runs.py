@@ -10,11 +10,11 @@ from pathlib import Path
 from toy_cohort import make_cohort, soft_labels
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
-from mlx_cxr.config import config_from_plain, load_config
+from mlx_cxr.core.config import config_from_plain, load_config
+from mlx_cxr.core.runs import read_json, sha256_file, write_json
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points, write_operating_points
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18
-from mlx_cxr.runs import read_json, sha256_file, write_json
 from mlx_cxr.training.preprocessing import preprocessing_record
 
 CNN, STUDENT, TEACHER = "first", "student_v1", "teacher"

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mlx_cxr.data.films import Transform
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.labels import LABELS
 
 TRANSFORM = Transform(32)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import logit
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.failures import Calls, Judged
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 
 K = len(LABELS)
 

@@ -6,7 +6,7 @@ import gzip
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 
 @dataclass

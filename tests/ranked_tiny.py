@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import mlx.core as mx
 from toy_training import TINY, run_tiny
 
-from mlx_cxr import runtime
+from mlx_cxr.core import device
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.distributed import World
 
@@ -51,7 +51,7 @@ def kill_at(step: int) -> None:
 if __name__ == "__main__":
     folder, options = Path(sys.argv[1]), sys.argv[2:]
     mx.set_default_device(mx.cpu)
-    runtime.start("ranked_tiny", parallel=True)
+    device.start("ranked_tiny", parallel=True)
     world = World.join()
     for option in options:
         if option.startswith("kill="):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.labels import LABELS
 
 
 def simulated(patients: int, split: str, seed: int) -> Predictions:

@@ -15,8 +15,8 @@ import pytest
 from mlx_cxr import benchmark
 from mlx_cxr.bench import contenders, grad_cam, run_all
 from mlx_cxr.bench.torch_side import TorchMissingError
-from mlx_cxr.config import config_from_plain
-from mlx_cxr.runs import RunFormatError
+from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.runs import RunFormatError
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 from mimic_tree import Study, write_tree
 
 from mlx_cxr import build_manifest
-from mlx_cxr.config import load_config
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import check_patient_splits, load_manifest
 from mlx_cxr.data.reports import section_texts
 from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.labels import LABELS
 
 
 def studies(n=60):

@@ -16,11 +16,11 @@ import pytest
 from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, copied_base, shared
 
 from mlx_cxr import build_manifest, cache_teacher_outputs
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import hash_of, read_json, sha256_file, write_json
-from mlx_cxr.teacher import sharing
-from mlx_cxr.teacher.trained import Material, TrainedTeacher
+from mlx_cxr.teacher import scoring
+from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
 
 SOFT = ("teacher_soft_labels.npy", "teacher_study_ids.json")
 SHORT = ("teacher.training.epochs=1",)
@@ -184,7 +184,7 @@ def test_a_second_run_has_nothing_left_to_score(toy, cached, monkeypatch):
         scored.append(len(prompts))
         return real(base, form, prompts, *rest, **named)
 
-    for module in (cache_teacher_outputs, sharing):
+    for module in (cache_teacher_outputs, scoring):
         monkeypatch.setattr(module, "score", counting)
     cache_teacher_outputs.run(toy.config(), cached.name)
     assert scored == [len(TEST)]
@@ -193,20 +193,20 @@ def test_a_second_run_has_nothing_left_to_score(toy, cached, monkeypatch):
 
 def test_films_are_encoded_once_for_fine_tuning_and_caching(toy, monkeypatch):
     """Only those of the test split are new; they need the vision tower, the others don't."""
-    from mlx_cxr.teacher import films
+    from mlx_cxr.teacher import image_embeddings
 
     run_dir = toy.tuned("image", "teacher.modality=image", *SHORT)
     for path in (toy.folder / "made").glob("film_embeddings_64_*.npy"):
         if np.load(path, mmap_mode="r").shape[0] == len(TEST):
             path.unlink()
     encoded = []
-    real = films.encode_films
+    real = image_embeddings.encode_films
 
     def counting(base, batch, size):
         encoded.append(len(batch))
         return real(base, batch, size)
 
-    monkeypatch.setattr(films, "encode_films", counting)
+    monkeypatch.setattr(image_embeddings, "encode_films", counting)
     cache_teacher_outputs.run(toy.config(), copied_run(run_dir, "films_once").name)
     assert sum(encoded) == len(TEST)
     features = load_soft_labels(run_dir.with_name("films_once")).features
@@ -254,7 +254,7 @@ def test_the_header_follows_all_that_the_answers_depend_on(toy, cached, tmp_path
     record = read_json(copy / "config.json")
     record["config"]["teacher"]["base"] = str(folder)
     write_json(copy / "config.json", record)
-    from mlx_cxr.teacher.base import base_sha256
+    from mlx_cxr.teacher.base_model import base_sha256
 
     settings = read_json(copy / "adapter_weights" / "adapter_config.json")
     settings["base"]["sha256"] = base_sha256(folder)

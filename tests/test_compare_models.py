@@ -12,10 +12,10 @@ from PIL import Image
 from simulated_runs import NOISE, model, write_run, write_three
 
 from mlx_cxr import compare_models
-from mlx_cxr.config import config_from_plain
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import read_json, sha256_file
 from mlx_cxr.evaluation.scored_runs import ComparisonError
-from mlx_cxr.runs import read_json, sha256_file
 
 FILES = {
     *("final_comparison.json", "final_comparison.csv", "final_comparison.md", "calibration_comparison.png"),

@@ -17,21 +17,21 @@ from toy_cohort import SPLITS, make_cohort, soft_labels
 from toy_training import NO_AUGMENTATION, TinyNet, source, square_films, train_films, validator
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
-from mlx_cxr.config import Config, load_config
-from mlx_cxr.config_sections import TrainingConfig
+from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.config_schema import TrainingConfig
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import RunExistsError, RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME, SoftLabelError, SoftLabels, load_soft_labels
-from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.models.resnet import preprocess
-from mlx_cxr.runs import RunExistsError, RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.training.batches import epoch_order
+from mlx_cxr.training.classifier_run import initial_network
+from mlx_cxr.training.classifier_task import TrainingData
 from mlx_cxr.training.cohort import Cohort
-from mlx_cxr.training.film_run import initial_network
-from mlx_cxr.training.film_task import TrainingData
 from mlx_cxr.training.loop import TrainingDivergedError
 from mlx_cxr.training.losses import distillation_loss, masked_bce
-from mlx_cxr.training.soft_targets import make_soft_targets
+from mlx_cxr.training.student_soft_labels import make_soft_targets
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from toy_training import metrics
 from toy_training import run_tiny as run_alone
 
 from mlx_cxr import cache_teacher_outputs, lfm_finetune, train_cnn
-from mlx_cxr.config import load_config
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.runs import read_json
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.runs import read_json
 
 TINY = str(TESTS / "ranked_tiny.py")
 
@@ -94,8 +94,8 @@ def test_a_rank_that_dies_unwatched_ends_the_other_in_bounded_time(tmp_path):
 
 
 def test_ranks_with_other_settings_are_refused(tmp_path):
-    code = "import sys, mlx_cxr; from mlx_cxr import runtime; from mlx_cxr.training.distributed import World\n"
-    code += "from mlx_cxr.errors import readable_errors\n"
+    code = "import sys, mlx_cxr; from mlx_cxr.core import device; from mlx_cxr.training.distributed import World\n"
+    code += "from mlx_cxr.core.errors import readable_errors\n"
     code += "w = World.join()\n"
     code += "with readable_errors(): w.check_same('settings', f'{w.rank}')"
     processes = by_hand(tmp_path, "-c", code)

@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 from toy_training import arrays
 
 from mlx_cxr import doctor
-from mlx_cxr.config import load_config
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.runs import write_json
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
-from mlx_cxr.runs import write_json
 
 CONFIG = "name: trial\noutputs: {0}/outputs\nweights_dir: {0}/weights\ndata:\n  root: {0}/raw\n  work_dir: {0}/made\n"
 

@@ -17,19 +17,20 @@ from scipy.special import expit
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from mlx_cxr import evaluate_cnn, explanation
-from mlx_cxr.config import Config, config_from_plain
-from mlx_cxr.data.films import Transform
+from mlx_cxr import evaluate_cnn
+from mlx_cxr.core.config import Config, config_from_plain
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
+from mlx_cxr.core.runs import RunFormatError, create_run, read_json
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.errors import UserError
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
+from mlx_cxr.inference import explanation
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
-from mlx_cxr.runs import RunFormatError, create_run, read_json
-from mlx_cxr.trained_run import TrainedRun
 
 SIZE = 64
 EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")

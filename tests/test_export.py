@@ -22,15 +22,15 @@ from few_films import film
 from PIL import Image
 
 from mlx_cxr import export
-from mlx_cxr.config import config_from_plain
+from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import Transform, decode
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.operating_points import STATE_WORDS, read_operating_points
-from mlx_cxr.inference import Predictor
-from mlx_cxr.labels import LABELS
+from mlx_cxr.inference.predictor import Predictor
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
-from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[2] / "shared" / "realcxr")) / "images"
 

@@ -13,9 +13,11 @@ import yaml
 from PIL import Image
 from simulated_runs import NOISE, model, write_run
 
-from mlx_cxr import failure_analysis, failure_films
-from mlx_cxr.config import config_from_plain
-from mlx_cxr.data.films import Transform
+from mlx_cxr import failure_analysis
+from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.store_writer import build_store
@@ -23,10 +25,9 @@ from mlx_cxr.data.study_reports import load_reports, write_reports
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import ComparisonError
-from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
-from mlx_cxr.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.pages import failure_pictures
 
 SIZE, PATIENTS = 32, 16
 FILES = {
@@ -309,7 +310,7 @@ def test_tables_stay_when_the_pictures_fail(copy, monkeypatch):
     def fail(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(failure_films, "film_maps", fail)
+    monkeypatch.setattr(failure_pictures, "film_maps", fail)
     config = config_in(copy)
     with pytest.raises(OSError, match="No space left"):
         failure_analysis.run(config)
@@ -318,7 +319,7 @@ def test_tables_stay_when_the_pictures_fail(copy, monkeypatch):
 
 def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
     """Maps that tell which film they are of: the second film of a study scores higher."""
-    from mlx_cxr.trained_run import TrainedRun
+    from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.training.cohort import Cohort
 
     cohort = Cohort.open(analysed)
@@ -336,9 +337,10 @@ def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_ma
         shown.update(film=film, reading=reading, mask=mask, heat=heat)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(failure_films, "film_maps", maps)
-    monkeypatch.setattr(failure_films, "draw_overlay", draw)
-    names = failure_films.draw_failures(tmp_path, case, TrainedRun.open(analysed.run_dir("student")), cohort, analysed)
+    monkeypatch.setattr(failure_pictures, "film_maps", maps)
+    monkeypatch.setattr(failure_pictures, "draw_overlay", draw)
+    trained = TrainedRun.open(analysed.run_dir("student"))
+    names = failure_pictures.draw_failures(tmp_path, case, trained, cohort, analysed)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [names[0].removeprefix("images/")]
     study = case["study_id"].iloc[0]
     second = frame[frame["study_id"] == study].iloc[1]
@@ -350,7 +352,7 @@ def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_ma
     np.testing.assert_array_equal(shown["heat"], np.ones((2, 2)))
     missing = case.assign(study_id="nobody")
     with pytest.raises(RunFormatError, match="has no film of study nobody"):
-        failure_films.draw_failures(
+        failure_pictures.draw_failures(
             tmp_path, pd.concat([case, missing]), TrainedRun.open(analysed.run_dir("student")), cohort, analysed
         )
 

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from toy_training import arrays
 
 from mlx_cxr import fetch_weights
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import read_json
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
-from mlx_cxr.runs import read_json
 
 
 @pytest.fixture(scope="module")

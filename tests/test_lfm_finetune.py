@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten
 from toy_teacher import EDEMA, HEART, SPLITS, ToyTeacher, copied_base, quantized_copy, shared
 
 from mlx_cxr import lfm_finetune
-from mlx_cxr.config import Config
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.runs import read_json, sha256_file, write_json
 from mlx_cxr.evaluation.metrics import roc_auc_per_label
-from mlx_cxr.runs import read_json, sha256_file, write_json
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.scoring import score
-from mlx_cxr.teacher.trained import Material, TrainedTeacher, what_it_reads
+from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher, what_it_reads
 from mlx_cxr.training.loop import TrainingDivergedError
 
 SHORT = ("teacher.training.epochs=1",)

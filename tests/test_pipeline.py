@@ -13,12 +13,12 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mlx_cxr import pipeline
-from mlx_cxr.config import load_config
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
+from mlx_cxr.core.runs import RunExistsError, sha256_file
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.labels import SCORING_PROTOCOLS
-from mlx_cxr.runs import RunExistsError, sha256_file
-from mlx_cxr.teacher.base import BaseUnavailableError
+from mlx_cxr.teacher.base_model import BaseUnavailableError
 
 YAML = """
 name: tiny

@@ -17,13 +17,13 @@ from PIL import Image
 from toy_cohort import make_cohort
 
 from mlx_cxr import evaluate_cnn, predict, train_cnn
-from mlx_cxr.config import load_config
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
-from mlx_cxr.inference import Predictor, PredictorError
-from mlx_cxr.labels import LABELS
+from mlx_cxr.inference.predictor import Predictor, PredictorError
 from mlx_cxr.models.convert import load_model, save_model
-from mlx_cxr.prediction_files import COLUMNS, called_findings, called_maps, cell_of, shown_name
-from mlx_cxr.runs import read_json, write_json
+from mlx_cxr.pages.prediction_files import COLUMNS, called_findings, called_maps, cell_of, shown_name
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_second_call_leaves_no_pictures_of_the_first(run_dir, films, tmp_path)
 
 
 def test_ctrl_c_keeps_the_rows_that_are_there(run_dir, films, tmp_path, monkeypatch):
-    from mlx_cxr import prediction_files
+    from mlx_cxr.pages import prediction_files
 
     def stop_at_second(answer, predictor):
         if answer.film.name.endswith("b"):

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mlx_cxr.config import load_config
-from mlx_cxr.data.films import Transform, apply
+from mlx_cxr.core.config import load_config
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.image_arrays import Transform, apply
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
-from mlx_cxr.labels import LABELS
 from mlx_cxr.prepare_images import main, run
 
 CONFIG = """

@@ -12,7 +12,7 @@ from PIL import Image
 from toy_training import square_films
 
 from mlx_cxr import build_manifest, prepare_images
-from mlx_cxr.config import Config, load_config
+from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 

@@ -22,12 +22,12 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_cxr import build_manifest, lfm_finetune, make_tiny_teacher, prepare_images
-from mlx_cxr.config import Config, load_config
-from mlx_cxr.config_sections import TeacherConfig
-from mlx_cxr.labels import label_index
+from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.labels import label_index
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.models.weight_files import write_safetensors
-from mlx_cxr.runs import read_json, write_json
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat
 
 SPLITS = ["train"] * 64 + ["validate"] * 24 + ["test"] * 16

@@ -12,14 +12,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
+from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
 from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
-from mlx_cxr.models import ops
-from mlx_cxr.models.batch_norm import BatchNorm
 from mlx_cxr.models.resnet import ResNetConfig
+from mlx_cxr.ops import conv
+from mlx_cxr.ops.batch_norm import BatchNorm
 from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.classifier_task import TrainingData, film_task
 from mlx_cxr.training.distributed import ALONE, World
-from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.loop import TrainingResult, train
 from mlx_cxr.training.losses import Loss, masked_bce
 from mlx_cxr.training.scoring import predict_logits
@@ -74,9 +74,9 @@ class TinyNet(nn.Module):
         super().__init__()
         self.config = ResNetConfig()
         mx.random.seed(seed)
-        self.conv1 = ops.Conv3x3(1, 4, 2)
+        self.conv1 = conv.Conv3x3(1, 4, 2)
         self.bn1 = BatchNorm(4)
-        self.blocks = [ops.Conv3x3(4, 8, 2), BatchNorm(8)]
+        self.blocks = [conv.Conv3x3(4, 8, 2), BatchNorm(8)]
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(4 * 4 * 8, 14)
         mx.eval(self.parameters())

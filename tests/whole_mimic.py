@@ -27,8 +27,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mlx_cxr.labels import LABELS
-from mlx_cxr.phantom.cohort import plan_cohort
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.synthetic.cohort import plan_cohort
 
 IMAGES = 377_110
 SPLITS = {

@@ -11,11 +11,11 @@ from cxr_page.look import block, esc, html_table, network_address, plain
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunIndex
 from mlx_cxr import __version__
-from mlx_cxr.evaluated_run import EvaluatedRun
-from mlx_cxr.evaluation.model_card_page import card_markdown
-from mlx_cxr.model_card import model_card
-from mlx_cxr.runs import package_versions
-from mlx_cxr.wording import NOT_CLINICAL
+from mlx_cxr.core.formatting import NOT_CLINICAL
+from mlx_cxr.core.runs import package_versions
+from mlx_cxr.inference.evaluated_run import EvaluatedRun
+from mlx_cxr.publishing.model_card import model_card
+from mlx_cxr.publishing.model_card_page import card_markdown
 
 
 def about_tab(index: RunIndex) -> None:

@@ -17,10 +17,10 @@ from cxr_page.report import report_panel
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
 from cxr_page.samples import Cohort, Sample, cohort_of
 from cxr_page.viewer import SAME_METHODS, View, likeliest, show_film
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
-from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, film_tile
-from mlx_cxr.inference import MAPPED, FilmAnswer
-from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, film_tile
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"

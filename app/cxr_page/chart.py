@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cxr_page.look import esc, html_table
-from mlx_cxr.case_page import by_margin
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, OperatingPoints
-from mlx_cxr.labels import LABELS
+from mlx_cxr.pages.case_page import by_margin
 
 STATES = {
     PRESENT: ("is-present", "present"),

@@ -10,8 +10,10 @@ import streamlit as st
 from cxr_page.look import block, esc, html_table, note, picture, plain, whiskers
 from cxr_page.pages import without_pictures
 from cxr_page.run_index import RunIndex
-from mlx_cxr.evaluation.comparison_statement import control_verdicts, gate_lines, reading_warnings, statement
-from mlx_cxr.evaluation.comparison_tables import (
+from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.pages.comparison_statement import control_verdicts, gate_lines, reading_warnings, statement
+from mlx_cxr.pages.comparison_tables import (
     SHOWN,
     cost_note,
     count_text,
@@ -19,8 +21,6 @@ from mlx_cxr.evaluation.comparison_tables import (
     intervals_line,
     milliseconds,
 )
-from mlx_cxr.labels import LABELS
-from mlx_cxr.wording import interval_text, number
 
 _FINDING_METRICS = {"roc_auc": "ROC-AUC", "average_precision": "average precision", "f1": "F1"}
 

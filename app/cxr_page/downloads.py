@@ -13,8 +13,8 @@ from cxr_page.films import CaseFilm
 from cxr_page.look import note
 from cxr_page.models import Opened
 from cxr_page.viewer import View, heat_of, likeliest
-from mlx_cxr.case_page import CasePage, ModelReading, draw_case
-from mlx_cxr.inference import MAPPED, FilmAnswer
+from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
+from mlx_cxr.pages.case_page import CasePage, ModelReading, draw_case
 
 
 def offer_downloads(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer], view: View) -> None:

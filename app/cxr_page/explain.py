@@ -9,8 +9,8 @@ import streamlit as st
 from cxr_page.look import note, plain
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import read_json
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import read_json
 
 _READING = """
 - **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor

@@ -10,8 +10,8 @@ from cxr_page.look import guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CONTROL, STUDENT, RunEntry, RunIndex
-from mlx_cxr.evaluation.failure_advice import closing_failures
-from mlx_cxr.runs import RunFormatError, read_json
+from mlx_cxr.core.runs import RunFormatError, read_json
+from mlx_cxr.pages.failure_advice import closing_failures
 
 _FOLDER = "failure_analysis"
 _NEEDED = (

@@ -12,7 +12,7 @@ import numpy as np
 from cxr_page.models import Opened, kept
 from cxr_page.samples import Sample
 from mlx_cxr.data.decoding import FilmError, Transform, decode, decode_bytes
-from mlx_cxr.inference import FilmInput
+from mlx_cxr.inference.predictor import FilmInput
 
 SHOWN_SIDE = 768
 """Pixels per side of the film on the page, whatever the models see of it."""

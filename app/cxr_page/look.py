@@ -14,8 +14,8 @@ from typing import Any
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.wording import NOT_CLINICAL, SYNTHETIC
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.formatting import NOT_CLINICAL, SYNTHETIC
 
 log = logging.getLogger("mlx_cxr.page")
 

@@ -18,8 +18,8 @@ import streamlit as st
 
 if TYPE_CHECKING:
     from mlx_cxr.explain.word_scores import TextExplanation
-    from mlx_cxr.inference import FilmAnswer, FilmInput, Predictor
-    from mlx_cxr.report_reading import ReportAnswer, ReportReader
+    from mlx_cxr.inference.predictor import FilmAnswer, FilmInput, Predictor
+    from mlx_cxr.inference.report_reader import ReportAnswer, ReportReader
 
 log = logging.getLogger("mlx_cxr.page")
 _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="models")
@@ -58,7 +58,7 @@ def predictor(folder: str, stamp: str) -> Opened:
     Raises:
         UserError: as `Predictor.from_run`.
     """
-    from mlx_cxr.inference import Predictor
+    from mlx_cxr.inference.predictor import Predictor
 
     log.info("opens %s", folder)
     return Opened(f"{folder} {stamp}", compute(lambda: Predictor.from_run(folder, batch_size=1)))
@@ -67,7 +67,7 @@ def predictor(folder: str, stamp: str) -> Opened:
 @st.cache_resource(max_entries=1, show_spinner="Loading the teacher …")
 def reader(folder: str, stamp: str) -> ReportReader:
     """A teacher, opened once for all sessions; arguments and errors as `predictor`, with `ReportReader.from_run`."""
-    from mlx_cxr.report_reading import ReportReader
+    from mlx_cxr.inference.report_reader import ReportReader
 
     log.info("opens %s", folder)
     return compute(ReportReader.from_run, folder)
@@ -91,7 +91,7 @@ def answer(opened: Opened, film: FilmInput, key: str) -> FilmAnswer:
 
 def maps(opened: Opened, said: FilmAnswer, key: str, method: str) -> dict[str, np.ndarray]:
     """Every finding's map (h, w) by a method, from what the model has made of the film; see `Predictor.maps`."""
-    from mlx_cxr.inference import MAPPED
+    from mlx_cxr.inference.predictor import MAPPED
 
     def ask() -> dict[str, np.ndarray]:
         log.info("%s maps %s by %s", opened.name, key, method)

@@ -12,13 +12,13 @@ from cxr_page.films import CaseFilm, pixels_of
 from cxr_page.look import accepted, block, esc, guarded, html_table, note, plain
 from cxr_page.models import Opened, read_report, reader, words
 from cxr_page.run_index import TEACHER, RunIndex
-from mlx_cxr.case_page import disagreements
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSTAIN
-from mlx_cxr.explain.token_page import RAMP, words_html
 from mlx_cxr.explain.word_scores import READING, TextExplanation, shared_scale, signed
-from mlx_cxr.inference import FilmAnswer
-from mlx_cxr.labels import LABELS
-from mlx_cxr.report_reading import LONGEST, ReportAnswer, ReportReader
+from mlx_cxr.inference.predictor import FilmAnswer
+from mlx_cxr.inference.report_reader import LONGEST, ReportAnswer, ReportReader
+from mlx_cxr.pages.case_page import disagreements
+from mlx_cxr.pages.token_page import RAMP, words_html
 
 _LONGEST_FILE = 1_000_000
 _WORDS_AT_ONCE = 60

@@ -10,12 +10,12 @@ from typing import Any
 
 import streamlit as st
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.evaluated_run import EvaluatedRun
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import RunFormatError, read_json
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
-from mlx_cxr.runs import RunFormatError, read_json
-from mlx_cxr.trained_run import CHECKPOINTS
+from mlx_cxr.inference.evaluated_run import EvaluatedRun
+from mlx_cxr.inference.trained_run import CHECKPOINTS
 
 CNN, STUDENT, TEACHER, CONTROL, UNKNOWN = KINDS = ("CNN", "student", "teacher", "control", "unknown")
 _FILES = (

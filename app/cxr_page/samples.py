@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from mlx_cxr.config import Config
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import Manifest, load_manifest
 from mlx_cxr.data.study_reports import StudyReports, load_reports
-from mlx_cxr.errors import UserError
-from mlx_cxr.labels import LABELS
 
 OFFERED = 42
 

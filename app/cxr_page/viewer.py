@@ -11,13 +11,13 @@ from cxr_page.chart import rows_of
 from cxr_page.films import SHOWN_SIDE, CaseFilm, png, shown_pixels
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.runs import read_json
 from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
 from mlx_cxr.explain.maps import upsample
-from mlx_cxr.explain.overlay import MAX_OPACITY, METHOD_NAMES, Reading, film_tile, map_tile
-from mlx_cxr.inference import MAPPED, FilmAnswer
-from mlx_cxr.labels import LABELS, label_index
-from mlx_cxr.runs import read_json
+from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, film_tile, map_tile
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "

@@ -9,12 +9,12 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr import runtime
 from mlx_cxr.bench.contenders import Contender, Row, compare, largest_difference, stock_operations
+from mlx_cxr.core import device
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.explain.grad_cam import Maps, class_activation_maps
-from mlx_cxr.labels import LABELS
 from mlx_cxr.models.resnet import ResNet18
-from mlx_cxr.models.streams import batch_parallel
+from mlx_cxr.ops.streams import batch_parallel
 
 SECTION = "grad_cam"
 FORWARD, AT_ONCE, ONE_BY_ONE = "plain forward, no maps", "14 maps, one pass", "14 maps, a backward pass each"
@@ -86,4 +86,4 @@ def maps_one_by_one(model: ResNet18, x: mx.array, labels: Sequence[int] = range(
 
 
 def _contender(name: str, call: Callable[[], object], difference: Callable[[], float] | None, films: int) -> Contender:
-    return Contender(name, "mlx", runtime.device_kind(), "float32", call, difference, TOLERANCE, films)
+    return Contender(name, "mlx", device.device_kind(), "float32", call, difference, TOLERANCE, films)

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cxr import runtime
 from mlx_cxr.bench.contenders import PRECISIONS, Contender, Row, Work, compare, largest_difference, stock_operations
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype, torch_resnet18
 from mlx_cxr.bench.work import forward_work
+from mlx_cxr.core import device
 from mlx_cxr.models.folded import FoldedResNet18, evaluated
 from mlx_cxr.models.resnet import ResNet18
 
@@ -79,7 +79,7 @@ def measure(
     counted, known, rows = forward_work(model, size), {}, []
     mlx_calls = dict(_mlx_networks(model))
     torch_calls = {} if torch_device is None else dict(_torch_networks(model, torch_device, compile_seconds > 0))
-    compiler, device = TorchCompiler(compile_seconds), runtime.device_kind()
+    compiler, kind = TorchCompiler(compile_seconds), device.device_kind()
     for films in sorted(batch_sizes):
         host = np.random.default_rng([seed, films]).normal(size=(films, size, size, model.config.in_channels))
         host = host.astype(np.float32)
@@ -90,7 +90,7 @@ def measure(
             return counted.bound(films, precision, peak, bandwidth) if peak else None
 
         contenders = [
-            _mlx_contender(name, precision, network, host, reference, device)
+            _mlx_contender(name, precision, network, host, reference, kind)
             for (name, precision), network in mlx_calls.items()
         ]
         contenders += [
@@ -108,7 +108,7 @@ def full_name(name: str, precision: str) -> str:
 
 
 def _mlx_networks(model: ResNet18) -> Iterator[tuple[tuple[str, str], Callable[[mx.array], mx.array]]]:
-    on_cpu = runtime.device_kind() == "cpu"
+    on_cpu = device.device_kind() == "cpu"
     yield (STOCK, "float32"), partial(_with_stock_operations, model)
     yield (PLAIN, "float32"), model
     if on_cpu:
@@ -144,7 +144,7 @@ def _stock_logits(model: ResNet18, x: mx.array) -> np.ndarray:
 
 
 def _tolerance(precision: str) -> float:
-    tf32 = precision == "float32" and runtime.device_kind() == "cuda"
+    tf32 = precision == "float32" and device.device_kind() == "cuda"
     return TOLERANCE["float16" if tf32 else precision]
 
 

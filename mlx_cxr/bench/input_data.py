@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mlx_cxr import runtime
 from mlx_cxr.bench.contenders import Contender, Row, compare
 from mlx_cxr.bench.timing import summary
-from mlx_cxr.config_sections import AugmentConfig
+from mlx_cxr.core import device
+from mlx_cxr.core.config_schema import AugmentConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.store_writer import build_store
-from mlx_cxr.labels import LABELS
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import FilmSource, epoch_order
@@ -85,7 +85,7 @@ def measure_pipeline(size: int, batch_size: int, films: int, channels: int, budg
             Contender(
                 name,
                 "mlx",
-                runtime.device_kind(),
+                device.device_kind(),
                 "uint8",
                 lambda source=source: epoch(source),
                 None,

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr import runtime
 from mlx_cxr.bench.contenders import PRECISIONS
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype
+from mlx_cxr.core import device
 
 _SIDES = (512, 1024, 2048, 4096, 8192)
 _LONG_ENOUGH = 0.03
@@ -52,14 +52,14 @@ def memory_bandwidth(torch_device: str | None, seconds: float) -> dict[str, floa
 
     MLX's CPU backend adds on one core, so the largest of them is the memory's.
     """
-    size = _COPIED_BYTES.get(runtime.device_kind(), 1 << 30) // 4
+    size = _COPIED_BYTES.get(device.device_kind(), 1 << 30) // 4
     x = mx.zeros(size)
     mx.eval(x)
     found = {"mlx": _gbs(lambda: mx.eval(x + 1), 8 * size, seconds)}
     if torch_device is not None:
         y = import_torch().zeros(size, device=torch_device)
         found["torch"] = _gbs(lambda: (y + 1, synchronize(torch_device)), 8 * size, seconds)
-    if runtime.device_kind() == "cpu":
+    if device.device_kind() == "cpu":
         source, target = np.ones(size, np.float32), np.empty(size, np.float32)
         found["numpy"] = _gbs(lambda: np.copyto(target, source), 8 * size, seconds)
     return found

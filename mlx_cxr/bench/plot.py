@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from mlx_cxr.bench import inference, training
 from mlx_cxr.bench.contenders import Row
-from mlx_cxr.evaluation.figures import BLACK, BLUE, VERMILION, bare
-from mlx_cxr.runs import atomic_path
+from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.pages.figures import BLACK, BLUE, VERMILION, bare
 
 _COLOURS = {"mlx": BLUE, "torch": VERMILION}
 _MARKERS = "osD^vP"

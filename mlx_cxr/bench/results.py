@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_cxr.bench import grad_cam, inference, training
 from mlx_cxr.bench.contenders import Row, fastest
-from mlx_cxr.wording import number
+from mlx_cxr.core.formatting import number
 
 TARGET_BATCH = 8
 """Films per call at which the targets are set."""

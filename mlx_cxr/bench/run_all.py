@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_cxr.bench import grad_cam, inference, input_data, machine, teacher, training
 from mlx_cxr.bench.contenders import Row
-from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 log = logging.getLogger("mlx_cxr")
@@ -81,7 +81,7 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
 
     Returns:
         All rows, and `peak` (`gflops` and `bandwidth_gbs` by name; None where no section needs it) and `teacher`
-        (`teacher.full_size.measure`; None where it was not asked for).
+        (`teacher.time_and_memory`; None where it was not asked for).
     """
     rows: list[Row] = []
     found: dict[str, Any] = {"peak": None, "teacher": None}

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
 

@@ -16,16 +16,16 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_cxr import runtime
 from mlx_cxr.bench.contenders import Contender, Row, compare, stock_operations
 from mlx_cxr.bench.timing import summary
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype, torch_resnet18
-from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core import device
+from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD, ResNet18
-from mlx_cxr.models.streams import batch_parallel
+from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.film_task import TrainingData, film_task
+from mlx_cxr.training.classifier_task import TrainingData, film_task
 from mlx_cxr.training.loop import Task, train
 from mlx_cxr.training.losses import masked_bce
 
@@ -73,7 +73,7 @@ def measure_steps(
         cohort = random_cohort(films, size, seed)
         settings = TrainingConfig(batch_size=films, epochs=1000, warmup_fraction=0.0)
         reference = _MlxStep(model, cohort, settings, stock_operations).first_step()
-        on_cpu = runtime.device_kind() == "cpu"
+        on_cpu = device.device_kind() == "cpu"
         contenders = [
             _mlx_contender(name, "float32", _MlxStep(model, cohort, settings, around), reference)
             for name, around in ((STOCK, stock_operations), (OURS, nullcontext), (IN_PARTS, batch_parallel))
@@ -125,7 +125,7 @@ def measure_epoch(model: ResNet18, size: int, batch_size: int, budget: float, se
         for _ in range(_EPOCHS):
             bare += [_seconds(step.call) for _ in range(steps)]
             looped.append(_epoch_seconds(step.task, Path(folder), steps * batch_size, seed) / steps)
-    facts = {"framework": "mlx", "device": runtime.device_kind(), "precision": "float32", "samples": batch_size}
+    facts = {"framework": "mlx", "device": device.device_kind(), "precision": "float32", "samples": batch_size}
     note = f"{_EPOCHS} epochs of {steps} steps, with augmentation"
     return [
         Row(EPOCH, name, **facts, status="timed", note=note, timing=summary(seconds, 1))
@@ -217,7 +217,7 @@ def _mlx_contender(name: str, precision: str, step: _MlxStep, reference: FirstSt
     return Contender(
         name=name,
         framework="mlx",
-        device=runtime.device_kind(),
+        device=device.device_kind(),
         precision=precision,
         call=step.call,
         difference=lambda: step_difference(step.first_step(), reference),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.config_sections import CsvSource, DataConfig
+from mlx_cxr.core.config_schema import CsvSource, DataConfig
 from mlx_cxr.data.source_rows import (
     SourceRows,
     normalized_ages,
@@ -27,7 +27,7 @@ from mlx_cxr.data.tables import (
     refuse_blank,
     refuse_duplicates,
 )
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 
 def read_csv_source(data: DataConfig) -> SourceRows:

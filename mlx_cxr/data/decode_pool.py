@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_cxr.data.decoding import FilmError, Transform, decode
-from mlx_cxr.errors import UserError
-from mlx_cxr.workers import available_cores, lean_start, worker_pool
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.workers import available_cores, lean_start, worker_pool
 
 _MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3

@@ -21,8 +21,8 @@ from typing import Literal
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_cxr.data.quiet import quiet_decoders
-from mlx_cxr.data.signatures import describe, is_dicom
-from mlx_cxr.errors import UserError
+from mlx_cxr.data.file_types import describe, is_dicom
+from mlx_cxr.core.errors import UserError
 
 Fit = Literal["letterbox", "center_crop"]
 Recipe = Literal["mimic", "window"]
@@ -270,7 +270,7 @@ def _finished(film: _Opened, transform: Transform, inspect: bool) -> Film:
     if looks_inverted(content):
         notes.append(INVERTED)
     if inspect:
-        from mlx_cxr.data.quality import concerns_about
+        from mlx_cxr.data.chest_film_gate import concerns_about
 
         concerns += concerns_about(film.gray, film.colour)
     return Film(square, tuple(dict.fromkeys(notes)), tuple(concerns))

@@ -17,8 +17,8 @@ import pandas as pd
 
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import atomic_path, sha256_file, write_json
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import atomic_path, sha256_file, write_json
 
 SCHEMA = 1
 _TEXT_OF_LABEL = {1.0: "1", 0.0: "0", -1.0: "-1"}

@@ -12,7 +12,7 @@ from mlx_cxr.data.manifest import split_counts
 from mlx_cxr.data.report_files import ReportTexts
 from mlx_cxr.data.reports import FINDINGS, IMPRESSION, SECTIONS
 from mlx_cxr.data.source_rows import MISSING_VIEW, SPLITS, SourceRows
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 SCHEMA = 1
 _AGE_EDGES = (0, 20, 40, 60, 80, 121)

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.data.decoding import FORMATS, MAX_PIXELS, Transform
-from mlx_cxr.data.films import apply_mask
+from mlx_cxr.data.image_arrays import apply_mask
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, label_index
 
 FOLDER = "masks"
 _LABEL_OF_STEM = {label.replace(" ", "_"): label for label in LABELS}

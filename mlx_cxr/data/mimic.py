@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.config_sections import DataConfig
+from mlx_cxr.core.config_schema import DataConfig
 from mlx_cxr.data.source_rows import (
     OLDEST,
     TEXT_COLUMNS,
@@ -32,7 +32,7 @@ from mlx_cxr.data.tables import (
     refuse_duplicates,
     row_number,
 )
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 _TABLE = re.compile(r"mimic-cxr-(2\.\d+\.\d+)-(metadata|split|chexpert|negbio)\.csv(\.gz)?")
 _TOP_CODED_AGE = 91

@@ -24,8 +24,8 @@ import PIL
 
 from mlx_cxr.data.decode_pool import Decoded
 from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
-from mlx_cxr.errors import UserError
-from mlx_cxr.runs import write_json
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import write_json
 
 log = logging.getLogger("mlx_cxr")
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.data.source_rows import SPLITS
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 
 def stratified_parts(

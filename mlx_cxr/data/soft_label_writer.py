@@ -28,8 +28,8 @@ from mlx_cxr.data.soft_labels import (
     load_soft_labels,
     partial_paths,
 )
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
 
 _CHUNK = 4096
 

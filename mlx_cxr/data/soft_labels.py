@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import RunFormatError, hash_of, read_json, sha256_file
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, hash_of, read_json, sha256_file
 
 SCHEMA = 1
 LOGITS_NAME, FEATURES_NAME, INDEX_NAME = "teacher_soft_labels.npy", "teacher_features.npy", "teacher_study_ids.json"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.data.tables import DataError, row_number
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 SPLITS: tuple[str, ...] = ("train", "validate", "test")
 TEXT_COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id", "split", "view", "age", "sex", "path", "text")

@@ -38,9 +38,9 @@ from mlx_cxr.data.pixel_store import (
     sample_hash,
     shard_paths,
 )
-from mlx_cxr.data.sharded_images import ShardedImages
+from mlx_cxr.data.pixel_store import ShardedImages
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.runs import hash_of, write_json
+from mlx_cxr.core.runs import hash_of, write_json
 
 log = logging.getLogger("mlx_cxr")
 

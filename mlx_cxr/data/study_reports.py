@@ -15,7 +15,7 @@ import pandas as pd
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.reports import SECTIONS, select
 from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
-from mlx_cxr.runs import atomic_path, sha256_file
+from mlx_cxr.core.runs import atomic_path, sha256_file
 
 __all__ = ["StudyReports", "load_reports", "select", "write_reports"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
 
 log = logging.getLogger("mlx_cxr")
 

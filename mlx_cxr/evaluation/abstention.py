@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
 from mlx_cxr.evaluation.conformal import coverage_range
 from mlx_cxr.evaluation.metrics import both_classes
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.risk_coverage import RANKINGS, call_confidences, risk_coverage, weighted_aurc
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
 
 FIGURES: tuple[str, ...] = (
     "positive_coverage",

@@ -30,6 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_cxr.core.formatting import footer
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.bootstrap import (
     LEVEL,
     MIN_REPLICATES,
@@ -43,8 +45,6 @@ from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import ProtocolScores, protocol_section, score_protocol
 from mlx_cxr.evaluation.scored_runs import ScoredRun, check_teacher, shared_studies
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.wording import footer
 
 SCHEMA = 1
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
+from mlx_cxr.core.formatting import number
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.bootstrap import PatientResamples, patient_bootstrap
 from mlx_cxr.evaluation.failures import Judged, plain_interval
-from mlx_cxr.evaluation.figures import BLACK, page, save
-from mlx_cxr.labels import LABELS
-from mlx_cxr.wording import number
+from mlx_cxr.pages.figures import BLACK, page, save
 
 MIN_COUNT = 5
 """A lift wants so many false positives, and so many studies with the other finding among those that could be one."""

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.formatting import footer
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.bootstrap import (
     LEVEL,
     PatientResamples,
@@ -50,8 +52,6 @@ from mlx_cxr.evaluation.failures import (
 )
 from mlx_cxr.evaluation.scored_runs import ScoredRun
 from mlx_cxr.evaluation.subgroups import gaps, study_groups, subgroup_tables
-from mlx_cxr.labels import LABELS, label_index
-from mlx_cxr.wording import footer
 
 SCHEMA = 1
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.evaluation.bootstrap import percentile_interval
 from mlx_cxr.evaluation.scored_runs import ScoredRun
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS, label_index
 
 PROTOCOL = "empty_negative"
 FALSE_POSITIVE, FALSE_NEGATIVE = KINDS = ("false positive", "false negative")

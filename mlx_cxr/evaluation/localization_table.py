@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.evaluation.bootstrap import (
     PatientResamples,
     macro_interval,
@@ -21,7 +22,6 @@ from mlx_cxr.evaluation.bootstrap import (
     percentile_interval,
     weighted_mean,
 )
-from mlx_cxr.wording import interval_text, number
 
 SCHEMA = 1
 

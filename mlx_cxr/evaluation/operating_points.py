@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.evaluation.calibration import Calibration, fit_temperatures
 from mlx_cxr.evaluation.conformal import ConformalBands, fit_bands
 from mlx_cxr.evaluation.metrics import Thresholds, choose_thresholds
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.runs import RunFormatError, read_json, write_json
 
 if TYPE_CHECKING:  # `predictions` imports this module
     from mlx_cxr.evaluation.predictions import Predictions

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS, check_raw_labels
+from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
-from mlx_cxr.labels import LABELS, check_raw_labels
-from mlx_cxr.runs import atomic_path
 
 COLUMNS: tuple[str, ...] = (
     "split",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.failures import FALSE_NEGATIVE, FALSE_POSITIVE, Judged
-from mlx_cxr.labels import LABELS
 
 SHEET_COLUMNS = ("item", "study_id", "films", "question", "answer", "comment")
 RIGHT = "right"

@@ -54,6 +54,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from mlx_cxr.core.formatting import footer
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation import shortcuts
 from mlx_cxr.evaluation.abstention import abstention_section
 from mlx_cxr.evaluation.bootstrap import (
@@ -75,8 +77,6 @@ from mlx_cxr.evaluation.metrics import (
 )
 from mlx_cxr.evaluation.operating_points import OperatingPoints, label_entries
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.wording import footer
 
 SCHEMA = 1
 MEAN_OF_FILMS = "the mean logit of its films"

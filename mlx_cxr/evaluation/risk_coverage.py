@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.evaluation.conformal import conformal_p_values
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.labels import SCORING_PROTOCOLS
 
 RANKINGS: tuple[str, ...] = ("probability", "conformal")
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import RunFormatError, read_json, sha256_file
 
 Role = Literal["cnn", "teacher", "student", "control", "graded teacher"]
 

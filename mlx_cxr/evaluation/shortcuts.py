@@ -16,10 +16,10 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
 from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_metrics
 from mlx_cxr.evaluation.predictions import study_views
-from mlx_cxr.labels import LABELS, label_index
 
 
 def auc_intervals(

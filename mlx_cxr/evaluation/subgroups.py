@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap
 from mlx_cxr.evaluation.failures import Judged
 from mlx_cxr.evaluation.metrics import METRICS, weighted_metrics
-from mlx_cxr.labels import LABELS, label_index
 
 MIN_PATIENTS = 5
 FEW_POSITIVES = 50

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_cxr.labels import label_index
+from mlx_cxr.core.labels import label_index
 
 Target = Callable[[mx.array], mx.array]
 

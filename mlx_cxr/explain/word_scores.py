@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from mlx_cxr.wording import number
+from mlx_cxr.core.formatting import number
 
 RAISES, LOWERS, WHITE = (230, 159, 0), (86, 180, 233), (255, 255, 255)
 SMALLEST_SCALE = 0.5

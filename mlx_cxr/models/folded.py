@@ -13,9 +13,9 @@ from contextlib import nullcontext
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cxr.models import ops, streams
-from mlx_cxr.models.batch_norm import BatchNorm
 from mlx_cxr.models.resnet import BasicBlock, ResNet18, ResNetConfig
+from mlx_cxr.ops import conv, streams
+from mlx_cxr.ops.batch_norm import BatchNorm
 
 HALF_PRECISION_TOLERANCE = 0.02
 """Largest difference of a logit that a network in float16 may have from float32 to be taken in its place."""
@@ -35,10 +35,10 @@ class _FoldedConv(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         kernel = self.weight.shape[1]
         if kernel == 3:
-            return ops.conv3x3(x, self.weight, self.stride, self.dilation) + self.bias
+            return conv.conv3x3(x, self.weight, self.stride, self.dilation) + self.bias
         if kernel == 1:
-            return ops.conv1x1(x, self.weight, self.stride) + self.bias
-        return ops.stem_conv(x, self.weight) + self.bias
+            return conv.conv1x1(x, self.weight, self.stride) + self.bias
+        return conv.stem_conv(x, self.weight) + self.bias
 
 
 class _FoldedBlock(nn.Module):
@@ -95,7 +95,7 @@ class FoldedResNet18(nn.Module):
         return self.head(self.features(x))
 
     def _trunk(self, x: mx.array) -> mx.array:
-        x = nn.relu(ops.max_pool_3x3_s2(self.stem(x)))
+        x = nn.relu(conv.max_pool_3x3_s2(self.stem(x)))
         for block in self.blocks:
             x = block(x)
         return x

@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.runs import RunFormatError, atomic_path, read_json, sha256_file, write_json
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import RunFormatError, atomic_path, read_json, sha256_file, write_json
 
 log = logging.getLogger("mlx_cxr")
 

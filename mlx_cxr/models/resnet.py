@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_cxr.models import ops, streams
-from mlx_cxr.models.batch_norm import BatchNorm
+from mlx_cxr.ops import conv, streams
+from mlx_cxr.ops.batch_norm import BatchNorm
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 
@@ -52,12 +52,12 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: tuple[int, int]) -> None:
         super().__init__()
-        self.conv1 = ops.Conv3x3(in_channels, channels, stride, dilation[0])
+        self.conv1 = conv.Conv3x3(in_channels, channels, stride, dilation[0])
         self.bn1 = BatchNorm(channels)
-        self.conv2 = ops.Conv3x3(channels, channels, 1, dilation[1])
+        self.conv2 = conv.Conv3x3(channels, channels, 1, dilation[1])
         self.bn2 = BatchNorm(channels)
         if stride != 1 or in_channels != channels:
-            self.downsample = [ops.Conv1x1(in_channels, channels, stride), BatchNorm(channels)]
+            self.downsample = [conv.Conv1x1(in_channels, channels, stride), BatchNorm(channels)]
 
     def __call__(self, parts: list[mx.array]) -> list[mx.array]:
         y = streams.each(nn.relu, self.bn1.over(streams.each(self.conv1, parts)))
@@ -77,7 +77,7 @@ class ResNet18(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.conv1 = ops.StemConv(config.in_channels, 64)
+        self.conv1 = conv.StemConv(config.in_channels, 64)
         self.bn1 = BatchNorm(64)
         dilated = config.output_stride == 16
         self.layer1 = [BasicBlock(64, 64, 1, (1, 1)), BasicBlock(64, 64, 1, (1, 1))]
@@ -104,7 +104,7 @@ class ResNet18(nn.Module):
             raise ValueError(f"input has shape {x.shape}, expected (N, H, W, {self.config.in_channels}), channels last")
         parts = self.bn1.over(streams.each(self.conv1, streams.split(x)))
         # The published order is ReLU, then pool; a maximum is the same either way, and here ReLU sees a quarter of it.
-        parts = streams.each(lambda part: nn.relu(ops.max_pool_3x3_s2(part)), parts)
+        parts = streams.each(lambda part: nn.relu(conv.max_pool_3x3_s2(part)), parts)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 parts = block(parts)

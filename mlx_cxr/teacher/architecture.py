@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_cxr.config_sections import TinyTeacherConfig
+from mlx_cxr.core.config_schema import TinyTeacherConfig
 
 PAD, BOS, EOS = 0, 1, 7
 IM_START, IM_END = 6, 7

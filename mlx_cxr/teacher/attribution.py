@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr.config_sections import TeacherConfig
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.explain.word_scores import WordScores
-from mlx_cxr.models.streams import batch_parallel
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.ops.streams import batch_parallel
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings, score

@@ -18,8 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_cxr.models.streams import each, here, joined, split, with_gradient
-from mlx_cxr.teacher.fast_ops import fast, softmax, swiglu
+from mlx_cxr.ops.activations import fast, softmax, swiglu
+from mlx_cxr.ops.streams import each, here, joined, split, with_gradient
 
 State = tuple[mx.array, ...]
 """What a layer hands to the tokens that follow: keys and values (1, heads, P, D), or a short convolution's last inputs

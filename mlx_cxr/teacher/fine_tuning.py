@@ -11,17 +11,16 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
-from mlx_cxr.labels import SCORING_PROTOCOLS
-from mlx_cxr.teacher.base import Base
-from mlx_cxr.teacher.fast_ops import compiled
+from mlx_cxr.ops.activations import compiled
+from mlx_cxr.teacher.base_model import Base
+from mlx_cxr.teacher.dataset import Studies
 from mlx_cxr.teacher.lora import save_adapter
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
-from mlx_cxr.teacher.scoring import prompt_embeddings
-from mlx_cxr.teacher.sharing import shared_score
-from mlx_cxr.teacher.studies import Studies
+from mlx_cxr.teacher.scoring import prompt_embeddings, shared_score
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError
 from mlx_cxr.training.losses import Loss

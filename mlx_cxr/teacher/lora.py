@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_cxr.config_sections import LoraConfig
-from mlx_cxr.errors import UserError
+from mlx_cxr.core.config_schema import LoraConfig
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
-from mlx_cxr.runs import read_json, write_json
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
 _LAYERS = "language_model.model.layers"

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_cxr import runtime
-from mlx_cxr.config_sections import TeacherConfig
-from mlx_cxr.errors import UserError
+from mlx_cxr.core import device
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.errors import UserError
 
 _FEED_FORWARD, _SCORES = 12, 6
 """What a layer's backward pass holds at once beside what was kept: so many arrays of the feed-forward width, or of the
@@ -145,7 +145,7 @@ def memory_limit(config: TeacherConfig) -> int:
     """Bytes that may be taken: `teacher.memory_limit_gb`, or 70 % of the machine's memory."""
     if config.memory_limit_gb is not None:
         return int(config.memory_limit_gb * 1e9)
-    return int(_SHARE * runtime.total_memory())
+    return int(_SHARE * device.total_memory())
 
 
 def check_training_fits(

@@ -22,14 +22,14 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_cxr.config_sections import TinyTeacherConfig
-from mlx_cxr.labels import LABELS
-from mlx_cxr.models.streams import batch_parallel, each, split
+from mlx_cxr.core.config_schema import TinyTeacherConfig
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import write_json
 from mlx_cxr.models.weight_files import write_safetensors
-from mlx_cxr.runs import write_json
+from mlx_cxr.ops.activations import compiled, logsumexp
+from mlx_cxr.ops.streams import batch_parallel, each, split
 from mlx_cxr.teacher.architecture import PAD, image_processor_config, tiny_config
 from mlx_cxr.teacher.decoder import decode
-from mlx_cxr.teacher.fast_ops import compiled, logsumexp
 from mlx_cxr.teacher.prompt import ANSWERS, INSTRUCTION
 from mlx_cxr.teacher.tokenizer import write_tokenizer
 

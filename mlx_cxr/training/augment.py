@@ -9,7 +9,7 @@ import math
 
 import mlx.core as mx
 
-from mlx_cxr.config_sections import AugmentConfig
+from mlx_cxr.core.config_schema import AugmentConfig
 
 
 def augment(films: mx.array, key: mx.array, config: AugmentConfig, part: tuple[int, int] = (0, 1)) -> mx.array:

@@ -12,8 +12,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.models.weight_files import ModelFormatError, read_safetensors, write_safetensors
-from mlx_cxr.runs import RunFormatError
 from mlx_cxr.training.distributed import World
 
 _FORMAT = "mlx_cxr.training_state"

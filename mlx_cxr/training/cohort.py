@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.config import Config
-from mlx_cxr.data.films import Transform
+from mlx_cxr.core.config import Config
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.training.batches import FilmSource

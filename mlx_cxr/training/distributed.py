@@ -23,8 +23,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_cxr import runtime
-from mlx_cxr.errors import UserError
+from mlx_cxr.core import device
+from mlx_cxr.core.errors import UserError
 
 _TIMEOUT = "MLX_CXR_RANK_TIMEOUT"
 _SECONDS = 600.0
@@ -60,7 +60,7 @@ class World:
         Raises:
             UserError: the others cannot be reached.
         """
-        group = runtime.process_group()
+        group = device.process_group()
         return cls() if group is None else cls(group.rank(), group.size(), group)
 
     @property

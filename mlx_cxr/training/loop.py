@@ -22,8 +22,8 @@ import mlx.optimizers as optim
 import numpy as np
 from tqdm import tqdm
 
-from mlx_cxr.errors import UserError
-from mlx_cxr.runs import append_jsonl, write_text
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import append_jsonl, write_text
 from mlx_cxr.training.checkpoint import Progress, load_state, save_state, share_state
 from mlx_cxr.training.distributed import ALONE, World
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.training.distributed import ALONE, World
 
 Loss = Callable[[mx.array, mx.array], mx.array]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_cxr.config import Config
-from mlx_cxr.data.films import Transform
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.data.image_arrays import Transform
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
-from mlx_cxr.runs import RunFormatError
 
 DICOM_RECIPE = "mimic"
 """How a DICOM becomes a film like those that were trained on; see `data.dicom`."""

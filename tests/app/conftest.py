@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_cxr.config import Config
+from mlx_cxr.core.config import Config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -24,13 +24,13 @@ from mlx_cxr import (
     prepare_images,
     train_cnn,
 )
-from mlx_cxr.config import Config, load_config
+from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.models.convert import load_model, save_model
 from mlx_cxr.models.resnet import preprocess
-from mlx_cxr.phantom.anatomy import sample_patient
-from mlx_cxr.phantom.canvas import Finding
-from mlx_cxr.phantom.film import render_film
+from mlx_cxr.synthetic.anatomy import sample_patient
+from mlx_cxr.synthetic.canvas import Finding
+from mlx_cxr.synthetic.film import render_film
 
 PATIENTS = 8
 OVERRIDES = (

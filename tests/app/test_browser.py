@@ -15,8 +15,8 @@ import pytest
 from page_pictures import ARGUMENTS, chromium, served, settled
 from PIL import Image
 
-from mlx_cxr.inference import Predictor
-from mlx_cxr.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.inference.predictor import Predictor
 
 pytestmark = pytest.mark.slow
 
@@ -215,7 +215,7 @@ def test_uploads_good_and_bad(visit, predictor):
 
 
 def test_a_report_is_pasted_and_moves_words(visit, cohort):
-    from mlx_cxr.report_reading import ReportReader
+    from mlx_cxr.inference.report_reader import ReportReader
 
     text = "FINDINGS: Edema. Edema. Normal. <b>Normal.</b>"
     reader = ReportReader.from_run(cohort.run_dir("teacher"))

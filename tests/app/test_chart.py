@@ -10,12 +10,12 @@ from cxr_page.pages import sections_of, show_markdown
 from cxr_page.report import coloured_report
 from cxr_page.viewer import likeliest
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, WordScores
-from mlx_cxr.labels import LABELS
 
 
 def points_of(threshold=0.4, lower=0.2, upper=0.6) -> OperatingPoints:

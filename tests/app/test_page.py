@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.inference import Predictor
-from mlx_cxr.labels import LABELS, label_index
-from mlx_cxr.report_reading import ReportReader
-from mlx_cxr.runs import read_json, write_json
+from mlx_cxr.inference.predictor import Predictor
+from mlx_cxr.inference.report_reader import ReportReader
 
 ROOT = Path(__file__).resolve().parents[2]
 TABS = ("Case", "Compare models", "Failures", "Explain", "About")

@@ -11,11 +11,11 @@ import pytest
 from mlx_cxr.bench import contenders, grad_cam, inference, input_data, teacher, training
 from mlx_cxr.bench.contenders import Row, stock_operations
 from mlx_cxr.bench.run_all import random_network
-from mlx_cxr.config_sections import FineTuningConfig, TeacherConfig, TinyTeacherConfig, TrainingConfig
+from mlx_cxr.core.config_schema import FineTuningConfig, TeacherConfig, TinyTeacherConfig, TrainingConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.explain.grad_cam import class_activation_maps
-from mlx_cxr.labels import LABELS
-from mlx_cxr.models import ops
 from mlx_cxr.models.resnet import ResNetConfig
+from mlx_cxr.ops import conv
 
 SIZE = 48
 PEAKS = {("mlx", "float32"): 100.0, ("torch", "float32"): 100.0}
@@ -78,11 +78,11 @@ def test_a_contender_with_other_weights_is_wrong_and_not_timed(uncompiled, model
 
 def test_stock_means_stock_and_fast_operations_come_back():
     with stock_operations():
-        assert not ops.fast()
-    assert ops._enabled
+        assert not conv.fast()
+    assert conv._enabled
     with pytest.raises(RuntimeError), stock_operations():
         raise RuntimeError
-    assert ops._enabled
+    assert conv._enabled
 
 
 def test_torch_compile_stops_when_its_time_is_used_up():
@@ -106,8 +106,8 @@ def test_training_steps_agree_with_pytorch(torch, model, patient):
 
 def test_a_wrong_gradient_of_ours_is_found_and_not_timed(model, patient, monkeypatch):
     """The reference is MLX's own operations: no fast path vouches for itself."""
-    right = ops._stride2_gradients
-    monkeypatch.setattr(ops, "_stride2_gradients", lambda *a: tuple(0.3 * g for g in right(*a)))
+    right = conv._stride2_gradients
+    monkeypatch.setattr(conv, "_stride2_gradients", lambda *a: tuple(0.3 * g for g in right(*a)))
     found = by_name(training.measure_steps(model, SIZE, (2,), None, 0.2), 2)
     assert found[training.STOCK].status == "timed"
     assert found[training.OURS].status == "wrong"

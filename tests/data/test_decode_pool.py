@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlx_cxr.data.decode_pool import Decoded, WorkerDiedError, decode_films
-from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.image_arrays import Transform, read_film
 
 TRANSFORM = Transform(32)
 
@@ -63,8 +63,8 @@ import pandas, mlx.core
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import mlx_cxr.data.decode_pool as pool
-import mlx_cxr.workers as workers
-from mlx_cxr.data.films import Transform
+import mlx_cxr.core.workers as workers
+from mlx_cxr.data.image_arrays import Transform
 
 print("main module runs")
 LOADED = "__import__('mlx_cxr.data.decode_pool') and print(*__import__('sys').modules, flush=True) or []"

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mlx_cxr.data import decoding
 from mlx_cxr.data.decoding import INVERTED, FilmError, Transform, decode_bytes, looks_inverted
-from mlx_cxr.data.films import apply, read_film
+from mlx_cxr.data.image_arrays import apply, read_film
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_cxr.data.films import Transform, apply
+from mlx_cxr.data.image_arrays import Transform, apply
 from mlx_cxr.data.masks import has_masks, load_masks, mask_folder
 from mlx_cxr.data.tables import DataError
 

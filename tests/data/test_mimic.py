@@ -5,7 +5,7 @@ import gzip
 import pytest
 from mimic_tree import Study, read_lines, write_table, write_tree
 
-from mlx_cxr.config_sections import DataConfig
+from mlx_cxr.core.config_schema import DataConfig
 from mlx_cxr.data.mimic import find_tables, read_mimic
 from mlx_cxr.data.tables import DataError
 

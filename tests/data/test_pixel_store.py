@@ -5,7 +5,7 @@ import pytest
 from few_films import TRANSFORM, film, manifest_of
 from PIL import Image
 
-from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.image_arrays import Transform, read_film
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store

@@ -7,13 +7,13 @@ from concurrent.futures.process import BrokenProcessPool
 import pandas as pd
 import pytest
 
-from mlx_cxr.config_sections import CsvSource, DataConfig
-from mlx_cxr.data import report_files, report_pool
+from mlx_cxr.core.config_schema import CsvSource, DataConfig
+from mlx_cxr.data import report_files
 from mlx_cxr.data.report_files import read_reports, reports_of_table
 from mlx_cxr.data.reports import decode, section_texts
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.phantom.cohort import plan_cohort
-from mlx_cxr.workers import worker_pool
+from mlx_cxr.synthetic.cohort import plan_cohort
+from mlx_cxr.core.workers import worker_pool
 
 IDS = (["10000032", "10000032", "11000045"], ["50414267", "53189527", "50000001"])
 MEMBERS = ["files/p10/p10000032/s50414267.txt", "files/p10/p10000032/s53189527.txt"]
@@ -76,7 +76,7 @@ def test_processes_cut_as_one_does(tmp_path, monkeypatch):
     for name, value in (("_WORTH_A_WORKER", 10), ("_THREADS", 2), ("_PER_THREAD", 4)):
         monkeypatch.setattr(report_files, name, value)
     started = []
-    monkeypatch.setattr(report_pool, "worker_pool", lambda n: started.append(n) or worker_pool(n))
+    monkeypatch.setattr(report_files, "worker_pool", lambda n: started.append(n) or worker_pool(n))
     assert read_reports(config, patients, ids, 3) == alone
     assert started == [3]
 
@@ -89,9 +89,9 @@ def test_a_killed_process_is_said(monkeypatch):
         def shutdown(self, **options):
             pass
 
-    monkeypatch.setattr(report_pool, "worker_pool", lambda workers: Killed())
-    with pytest.raises(report_pool.ReportWorkerDiedError, match="--workers 1"):
-        list(report_pool.cut_all([[b"FINDINGS: Clear."]], 2))
+    monkeypatch.setattr(report_files, "worker_pool", lambda workers: Killed())
+    with pytest.raises(report_files.ReportWorkerDiedError, match="--workers 1"):
+        list(report_files.cut_all([[b"FINDINGS: Clear."]], 2))
 
 
 def test_each_report_is_read_once(tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_each_report_is_read_once(tmp_path, monkeypatch):
 
     for member, text in zip(MEMBERS, ("IMPRESSION: One.", "FINDINGS: Two."), strict=True):
         (tmp_path / "raw" / member).write_text(text)
-    monkeypatch.setattr(report_pool, "decode", counting)
+    monkeypatch.setattr(report_files, "decode", counting)
     reports = read_reports(data(tmp_path / "raw"), *IDS)
     assert read == {b"IMPRESSION: One.": 1, b"FINDINGS: Two.": 1}
     assert reports.texts == {"50414267": "One.", "53189527": "Two.", "50000001": ""}

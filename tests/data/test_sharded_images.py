@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_cxr.data.sharded_images import ShardedImages
+from mlx_cxr.data.pixel_store import ShardedImages
 from mlx_cxr.training.batches import FilmSource
 
 WHOLE = np.random.default_rng(0).integers(0, 256, (23, 4, 4), dtype=np.uint8)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_films
-from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.image_arrays import Transform, read_film
 from mlx_cxr.data.partial_store import StoreBusyError, claimed
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths, shard_paths, store_files
-from mlx_cxr.data.sharded_images import ShardedImages
+from mlx_cxr.data.pixel_store import ShardedImages
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
 

@@ -16,12 +16,12 @@ from few_films import TRANSFORM, film, manifest_of
 
 from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_films
-from mlx_cxr.data.films import Transform, read_film
+from mlx_cxr.data.image_arrays import Transform, read_film
 from mlx_cxr.data.partial_store import StoreBusyError
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 
 
 class TestMostFilmsFail:

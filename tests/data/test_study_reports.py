@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlx_cxr.config_sections import DataConfig, TeacherConfig
+from mlx_cxr.core.config_schema import DataConfig, TeacherConfig
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.reports import SECTIONS, section_texts
 from mlx_cxr.data.study_reports import load_reports, select, write_reports

@@ -7,14 +7,14 @@ import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 from sklearn import metrics as sk
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.comparison import COMPARED, compare, ratio_interval, retention, verdict
 from mlx_cxr.evaluation.delong import holm, paired_delong
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.results import evaluate
 from mlx_cxr.evaluation.scored_runs import ComparisonError, open_scored_run
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.runs import read_json, write_json
 
 SAMPLES = 60
 EDEMA, LESION = LABELS.index("Edema"), LABELS.index("Lung Lesion")

@@ -5,9 +5,9 @@ import pytest
 from judged_studies import K, judged, random_judged
 from PIL import Image
 
+from mlx_cxr.core.labels import label_index
 from mlx_cxr.evaluation import confusions as c
 from mlx_cxr.evaluation.bootstrap import patient_resamples
-from mlx_cxr.labels import label_index
 
 EDEMA, EFFUSION, FRACTURE = (label_index(name) for name in ("Edema", "Pleural Effusion", "Fracture"))
 

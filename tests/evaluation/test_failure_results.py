@@ -4,12 +4,12 @@ import pytest
 from judged_studies import K, judged, random_judged
 from simulated_runs import model, write_run, write_three
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation import failure_results as r
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.failures import CATEGORIES, NOISE, OTHER
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import open_scored_run
-from mlx_cxr.labels import LABELS
 
 
 def resamples_of(studies, samples=200):

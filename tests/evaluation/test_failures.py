@@ -5,9 +5,9 @@ from judged_studies import K, judged, random_judged
 from simulated_runs import NOISE as MODEL_NOISE
 from simulated_runs import model, write_run
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation import failures as f
 from mlx_cxr.evaluation.scored_runs import open_scored_run
-from mlx_cxr.labels import LABELS, label_index
 
 NAN = np.nan
 DEVICES = label_index("Support Devices")

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, logit
 from simulated_predictions import simulated
 
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
@@ -22,8 +24,6 @@ from mlx_cxr.evaluation.operating_points import (
     write_operating_points,
 )
 from mlx_cxr.evaluation.predictions import join
-from mlx_cxr.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.runs import RunFormatError
 
 K = len(LABELS)
 VALIDATION = simulated(60, "validate", 0)

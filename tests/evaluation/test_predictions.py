@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from simulated_predictions import simulated
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
@@ -23,7 +24,6 @@ from mlx_cxr.evaluation.predictions import (
     study_views,
     write_predictions,
 )
-from mlx_cxr.labels import LABELS
 
 K = len(LABELS)
 NAN = math.nan

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.evaluation.scored_runs import (
     ComparisonError,
     check_teacher,
     open_scored_run,
     shared_studies,
 )
-from mlx_cxr.labels import LABELS
-from mlx_cxr.runs import RunFormatError, read_json, write_json
 
 EDEMA = LABELS.index("Edema")
 

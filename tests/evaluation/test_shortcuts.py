@@ -7,9 +7,9 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation import shortcuts
 from mlx_cxr.evaluation.bootstrap import patient_resamples
-from mlx_cxr.labels import LABELS, label_index
 
 K = len(LABELS)
 

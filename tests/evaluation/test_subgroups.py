@@ -6,9 +6,9 @@ import pytest
 from judged_studies import K, judged, random_judged
 from sklearn.metrics import recall_score, roc_auc_score
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation import subgroups as s
 from mlx_cxr.evaluation.bootstrap import patient_resamples
-from mlx_cxr.labels import LABELS, label_index
 
 
 def resamples_of(studies, samples=200):

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
+from mlx_cxr.core.labels import label_index
 from mlx_cxr.explain.faithfulness import (
     Curves,
     _ranks,
@@ -20,7 +21,6 @@ from mlx_cxr.explain.faithfulness import (
 )
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.targets import LabelLogit
-from mlx_cxr.labels import label_index
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 

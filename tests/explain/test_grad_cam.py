@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import iou_at_mask_area, pointing_game
 from mlx_cxr.explain.maps import upsample
 from mlx_cxr.explain.targets import LabelDifference, LabelProbability
-from mlx_cxr.labels import LABELS, label_index
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 METHODS = ("grad_cam", "grad_cam_pp", "hires_cam")

@@ -6,11 +6,11 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from mlx_cxr.core.labels import label_index
 from mlx_cxr.explain.faithfulness import faithfulness_curves, randomization_check
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.explain.targets import LabelProbability
-from mlx_cxr.labels import label_index
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 SIZE = 64

@@ -2,8 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.explain.targets import AbsenceLogit, LabelDifference, LabelLogit, LabelProbability, as_targets
-from mlx_cxr.labels import LABELS
 
 LOGITS = np.random.default_rng(0).normal(size=(3, 14)).astype(np.float32)
 

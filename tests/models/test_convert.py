@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mlx_cxr.config_sections import ModelConfig
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.config_schema import ModelConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.models import convert, hub
 from mlx_cxr.models.convert import (
     ModelFormatError,

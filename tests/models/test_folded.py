@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.explain.grad_cam import class_activation_maps
-from mlx_cxr.labels import LABELS
 from mlx_cxr.models import folded
 from mlx_cxr.models.folded import FoldedResNet18, evaluated, inference_network
-from mlx_cxr.models.ops import use_fast_ops
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
+from mlx_cxr.ops.conv import use_fast_ops
 
 
 def network(channels: int = 1, stride: int = 32, seed: int = 3) -> ResNet18:

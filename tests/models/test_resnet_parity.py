@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_cxr.models.ops import use_fast_ops
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
+from mlx_cxr.ops.conv import use_fast_ops
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity with it is not checked here")
 

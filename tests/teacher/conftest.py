@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from toy_teacher import ToyTeacher, opened, shared
 
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import PromptFormat
 
 

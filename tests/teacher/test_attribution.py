@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_map
 from toy_teacher import EDEMA, HEART, ToyTeacher, opened
 
-from mlx_cxr.config_sections import TeacherConfig
+from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.teacher.attribution import (
     AttributionError,
     Report,
@@ -20,7 +20,7 @@ from mlx_cxr.teacher.attribution import (
     integrated_gradients,
     leave_one_out,
 )
-from mlx_cxr.teacher.base import Base
+from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import PromptFormat
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings, score

@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_vlm.trainer.peft.lora_layers import LoRALinear
 from toy_teacher import opened, perturbed_adapters, prompts_of, quantized_copy
 
-from mlx_cxr.config_sections import LoraConfig, TeacherConfig
-from mlx_cxr.models.streams import batch_parallel
-from mlx_cxr.teacher import fast_ops
+from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
+from mlx_cxr.ops import activations
+from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.teacher.decoder import Dropout, decode, decoder_layer, projections
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
@@ -27,9 +27,9 @@ TEXTS = ("Edema. Clear lungs, normal heart.", "The heart is enlarged " * 9, "No 
 @pytest.fixture(params=[True, False], ids=["fast", "stock"])
 def either(request):
     """With the CPU paths and without."""
-    fast_ops.use_fast_ops(request.param)
+    activations.use_fast_ops(request.param)
     yield request.param
-    fast_ops.use_fast_ops(True)
+    activations.use_fast_ops(True)
 
 
 def adapted(folder, **settings: object):
@@ -169,4 +169,4 @@ def test_compiled_on_the_cpu_is_the_function_itself():
     def function(x: mx.array) -> mx.array:
         return x + 1
 
-    assert (fast_ops.compiled(function) is function) == (mx.default_device().type == mx.DeviceType.cpu)
+    assert (activations.compiled(function) is function) == (mx.default_device().type == mx.DeviceType.cpu)

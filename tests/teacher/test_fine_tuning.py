@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 from toy_teacher import arrays_of, opened, perturbed_adapters, prompts_of, quantized_copy
 
-from mlx_cxr.config_sections import FineTuningConfig, LoraConfig, TeacherConfig
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.config_schema import FineTuningConfig, LoraConfig, TeacherConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.fine_tuning import BatchPlan, accumulating_step, batch_arrays, lora_task, validator
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat

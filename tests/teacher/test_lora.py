@@ -14,10 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 from toy_teacher import arrays_of, opened, perturbed_adapters, prompts_of, quantized_copy
 
-from mlx_cxr.config_sections import LoraConfig, TeacherConfig
+from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
+from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.models.weight_files import ModelFormatError, write_safetensors
-from mlx_cxr.runs import read_json, write_json
-from mlx_cxr.teacher.base import parameter_count
+from mlx_cxr.teacher.base_model import parameter_count
 from mlx_cxr.teacher.lora import AdapterError, adapters_off, attach_lora, load_adapter, save_adapter, target_layers
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits

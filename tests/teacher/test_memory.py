@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from toy_teacher import opened, quantized_copy
 
-from mlx_cxr.config_sections import FineTuningConfig, LoraConfig, TeacherConfig, TinyTeacherConfig
-from mlx_cxr.models.streams import batch_parallel
+from mlx_cxr.core.config_schema import FineTuningConfig, LoraConfig, TeacherConfig, TinyTeacherConfig
+from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.teacher.architecture import tiny_config
 from mlx_cxr.teacher.fine_tuning import accumulating_step
 from mlx_cxr.teacher.lora import attach_lora, target_layers

@@ -12,10 +12,10 @@ import pytest
 from mlx.utils import tree_flatten
 from toy_teacher import opened, perturbed_adapters, prompts_of
 
-from mlx_cxr.config_sections import LoraConfig
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.config_schema import LoraConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.decoder import decode
-from mlx_cxr.teacher.films import encode_films, film_patches
+from mlx_cxr.teacher.image_embeddings import encode_films, film_patches
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_teacher import MARKERS, prompts_of
 
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.prompt import INSTRUCTION, PromptError, PromptFormat, padded
 
 LINES = "\n".join(f"{name}:" for name in LABELS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy_teacher import prompts_of
 
-from mlx_cxr.labels import LABELS
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.prompt import PromptBatch, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits, finding_states
 from mlx_cxr.teacher.scoring import prompt_embeddings

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from toy_teacher import opened, prompts_of
 
-from mlx_cxr.config_sections import LoraConfig, TeacherConfig
-from mlx_cxr.teacher.films import encode_films
+from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
+from mlx_cxr.teacher.image_embeddings import encode_films
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import finding_states

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mlx_cxr.config_sections import AugmentConfig
+from mlx_cxr.core.config_schema import AugmentConfig
 from mlx_cxr.training.augment import affine, augment
 
 IDENTITY = AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0)

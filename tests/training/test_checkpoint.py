@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 from toy_training import TinyNet, arrays
 
+from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.models.convert import save_model
-from mlx_cxr.runs import RunFormatError
 from mlx_cxr.training.checkpoint import Progress, load_state, save_state
 
 PROGRESS = Progress(7, 0.8125, 2, 1, 12.5, (0.1, 1 / 3, 2.5), "settings")

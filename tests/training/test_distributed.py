@@ -12,15 +12,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_cxr.config_sections import AugmentConfig, TrainingConfig
-from mlx_cxr.errors import UserError
-from mlx_cxr.models import streams
-from mlx_cxr.teacher.sharing import own_rows
-from mlx_cxr.training import distributed, film_run
+from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.ops import streams
+from mlx_cxr.teacher.scoring import own_rows
+from mlx_cxr.training import classifier_run, distributed
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.classifier_task import TrainingData, film_task
 from mlx_cxr.training.distributed import ALONE, PartialDropout, World, share_dropout
-from mlx_cxr.training.film_task import TrainingData, film_task
 from mlx_cxr.training.loop import TrainingResult
 from mlx_cxr.training.losses import distillation_loss, masked_bce
 
@@ -195,14 +195,14 @@ def test_ranks_cut_their_batches_into_as_many_parts_as_the_one_with_the_fewest(m
         found.append(len(streams.split(mx.zeros((8, 1)))))
         return TrainingResult(0.9, 1, 1, 1, 1.0, False)
 
-    monkeypatch.setattr(film_run, "train", train)
+    monkeypatch.setattr(classifier_run, "train", train)
     monkeypatch.setenv("MLX_CXR_STREAMS", "4")
     for others, parts in ((2, 2), (8, 4), (1, 1)):
         world = SimpleNamespace(
             writes=False, check_same=lambda *_: None, gather=lambda mine, n=others: np.stack([mine, [n]])
         )
         task = SimpleNamespace(world=world, best_name="best")
-        film_run.fit(task, TrainingConfig(), seed=0, run_dir=tmp_path, settings="", resume=False, summary={})
+        classifier_run.fit(task, TrainingConfig(), seed=0, run_dir=tmp_path, settings="", resume=False, summary={})
         assert found.pop() == parts
 
 
@@ -214,7 +214,7 @@ def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, asked):
 
 
 def test_a_rank_of_a_launcher_that_mlx_cannot_reach_does_not_write_alone():
-    code = "import mlx_cxr; from mlx_cxr import runtime; from mlx_cxr.errors import readable_errors\n"
+    code = "import mlx_cxr; from mlx_cxr.core import device; from mlx_cxr.core.errors import readable_errors\n"
     code += "with readable_errors(): runtime.start('train_cnn', parallel=True)"
     environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     done = subprocess.run(
@@ -226,7 +226,7 @@ def test_a_rank_of_a_launcher_that_mlx_cannot_reach_does_not_write_alone():
 
 def test_a_rank_whose_peer_never_starts_says_so(tmp_path):
     (tmp_path / "hosts.json").write_text('[["127.0.0.1:9"], ["256.0.0.1:9"]]')
-    code = "import mlx_cxr; from mlx_cxr import runtime; from mlx_cxr.errors import readable_errors\n"
+    code = "import mlx_cxr; from mlx_cxr.core import device; from mlx_cxr.core.errors import readable_errors\n"
     code += "with readable_errors(): runtime.start('train_cnn', parallel=True)"
     environment = {**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
     done = subprocess.run(

@@ -27,9 +27,9 @@ from toy_training import (
     validator,
 )
 
+from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.models.weight_files import write_safetensors
-from mlx_cxr.runs import RunFormatError
-from mlx_cxr.training import film_task, loop
+from mlx_cxr.training import classifier_task, loop
 from mlx_cxr.training.batches import FilmSource
 from mlx_cxr.training.checkpoint import Progress, load_state
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, train
@@ -68,7 +68,7 @@ def count_moments(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -
 
         return around
 
-    for module, name in ((loop, "save_state"), (film_task, "save_model"), (loop, "append_jsonl")):
+    for module, name in ((loop, "save_state"), (classifier_task, "save_model"), (loop, "append_jsonl")):
         monkeypatch.setattr(module, name, surrounded(name, getattr(module, name)))
     real_batches = FilmSource.batches
 

@@ -1,0 +1,275 @@
+"""One YAML per experiment, covering every stage: its keys, types, ranges and defaults.
+
+Precedence is command line over YAML over the defaults here. An unknown key, a wrong type or an impossible
+combination is an error that names the key and the file. `${NAME}` in a value is replaced by that environment
+variable; relative paths are relative to the folder that the command runs in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from mlx_cxr.core.config_schema import (
+    AugmentConfig,
+    ComparisonConfig,
+    DataConfig,
+    DemoConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    ExplainConfig,
+    FailureConfig,
+    LabelsConfig,
+    ModelConfig,
+    Name,
+    PipelineConfig,
+    PixelsConfig,
+    Section,
+    TeacherConfig,
+    TrainingConfig,
+)
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import run_folder
+
+
+class Config(Section):
+    """Everything an experiment can be told."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0)] = 0
+    outputs: Path = Path("outputs")
+    weights_dir: Path = Path("weights")
+    run_name: Name = "cnn_baseline"
+    data: DataConfig
+    demo: DemoConfig = DemoConfig()
+    pixels: PixelsConfig = PixelsConfig()
+    labels: LabelsConfig = LabelsConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    explain: ExplainConfig = ExplainConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
+    failure: FailureConfig = FailureConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+
+    def plain(self) -> dict[str, Any]:
+        """The whole configuration as JSON-ready data."""
+        return self.model_dump(mode="json")
+
+    @property
+    def manifest_path(self) -> Path:
+        """`manifest.csv` of this experiment."""
+        return self.data.work_dir / "manifest.csv"
+
+    @property
+    def splits_path(self) -> Path:
+        """`splits.json` of this experiment."""
+        return self.data.work_dir / "splits.json"
+
+    @property
+    def reports_path(self) -> Path:
+        """`reports.csv` of this experiment: the sections of each study's report."""
+        return self.data.work_dir / "reports.csv"
+
+    @property
+    def pixels_path(self) -> Path:
+        """The pixel store of this experiment."""
+        return self.data.work_dir / f"images_{self.pixels.size}.npy"
+
+    def run_dir(self, run_name: str | None = None) -> Path:
+        """Folder of a run; None takes `run_name` of the configuration.
+
+        Raises:
+            RunNameError: the name is not usable as a folder name.
+        """
+        return run_folder(self.outputs, self.run_name if run_name is None else run_name)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two options every stage has: `--config` and repeatable `--set KEY=VALUE`."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the experiment, such as configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, such as training.epochs=3 (YAML value; repeatable)",
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
+    """What every stage that trains has besides: `--run_name`, `--seed`, and either `--resume` or `--overwrite`.
+
+    Args:
+        parser: gets them.
+        run_name: the configuration's key that names the run by default.
+    """
+    parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
+    parser.add_argument("--seed", type=int)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) -> Config:
+    """Read and check an experiment's YAML.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` texts; values are parsed as YAML.
+        direct: dotted keys written with `__`, such as `data__n_studies=500`; None leaves the YAML's value.
+
+    Raises:
+        ConfigError: a missing file, invalid YAML, an unknown key, a wrong type or range, an unset `${NAME}`; every
+            fault is listed with its key.
+    """
+    return _validated(read_settings(path, overrides, direct), path)
+
+
+def config_from_plain(plain: Mapping[str, Any], where: str | Path) -> Config:
+    """The `Config` that a run's `config.json` recorded.
+
+    Raises:
+        ConfigError: the record does not fit this version; names `where` and the keys.
+    """
+    return _validated(plain, where)
+
+
+def _validated(raw: Mapping[str, Any], where: str | Path) -> Config:
+    try:
+        # JSON mode: strict about types, yet a list may fill a tuple and text a path.
+        return Config.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    location = [str(part) for part in fault["loc"] if part != "[key]"]
+    key = ".".join(location) or "(whole file)"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}"
+    if fault["type"] == "missing":
+        return f"key '{key}' is missing"
+    value = "" if isinstance(fault.get("input"), dict) else f" (got {fault.get('input')!r})"
+    return f"key '{key}': {fault['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = next(
+            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be used; the message names the file, each key and the way out."""
+
+
+def read_settings(path: str | Path, overrides: Sequence[str], direct: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys and values of a YAML file, with those of the command line put in their place.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` texts; values are parsed as YAML.
+        direct: dotted keys written with `__`; None leaves the YAML's value. They win over `overrides`.
+
+    Returns:
+        Nested mappings; `${NAME}` and `${NAME:-default}` in texts are replaced by environment variables.
+
+    Raises:
+        ConfigError: a missing file, invalid YAML, a key given twice, an override that is none, an unset `${NAME}`.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in ./configs"
+        raise ConfigError(f"{path}: no such file; configurations here: {near}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, such as training.epochs=3")
+        try:
+            parsed = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text!r}: not a YAML value: {error}") from None
+        _set_key(raw, key, parsed, f"--set {text}")
+    for key, value in direct.items():
+        if value is not None:
+            _set_key(raw, key.replace("__", "."), value, f"--{key}")
+    return _expand(raw, path, "")
+
+
+def _set_key(raw: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    *parents, last = dotted.split(".")
+    node = raw
+    for part in parents:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{origin}: {part!r} is not a section of the configuration")
+    node[last] = value
+
+
+def _expand(value: Any, path: Path, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _expand(item, path, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, path, key) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(3)
+        if (found := os.environ.get(name, default)) is None:
+            raise ConfigError(
+                f"{path}: key '{key}' needs the environment variable {name}; set it, or pass --set {key}=…"
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", replace, value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everyone who writes a learning rate means it.
+
+    A key given twice is an error: PyYAML would keep the second and say nothing.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, key in enumerate(keys):
+            if key.value in (earlier.value for earlier in keys[:position]):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,113 @@
+"""Whether a step's outputs still belong to its inputs: by hash, with the reason in words.
+
+A step is recorded with the configuration it read and the SHA-256 of the files it read. It is up to date when
+both are the same now, its outputs are there, and the package has the same version. Code is not hashed: after
+changing some, say from which stage to start again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr import __version__
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a step's outputs depend on.
+
+    Attributes:
+        version: of this package.
+        settings: dotted configuration key -> value, of the keys the step reads.
+        inputs: path -> hex SHA-256 of each file the step reads.
+    """
+
+    version: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerprint:
+    """The fingerprint of a step about to run.
+
+    Args:
+        settings: the sections of `Config.plain()` that the step reads.
+        inputs: files it reads.
+
+    Raises:
+        UserError: an input is missing; names it.
+    """
+    for path in inputs:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; it should come from an earlier stage or from the data folder")
+    return Fingerprint(__version__, _flat(settings), {str(path): sha256_file(path) for path in inputs})
+
+
+class Ledger:
+    """What was done to get to the present state of a folder, in one JSON file.
+
+    Args:
+        path: the file; made when the first step is recorded.
+
+    Raises:
+        RunFormatError: the file is there but not a ledger.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._steps: dict[str, Any] = {}
+        if path.exists():
+            record = read_json(path)
+            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+                raise RunFormatError(f"{path} is not a ledger of this version; delete it to run every stage again")
+            self._steps = record["steps"]
+
+    def why_run(self, step: str, now: Fingerprint, outputs: Sequence[Path]) -> str:
+        """Why a step has to run, in words; empty when its outputs are up to date."""
+        then = self._steps.get(step)
+        if then is None:
+            return "not run before"
+        if changed := self.changes(step, now):
+            return changed
+        if not then["finished"]:
+            return "it was stopped before its end"
+        missing = [str(path) for path in outputs if not path.exists()]
+        return f"{', '.join(missing)} is missing" if missing else ""
+
+    def changes(self, step: str, now: Fingerprint) -> str:
+        """What differs from the recorded fingerprint, in words; empty when nothing does or nothing is recorded."""
+        then = self._steps.get(step)
+        if then is None:
+            return ""
+        old, new = then["fingerprint"], asdict(now)
+        if old["version"] != new["version"]:
+            return f"mlx_cxr is {new['version']}, it was made by {old['version']}"
+        for what in ("settings", "inputs"):
+            before, after = old[what], new[what]
+            changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+            if changed:
+                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+                return f"changed: {', '.join(changed[:4])}{more}"
+        return ""
+
+    def record(self, step: str, fingerprint: Fingerprint, *, finished: bool) -> None:
+        """Write that a step was begun, or finished, with this fingerprint."""
+        self._steps[step] = {"finished": finished, "fingerprint": asdict(fingerprint)}
+        write_json(self.path, {"schema": SCHEMA, "steps": self._steps})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,225 @@
+"""Run folders, atomic writes, hashes and provenance: what makes a result traceable to what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr.core.errors import UserError
+
+_PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy", "pillow", "pandas", "scikit-learn", "scipy")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunExistsError(UserError, FileExistsError):
+    """A run of that name is there already."""
+
+
+class RunNameError(UserError, ValueError):
+    """A run name that cannot be a folder of its own under `outputs`."""
+
+
+class RunFormatError(UserError, ValueError):
+    """A run folder lacks a file, or holds one that cannot be read."""
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
+
+    A killed or failed writer leaves the old file, or none, but never half of one. The suffix is kept, so that
+    writers that look at it (`np.save`, `savefig`, `mx.save_safetensors`) behave.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename is not None and str(error.filename) != str(temporary):
+            reason += f" ({error.filename})"
+        raise OSError(error.errno, f"could not write {path}: {reason}; what was there before is kept") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text atomically and return the path."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON atomically (indented, keys in the order given; NaN becomes null) and return the path."""
+    return write_text(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        RunFormatError: the file is missing or not JSON; names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFormatError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFormatError(f"{path} is not readable JSON: {error}") from None
+
+
+def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line; a reader sees whole lines only, because each is a single write."""
+    line = json.dumps(_jsonable(record), allow_nan=False) + "\n"
+    with Path(path).open("a", encoding="utf-8") as out:
+        out.write(line)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as data:
+        while chunk := data.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (keys sorted, no spaces)."""
+    text = json.dumps(_jsonable(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_folder(outputs: str | Path, name: str) -> Path:
+    """`outputs/<name>`, which need not be there.
+
+    Raises:
+        RunNameError: the name is not usable as a folder name, such as `../x`.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise RunNameError(
+            f"run name {name!r}: use up to 100 letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        )
+    return Path(outputs) / name
+
+
+def create_run(
+    outputs: str | Path,
+    name: str,
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str | Path],
+    device: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Make `outputs/<name>` and write its `config.json` before anything else happens there.
+
+    Args:
+        outputs: folder of all runs.
+        name: the run's name: letters, digits, `.`, `_`, `-`.
+        stage: the stage that makes it, such as `train_cnn`.
+        config: the full configuration as plain data.
+        inputs: role -> file the run reads; each is recorded with its SHA-256.
+        device: what `runtime.describe()` says.
+        overwrite: let an existing run of that name be replaced; its old files stay until they are.
+
+    Raises:
+        RunNameError: the name is not usable as a folder name.
+        RunExistsError: such a run is there and `overwrite` is false.
+    """
+    folder = run_folder(outputs, name)
+    if (folder / "config.json").exists() and not overwrite:
+        raise RunExistsError(f"{folder} exists; choose another --run_name, or pass --resume or --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", provenance(stage, config, inputs, device))
+    return folder
+
+
+def provenance(
+    stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], device: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The record that every run keeps: command, config, versions, device, seed, commit, hashes of what it read."""
+    commit, dirty = git_state()
+    return {
+        "schema": 1,
+        "stage": stage,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": config.get("seed"),
+        "commit": commit,
+        "tree_dirty": dirty,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": package_versions(),
+        "device": dict(device or {}),
+        "inputs": {role: {"path": str(path), "sha256": sha256_file(path)} for role, path in inputs.items()},
+        "config": config,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result; a missing one is `not installed`."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, whether the tree was dirty) of the checkout this package runs from; (None, None) outside one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        # Installed into an environment inside somebody else's checkout, this file is not part of it.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON data: paths as text, NumPy scalars and arrays as Python values, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,217 @@
+"""A run that is trained and evaluated, with every record of it, checked to be of one evaluation of one checkpoint.
+
+What other folders say of the run (the manifest's summary, a comparison, its teacher) is taken only where its hashes are
+those of the run; else it counts as not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_cxr.core.config import Config, config_from_plain
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.evaluation import operating_points, results
+from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
+from mlx_cxr.inference import predictor
+from mlx_cxr.inference.trained_run import CHECKPOINTS
+from mlx_cxr.training.preprocessing import check_preprocessing
+
+_CREDENTIALED = ("mimic-cxr-jpg",)
+"""Sources of `data.source` whose films are under a data use agreement."""
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """The records of a CNN's or a student's run.
+
+    Attributes:
+        folder: the run's.
+        record: `config.json`.
+        config: the configuration in it.
+        checkpoint: the weights file.
+        checkpoint_sha256: of it, the same as at its evaluation.
+        training: `training.json`.
+        results: `test_results.json`.
+        points: of `operating_points.json`.
+        inference: `inference.json`.
+        cost: `cost.json`; None where there is none.
+        localization: `localization.json`; None without masks, or where the evaluation made no maps.
+        failures: `failure_analysis/failures.json` of these predictions; None where there is none.
+        comparison: the latest `final_comparison.json` that read these results; None where none did.
+        manifest_summary: `manifest_summary.json` of the manifest that the run was trained on; None where it is gone.
+        teacher: of a student that learned from soft labels, `run`, `soft_labels_sha256` and `record` (`teacher.json`,
+            null where the teacher's run is gone or holds other soft labels now); else None.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    config: Config
+    checkpoint: Path
+    checkpoint_sha256: str
+    training: Mapping[str, Any]
+    results: Mapping[str, Any]
+    points: OperatingPoints
+    inference: Mapping[str, Any]
+    cost: Mapping[str, Any] | None
+    localization: Mapping[str, Any] | None
+    failures: Mapping[str, Any] | None
+    comparison: Mapping[str, Any] | None
+    manifest_summary: Mapping[str, Any] | None
+    teacher: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its films were drawn by a program."""
+        return self.config.data.synthetic
+
+    @property
+    def credentialed(self) -> bool:
+        """Whether its weights derive from data that may not be passed on."""
+        return not self.synthetic and self.config.data.source in _CREDENTIALED
+
+    @classmethod
+    def open(cls, folder: str | Path) -> EvaluatedRun:
+        """Read and check a run's records.
+
+        Raises:
+            RunFormatError: there is no such run, it is a teacher's, its training has not ended, it is not evaluated, or
+                its weights or its preprocessing are others than were evaluated; says what to run.
+            ConfigError: its configuration does not fit this version.
+        """
+        folder = Path(folder).resolve()
+        record = _trained(folder)
+        checkpoint = folder / CHECKPOINTS[record["stage"]]
+        scores, prepared, points, sha256 = _evaluation(folder, checkpoint)
+        config = config_from_plain(record["config"], folder / "config.json")
+        check_preprocessing(prepared["preprocessing"], config, folder / predictor.FILE)
+        return cls(
+            folder,
+            record,
+            config,
+            checkpoint,
+            sha256,
+            read_json(folder / "training.json"),
+            scores,
+            points,
+            prepared,
+            _optional(folder / "cost.json"),
+            # An evaluation without maps leaves an earlier one's table where it was.
+            _optional(folder / "localization.json") if prepared["map_references"]["methods"] else None,
+            _failures(folder),
+            _comparison(folder),
+            _manifest_summary(config, record["inputs"]["manifest"]["sha256"]),
+            _teacher(folder, record),
+        )
+
+
+def _trained(folder: Path) -> Mapping[str, Any]:
+    """`config.json` of a CNN or student whose training has ended."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise RunFormatError(
+            f"{path} is missing: there is no such run; give the folder of one, such as outputs/demo_cnn"
+        )
+    record = read_json(path)
+    stage = record.get("stage")
+    if stage == "lfm_finetune":
+        raise RunFormatError(
+            f"{folder} is a teacher's run. Its folder adapter_weights/ is the export already: mlx-vlm loads "
+            "adapters.safetensors with adapter_config.json onto the base that teacher.json names"
+        )
+    if stage not in CHECKPOINTS:
+        raise RunFormatError(f"{folder} was made by the stage {stage!r}; a run of {' or '.join(CHECKPOINTS)} is needed")
+    if not ({"config", "inputs"} <= record.keys() and "manifest" in record["inputs"]):
+        raise RunFormatError(f"{path} lacks 'config' or 'inputs.manifest'; is it a trained run?")
+    if not (folder / CHECKPOINTS[stage]).exists() or not (folder / "training.json").exists():
+        raise RunFormatError(
+            f"the training of {folder} has not ended; go on with it: python -m mlx_cxr.{stage} "
+            f"--run_name {folder.name} --resume --config …"
+        )
+    return record
+
+
+def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapping[str, Any], OperatingPoints, str]:
+    """Results, inference record, operating points, and the hash of the checkpoint that all three are of."""
+    again = f"run python -m mlx_cxr.evaluate_cnn --run_name {folder.name} --config …"
+    records = {}
+    for name, schema in (("test_results.json", results.SCHEMA), (predictor.FILE, predictor.SCHEMA)):
+        if not (folder / name).exists():
+            raise RunFormatError(f"{folder / name} is missing, so the run is not evaluated by this version; {again}")
+        records[name] = read_json(folder / name)
+        if not isinstance(records[name], dict) or records[name].get("schema") != schema:
+            raise RunFormatError(f"{folder / name} is not of schema {schema}; {again}")
+    points, made = read_operating_points(folder / operating_points.FILE)
+    scores, prepared = records.values()
+    try:
+        evaluated = {
+            "test_results.json": scores["provenance"]["inputs"]["checkpoint"]["sha256"],
+            operating_points.FILE: made["made_from"]["checkpoint"],
+            predictor.FILE: prepared["checkpoint"]["sha256"],
+        }
+    except (KeyError, TypeError) as error:
+        raise RunFormatError(f"{folder}: a record of the evaluation lacks {error}; {again}") from None
+    sha256 = sha256_file(checkpoint)
+    if changed := [name for name, then in evaluated.items() if then != sha256]:
+        raise RunFormatError(
+            f"{checkpoint} is {sha256[:12]} now, but {', '.join(changed)} is of {evaluated[changed[0]][:12]}: the "
+            f"weights changed since they were evaluated; {again}"
+        )
+    return scores, prepared, points, sha256
+
+
+def _optional(path: Path) -> Mapping[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _failures(folder: Path) -> Mapping[str, Any] | None:
+    """The failure analysis, where it was made of the predictions that are there now."""
+    failures = _optional(folder / "failure_analysis" / "failures.json")
+    then = _input_sha256(failures, f"{folder.name}/predictions.csv")
+    return failures if then is not None and then == sha256_file(folder / "predictions.csv") else None
+
+
+def _comparison(folder: Path) -> Mapping[str, Any] | None:
+    """The latest comparison beside the run that read its present results."""
+    now = sha256_file(folder / "test_results.json")
+    found = []
+    for path in sorted(folder.parent.glob("comparison_*/final_comparison.json")):
+        with suppress(RunFormatError):  # a damaged one is no fault of this run's
+            found.append(read_json(path))
+    ours = [one for one in found if _input_sha256(one, f"{folder.name}/test_results.json") == now]
+    return max(ours, key=lambda one: one["provenance"]["started"], default=None)
+
+
+def _input_sha256(record: Any, role: str) -> str | None:
+    try:
+        return record["provenance"]["inputs"][role]["sha256"]
+    except (KeyError, TypeError):
+        return None
+
+
+def _manifest_summary(config: Config, manifest_sha256: str) -> Mapping[str, Any] | None:
+    summary = _optional(config.manifest_path.with_name("manifest_summary.json"))
+    return summary if summary is not None and summary.get("manifest_sha256") == manifest_sha256 else None
+
+
+def _teacher(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    soft = record["inputs"].get("soft_labels")
+    if soft is None:
+        return None
+    recorded = Path(soft["path"])
+    teacher = folder.parent / recorded.parent.name
+    labels = teacher / recorded.name
+    same = labels.exists() and sha256_file(labels) == soft["sha256"]
+    return {
+        "run": teacher.name,
+        "soft_labels_sha256": soft["sha256"],
+        "record": _optional(teacher / "teacher.json") if same else None,
+    }

@@ -1,0 +1,315 @@
+"""An evaluated run that answers for films that anybody brings: calibrated probabilities, calls, abstention and maps.
+
+`inference.json`, which `evaluate_cnn` leaves in the run for the `Predictor`, has these keys:
+
+- `schema` (1), `run`, `synthetic`.
+- `checkpoint`: `name` and `sha256` of the weights that were evaluated.
+- `preprocessing`: `training.preprocessing.preprocessing_record` of the training.
+- `map_references`: `quantile` and `films` (how many of validation), and `methods`: method to label to the reference
+  activation of `explain.maps.fit_reference`, null where the maps are zero on all of validation; none without maps.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.data.decoding import Film, FilmError, decode, decode_bytes
+from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
+from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
+from mlx_cxr.explain.grad_cam import Method, maps_of_features
+from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
+from mlx_cxr.inference.trained_run import TrainedRun, film_maps_by
+from mlx_cxr.models.folded import FoldedResNet18, inference_network
+from mlx_cxr.models.resnet import ResNet18, preprocess
+from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
+from mlx_cxr.training.scoring import film_features
+
+FILE = "inference.json"
+SCHEMA = 1
+METHODS: tuple[Method, ...] = get_args(Method)
+MAPPED = tuple(label for label in LABELS if label != "No Finding")
+"""The findings that have maps: where nothing is, there is nothing to point at."""
+
+
+class PredictorError(UserError, ValueError):
+    """Something that a predictor cannot be asked for."""
+
+
+def map_references(model: ResNet18, validation: FilmSource, batch_size: int) -> dict[str, dict[str, float]]:
+    """Each method's reference activation of each of `MAPPED`, fitted on the validation films; NaN for no scale."""
+    maps, _ = film_maps_by(model, validation, MAPPED, METHODS, batch_size)
+    return {method: dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True)) for method, raw in maps.items()}
+
+
+def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], films: int) -> Path:
+    """Write `inference.json`, as this module's docstring describes it.
+
+    Args:
+        trained: the run.
+        references: of `map_references`; empty where maps were not asked for.
+        films: of validation that they were fitted on.
+
+    Raises:
+        RunFormatError: its training recorded other preprocessing than this version's.
+    """
+    training = trained.folder / "training.json"
+    recorded = read_json(training).get("preprocessing") if training.exists() else None
+    if recorded is not None:
+        check_preprocessing(recorded, trained.config, training)
+    return write_json(
+        trained.folder / FILE,
+        {
+            "schema": SCHEMA,
+            "run": trained.folder.name,
+            "synthetic": trained.config.data.synthetic,
+            "checkpoint": {"name": trained.checkpoint.name, "sha256": sha256_file(trained.checkpoint)},
+            "preprocessing": recorded or preprocessing_record(trained.config),
+            "map_references": {"quantile": REFERENCE_QUANTILE, "films": films, "methods": references},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class FilmInput:
+    """A film as the network will see it, or why there is none.
+
+    Attributes:
+        name: to tell it by.
+        pixels: uint8 (S, S), or None.
+        notes: what a user may want to know of it, in words, such as `16-bit`.
+        concerns: why it does not look like a frontal chest film, in words; its answer should not be relied on.
+        error: why it cannot be read, in a sentence, or None.
+    """
+
+    name: str
+    pixels: np.ndarray | None
+    notes: tuple[str, ...] = ()
+    concerns: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class FilmAnswer:
+    """What a network says of one film.
+
+    Attributes:
+        film: that it was asked about.
+        logits: float32 (14,), or None where the film cannot be read.
+        probabilities: float64 (14,) in [0, 1], calibrated, or None.
+        states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`, or None.
+        features: float32 (h, w, 512), the last feature map, which maps are made from, or None.
+        ignore_gate: whether a film that does not look like a frontal chest film is to be answered for too.
+    """
+
+    film: FilmInput
+    logits: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    states: np.ndarray | None = None
+    features: np.ndarray | None = field(default=None, repr=False)
+    ignore_gate: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether the figures are to be shown."""
+        return self.status == "answered" or (self.ignore_gate and self.status == "questionable")
+
+    @property
+    def status(self) -> str:
+        """`answered`; `questionable` where the film does not look like a frontal chest film; `unreadable`."""
+        return "unreadable" if self.film.error else "questionable" if self.film.concerns else "answered"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An evaluated CNN or student that answers for any film.
+
+    MLX's streams belong to a thread: what one thread opened, that thread asks. `read` may be called in any.
+
+    Attributes:
+        trained: the run.
+        points: what was fitted on its validation split, and turns logits into calls.
+        references: method -> label -> reference activation; NaN where there is none.
+        batch_size: films per forward pass.
+        precision: `float32`, or `auto` for float16 where the device is faster with it and the logits of the first batch
+            agree (`models.folded.inference_network`).
+    """
+
+    trained: TrainedRun
+    points: OperatingPoints
+    references: Mapping[str, Mapping[str, float]]
+    batch_size: int = 32
+    precision: Literal["float32", "auto"] = "float32"
+    _ready: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise PredictorError(f"batch size {self.batch_size}: give at least 1")
+
+    @classmethod
+    def from_run(
+        cls, folder: str | Path, batch_size: int = 32, precision: Literal["float32", "auto"] = "float32"
+    ) -> Predictor:
+        """Open a run that `evaluate_cnn` has evaluated.
+
+        Raises:
+            RunFormatError: there is no such run, it is not evaluated, its weights changed since, or films are prepared
+                in another way now.
+            ConfigError, ModelFormatError: its record or weights are not this version's.
+        """
+        trained = TrainedRun.open(folder)
+        path = trained.folder / FILE
+        again = f"python -m mlx_cxr.evaluate_cnn --config YOUR.yaml --run_name {trained.folder.name}"
+        if not path.exists():
+            raise RunFormatError(f"{path} is missing: evaluate the run first: {again}")
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise RunFormatError(f"{path} was written by another version; evaluate the run again: {again}")
+        try:
+            evaluated, recorded = record["checkpoint"]["sha256"], record["preprocessing"]
+            references = {
+                method: {label: np.nan if value is None else float(value) for label, value in entry.items()}
+                for method, entry in record["map_references"]["methods"].items()
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RunFormatError(f"{path} cannot be used ({error!r}); evaluate the run again: {again}") from None
+        points, points_record = read_operating_points(trained.folder / POINTS_FILE)
+        for where, sha256 in ((path, evaluated), (POINTS_FILE, points_record["made_from"].get("checkpoint"))):
+            if sha256 != sha256_file(trained.checkpoint):
+                raise RunFormatError(
+                    f"{trained.checkpoint} changed since {where} was written; evaluate the run again: {again}"
+                )
+        check_preprocessing(recorded, trained.config, path)
+        return cls(trained, points, references, batch_size, precision)
+
+    @property
+    def transform(self) -> Transform:
+        """How films become what the network sees."""
+        return Transform(self.trained.config.pixels.size, self.trained.config.pixels.fit)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it was trained on the synthetic cohort."""
+        return self.trained.config.data.synthetic
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The map methods that have a scale in this run."""
+        return tuple(self.references)
+
+    @property
+    def computed_in(self) -> str:
+        """What the films so far were scored in, such as `float32`."""
+        network = self._ready.get("network")
+        return str(mx.float32 if network is None else network.dtype).removeprefix("mlx.core.")
+
+    def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> FilmInput:
+        """A film from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
+
+        Args:
+            source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; or uint8 (H, W) or (H, W, 3) pixels.
+            name: to tell it by; the default is the path.
+            recipe: how a DICOM's values become gray levels, see `data.dicom`.
+        """
+        name = name or (str(source) if isinstance(source, (str, Path)) else "film")
+        try:
+            film = self._decoded(source, recipe)
+        except FilmError as error:
+            return FilmInput(name, None, error=str(error))
+        return FilmInput(name, np.asarray(film.image), film.notes, film.concerns)
+
+    def predict(self, films: Sequence[FilmInput], ignore_gate: bool = False) -> list[FilmAnswer]:
+        """Answers in the films' order, those that cannot be read included; `ignore_gate` as in `FilmAnswer`."""
+        readable = [film.pixels for film in films if film.pixels is not None]
+        seen = iter(zip(*self._scored(np.stack(readable)), strict=True) if readable else ())
+        return [
+            FilmAnswer(film) if film.pixels is None else self._answer(film, *next(seen), ignore_gate) for film in films
+        ]
+
+    def _scored(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, 14), and last feature maps (N, h, w, 512), float32."""
+        size = min(self.batch_size, len(pixels))
+        logits, features = [], []
+        for start in range(0, len(pixels), size):
+            # The last batch is filled up, so that one graph serves all.
+            items = np.resize(np.arange(start, min(start + size, len(pixels))), size)
+            batch = mx.array(pixels[items])
+            if not self._ready:
+                trial = preprocess(batch, self.trained.model.config.in_channels) if self.precision == "auto" else None
+                self._take(inference_network(self.trained.model, trial))
+            scored = self._batch(batch)
+            if self._ready["network"].dtype != mx.float32 and not np.isfinite(scored[0]).all():
+                # A film beyond the range of float16, which the first batch did not show.
+                self._take(FoldedResNet18.of(self.trained.model))
+                scored = self._batch(batch)
+            for parts, part in zip((logits, features), scored, strict=True):
+                parts.append(part[: len(pixels) - start])
+        return np.concatenate(logits), np.concatenate(features)
+
+    def _batch(self, films: mx.array) -> tuple[np.ndarray, np.ndarray]:
+        a = self._ready["trunk"](films)
+        return np.array(self._ready["network"].head(a).astype(mx.float32)), np.array(a)
+
+    def _take(self, network: FoldedResNet18) -> None:
+        self._ready.update(network=network, trunk=film_features(network))
+
+    def predict_files(
+        self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
+    ) -> Iterator[FilmAnswer]:
+        """Answers for files, in their order; a batch is decoded while the one before it is scored."""
+        paths = iter(paths)
+        with ThreadPoolExecutor(max_workers=workers) as readers:
+
+            def begin() -> list:
+                return [readers.submit(self.read, path, "", recipe) for path in islice(paths, self.batch_size)]
+
+            coming = begin()
+            while coming:
+                films = [future.result() for future in coming]
+                coming = begin()
+                yield from self.predict(films, ignore_gate)
+
+    def maps(self, answer: FilmAnswer, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
+        """float32 (K, h, w): maps of findings as shares of their reference activation, as `explain.maps.scale_maps`.
+
+        They are made from the features of the pass that gave the answer. NaN for a finding whose maps were zero on all
+        of validation.
+
+        Raises:
+            KeyError: the run has no reference for this method or finding.
+            ValueError: the film could not be read.
+        """
+        if answer.features is None:
+            raise ValueError(f"{answer.film.name}: {answer.film.error}")
+        reference = np.array([self.references[method][label] for label in labels])
+        network = self._ready.get("network") or FoldedResNet18.of(self.trained.model)
+        a = mx.array(answer.features)[None]
+        return scale_maps(maps_of_features(network, a, labels, method).raw[:, 0], reference)
+
+    def _answer(self, film: FilmInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> FilmAnswer:
+        decided = self.points.decide(logits[None])
+        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], features.copy(), ignore_gate)
+
+    def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or not source.size:
+                raise FilmError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
+            content = io.BytesIO()
+            Image.fromarray(source).save(content, "PNG", compress_level=0)
+            source = content.getvalue()
+        read = decode_bytes if isinstance(source, bytes) else decode
+        return read(source, self.transform, recipe, inspect=True)

@@ -1,0 +1,206 @@
+"""A scored teacher that answers for any report: probabilities, calls, and the words that moved them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.reports import has_headings, section_texts, select
+from mlx_cxr.evaluation.operating_points import FILE, OperatingPoints, read_operating_points
+from mlx_cxr.explain.word_scores import TextExplanation
+from mlx_cxr.teacher.attribution import explain
+from mlx_cxr.teacher.image_embeddings import encode_films
+from mlx_cxr.teacher.prompt import Prompt
+from mlx_cxr.teacher.scoring import score
+from mlx_cxr.teacher.teacher_run import TrainedTeacher, what_it_reads
+
+LONGEST = 20_000
+"""Characters; MIMIC-CXR's longest reports have about 5,000."""
+_WORDS = re.compile(r"\w")
+
+
+class ReportReadingError(UserError, ValueError):
+    """A report or film that this teacher cannot answer for; the message is the reason."""
+
+
+def sections_to_read(text: str, settings: TeacherConfig) -> list[tuple[str, str]]:
+    """(section, text) of a report that a teacher may read; one without headings counts as the first such section.
+
+    Raises:
+        ReportReadingError: the report has none of them.
+    """
+    texts = section_texts(text)
+    if not has_headings(text):
+        texts = {settings.sections[0]: texts["whole"]}
+    wanted = select(texts, settings.sections, settings.section_mode)
+    if not wanted:
+        raise ReportReadingError(f"the report has none of what this teacher reads ({', '.join(settings.sections)})")
+    return wanted
+
+
+@dataclass(frozen=True)
+class ReportAnswer:
+    """What a teacher says of one report.
+
+    Attributes:
+        sections: (name, text) of what it read, in the order read.
+        cut: tokens of the report that the prompt had no room for.
+        note: what a user may want to know of the reading, in a sentence, or empty.
+        logits: float32 (14,).
+        probabilities: float64 (14,) in [0, 1], calibrated.
+        states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`.
+    """
+
+    sections: tuple[tuple[str, str], ...]
+    cut: int
+    note: str
+    logits: np.ndarray
+    probabilities: np.ndarray
+    states: np.ndarray
+    _prompt: Prompt = field(repr=False)
+    _film: np.ndarray | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ReportReader:
+    """A teacher that was trained and scored.
+
+    Attributes:
+        teacher: the run.
+        points: what was fitted on its validation split.
+    """
+
+    teacher: TrainedTeacher
+    points: OperatingPoints
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> ReportReader:
+        """Open a run of `lfm_finetune` that `cache_teacher_outputs` has scored.
+
+        Raises:
+            ReportReadingError: the teacher reads no text.
+            RunFormatError: there is no such run, it is no teacher's, was not trained to its end, is not scored, or its
+                adapter changed since.
+            BaseUnavailableError, AdapterError, ConfigError: base, adapter or record cannot be used.
+        """
+        teacher = TrainedTeacher.open(folder)
+        if teacher.config.teacher.modality == "image":
+            raise ReportReadingError(f"{folder} is a teacher that sees films only; it reads no words to explain")
+        points, record = read_operating_points(Path(folder) / FILE)
+        if record["made_from"].get("adapter") != teacher.adapter_sha256:
+            raise RunFormatError(
+                f"{folder}: its adapter changed since {FILE} was written; run cache_teacher_outputs again"
+            )
+        return cls(teacher, points)
+
+    @property
+    def reads(self) -> str:
+        """What it may read, in words, such as `findings`."""
+        return what_it_reads(self.teacher.config)
+
+    @property
+    def needs_film(self) -> bool:
+        """Whether it looks at a film too."""
+        return self.teacher.config.teacher.modality == "image_text"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it was trained on the synthetic cohort."""
+        return self.teacher.config.data.synthetic
+
+    @property
+    def transform(self) -> Transform:
+        """How the film of `read` has to be prepared."""
+        return Transform(self.teacher.config.pixels.size, self.teacher.config.pixels.fit)
+
+    def read(self, text: str, film: np.ndarray | None = None) -> ReportAnswer:
+        """Answer for a report; one without headings counts as the first section that may be read.
+
+        Args:
+            text: the report.
+            film: uint8 (S, S) by `transform`, for a teacher that needs one.
+
+        Raises:
+            ReportReadingError: no text, too long a text, none of the sections that it reads, or no film where it needs
+                one.
+        """
+        if not _WORDS.search(text):
+            raise ReportReadingError("there is no text to read")
+        if len(text) > LONGEST:
+            raise ReportReadingError(f"{len(text):,} characters; a report has at most {LONGEST:,}")
+        if self.needs_film and film is None:
+            raise ReportReadingError("this teacher looks at the film too: choose or upload one")
+        settings = self.teacher.config.teacher
+        wanted = sections_to_read(text, settings)
+        headed = has_headings(text) or settings.sections[0] == "whole"
+        note = "" if headed else f"The text has no headings; all of it is taken as {settings.sections[0]}."
+        tokens = None
+        if self.needs_film:
+            encoded = encode_films(self.teacher.base, np.asarray(film)[None], settings.image_size)
+            tokens = np.array(encoded.astype(mx.float16))[0]
+        return self.answer(self.teacher.form.prompt(wanted), tokens, wanted, note)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        film: np.ndarray | None = None,
+        sections: Sequence[tuple[str, str]] = (),
+        note: str = "",
+    ) -> ReportAnswer:
+        """Answer for a prompt of this teacher's form.
+
+        Args:
+            prompt: of the study.
+            film: float16 (T, H), its film's tokens, or None.
+            sections: what the prompt was made of, to be told.
+            note: to be told.
+        """
+        films = None if film is None else np.asarray(film)[None]
+        logits = score(self.teacher.base, self.teacher.form, [prompt], films, self.teacher.config.teacher).logits
+        decided = self.points.decide(logits)
+        return ReportAnswer(
+            tuple(sections), prompt.cut, note, logits[0], decided.probabilities[0], decided.states[0], prompt, film
+        )
+
+    def explain(
+        self, answer: ReportAnswer, findings: Sequence[str], study_id: str = "text", labels: Sequence[str] = ()
+    ) -> list[TextExplanation]:
+        """Which words moved the answer, for each of some findings.
+
+        Args:
+            answer: of `read`.
+            findings: of `LABELS`.
+            study_id: to tell the report by.
+            labels: the source's labels of these findings in words, where they are known.
+
+        Raises:
+            AttributionError: the prompt holds no report.
+        """
+        columns = [label_index(name) for name in findings]
+        teacher, settings = self.teacher, self.teacher.config.teacher
+        scores = explain(teacher.base, teacher.form, answer._prompt, answer._film, columns, settings)
+        return [
+            TextExplanation(
+                study_id,
+                LABELS[k],
+                words,
+                float(answer.probabilities[k]),
+                float(self.points.tuned_thresholds[k]),
+                label,
+                self.reads,
+                answer.cut,
+                self.synthetic,
+                self.points.reason(k, float(answer.probabilities[k])),
+            )
+            for k, words, label in zip(columns, scores, labels or [""] * len(columns), strict=True)
+        ]

@@ -1,0 +1,146 @@
+"""A trained run, checked against the data it is asked about: the record and weights that all answers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_cxr.core.config import Config, config_from_plain
+from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.evaluation.predictions import Predictions, study_level
+from mlx_cxr.explain.grad_cam import Method, maps_of_features
+from mlx_cxr.models.convert import freeze, load_model
+from mlx_cxr.models.folded import FoldedResNet18
+from mlx_cxr.models.resnet import ResNet18, parameter_counts
+from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.cohort import SplitData
+from mlx_cxr.training.scoring import film_features, predict_logits
+
+CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
+"""The stages whose runs are opened here, and the weights that each of them leaves."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run folder that `train_cnn` or `distillation` made.
+
+    Attributes:
+        folder: the run's.
+        config: the configuration that it was trained with.
+        manifest_sha256: of the manifest that it was trained on.
+        checkpoint: its weights file.
+        model: those weights, in evaluation mode.
+    """
+
+    folder: Path
+    config: Config
+    manifest_sha256: str
+    checkpoint: Path
+    model: ResNet18
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TrainedRun:
+        """Read a run's record and weights.
+
+        Raises:
+            RunFormatError: there is no such run, its record is incomplete, it is no CNN's or student's, or it has
+                no weights yet.
+            ConfigError: its configuration does not fit this version.
+            ModelFormatError: its weights cannot be used.
+        """
+        folder = Path(folder).resolve() if Path(folder).name in ("", ".", "..") else Path(folder)
+        record_path = folder / "config.json"
+        if not record_path.exists():
+            raise RunFormatError(
+                f"{record_path} is missing: there is no such run; train it first, or give another's name or folder"
+            )
+        record = read_json(record_path)
+        try:
+            manifest_sha256, plain = record["inputs"]["manifest"]["sha256"], record["config"]
+        except (KeyError, TypeError):
+            raise RunFormatError(
+                f"{record_path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?"
+            ) from None
+        if record.get("stage") not in CHECKPOINTS:
+            raise RunFormatError(
+                f"{folder} was made by the stage {record.get('stage')!r}; a run of {' or '.join(CHECKPOINTS)} is "
+                "asked for here"
+            )
+        checkpoint = folder / CHECKPOINTS[record["stage"]]
+        if not checkpoint.exists():
+            raise RunFormatError(f"{folder} has no {checkpoint.name}; has its training saved an epoch yet?")
+        return cls(folder, config_from_plain(plain, record_path), manifest_sha256, checkpoint, load_model(checkpoint))
+
+    @property
+    def protocol(self) -> str:
+        """The key of `labels.SCORING_PROTOCOLS` that treats empty labels as the training did."""
+        return f"empty_{self.config.labels.empty}"
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """`parameter_counts` of the network as it was trained, with what was frozen then."""
+        model = ResNet18(self.model.config)
+        freeze(model, self.config.model.freeze_stages, self.config.model.freeze_batchnorm)
+        return parameter_counts(model)
+
+    def check(self, config: Config) -> None:
+        """Refuse to be shown other data than the run was trained for.
+
+        Args:
+            config: of the experiment whose manifest and films are to be scored.
+
+        Raises:
+            RunFormatError: manifest, pixels, model or the synthetic flag differ; names each with both values.
+            OSError: the manifest cannot be read.
+        """
+        weights = self.model.config
+        pairs = {
+            f"manifest {config.manifest_path} (SHA-256)": (self.manifest_sha256, sha256_file(config.manifest_path)),
+            "data.synthetic": (self.config.data.synthetic, config.data.synthetic),
+            "pixels.size": (self.config.pixels.size, config.pixels.size),
+            "pixels.fit": (self.config.pixels.fit, config.pixels.fit),
+            "model.in_channels": (weights.in_channels, config.model.in_channels),
+            "model.output_stride": (weights.output_stride, config.model.output_stride),
+        }
+        faults = [
+            f"{key}: the run has {theirs}, this is {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours
+        ]
+        if faults:
+            raise RunFormatError(
+                f"{self.folder} was trained for something else:\n  " + "\n  ".join(faults) + "\n"
+                "use the configuration and manifest that it was trained with, or train again under another --run_name"
+            )
+
+
+def study_predictions(model: ResNet18, data: SplitData, batch_size: int) -> Predictions:
+    """A row per study of a split; its logit is the mean over its films."""
+    return study_level(data.frame, data.raw_labels, predict_logits(model, data.films, batch_size))
+
+
+def film_maps(
+    model: ResNet18, films: FilmSource, labels: Sequence[str], method: Method, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps of every film of a source, all labels in one pass per batch.
+
+    Returns:
+        float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`), and the logits (N, 14) of the same passes.
+    """
+    maps, logits = film_maps_by(model, films, labels, [method], batch_size)
+    return maps[method], logits
+
+
+def film_maps_by(
+    model: ResNet18, films: FilmSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
+) -> tuple[dict[Method, np.ndarray], np.ndarray]:
+    """As `film_maps`, by several methods, for which the trunk runs once."""
+    network = FoldedResNet18.of(model)
+    trunk = film_features(network)
+    batches = [np.arange(len(films))[i : i + batch_size] for i in range(0, len(films), batch_size)]
+    made = [
+        [maps_of_features(network, a, labels, method) for method in methods] for a in map(trunk, films.batches(batches))
+    ]
+    raw = {method: np.concatenate([maps[i].raw for maps in made], axis=1) for i, method in enumerate(methods)}
+    return raw, np.concatenate([maps[0].logits for maps in made])

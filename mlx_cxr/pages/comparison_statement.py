@@ -1,0 +1,174 @@
+"""What the figures of a comparison support, in sentences chosen by rule from `final_comparison.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_cxr.core.formatting import interval_text, number
+
+SIGNIFICANCE = 0.05
+
+CONTROLS: Mapping[str, tuple[str, str, str]] = {
+    "hard": (
+        "the labels alone",
+        "the teacher's answers helped beyond the labels",
+        "that the teacher's answers helped beyond the labels is not shown",
+    ),
+    "smoothed": (
+        "labels smoothed as strongly as the teacher softens them",
+        "the teacher's answers do more than smoothing",
+        "that the teacher's answers do more than smoothing is not shown",
+    ),
+    "shuffled": (
+        "the teacher's answers to other studies",
+        "it matters that the answers belong to the study",
+        "that it matters whose study the answers belong to is not shown",
+    ),
+    "teacher": (
+        "the teacher's answers, with other settings",
+        "the student's settings are better",
+        "that the student's settings are better is not shown",
+    ),
+}
+"""What a control learned from in the teacher's place, what it says if the student is better than it, and if not."""
+
+
+def statement(comparison: Mapping[str, Any]) -> str:
+    """One paragraph: which differences can be told from noise, what the student keeps, and what the controls say."""
+    section = comparison["protocols"][comparison["fitted_under"]]
+    differences, kept = section["differences"], section["retention"]
+    reads = next(model["reads"] for model in comparison["models"] if model["role"] == "teacher")
+    aucs = {m["role"]: section["models"][m["run"]]["macro"]["roc_auc"] for m in comparison["models"]}
+    sentences = [
+        f"Macro ROC-AUC is {interval_text(aucs['cnn'])} for the CNN, {interval_text(aucs['teacher'])} for the "
+        f"teacher (reads: {reads}), and {interval_text(aucs['student'])} for the student.",
+        _pair("teacher", "CNN", differences["teacher_minus_cnn"]),
+        _pair("student", "CNN", differences["student_minus_cnn"]),
+        _pair("student", "teacher", differences["student_minus_teacher"]),
+        findings_sentence(differences["student_minus_cnn"]),
+        retention_sentence(kept),
+        _controls_sentence(comparison, section),
+        "Each model is one training run: the intervals cover which patients were tested, and not what another seed "
+        "would have given.",
+    ]
+    return " ".join(sentences)
+
+
+def findings_sentence(difference: Mapping[str, Any]) -> str:
+    """On which findings student and CNN differ once Holm's correction is made."""
+    per_label = difference["per_label"]
+    tested = [label for label, entry in per_label.items() if number(entry["p_holm"]) != "–"]
+    apart = [label for label in tested if per_label[label]["p_holm"] < SIGNIFICANCE]
+    ahead = [label for label in apart if per_label[label]["roc_auc"]["value"] > 0]
+    behind = [label for label in apart if label not in ahead]
+    lead = f"By finding (DeLong by patient, Holm over {len(tested)}, p < {SIGNIFICANCE}) the student "
+    parts = [
+        *([f"is better than the CNN on {', '.join(ahead)}"] if ahead else []),
+        *(
+            [f"worse on {', '.join(behind)}" if ahead else f"is worse than the CNN on {', '.join(behind)}"]
+            * bool(behind)
+        ),
+    ]
+    return lead + (" and ".join(parts) or "differs from the CNN on none") + "."
+
+
+def retention_sentence(kept: Mapping[str, Any]) -> str:
+    """Student over teacher beside what chance keeps, and the share of the gap that is closed, or why there is none."""
+    closed = (
+        f"Of the gap between CNN and teacher it closes {interval_text(kept['gap_closed'])}."
+        if kept["gap_closed"]
+        else f"What share of the gap between CNN and teacher it closes is undefined: {kept['gap_closed_undefined']}."
+    )
+    return (
+        f"The student keeps {interval_text(kept['share'])} of the teacher's macro ROC-AUC, where a model that knows "
+        f"nothing would keep {number(kept['chance_share'])}. {closed}"
+    )
+
+
+def gate_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """Each gate with its figure: `met: …` or `not met: …`."""
+    beats, keeps = comparison["gates"]["teacher_beats_cnn"], comparison["gates"]["retention"]
+    where = f"test macro ROC-AUC, {beats['protocol']}"
+    least = f"{keeps['minimum']:.2f}"
+    return [
+        f"{_met(beats)}: the teacher beats the CNN ({where}): difference {interval_text(beats['difference'])}; "
+        + _reach(beats["difference"], beats["interval_above_0"], "0"),
+        f"{_met(keeps)}: the student keeps at least {least} of the teacher's ({where}): "
+        f"{interval_text(keeps['share'])}; " + _reach(keeps["share"], keeps["interval_above_minimum"], least),
+    ]
+
+
+def control_verdicts(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """Per control its targets, the student minus it (macro ROC-AUC), and what that says; under `fitted_under`."""
+    section = comparison["protocols"][comparison["fitted_under"]]
+    targets = {model["run"]: model["targets"] for model in comparison["models"] if model["role"] == "control"}
+    verdicts = []
+    for run, entry in section["controls"].items():
+        _, better, otherwise = CONTROLS[targets[run]]
+        said = {"better": "better", "worse": "worse"}.get(entry["verdict"], entry["verdict"])
+        meaning = better if entry["verdict"] == "better" else otherwise
+        verdicts.append((targets[run], entry["macro"]["roc_auc"], f"{said}: {meaning}"))
+    return verdicts
+
+
+def reading_warnings(comparison: Mapping[str, Any]) -> list[str]:
+    """What to bear in mind of a teacher that reads the report, one sentence per kind of teacher."""
+    graded = comparison["graded_teachers"]
+    teachers = [model for model in comparison["models"] if model["role"] == "teacher"]
+    teachers += [model for model in graded["models"] if model["role"] != "teacher"] if graded else []
+    lines = []
+    if copies := [f"`{model['run']}` (reads: {model['reads']})" for model in teachers if model["reads_label_source"]]:
+        lines.append(
+            f"**{', '.join(copies)} may read what the labels were taken from.** Labels of MIMIC-CXR, and of the "
+            "synthetic cohort, were extracted by a program from the report's impression, else its findings, else its "
+            "last section. Such a teacher learns the program: its figures are no measure of reading films, and it "
+            "cannot be used where there is no report yet."
+        )
+    if others := [f"`{model['run']}` (reads: {model['reads']})" for model in teachers if model["reads_findings"]]:
+        lines.append(
+            f"{', '.join(others)}: findings are written by someone who saw the film, and where a report has no "
+            "impression the labels were taken from them. The figures say how much of the labels the text holds, not "
+            "how well a film can be read."
+        )
+    return lines
+
+
+def _pair(first: str, second: str, difference: Mapping[str, Any]) -> str:
+    text = f"({interval_text(difference['macro']['roc_auc'])})"
+    return {
+        "better": f"The {first} is better than the {second} {text}.",
+        "worse": f"The {first} is worse than the {second} {text}.",
+        "within noise": f"The {first} is not distinguishable from the {second} {text}.",
+        "no interval": f"Whether {first} and {second} differ {text} cannot be told without an interval.",
+    }[difference["verdict"]]
+
+
+def _controls_sentence(comparison: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    targets = {model["run"]: model.get("targets") for model in comparison["models"]}
+    of: dict[str, list[str]] = {}
+    for run, entry in section["controls"].items():
+        of.setdefault(entry["verdict"], []).append(f"{targets[run]} (`{run}`)")
+    if not of:
+        return (
+            "No control was compared, so what the teacher's answers did cannot be told from what any second term in "
+            "the loss would have done."
+        )
+    words = {
+        "better": "better than",
+        "worse": "worse than",
+        "within noise": "not distinguishable from",
+        "no interval": "without an interval of its difference from",
+    }
+    parts = [f"{words[verdict]} {', '.join(names)}" for verdict, names in of.items()]
+    return f"Of the controls, the student is {'; '.join(parts)}."
+
+
+def _reach(interval: Mapping[str, Any], above: bool, bound: str) -> str:
+    if number(interval["low"]) == "–":
+        return "there is no interval"
+    return f"the interval {'lies' if above else 'does not lie'} above {bound}"
+
+
+def _met(gate: Mapping[str, Any]) -> str:
+    return "met" if gate["met"] else "not met"

@@ -1,0 +1,219 @@
+"""`findings.md`: what the maps look like where the model was right, and where it was wrong, for a clinician to comment.
+
+Which studies are shown is a rule, not a choice: the studies of an outcome are ranked by how confident the model was of
+its call, and those at evenly spaced ranks are taken, from the most to the least confident one. The best-looking maps
+alone would say little.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_cxr.core.formatting import notice_lines, number
+from mlx_cxr.pages.overlay import METHOD_NAMES, Reading, draw_overlay, save_picture
+
+OUTCOMES = ("true positive", "false positive", "false negative")
+PICTURES = "grad_cam"
+"""The folder of the pictures, beside `findings.md`."""
+EXCERPT = 300
+"""Characters of the report that are quoted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One study shown for one finding.
+
+    Attributes:
+        outcome: one of `OUTCOMES`.
+        rank: 1, 2, … within finding and outcome.
+        study_id: of the study.
+        reading: what the picture says; its `film` is the film shown.
+        film: uint8 (S, S), as in the pixel store.
+        heat: float (h, w) of `scale_maps`.
+        mask: bool (S, S) of the finding, or None.
+        text: of the manifest, or empty.
+    """
+
+    outcome: str
+    rank: int
+    study_id: str
+    reading: Reading
+    film: np.ndarray
+    heat: np.ndarray
+    mask: np.ndarray | None = None
+    text: str = ""
+
+    @property
+    def picture(self) -> str:
+        """Its path relative to `findings.md`; finding, outcome and rank make it unique."""
+        words = f"{self.reading.finding} {self.outcome} {self.rank} {self.study_id}"
+        return f"{PICTURES}/{re.sub(r'[^A-Za-z0-9.-]+', '_', words)[:120]}.png"
+
+
+@dataclass(frozen=True)
+class FindingSummary:
+    """One finding's section.
+
+    Attributes:
+        finding: its name.
+        threshold: on the calibrated probability; None where validation gave none, and then nothing is shown.
+        counts: outcome to studies, all of them; with `true negative`.
+        abstained: outcome to how many of them the model abstains on.
+        cases: those shown.
+    """
+
+    finding: str
+    threshold: float | None
+    counts: Mapping[str, int]
+    abstained: Mapping[str, int]
+    cases: Sequence[Case]
+
+
+def outcomes(targets: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    """Rows of each outcome, most confident call first.
+
+    Args:
+        targets: (N,), each 1, 0 or NaN (left out).
+        probabilities: (N,), calibrated.
+        threshold: a study is called positive at or above it.
+
+    Returns:
+        The three of `OUTCOMES` and `true negative` to int arrays. Positive calls are ordered by falling, negative
+        ones by rising probability; equal ones by row.
+    """
+    called = probabilities >= threshold
+    rows = {
+        "true positive": called & (targets == 1),
+        "false positive": called & (targets == 0),
+        "false negative": ~called & (targets == 1),
+        "true negative": ~called & (targets == 0),
+    }
+    confidence = np.where(called, -probabilities, probabilities)
+    return {
+        name: np.flatnonzero(chosen)[np.argsort(confidence[chosen], kind="stable")] for name, chosen in rows.items()
+    }
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows at evenly spaced ranks, the first and (from two on) the last among them."""
+    if len(rows) <= count:
+        return rows
+    if count == 1:
+        return rows[:1]
+    return rows[np.round(np.linspace(0, len(rows) - 1, count)).astype(int)] if count else rows[:0]
+
+
+def write_pictures(folder: str | Path, cases: Sequence[Case], side: int = 320) -> list[Path]:
+    """Draw each case into the folder that holds `findings.md`, one atomic write per picture, and return the paths.
+
+    The map of a negative call is shown although it lies below the threshold, and the picture says so.
+    """
+    paths = []
+    for case in cases:
+        picture = draw_overlay(case.film, case.heat, case.reading, case.mask, side, show_withheld=True)
+        paths.append(save_picture(Path(folder) / case.picture, picture))
+    return paths
+
+
+def remove_stale(folder: str | Path, cases: Sequence[Case]) -> None:
+    """Remove pictures of an earlier evaluation that `findings.md` no longer links to."""
+    linked = {Path(folder) / case.picture for case in cases}
+    for path in (Path(folder) / PICTURES).glob("*.png"):
+        if path not in linked:
+            path.unlink()
+
+
+def findings_markdown(
+    run: str,
+    findings: Sequence[FindingSummary],
+    *,
+    synthetic: bool,
+    method: str,
+    protocol: str,
+    sections: Sequence[str] = (),
+) -> str:
+    """The page.
+
+    Args:
+        run: the run's name.
+        findings: in the order of their sections.
+        synthetic: whether the cohort is.
+        method: a key of `overlay.METHOD_NAMES`.
+        protocol: in words: what uncertain and empty labels count as.
+        sections: Markdown to put before the findings, such as the localization table.
+    """
+    lines = [
+        f"# Where `{run}` looks",
+        "",
+        *notice_lines(synthetic),
+        f"Maps by {METHOD_NAMES[method]} on test films. A map shows which cells raise the finding's score, not that "
+        "the finding is there. Its scale is the finding's reference activation, the 99th percentile of the maximum "
+        "over validation films, the same for every film; it is not stretched film by film. The probability is the "
+        "study's, calibrated, and the threshold was chosen on validation; of a study's films the one with the highest "
+        f"score of the finding is shown. Right and wrong are judged by the report's label, and {protocol}: a false "
+        "positive may be a finding that the report does not mention. Outcomes are those of the threshold; where the "
+        "model abstains, as validation leaves it unsure, the table says why.",
+        "",
+        "Which studies are shown follows a rule: ranked by the confidence of the call, at evenly spaced ranks from the "
+        "most to the least confident. They are examples, not a sample to estimate from. A false negative's map lies "
+        "below the threshold, where maps are otherwise withheld; it is drawn here to show what there was to see.",
+        "",
+        *sections,
+    ]
+    for finding in findings:
+        lines += _section(finding)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(finding: FindingSummary) -> list[str]:
+    lines = [f"## {finding.finding}", ""]
+    if finding.threshold is None:
+        return [
+            *lines,
+            "Validation has only one class of it, so no threshold could be chosen, and no call is shown.",
+            "",
+        ]
+    counts = ", ".join(f"{n} {name} ({finding.abstained[name]})" for name, n in finding.counts.items())
+    lines += [f"Threshold {number(finding.threshold)}; studies (of them abstained on): {counts}.", ""]
+    for outcome in OUTCOMES:
+        cases = [case for case in finding.cases if case.outcome == outcome]
+        lines += [f"### {finding.finding}: {outcome}s", ""]
+        if not cases:
+            lines += ["None is shown." if finding.counts[outcome] else "There is none.", ""]
+        for case in cases:
+            lines += _case(case)
+    return lines
+
+
+def _case(case: Case) -> list[str]:
+    reading = case.reading
+    title = f"{reading.finding}, {case.outcome} {case.rank}"
+    call = f"abstains: {reading.abstention}" if reading.abstention else reading.call_words
+    facts = f"| {reading.probability:.3f} | {number(reading.threshold)} | {call} | {reading.label_words} |"
+    empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
+    quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
+    return [
+        f"**{case.rank}.** study `{case.study_id}`, film `{reading.film}`",
+        "",
+        f"![{title}]({case.picture})",
+        "",
+        *empty,
+        *quote,
+        "| probability | threshold | call | report label | map lies on the finding? | clinician's comment |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"{facts} ☐ yes ☐ in part ☐ no ☐ cannot tell | &nbsp; |",
+        "",
+    ]
+
+
+def _excerpt(text: str) -> str:
+    """The beginning of a report on one line, cut between words, with Markdown's own characters escaped."""
+    line = " ".join(text.split())
+    if len(line) > EXCERPT:
+        line = line[:EXCERPT].rsplit(" ", 1)[0] + " …"
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", line)

@@ -1,0 +1,196 @@
+"""What `predict` leaves: a table with a row per film, overlays, and contact sheets.
+
+Columns of `films.csv`, UTF-8 with a header:
+
+- `file`: as it was given; `./` is put before a name that a spreadsheet would take for a formula, and bytes that are no
+  UTF-8 are written as `\\xNN`.
+- `status`: `answered`; `questionable`, where it does not look like a frontal chest film; `unreadable`.
+- `reason`: why it is one of the latter two. `notes`: what else is worth knowing, such as `16-bit`.
+- for each of `labels.LABELS`, in that order, `<label> probability` (calibrated, in [0, 1]), `<label> threshold` and
+  `<label> call`: `present`, `absent` or `abstain`. Empty for a film that is not answered.
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS
+from mlx_cxr.inference.predictor import MAPPED, FilmAnswer, Predictor
+from mlx_cxr.pages.case_page import by_margin
+from mlx_cxr.pages.overlay import Reading, Tile, draw_overlay, film_tile, map_tile, montage, save_picture
+
+COLUMNS: tuple[str, ...] = (
+    "file",
+    "status",
+    "reason",
+    "notes",
+    *(f"{label} {what}" for label in LABELS for what in ("probability", "threshold", "call")),
+)
+_TILE = 208
+_ACROSS, _DOWN = 8, 6
+_NOTHING = LABELS.index("No Finding")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def row_of(answer: FilmAnswer, predictor: Predictor) -> dict[str, str]:
+    """A film's row of `films.csv`."""
+    film = answer.film
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"file": cell_of(film.name), "status": answer.status, "notes": "; ".join(film.notes)}
+    row["reason"] = film.error or "; ".join(film.concerns)
+    if answer.answered:
+        for k, label in enumerate(LABELS):
+            row[f"{label} probability"] = f"{answer.probabilities[k]:.6f}"
+            if predictor.points.tuned[k]:
+                row[f"{label} threshold"] = f"{predictor.points.thresholds.values[k]:.6f}"
+            row[f"{label} call"] = STATE_WORDS[int(answer.states[k])]
+    return row
+
+
+def cell_of(name: str) -> str:
+    """A file's name as it stands in `films.csv`."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return f"./{text}" if text[:1] in _FORMULA else text
+
+
+def shown_name(name: str) -> str:
+    """A file's name, without its folder, as it stands in pictures: what cannot be printed becomes `?`."""
+    return "".join(c if c.isprintable() else "?" for c in Path(name).name)
+
+
+@contextmanager
+def films_table(path: Path) -> Iterator[csv.DictWriter]:
+    """A writer of `films.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
+    stopped = None
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        try:
+            yield writer
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
+    if stopped is not None:
+        raise stopped
+
+
+def called_findings(answer: FilmAnswer, predictor: Predictor) -> list[str]:
+    """The findings called present, those furthest above their thresholds first; No Finding is none."""
+    order = by_margin(answer.probabilities, predictor.points)
+    return [LABELS[k] for k in order if answer.states[k] == PRESENT and LABELS[k] in MAPPED]
+
+
+@dataclass(frozen=True)
+class FindingMap:
+    """A called finding with its map: float32 (h, w), as `Predictor.maps`."""
+
+    finding: str
+    heat: np.ndarray
+
+
+def called_maps(answer: FilmAnswer, predictor: Predictor, most: int, method: str) -> list[FindingMap]:
+    """Maps of `most` called findings at most, in the order of `called_findings`."""
+    findings = called_findings(answer, predictor)[:most]
+    heats = predictor.maps(answer, findings, method) if findings else ()
+    return [FindingMap(finding, heat) for finding, heat in zip(findings, heats, strict=True)]
+
+
+def write_overlays(
+    folder: Path, number: int, answer: FilmAnswer, predictor: Predictor, maps: Sequence[FindingMap], method: str
+) -> None:
+    """Write the film with each map as `<number>_<file>_<finding>.png`.
+
+    Args:
+        folder: gets them.
+        number: of the film in the table, from 1, as files of different folders may have one name.
+        answer: of a film that is answered.
+        predictor: that gave it.
+        maps: of `called_maps`.
+        method: of the maps.
+    """
+    for one in maps:
+        k = LABELS.index(one.finding)
+        reading = Reading(
+            one.finding,
+            float(answer.probabilities[k]),
+            float(predictor.points.thresholds.values[k]),
+            film=shown_name(answer.film.name),
+            method=method,
+            synthetic=predictor.synthetic,
+            own_film=True,
+        )
+        # File systems allow 255 bytes, which a long name of its own may have used up.
+        stem = Path(shown_name(answer.film.name)).stem.encode()[:100].decode(errors="ignore")
+        name = f"{number:05}_{stem}_{one.finding.replace(' ', '_')}.png"
+        save_picture(folder / name, draw_overlay(answer.film.pixels, one.heat, reading))
+
+
+class ContactSheets:
+    """Pages of 48 films, written one by one as they fill up: `contact_sheet_01.png`, ….
+
+    Each film lies under the map of its called finding that is furthest above its threshold, where there is one.
+
+    Args:
+        folder: gets the pages.
+        predictor: that gives the answers.
+    """
+
+    def __init__(self, folder: Path, predictor: Predictor) -> None:
+        self._folder, self._predictor = folder, predictor
+        self._tiles: list[Tile] = []
+        self.pages: list[Path] = []
+
+    def add(self, answer: FilmAnswer, maps: Sequence[FindingMap] = ()) -> None:
+        """Put a film on the page, under the first of its maps."""
+        self._tiles.append(self._tile(answer, maps))
+        if len(self._tiles) == _ACROSS * _DOWN:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the page that is not full yet, where there is one."""
+        if not self._tiles:
+            return
+        number = len(self.pages) + 1
+        title = f"{self._predictor.trained.folder.name}: films, page {number}"
+        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic, own_films=True)
+        self.pages.append(save_picture(self._folder / f"contact_sheet_{number:02}.png", sheet))
+        self._tiles = []
+
+    def _tile(self, answer: FilmAnswer, maps: Sequence[FindingMap]) -> Tile:
+        film = answer.film
+        name = shown_name(film.name)
+        if film.pixels is None:
+            return Tile(_worded(Image.new("RGB", (_TILE, _TILE), (40, 44, 52)), name, film.error or ""), "unreadable")
+        picture = film_tile(film.pixels, _TILE)
+        if not answer.answered:
+            dark = picture.point(lambda value: value * 0.35)
+            return Tile(_worded(dark, name, "; ".join(film.concerns)), "not answered")
+        if maps and np.isfinite(maps[0].heat).all():
+            picture = map_tile(film.pixels, maps[0].heat, _TILE)
+        called, words = called_findings(answer, self._predictor), "nothing called present"
+        if called or answer.states[_NOTHING] == PRESENT:
+            first = called[0] if called else LABELS[_NOTHING]
+            more = f" +{len(called) - 1}" if len(called) > 1 else ""
+            words = f"{first} {answer.probabilities[LABELS.index(first)]:.2f}{more}"
+        return Tile(_worded(picture, name, ""), words)
+
+
+def _worded(tile: Image.Image, name: str, reason: str) -> Image.Image:
+    """A tile with a film's name on top, and a reason across it."""
+    tile = tile.copy()
+    draw = ImageDraw.Draw(tile)
+    shown = name if len(name) <= 30 else f"…{name[-29:]}"
+    draw.rectangle((0, 0, tile.width, 15), fill=(0, 0, 0))
+    draw.text((4, 2), shown, fill=(200, 204, 210))
+    lines: Sequence[str] = textwrap.wrap(reason, 32)[:9]
+    draw.multiline_text((8, 30), "\n".join(lines), fill=(255, 236, 200), spacing=4)
+    return tile

@@ -1,0 +1,264 @@
+"""CLAIM 2024, answered as far as a run knows: Tejani et al., "Checklist for Artificial Intelligence in Medical Imaging
+(CLAIM): 2024 Update", Radiology: Artificial Intelligence 2024, doi 10.1148/ryai.240300.
+
+Its 44 items are named by number and a short topic of ours; their wording is in the paper. An answer is taken from a
+card of `model_card.model_card`. What a run cannot know (a study's aims, its funding) is `not recorded`: whoever
+publishes the model has to add it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlx_cxr.core.formatting import interval_text, number
+
+NOT_RECORDED = "not recorded"
+SECTIONS: tuple[tuple[str, int, int], ...] = (
+    ("Title and abstract", 1, 2),
+    ("Introduction", 3, 4),
+    ("Study design", 5, 6),
+    ("Data", 7, 13),
+    ("Reference standard", 14, 18),
+    ("Data partitions", 19, 20),
+    ("Testing data", 21, 21),
+    ("Model", 22, 24),
+    ("Training", 25, 27),
+    ("Evaluation", 28, 34),
+    ("Results: data", 35, 36),
+    ("Results: performance", 37, 39),
+    ("Discussion", 40, 41),
+    ("Other information", 42, 44),
+)
+"""Part of the checklist, its first item and its last."""
+
+Card = Mapping[str, Any]
+Answer = Callable[[Card], str | None]
+
+
+def claim_table(card: Card) -> list[dict[str, Any]]:
+    """A row per item: `item` (1 to 44), `section`, `topic`, `answer`, and `recorded` (False for `NOT_RECORDED`)."""
+    rows = []
+    for section, first, last in SECTIONS:
+        for item in range(first, last + 1):
+            topic, answer = ITEMS[item]
+            said = answer(card)
+            rows.append(
+                {
+                    "item": item,
+                    "section": section,
+                    "topic": topic,
+                    "answer": said or NOT_RECORDED,
+                    "recorded": bool(said),
+                }
+            )
+    return rows
+
+
+def _unknown(_: Card) -> None:
+    return None
+
+
+def _fixed(text: str) -> Answer:
+    return lambda _: text
+
+
+def _title(card: Card) -> str:
+    return f"Deep learning, a convolutional network ({card['model']['kind']}); see the title and Model"
+
+
+def _abstract(card: Card) -> str:
+    return "At a glance"
+
+
+def _design(card: Card) -> str | None:
+    if card["synthetic"]:
+        return "Drawn by a program"
+    return "Retrospective" if card["sharing"]["credentialed"] else None
+
+
+def _where_known(key: str) -> Answer:
+    """Of the data, what is known of the cohorts this package knows, and of a user's table is not."""
+    return lambda card: card["data"][key] if card["synthetic"] or card["sharing"]["credentialed"] else None
+
+
+def _raters(card: Card) -> str | None:
+    known = card["synthetic"] or card["sharing"]["credentialed"]
+    return "No raters: labels were read by a program; its errors were not measured here" if known else None
+
+
+def _eligibility(card: Card) -> str | None:
+    views = card["data"]["views"]
+    if card["data"]["dropped"] is None:
+        return f"Views {', '.join(views)}; further criteria not recorded" if views else None
+    dropped = "; ".join(f"{reason}: {count}" for reason, count in card["data"]["dropped"].items()) or "nothing"
+    return f"Views {', '.join(views) if views else 'all'}. Left out, in images: {dropped}"
+
+
+def _subset(card: Card) -> str | None:
+    before, counts = card["data"]["sample_of"], card["data"]["counts"]
+    if card["data"]["labels"] is None:
+        return None
+    if before is None:
+        return "None taken: all eligible studies are used"
+    return f"{sum(split['studies'] for split in counts.values())} of {before} studies, sampled by patient with the seed"
+
+
+def _deidentified(card: Card) -> str | None:
+    if card["synthetic"]:
+        return "No persons in the data"
+    return "By the makers of MIMIC-CXR (arXiv:1901.07042)" if card["sharing"]["credentialed"] else None
+
+
+def _missing(card: Card) -> str:
+    said = card["data"]["label_policy_in_words"]
+    return f"{said[0].upper()}{said[1:]}. Scored under both protocols; see Test results"
+
+
+def _acquisition(card: Card) -> str | None:
+    return "Simulated radiography" if card["synthetic"] else None
+
+
+def _partition(card: Card) -> str | None:
+    split = card["data"]["split_from"]
+    if split is None:
+        return None
+    imbalance = card["training"]["settings"]["class_weighting"]
+    return f"Split {split}; counts under Data. Weighting against class imbalance: {imbalance}"
+
+
+def _sample_size(card: Card) -> str:
+    counts = card["evaluation"]["counts"]["test"]
+    return f"Not calculated beforehand; {counts['studies']} studies of {counts['patients']} patients were there"
+
+
+def _software(card: Card) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in card["training"]["packages"].items())
+    return f"mlx_cxr {card['model']['version']}, Python {card['training']['python']}, {packages}"
+
+
+def _initialization(card: Card) -> str:
+    origin = card["model"]["initial_weights"]
+    source = origin.get("source") or origin.get("run")
+    return f"{origin['weights']}{f' ({source})' if source else ''}; head: {origin.get('head', NOT_RECORDED)}"
+
+
+def _selection(card: Card) -> str:
+    outcome = card["training"]["outcome"]
+    return (
+        f"Epoch {outcome['best_epoch']} of {outcome['epochs']}, by validation macro ROC-AUC per film "
+        f"({number(outcome['best_auc'])})"
+    )
+
+
+def _uncertainty(card: Card) -> str:
+    boot = card["evaluation"]["bootstrap"]
+    if not boot["samples"]:
+        return "None: no resamples were asked for"
+    paired = "; paired differences under Beside other models" if card["evaluation"]["comparison"] else ""
+    return f"95 % percentile intervals, {boot['samples']} resamples of patients{paired}"
+
+
+def _robustness(card: Card) -> str:
+    return "Two label protocols, views, support devices, metadata alone; see Test results and Subgroups"
+
+
+def _explained(card: Card) -> str:
+    table = card["localization"]
+    if table is None:
+        return "Class activation maps; not validated, for want of masks"
+    hit = interval_text(table["macro"]["hit"]["maps"])
+    return f"Class activation maps ({table['method']}), against masks: pointing game {hit}; see Maps"
+
+
+def _internal(card: Card) -> str:
+    evaluation = card["evaluation"]
+    name = evaluation["fitted_under"]
+    test = interval_text(evaluation["protocols"][name]["macro"]["roc_auc"])
+    return f"Macro ROC-AUC ({name}): validation {number(evaluation['validation'][name]['roc_auc'])}, test {test}"
+
+
+def _included(card: Card) -> str | None:
+    data = card["data"]
+    if data["images_read"] is None:
+        return None
+    kept = sum(counts["images"] for counts in data["counts"].values())
+    return f"{data['images_read']} images read, {kept} kept; see Data"
+
+
+def _demographics(card: Card) -> str | None:
+    known = [name for name, key in (("sex", "sex"), ("age", "age"), ("view", "views_by_split")) if card["data"][key]]
+    return f"By split: {', '.join(known)}; see Data" if known else None
+
+
+def _performance(card: Card) -> str:
+    return "Test results, by finding and protocol; Subgroups"
+
+
+def _failures(card: Card) -> str | None:
+    analysis = card["subgroups"]["failure_analysis"]
+    if analysis is None:
+        return None
+    counts = analysis["counts"]
+    return (
+        f"{counts['false_positives']} false positives and {counts['false_negatives']} false negatives among "
+        f"{counts['pairs']} studies and findings; subgroups here, cases in the run's failure analysis"
+    )
+
+
+def _limits(card: Card) -> str:
+    return f"Limits ({len(card['limits'])})"
+
+
+def _available(card: Card) -> str:
+    may = "may not be passed on" if card["sharing"]["credentialed"] else "are under what Data rights says"
+    return f"mlx_cxr {card['model']['version']} (MIT licence); the weights {may}"
+
+
+ITEMS: Mapping[int, tuple[str, Answer]] = {
+    1: ("AI and its kind in the title", _title),
+    2: ("structured summary", _abstract),
+    3: ("background and clinical role", _unknown),
+    4: ("aims and hypotheses", _unknown),
+    5: ("prospective or retrospective", _design),
+    6: ("goal of the study", _fixed("Model creation and its internal test, for research; see Intended use")),
+    7: ("data sources", _where_known("about")),
+    8: ("inclusion and exclusion", _eligibility),
+    9: ("preprocessing", _fixed("`preprocessing.json`, step by step")),
+    10: ("data subsets", _subset),
+    11: ("de-identification", _deidentified),
+    12: ("missing data", _missing),
+    13: ("image acquisition", _acquisition),
+    14: ("reference standard, definition", _where_known("label_origin")),
+    15: ("reference standard, rationale", _unknown),
+    16: ("reference standard, annotators", _raters),
+    17: ("annotation of the test set", _fixed("As the training set; see Data")),
+    18: ("variability between raters", _raters),
+    19: ("assignment to partitions", _partition),
+    20: ("level of disjoint partitions", _fixed("Patient: asserted when split, trained and scored")),
+    21: ("test sample size", _sample_size),
+    22: ("model", lambda card: f"{card['model']['architecture']}; {card['model']['parameters']['total']:,} parameters"),
+    23: ("software", _software),
+    24: ("initial parameters", _initialization),
+    25: ("training", _fixed("Training; `config.json`")),
+    26: ("choice of the final model", _selection),
+    27: ("ensembles", _fixed("None")),
+    28: ("metrics", _fixed("ROC-AUC, average precision, calls at fixed thresholds, Brier score, calibration error")),
+    29: ("uncertainty and significance", _uncertainty),
+    30: ("robustness", _robustness),
+    31: ("explanation, and its validation", _explained),
+    32: ("internal test", _internal),
+    33: ("external test", _fixed("None")),
+    34: ("trial registration", _fixed("Not applicable: not a trial")),
+    35: ("numbers included and excluded", _included),
+    36: ("characteristics by partition", _demographics),
+    37: ("performance and subgroups", _performance),
+    38: ("diagnostic accuracy, precision", _fixed("Sensitivity and specificity with intervals; see Test results")),
+    39: ("failure analysis", _failures),
+    40: ("limitations", _limits),
+    41: ("implications for practice", _fixed("None drawn: research only; see Not for")),
+    42: ("full protocol", _fixed("No protocol; technical details in `config.json` and `preprocessing.json`")),
+    43: ("availability", _available),
+    44: ("funding", _unknown),
+}
+"""Item to its topic and what answers it; None where a run does not know."""

@@ -1,0 +1,243 @@
+"""The sections of a model card that hold figures, as Markdown, for `model_card_page`.
+
+A card is that of `model_card.model_card`; every cell is one of its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.publishing.claim_checklist import NOT_RECORDED
+
+_RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision", "brier": "Brier"}
+_CALLS = {"sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision", "f1": "F1"}
+_COVERAGE = {"positive_coverage": "coverage, with it", "negative_coverage": "coverage, without it"}
+_CALLED = {
+    "called": "called",
+    "risk_called": "wrong of these",
+    "risk": "wrong if all called",
+    "sensitivity_called": "sensitivity of calls",
+    "specificity_called": "specificity of calls",
+}
+_HITS = {"swapped": "other films' maps", "centre": "film's centre", "chance": "chance"}
+
+Card = Mapping[str, Any]
+
+
+def results_section(card: Card) -> list[str]:
+    """Both protocols by finding, and the models beside it."""
+    evaluation, points = card["evaluation"], card["operating_points"]["labels"]
+    counts, bins = evaluation["counts"], evaluation["calibration_bins"]["count"]
+    lines = [
+        "## Test results",
+        "",
+        f"Per study, whose score is {evaluation['score']}; {counts['test']['studies']} studies of "
+        f"{counts['test']['patients']} patients. Thresholds (rule: {evaluation['threshold_rule']}) and temperatures "
+        f"were fitted on {counts['validate']['studies']} validation studies under `{evaluation['fitted_under']}`. "
+        f"Figures of different protocols are not comparable. Calibration error is over {bins} bins, before and after "
+        "temperature scaling.",
+        "",
+    ]
+    for name, protocol in protocols(evaluation):
+        entries = [*((label, protocol["per_label"][label]) for label in LABELS)]
+        entries.append((f"**mean of {len(protocol['macro_labels'])}**", protocol["macro"]))
+        ranked = [
+            [
+                *(title, *(str(entry.get(key, "")) for key in ("positives", "negatives"))),
+                *(interval_text(entry[key]) for key in _RANKING),
+                f"{number(entry['ece_uncalibrated'])} → {number(entry['ece'])}",
+            ]
+            for title, entry in entries
+        ]
+        called = [
+            [
+                *(title, number(points[title]["threshold"]) if title in points else ""),
+                *(interval_text(entry[key]) for key in _CALLS),
+            ]
+            for title, entry in entries
+        ]
+        lines += [f"### Protocol `{name}`", "", f"Here {protocol['meaning']}.", ""]
+        header = ["finding", "positive", "negative", *_RANKING.values(), "calibration error"]
+        lines += markdown_table(header, ranked, right=(1, 2))
+        lines += [f"If all were called at the threshold, without abstention (`{name}`):", ""]
+        lines += markdown_table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
+    comparison = evaluation["comparison"]
+    return lines if comparison is None else lines + _beside(comparison)
+
+
+def _beside(comparison: Mapping[str, Any]) -> list[str]:
+    rows = [[model["title"], f"`{model['run']}`", interval_text(model["roc_auc"])] for model in comparison["models"]]
+    differences = [
+        [
+            name.replace("_", " ") if name.count("_minus_") else f"student minus `{name}`",
+            interval_text(d["roc_auc"]),
+            d["verdict"],
+        ]
+        for name, d in comparison["differences"].items()
+    ]
+    return [
+        "### Beside other models",
+        "",
+        f"Mean ROC-AUC under `{comparison['protocol']}` on the {comparison['studies']} test studies that all of them "
+        f"scored. The student keeps {interval_text(comparison['retention'])} of the teacher's.",
+        "",
+        *markdown_table(["model", "run", "ROC-AUC"], rows),
+        *markdown_table(["difference", "ROC-AUC", "verdict"], differences),
+    ]
+
+
+def calls_section(card: Card) -> list[str]:
+    """What conformal prediction leaves plausible, how often it calls, and how often it is wrong then."""
+    abstention = card["abstention"]
+    lines = ["## Calls and abstention", ""]
+    if abstention is None:
+        return [*lines, f"Coverage and risk on test: {NOT_RECORDED}.", ""]
+    name = abstention["fitted_under"]
+    section, points = abstention["protocols"][name], card["operating_points"]["labels"]
+    sure = f"{100 * (1 - abstention['alpha']):.4g} %"
+    lines += [
+        f"A call is made where it is all that conformal prediction leaves plausible at {sure}; else the model "
+        "abstains. Coverage is the share of studies with the finding for which present stays plausible, and of those "
+        f"without for which absent does. Test studies, protocol `{name}`.",
+        "",
+    ]
+    coverage, calls = _table(_COVERAGE, section), _table(_CALLED, section)
+    for label, row in zip(LABELS, coverage, strict=False):
+        row.insert(1, _band(points[label], abstention["needed"]))
+    coverage[-1].insert(1, "")
+    lines += markdown_table(["finding", "abstains between", *_COVERAGE.values()], coverage)
+    return lines + markdown_table(["finding", *_CALLED.values()], calls)
+
+
+def _table(keys: Mapping[str, str], section: Mapping[str, Any]) -> list[list[str]]:
+    """A row of intervals per finding, and one of their means."""
+    entries = [*section["per_label"].items(), (f"**mean of {len(section['macro_labels'])}**", section["macro"])]
+    return [[title, *(interval_text(entry[key]) for key in keys)] for title, entry in entries]
+
+
+def _band(point: Mapping[str, Any], needed: int) -> str:
+    if min(point["positives"], point["negatives"]) < needed:
+        return "everywhere"
+    bounds = [point[key] for key in ("lower", "upper", "threshold")]
+    return f"{number(min(bounds))} and {number(max(bounds))}"
+
+
+def subgroups_section(card: Card) -> list[str]:
+    """Views, support devices, metadata, and the groups of the failure analysis."""
+    subgroups, name = card["subgroups"], card["evaluation"]["fitted_under"]
+    rows = [
+        [
+            f"view {view}",
+            str(group["studies"]),
+            f"mean of {len(group['macro']['labels'])}",
+            interval_text(group["macro"]["roc_auc"]),
+        ]
+        for view, group in subgroups["by_view"].items()
+    ]
+    for key, entry in subgroups["pneumothorax_by_support_devices"].items():
+        studies = str(entry["positives"] + entry["negatives"])
+        rows.append([key.replace("_", " "), studies, "Pneumothorax", interval_text(entry["roc_auc"])])
+    metadata = subgroups["metadata_only"]
+    lines = [
+        "## Subgroups and shortcuts",
+        "",
+        f"Under `{name}`. AP is the bedside view, of sicker patients; drains mark pneumothoraces that were treated.",
+        "",
+        *markdown_table(["studies", "number", "findings", "ROC-AUC"], rows, right=(1,)),
+    ]
+    if metadata is None or not metadata["macro"]["labels"]:
+        lines += [f"What view, age and sex alone would tell: {NOT_RECORDED}.", ""]
+    else:
+        macro = metadata["macro"]
+        lines += [
+            f"A regression that sees only {', '.join(metadata['features'])} has a mean ROC-AUC of "
+            f"{interval_text(macro['roc_auc'])} over {macro['labels']} findings; the model minus it: "
+            f"{interval_text(macro['model_minus_metadata'])}.",
+            "",
+        ]
+    analysis = subgroups["failure_analysis"]
+    if analysis is None:
+        return [*lines, f"By sex, age and support devices: {NOT_RECORDED}, as there is no failure analysis.", ""]
+    return lines + _groups(analysis)
+
+
+def _groups(analysis: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            attribute,
+            f"{group}{' (few)' if entry['small'] else ''}",
+            str(entry["studies"]),
+            str(len(entry["labels"])),
+            *(interval_text(entry[key]) for key in ("roc_auc", "sensitivity", "specificity", "fnr_gap")),
+        ]
+        for attribute, table in analysis["subgroups"].items()
+        for group, entry in table.items()
+    ]
+    gaps = analysis["gaps"]
+    return [
+        f"Means over the findings with enough patients in the group, protocol `{analysis['protocol']}`. The gap is the "
+        "group's false-negative rate minus that of all studies: above 0, findings go unseen more often. "
+        f"{gaps['apart']} of {gaps['looked_at']} gaps exclude 0; some would by chance.",
+        "",
+        *markdown_table(
+            ["", "group", "studies", "findings", "ROC-AUC", "sensitivity", "specificity", "gap"], rows, right=(2, 3)
+        ),
+    ]
+
+
+def maps_section(card: Card) -> list[str]:
+    """Whether the maps point at the findings."""
+    table = card["localization"]
+    if table is None:
+        return ["## Maps", "", f"Whether its maps point at the findings: {NOT_RECORDED}.", ""]
+    rows = [(name, str(entry["films"]), entry["hit"]) for name, entry in table["per_label"].items()]
+    rows.append((f"**mean of {table['macro']['labels']}**", "", table["macro"]["hit"]))
+    cells = [
+        [
+            *(name, films, interval_text(hit["maps"])),
+            *(number(hit[arm]["mean"]["value"]) for arm in _HITS),
+            interval_text(hit["swapped"]["difference"]),
+        ]
+        for name, films, hit in rows
+    ]
+    return [
+        "## Maps",
+        "",
+        f"Share of films whose {table['method']} map peaks on the finding, beside what points at it without looking at "
+        f"the film. Films: {table['selection']}.",
+        "",
+        *markdown_table(["finding", "films", "maps", *_HITS.values(), "maps minus other films'"], cells, right=(1,)),
+    ]
+
+
+def cost_section(card: Card) -> list[str]:
+    """What a prediction takes."""
+    cost = card["cost"]
+    if cost is None:
+        return ["## Cost", "", f"{NOT_RECORDED.capitalize()}.", ""]
+    return [
+        "## Cost",
+        "",
+        f"{number(cost['ms_per_sample'], 2)} ms for {cost['what']}, {on_device(cost['device'])}, over "
+        f"{cost['samples']} films.",
+        "",
+    ]
+
+
+def protocols(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The protocol that fitted first."""
+    first, protocols = evaluation["fitted_under"], evaluation["protocols"]
+    return [(name, protocols[name]) for name in (first, *(other for other in protocols if other != first))]
+
+
+def on_device(device: Mapping[str, Any]) -> str:
+    """Such as `on Apple M4 (metal)`."""
+    return f"on {device.get('name', NOT_RECORDED)} ({device.get('kind', NOT_RECORDED)})"
+
+
+SECTIONS = (results_section, calls_section, subgroups_section, maps_section, cost_section)
+"""In the order of the page; each takes a card and gives Markdown lines."""

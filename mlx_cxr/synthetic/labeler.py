@@ -1,0 +1,173 @@
+"""From what is there to a label: the radiologist who reads the film, and the labeler that reads the report.
+
+Labels of MIMIC-CXR are two readings away from the film. A radiologist misses or hedges what is subtle, and now and
+then suspects what is not there. The labeler then takes the Impression, or the Findings where there is none, and
+marks each finding as present (1), uncertain (-1), negated (0) or not mentioned (empty), with errors of its own
+(Irvin et al., arXiv:1901.07031; Johnson et al., arXiv:1901.07042).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.synthetic.canvas import Finding
+from mlx_cxr.synthetic.devices import BYSTANDERS
+from mlx_cxr.synthetic.devices import LABEL as DEVICE_LABEL
+from mlx_cxr.synthetic.findings import LOBES
+
+Change = Literal["first", "new", "worse", "better", "stable", "resolved"]
+
+SUSPECTED: dict[str, float] = {
+    "Atelectasis": 0.35,
+    "Pneumonia": 0.3,
+    "Lung Opacity": 0.15,
+    "Pleural Effusion": 0.1,
+    "Edema": 0.1,
+}
+"""Share of each finding among those suspected where there is nothing."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a radiologist errs.
+
+    Attributes:
+        missed: chance that a finding at the edge of the visible goes unseen; falls to 0 at severity 0.5.
+        hedged: chance that a finding at the edge of the visible is put as a possibility; falls with severity.
+        suspected: chance per study of suspecting a finding that is not there (always hedged).
+    """
+
+    missed: float
+    hedged: float
+    suspected: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One thing the radiologist will state.
+
+    Attributes:
+        finding: what; for devices the names are in `finding.kind`.
+        value: 1 present, -1 possible, 0 gone since the prior study.
+        change: against the prior study; `first` when there is none to compare with.
+    """
+
+    finding: Finding
+    value: int
+    change: Change
+
+
+def read_study(
+    truth: Mapping[str, Finding], before: Mapping[str, Finding] | None, reader: Reader, rng: np.random.Generator
+) -> list[Seen]:
+    """What a radiologist makes of a study.
+
+    Args:
+        truth: findings of this study, by label.
+        before: those of the patient's study before it; None for the first.
+        reader: the chances of error.
+        rng: the source of chance.
+    """
+    seen = []
+    for label in LABELS:
+        finding = truth.get(label)
+        if finding is None or (label == DEVICE_LABEL and not supported(finding)):
+            continue
+        s = finding.severity
+        if label == DEVICE_LABEL:
+            seen.append(Seen(finding, 1, _change(finding, before)))
+            continue
+        if rng.random() < reader.missed * max(0.0, 1 - s / 0.5):
+            continue
+        unsure = rng.random() < reader.hedged * max(0.0, 1.15 - s) ** 1.5
+        seen.append(Seen(finding, -1 if unsure else 1, _change(finding, before)))
+    if rng.random() < reader.suspected:
+        names = list(SUSPECTED)
+        label = str(rng.choice(names, p=np.array(list(SUSPECTED.values())) / sum(SUSPECTED.values())))
+        if label not in truth:
+            lobe = str(rng.choice(list(LOBES)))
+            seen.append(Seen(Finding(label, 0.2, LOBES[lobe][0], lobe), -1, "first"))
+    for label, finding in (before or {}).items():
+        if label not in truth and label != DEVICE_LABEL and finding.severity > 0.3 and rng.random() < 0.6:
+            seen.append(Seen(finding, 0, "resolved"))
+    return seen
+
+
+def supported(finding: Finding) -> bool:
+    """Whether any of the devices is what CheXpert calls a support device (wires and leads are not)."""
+    return any(name not in BYSTANDERS for name in finding.kind.split("|"))
+
+
+def _change(finding: Finding, before: Mapping[str, Finding] | None) -> Change:
+    if before is None:
+        return "first"
+    old = before.get(finding.label)
+    if old is None:
+        return "new"
+    if finding.label == DEVICE_LABEL:
+        return "stable" if old.kind == finding.kind else "new"
+    if finding.severity > 1.18 * old.severity:
+        return "worse"
+    return "better" if finding.severity < 0.85 * old.severity else "stable"
+
+
+def merge(mentions: list[Mapping[str, int]]) -> dict[str, int]:
+    """Several mentions of a finding in one text: present wins over uncertain, uncertain over negated."""
+    merged: dict[str, int] = {}
+    rank = {1: 2, -1: 1, 0: 0}
+    for mention in mentions:
+        for label, value in mention.items():
+            if label not in merged or rank[value] > rank[merged[label]]:
+                merged[label] = value
+    return merged
+
+
+def labels_of(mentions: Mapping[str, int]) -> np.ndarray:
+    """The 14 labels that a faultless labeler gives a text: float64 (14,), NaN where nothing is mentioned.
+
+    No Finding is 1 when nothing but devices is present or uncertain, and empty otherwise; never 0.
+    """
+    row = np.full(len(LABELS), np.nan)
+    for label, value in mentions.items():
+        row[LABELS.index(label)] = value
+    ill = any(value != 0 for label, value in mentions.items() if label != DEVICE_LABEL)
+    row[LABELS.index("No Finding")] = np.nan if ill else 1.0
+    return row
+
+
+def spoil(
+    row: np.ndarray, error: Mapping[str, float], share: Mapping[str, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A labeler's own errors.
+
+    Args:
+        row: (14,) faultless labels.
+        error: by label, the share of its positives that the labeler gets wrong; it also invents so many, so
+            that precision and recall are each about 1 - error.
+        share: by label, how frequent positives are.
+        rng: the source of chance.
+
+    Returns:
+        (14,) labels, each 1, 0, -1 or NaN.
+    """
+    wrong = row.copy()
+    draws, kinds = rng.random(len(LABELS)), rng.random(len(LABELS))
+    for column, label in enumerate(LABELS):
+        rate, common = error[label], share[label]
+        if row[column] == 1:
+            if draws[column] < rate:
+                wrong[column] = np.nan if kinds[column] < 0.7 or label == "No Finding" else -1.0
+        elif draws[column] < rate * common / (1 - common):
+            wrong[column] = 1.0
+        elif (row[column] == -1 and draws[column] < 2 * rate) or (row[column] == 0 and draws[column] < rate):
+            wrong[column] = np.nan
+    none = LABELS.index("No Finding")
+    others = [column for column, label in enumerate(LABELS) if label not in ("No Finding", DEVICE_LABEL)]
+    if wrong[none] == 1 and np.isin(wrong[others], (1, -1)).any():
+        wrong[none] = np.nan
+    return wrong

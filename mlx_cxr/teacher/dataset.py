@@ -1,0 +1,107 @@
+"""What the teacher is asked about: the studies of a manifest that have what it may read, as prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.reports import select
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.teacher.prompt import Prompt, PromptFormat
+
+
+@dataclass(frozen=True)
+class Studies:
+    """Studies of one or more splits, a row each.
+
+    Attributes:
+        frame: the manifest's row of the study's first film: `study_id`, `patient_id`, `split`, `view` and the rest.
+        raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
+        prompts: one per study.
+        counts: `studies` of these splits, `read`, `without_text` (skipped), `cut` (reports shortened), `cut_tokens`.
+    """
+
+    frame: pd.DataFrame
+    raw_labels: np.ndarray
+    prompts: list[Prompt]
+    counts: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def study_ids(self) -> list[str]:
+        """In the order of the rows."""
+        return self.frame["study_id"].tolist()
+
+    def lengths(self) -> np.ndarray:
+        """int (N,): tokens of each prompt."""
+        return np.array([len(prompt.ids) for prompt in self.prompts])
+
+    def of_split(self, name: str) -> Studies:
+        """The studies of one split; `counts` keeps only what can be told from them."""
+        rows = np.flatnonzero((self.frame["split"] == name).to_numpy())
+        prompts = [self.prompts[i] for i in rows]
+        counts = {"read": len(rows), "cut": sum(prompt.cut > 0 for prompt in prompts)}
+        return Studies(self.frame.iloc[rows].reset_index(drop=True), self.raw_labels[rows], prompts, counts)
+
+
+def read_studies(
+    manifest: Manifest,
+    reports: Mapping[str, Mapping[str, str]],
+    config: TeacherConfig,
+    form: PromptFormat,
+    splits: tuple[str, ...],
+    without_film: frozenset[str] = frozenset(),
+) -> Studies:
+    """Prompts of the studies of some splits.
+
+    A study without any of `config.sections` is left out and counted when the teacher reads text only or both; so is
+    one without a film that can be read, when it looks at films.
+
+    Args:
+        manifest: the rows; a study's first one speaks for it.
+        reports: study id -> section -> text.
+        config: modality and what may be read.
+        form: of the base.
+        splits: which.
+        without_film: image ids that the pixel store could not read.
+
+    Raises:
+        DataError: none of them can be read.
+        PromptError: no room for a report.
+    """
+    frame, looks = manifest.frame, config.modality != "text"
+    usable = ~frame["image_id"].isin(without_film) if looks else pd.Series(True, index=frame.index)
+    wanted = frame["split"].isin(splits) & usable
+    rows = np.flatnonzero(wanted & ~frame["study_id"].where(wanted).duplicated())
+    kept, prompts = [], []
+    for row, study in zip(rows.tolist(), frame["study_id"].iloc[rows], strict=True):
+        sections = []
+        if config.modality != "image":
+            sections = select(reports.get(study, {}), config.sections, config.section_mode)
+            if not sections:
+                continue
+        kept.append(row)
+        prompts.append(form.prompt(sections))
+    if not len(rows):
+        lack = "has a film that can be read" if looks else "is in the manifest"
+        raise DataError(f"no study of {', '.join(splits)} {lack}; look at the manifest's summary and the pixel store")
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} studies of {', '.join(splits)} has any of teacher.sections "
+            f"({', '.join(config.sections)}); read others, or look at the manifest's summary for what reports there are"
+        )
+    counts = {
+        "studies": int(frame.loc[frame["split"].isin(splits), "study_id"].nunique()),
+        "read": len(kept),
+        "without_text": len(rows) - len(kept),
+        "cut": sum(prompt.cut > 0 for prompt in prompts),
+        "cut_tokens": sum(prompt.cut for prompt in prompts),
+    }
+    return Studies(frame.iloc[kept].reset_index(drop=True), manifest.raw_labels[kept], prompts, counts)

@@ -1,0 +1,223 @@
+"""What the stages that train a network on films share: its data, its start, its run's folder, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cxr import __version__
+from mlx_cxr.core import device
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
+from mlx_cxr.core.runs import RunExistsError, create_run, hash_of, write_json
+from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
+from mlx_cxr.models.convert import freeze, initial_model
+from mlx_cxr.models.resnet import ResNet18
+from mlx_cxr.ops.streams import available, batch_parallel
+from mlx_cxr.training.cohort import Cohort, SplitData
+from mlx_cxr.training.distributed import ALONE, World
+from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, TrainingResult, train
+from mlx_cxr.training.losses import positive_weights, prior_logits
+from mlx_cxr.training.scoring import predict_logits
+
+log = logging.getLogger("mlx_cxr")
+
+
+def open_films(config: Config) -> tuple[Cohort, SplitData, SplitData]:
+    """The cohort, and its training and validation films.
+
+    Raises:
+        DataError: manifest or pixel store missing or not matching, or a patient in two splits.
+    """
+    cohort = Cohort.open(config)
+    train_data, validation = cohort.split("train"), cohort.split("validate")
+    log.info(
+        "%d training and %d validation films%s",
+        len(train_data),
+        len(validation),
+        "" if train_data.films.resident else ", read from disk",
+    )
+    return cohort, train_data, validation
+
+
+def initial_network(
+    config: Config, section: ModelConfig, targets: np.ndarray
+) -> tuple[ResNet18, dict[str, Any], np.ndarray | None]:
+    """The network that training starts from.
+
+    Args:
+        config: the experiment.
+        section: its model section, or one with other weights.
+        targets: float (N, 14) in [0, 1], NaN where unknown; a fresh head starts at their prevalence.
+
+    Returns:
+        The model, frozen as the section says; where its weights come from; and the weight (14,) of each finding's
+        positives, or None for none.
+
+    Raises:
+        FileNotFoundError, ModelFormatError, WeightsCorruptError: as `initial_model`.
+    """
+    model, origin = initial_model(section, config.weights_dir, config.seed)
+    freeze(model, section.freeze_stages, section.freeze_batchnorm)
+    weights = positive_weights(targets, config.training.class_weighting, config.training.max_class_weight)
+    if origin["head"] == "fresh":
+        model.fc.bias = mx.array(prior_logits(targets, weights))
+    return model, origin, weights
+
+
+def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALONE) -> bool:
+    """Whether there is a saved state to go on from, and it is asked for; rank 0 looks.
+
+    Raises:
+        RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
+    """
+
+    def look() -> bool:
+        if (run_dir / "config.json").exists() and not (resume or overwrite):
+            raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
+        return resume and (run_dir / "last" / "state.safetensors").exists()
+
+    return world.agree(look)
+
+
+def begin(
+    config: Config,
+    run_dir: Path,
+    stage: str,
+    inputs: Mapping[str, Path],
+    machine: Mapping[str, Any],
+    resume: bool,
+    world: World = ALONE,
+) -> None:
+    """Write the run's `config.json`, unless a saved state is gone on from; a run that saved none begins anew.
+
+    Args:
+        config: the experiment.
+        run_dir: the run's folder; `can_resume` has said that it may be written.
+        stage: `train_cnn` or `distillation`.
+        inputs: role -> file that is read, beside manifest and pixel index.
+        machine: `device.start`.
+        resume: whether `can_resume` said so.
+        world: rank 0 of it writes.
+    """
+    if not world.writes:
+        return
+    if resume:
+        log.info("going on from the last saved state of %s", run_dir)
+        return
+    data = {"manifest": config.manifest_path, "pixel_index": config.pixels_path.with_suffix(".json")}
+    create_run(
+        config.outputs,
+        run_dir.name,
+        stage=stage,
+        config=config.plain(),
+        inputs={**data, **inputs},
+        device=machine,
+        overwrite=True,
+    )
+    (run_dir / "training.json").unlink(missing_ok=True)
+
+
+def fit(
+    task: Task,
+    training: TrainingConfig,
+    *,
+    seed: int,
+    run_dir: Path,
+    settings: str,
+    resume: bool,
+    summary: Mapping[str, Any],
+) -> TrainingResult:
+    """Run the loop, and write `training.json` with how it ended and what else is known of the run.
+
+    Args:
+        task: what is trained.
+        training: epochs, patience and how often is saved and logged.
+        seed: of the run.
+        run_dir: its folder.
+        settings: `settings_hash`.
+        resume: go on from the saved state.
+        summary: further entries of `training.json`.
+
+    Raises:
+        TrainingDivergedError, TrainingDataError, RunFormatError: as `train`.
+    """
+    world = task.world
+    world.check_same("version of this package, or kind of device,", f"{__version__} {device.device_kind()}")
+    # The parts of a batch decide in which order ranks exchange BatchNorm's sums: as many on each.
+    parts = int(world.gather(np.array([available()], np.int32)).min())
+    with batch_parallel(parts):
+        result = train(
+            task,
+            epochs=training.epochs,
+            seed=seed,
+            patience=training.patience,
+            save_every=training.save_every,
+            log_every=training.log_every,
+            run_dir=run_dir,
+            settings=settings,
+            resume=resume,
+        )
+    if world.writes:
+        write_json(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
+    log.info(
+        "best validation macro AUC %.4f (epoch %d); weights in %s",
+        result.best_auc,
+        result.best_epoch,
+        run_dir / task.best_name,
+    )
+    return result
+
+
+def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str, **others: Any) -> str:
+    """Hash of what decides a run's weights, and so may not change when it is resumed.
+
+    Args:
+        config: the experiment.
+        training: its training section, or one with another number of epochs or learning rate.
+        manifest_sha256: of the manifest.
+        others: what else decides them, as plain data.
+    """
+    plain = config.plain()
+    settings = {key: plain[key] for key in ("seed", "labels", "model", "augment")}
+    settings["pixels"] = {key: plain["pixels"][key] for key in ("size", "fit")}
+    settings["training"] = training.model_dump(mode="json", exclude={"pixel_budget_gb"})
+    return hash_of({"manifest": manifest_sha256, **settings, **others})
+
+
+def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callable[[ResNet18], dict[str, float]]:
+    """What the loop calls after each epoch: loss and macro AUC of a split, per film, -1 and empty counted as 0.
+
+    Args:
+        data: the split.
+        batch_size: films per forward pass.
+        world: the ranks that share the films.
+
+    Raises:
+        TrainingDataError: no label of the split has both classes, so no epoch could be told from another.
+    """
+    targets = SCORING_PROTOCOLS["empty_negative"].apply(data.raw_labels)
+    if not both_classes(targets).any():
+        raise TrainingDataError(
+            f"split {data.name!r} has {len(data)} films and both classes of no label, so the best weights cannot be "
+            "chosen by its AUC; look at the manifest's summary, and give more studies or another split"
+        )
+
+    def validate(model: ResNet18) -> dict[str, float]:
+        logits = predict_logits(model, data.films, batch_size, world)
+        if not np.isfinite(logits).all():
+            raise TrainingDivergedError(
+                "logits of validation films are not finite; lower the learning rate. "
+                "The last saved state and the best weights so far are kept"
+            )
+        loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
+        return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
+
+    return validate

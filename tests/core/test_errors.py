@@ -1,0 +1,55 @@
+"""What a command prints and returns when something goes wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_cxr.core.errors import UserError, readable_errors
+
+
+class MissingKeyError(UserError, KeyError):
+    """As a room would define one."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("x.yaml: key 'a' is missing"), "error: x.yaml: key 'a' is missing"),
+        (MissingKeyError("no column 'view'"), "error: no column 'view'"),
+        (
+            FileNotFoundError(2, "No such file or directory", "t.csv"),
+            "error: [Errno 2] No such file or directory: 't.csv'",
+        ),
+    ],
+)
+def test_one_line_and_status_2(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("MLX_CXR_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end, readable_errors():
+        raise error
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert err == line + "\n"
+    assert out == ""
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("MLX_CXR_TRACEBACK", "1")
+    with pytest.raises(UserError), readable_errors():
+        raise UserError("x")
+
+
+def test_faults_of_the_package_keep_their_traceback():
+    with pytest.raises(ValueError, match="a bug"), readable_errors():
+        raise ValueError("a bug")
+
+
+def test_interruption_ends_with_130(capsys):
+    with pytest.raises(SystemExit) as end, readable_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert "is kept" in capsys.readouterr().err
+
+
+def test_nothing_happens_where_nothing_goes_wrong():
+    with readable_errors():
+        pass

@@ -1,0 +1,90 @@
+import gzip
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from dicom_files import as_bytes, dicom_bytes, dicom_dataset
+from PIL import Image
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from mlx_cxr.data.decoding import FilmError, Transform, decode_bytes
+from mlx_cxr.data.file_types import describe, is_dicom
+
+
+def saved(name, images=1):
+    frames = [Image.fromarray(np.full((40, 40), 60 * number + 9, np.uint8)) for number in range(images)]
+    content = io.BytesIO()
+    more = {"save_all": True, "append_images": frames[1:]} if images > 1 else {}
+    frames[0].save(content, name, **more)
+    return content.getvalue()
+
+
+def zipped(name):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(name, "<x/>")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (saved("PDF"), "a PDF document; save the film in it as PNG or JPEG"),
+        (saved("GIF"), "a GIF image; save the film"),
+        (saved("GIF", 3), "an animated GIF; save the film"),
+        (saved("WEBP"), "a WebP image; convert it to PNG"),
+        (saved("JPEG2000"), "a JPEG 2000 image; convert"),
+        (saved("PPM"), "a PGM image; convert"),
+        (saved("ICO"), "an icon, not a film"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photo; convert it to PNG"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF image; convert"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video, not a film"),
+        (zipped("film.jpg"), "a ZIP archive; unpack it"),
+        (zipped("[Content_Types].xml"), "an Office document"),
+        (gzip.compress(b"film"), "a gzip archive; unpack it"),
+        (b"<html><body>Please log in</body></html>", "a web page, not an image, such as a log-in page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"></svg>', "an SVG drawing, not a film"),
+        (b'<?xml version="1.0"?><report/>', "an XML document"),
+        ("Befund: kein Erguss, Größe unverändert.\n".encode(), "a text file, not an image"),
+        (("é" * 5000).encode(), "a text file, not an image"),
+        (bytes(5000), "it begins with zeros, as a stopped download leaves it"),
+        (bytes(range(128, 256)) * 4, "of no known kind; JPEG, PNG, TIFF, BMP and DICOM are read"),
+        (b"\x89", "of no known kind"),
+    ],
+)
+def test_what_a_file_is(content, said):
+    assert said in describe(content)
+    with pytest.raises(FilmError) as raised:
+        decode_bytes(content, Transform(32))
+    assert said in str(raised.value)
+
+
+def film():
+    return np.arange(1600, dtype=np.uint32).reshape(40, 40).astype(np.uint8)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_dicoms_are_known_with_and_without_preamble(syntax):
+    assert is_dicom(dicom_bytes(film(), syntax=syntax))
+    assert is_dicom(as_bytes(dicom_dataset(film(), syntax=syntax), preamble=False))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved("JPEG"),
+        saved("PNG"),
+        saved("TIFF"),
+        saved("BMP"),
+        saved("GIF"),
+        b"",
+        b"\x08",
+        b"\x08\0",
+        bytes(4000),
+        b"text",
+    ],
+)
+def test_others_are_not_taken_for_dicoms(content):
+    assert not is_dicom(content)

@@ -1,0 +1,270 @@
+"""The predictor on a tiny evaluated run: the same answers as the evaluation's, from any kind of file, and refusals."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pandas as pd
+import pytest
+from chest_films import chest_film
+from dicom_files import dicom_bytes
+from PIL import Image
+from toy_cohort import make_cohort
+
+from mlx_cxr import evaluate_cnn, train_cnn
+from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, read_json, write_json
+from mlx_cxr.data.dicom import equalize
+from mlx_cxr.data.image_arrays import Transform, read_film
+from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT
+from mlx_cxr.explain.grad_cam import class_activation_maps
+from mlx_cxr.explain.maps import fit_reference
+from mlx_cxr.inference.predictor import MAPPED, METHODS, Predictor
+from mlx_cxr.models.convert import load_model
+from mlx_cxr.models.folded import FoldedResNet18
+from mlx_cxr.models.resnet import preprocess
+
+
+def configured(folder: Path) -> Config:
+    """So few validation studies allow calls at this alpha only."""
+    return load_config(folder / "trial.yaml", ["evaluation.abstention_alpha=0.4"])
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """A toy cohort with a run `first`, trained and evaluated with maps."""
+    folder = make_cohort(tmp_path_factory.mktemp("cohort"))
+    config = configured(folder)
+    train_cnn.run(config)
+    evaluate_cnn.run(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(cohort) -> Path:
+    return cohort / "outputs" / "first"
+
+
+@pytest.fixture(scope="module")
+def predictor(run_dir) -> Predictor:
+    return Predictor.from_run(run_dir)
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(run_dir, tmp_path / "outputs" / "first"))
+
+
+def png(film: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(film).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_files_get_the_answers_of_the_evaluation(predictor, cohort, run_dir):
+    """`predictions.csv`, whose studies are of one film each, made through manifest and pixel store."""
+    table = pd.read_csv(run_dir / "predictions.csv", dtype={"study_id": str})
+    studies = table["study_id"].unique()
+    files = [cohort / "films" / f"film{study[1:]}.png" for study in studies]
+    answers = list(predictor.predict_files(files))
+    assert [answer.film.name for answer in answers] == [str(path) for path in files]
+    for key, ours in (("logit", "logits"), ("probability", "probabilities")):
+        theirs = table[key].to_numpy().reshape(len(studies), 14)
+        np.testing.assert_allclose(np.stack([getattr(a, ours) for a in answers]), theirs, rtol=1e-5, atol=1e-6)
+    states = np.where(table["abstain"] == 1, ABSTAIN, np.where(table["call"] == 1, PRESENT, ABSENT)).reshape(-1, 14)
+    # A validation study that a bound was fitted to lies on it, where the last bit of a logit decides.
+    bounds = np.stack([predictor.points.bands.lower, predictor.points.bands.upper, predictor.points.thresholds.values])
+    clear = np.abs(np.stack([a.probabilities for a in answers])[None] - bounds[:, None]).min(axis=0) > 1e-6
+    np.testing.assert_array_equal(np.stack([a.states for a in answers])[clear], states[clear])
+    assert len(studies) == 12
+    assert clear.sum() > 100
+    assert set(states[clear].tolist()) == {PRESENT, ABSENT, ABSTAIN}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_how_films_are_batched_changes_nothing(predictor, cohort, run_dir, batch_size):
+    files = sorted((cohort / "films").glob("*.png"))[:12]
+    whole = np.stack([a.logits for a in predictor.predict_files(files)])
+    parts = np.stack([a.logits for a in Predictor.from_run(run_dir, batch_size).predict_files(files)])
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_film_is_the_same_in_every_wrapping(predictor, tmp_path):
+    film = chest_film()
+    path = tmp_path / "film.dat"
+    path.write_bytes(png(film))
+    wide = io.BytesIO()
+    Image.fromarray(film.astype(np.uint16) * 257).save(wide, "PNG")
+    stretched = np.clip((film.astype(int) - film.min()) * 255 // (int(film.max()) - int(film.min())), 0, 255)
+    given = [path, str(path), png(film), film, np.repeat(film[..., None], 3, axis=2)]
+    answers = predictor.predict([predictor.read(source) for source in given])
+    for answer in answers:
+        assert answer.status == "answered", answer.film
+        np.testing.assert_array_equal(answer.film.pixels, answers[0].film.pixels)
+        np.testing.assert_allclose(answer.logits, answers[0].logits, rtol=1e-5)
+    assert [a.film.name for a in answers[:3]] == [str(path), str(path), "film"]
+    sixteen, eight = (predictor.read(source).pixels for source in (wide.getvalue(), stretched.astype(np.uint8)))
+    np.testing.assert_array_equal(sixteen, eight)
+
+
+def test_dicoms_of_every_kind_get_one_answer(predictor):
+    """That of a PNG of what the recipe makes of the film, within 1e-3."""
+    film = chest_film(1)
+    files = {
+        (photometric, bits): dicom_bytes(film, photometric, bits)
+        for photometric in ("MONOCHROME1", "MONOCHROME2")
+        for bits in (8, 12, 16)
+    }
+    levels = (film.astype(int) - film.min()) * 255 // (int(film.max()) - int(film.min()))
+    reference = predictor.read(png(equalize(levels.astype(np.uint8))))
+    answers = predictor.predict([reference, *(predictor.read(content) for content in files.values())])
+    for kind, answer in zip(files, answers[1:], strict=True):
+        np.testing.assert_allclose(answer.logits, answers[0].logits, atol=1e-3, err_msg=str(kind))
+
+
+def test_what_cannot_be_read_is_answered_with_the_reason(predictor, cohort, tmp_path):
+    """In its place, and nothing else is lost."""
+    good = sorted((cohort / "films").glob("*.png"))[:3]
+    (tmp_path / "empty.png").write_bytes(b"")
+    files = [good[0], tmp_path / "empty.png", good[1], tmp_path / "nowhere.png", good[2], tmp_path]
+    answers = list(predictor.predict_files(files))
+    assert [a.film.error is None for a in answers] == [True, False, True, False, True, False]
+    assert "0 bytes" in answers[1].film.error
+    assert "no such file" in answers[3].film.error
+    assert answers[1].status == "unreadable"
+    assert answers[1].logits is None
+    assert not answers[1].answered
+    alone = predictor.predict([predictor.read(good[2])])[0]
+    np.testing.assert_allclose(answers[4].logits, alone.logits, rtol=1e-5, atol=1e-6)
+    for bad in (np.zeros((64, 64)), np.zeros((64, 64, 2), np.uint8), np.zeros((0, 64), np.uint8)):
+        assert "give uint8 (H, W)" in predictor.read(bad).error
+    assert "no name of a file" in predictor.read("a\0b").error
+    assert predictor.predict([]) == []
+
+
+def test_a_negative_is_questionable_and_answered_on_request_only(predictor):
+    negative = predictor.read(png(255 - chest_film()))
+    assert any("inverted" in concern for concern in negative.concerns)
+    (answer,) = predictor.predict([negative])
+    assert (answer.status, answer.answered) == ("questionable", False)
+    (anyway,) = predictor.predict([negative], ignore_gate=True)
+    assert (anyway.status, anyway.answered) == ("questionable", True)
+    np.testing.assert_array_equal(anyway.probabilities, answer.probabilities)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_are_shares_of_the_reference_on_validation(predictor, cohort, run_dir, method):
+    model, transform = load_model(run_dir / "best_model.safetensors"), Transform(32)
+    films = np.stack([read_film(cohort / "films" / f"film{i:02}.png", transform) for i in range(12, 21)])
+    raw = class_activation_maps(model, preprocess(mx.array(films), 1), MAPPED, method).raw
+    reference = fit_reference(raw[:, :8])
+    labels = ["Cardiomegaly", "Edema"]
+    maps = predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], labels, method)
+    for label, ours in zip(labels, maps, strict=True):
+        k = MAPPED.index(label)
+        np.testing.assert_allclose(ours, raw[k, 8] / reference[k], rtol=1e-3, atol=1e-5)
+    assert predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0]).shape[0] == 13
+    with pytest.raises(KeyError):
+        predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], ["No Finding"], method)
+
+
+def test_a_network_in_half_precision_answers_and_maps_like_the_other(predictor, run_dir, cohort):
+    half = Predictor.from_run(run_dir, batch_size=2, precision="auto")
+    half._take(FoldedResNet18.of(half.trained.model, mx.float16))
+    assert half.computed_in == "float16"
+    films = [predictor.read(cohort / "films" / f"film{i:02}.png") for i in (12, 15, 20)]
+    for ours, wanted in zip(half.predict(films), predictor.predict(films), strict=True):
+        assert ours.features.dtype == np.float32
+        np.testing.assert_allclose(ours.logits, wanted.logits, atol=0.02)
+        assert (ours.logits != wanted.logits).any(), "computed in the other precision"
+        scale = np.nanmax(predictor.maps(wanted))
+        np.testing.assert_allclose(half.maps(ours), predictor.maps(wanted), atol=0.02 * max(scale, 1))
+
+
+def test_a_film_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
+    other = Predictor.from_run(run_dir, batch_size=2, precision="auto")
+    network = FoldedResNet18.of(other.trained.model, mx.float16)
+    network.stem.bias = network.stem.bias + mx.inf
+    other._take(network)
+    film = predictor.read(cohort / "films" / "film20.png")
+    np.testing.assert_allclose(other.predict([film])[0].logits, predictor.predict([film])[0].logits, atol=1e-5)
+    assert other.computed_in == "float32"
+
+
+def test_the_record_says_how_films_are_prepared(run_dir):
+    """The figures that the network normalizes by, as `models.resnet` documents them."""
+    record = read_json(run_dir / "inference.json")
+    assert record["preprocessing"]["transform"] == {"version": 1, "size": 32, "fit": "letterbox"}
+    assert record["preprocessing"]["normalization"] == {"in_channels": 1, "mean": [0.449], "std": [0.226]}
+    assert read_json(run_dir / "training.json")["preprocessing"] == record["preprocessing"]
+    assert record["map_references"]["films"] == 8
+    assert set(record["map_references"]["methods"]) == set(METHODS)
+
+
+def spoil(path: Path, *keys: str, value: object) -> None:
+    entry = plain = read_json(path)
+    for key in keys[:-1]:
+        entry = entry[key]
+    entry[keys[-1]] = value
+    write_json(path, plain)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "words"),
+    [
+        (("schema",), 0, "another version"),
+        (("preprocessing", "transform", "version"), 2, "'version': 2"),
+        (("preprocessing", "normalization", "mean"), [0.5], "[0.5]"),
+        (("preprocessing", "dicom_recipe"), "window", "'window'"),
+        (("map_references",), None, "cannot be used"),
+        (("preprocessing",), None, "no preprocessing is recorded"),
+        (("preprocessing",), [], "no preprocessing is recorded"),
+        (("map_references", "methods"), {"grad_cam": {"Edema": "much"}}, "cannot be used"),
+        (("checkpoint", "sha256"), "0" * 64, "changed since"),
+    ],
+)
+def test_a_run_of_another_version_is_refused(copied, keys, value, words):
+    spoil(copied / "inference.json", *keys, value=value)
+    with pytest.raises(RunFormatError) as error:
+        Predictor.from_run(copied)
+    assert words in str(error.value)
+    assert str(copied) in str(error.value)
+
+
+def test_weights_that_changed_are_refused(copied, run_dir):
+    weights = dict(mx.load(str(run_dir / "best_model.safetensors")))
+    header = mx.load(str(run_dir / "best_model.safetensors"), return_metadata=True)[1]
+    weights["fc.bias"] = weights["fc.bias"] + 1
+    mx.save_safetensors(str(copied / "best_model.safetensors"), weights, header)
+    with pytest.raises(RunFormatError, match="changed since"):
+        Predictor.from_run(copied)
+
+
+@pytest.mark.parametrize("name", ["inference.json", "operating_points.json", "best_model.safetensors", "config.json"])
+def test_a_run_that_lacks_a_file_is_refused(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        Predictor.from_run(copied)
+
+
+def test_evaluation_refuses_a_network_trained_with_other_preprocessing(cohort):
+    shutil.copytree(cohort / "outputs" / "first", cohort / "outputs" / "other")
+    spoil(cohort / "outputs" / "other" / "training.json", "preprocessing", "transform", "fit", value="center_crop")
+    with pytest.raises(RunFormatError, match=r"training\.json: films are no longer prepared"):
+        evaluate_cnn.run(configured(cohort), "other")
+
+
+def test_a_run_evaluated_without_maps_has_none(cohort):
+    shutil.copytree(cohort / "outputs" / "first", cohort / "outputs" / "bare")
+    evaluate_cnn.run(configured(cohort), "bare", maps=False)
+    bare = Predictor.from_run(cohort / "outputs" / "bare")
+    assert bare.methods == ()
+    with pytest.raises(KeyError):
+        bare.maps(bare.predict([bare.read(chest_film())])[0], ["Edema"])
+    assert len(LABELS) == len(bare.predict([bare.read(chest_film())])[0].probabilities)

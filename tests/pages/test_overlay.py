@@ -1,0 +1,203 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from mlx_cxr.pages.overlay import (
+    Reading,
+    Tile,
+    _colours,
+    draw_overlay,
+    film_tile,
+    map_tile,
+    mask_tile,
+    montage,
+    save_picture,
+)
+
+FILM = np.tile(np.linspace(30, 220, 64).astype(np.uint8), (64, 1))
+HEAT = np.zeros((8, 8), dtype=np.float32)
+HEAT[:4, 4:] = 1.0
+ABOVE = Reading("Edema", 0.8, 0.4, 1)
+BELOW = Reading("Edema", 0.1, 0.4, 0)
+SIDE = 256
+LEFT, TOP, GAP = 20, 92, 14
+RIGHT = LEFT + SIDE + GAP
+
+
+def panel(picture: Image.Image, x: int) -> np.ndarray:
+    return np.asarray(picture.crop((x, TOP, x + SIDE, TOP + SIDE))).astype(int)
+
+
+def saturation(pixels: np.ndarray) -> np.ndarray:
+    return pixels.max(axis=-1) - pixels.min(axis=-1)
+
+
+def test_no_evidence_leaves_the_film_as_it_is():
+    np.testing.assert_array_equal(np.asarray(map_tile(FILM, np.zeros((4, 4)), 128)), np.asarray(film_tile(FILM, 128)))
+
+
+def test_colour_lies_where_the_map_does_and_nowhere_else():
+    picture = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    np.testing.assert_array_equal(panel(picture, LEFT), np.asarray(film_tile(FILM, SIDE)))
+    colour = saturation(panel(picture, RIGHT))
+    assert colour[:96, 160:].min() > 60
+    assert colour[160:].max() == 0
+    assert colour[:, :96].max() == 0
+
+
+def test_more_evidence_is_more_colour_and_over_one_clips():
+    film = np.full((32, 32), 110, np.uint8)
+    levels = [saturation(np.asarray(map_tile(film, np.full((2, 2), v), 32)).astype(int))[0, 0] for v in (0, 0.25, 1)]
+    assert levels[0] == 0
+    assert levels[0] < levels[1] < levels[2]
+    np.testing.assert_array_equal(
+        np.asarray(map_tile(film, np.full((2, 2), 1.0), 32)),
+        np.asarray(map_tile(film, np.full((2, 2), 7.0), 32)),
+    )
+
+
+def test_the_palette_gets_lighter_all_the_way():
+    """Luminance rises with the value, so that the colours keep their order without colour vision."""
+    luminance = _colours() @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(luminance) > -0.5).all()
+    assert (np.diff(luminance[::8]) > 1).all()
+
+
+def test_below_the_threshold_the_map_is_withheld_unless_asked_for():
+    withheld = panel(draw_overlay(FILM, HEAT, BELOW, side=SIDE), RIGHT)
+    assert saturation(withheld).max() <= 8
+    assert withheld[:40].max() < 0.35 * 256
+    asked = panel(draw_overlay(FILM, HEAT, BELOW, side=SIDE, show_withheld=True), RIGHT)
+    assert saturation(asked).max() > 60
+
+
+def test_a_map_without_scale_or_threshold_is_withheld_even_when_asked_for():
+    nan = np.full((8, 8), np.nan, dtype=np.float32)
+    assert saturation(panel(draw_overlay(FILM, nan, ABOVE, side=SIDE, show_withheld=True), RIGHT)).max() <= 8
+    untuned = Reading("Edema", 0.8, math.nan)
+    assert "no threshold" in untuned.withheld(HEAT)
+    assert "never" in ABOVE.withheld(nan)
+    assert saturation(panel(draw_overlay(FILM, HEAT, untuned, side=SIDE), RIGHT)).max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        (
+            Reading("Edema", 0.831, 0.41, 1),
+            "calibrated p = 0.83 ≥ threshold 0.41   ·   report label: present",
+        ),
+        (Reading("Edema", 0.03, 0.41, 0), "calibrated p = 0.03 < threshold 0.41   ·   report label: absent"),
+        (
+            Reading("Edema", 0.5, 0.5, -1),
+            "calibrated p = 0.50 ≥ threshold 0.50   ·   report label: uncertain",
+        ),
+        (
+            Reading("Edema", 0.4096, 0.4099),
+            "calibrated p = 0.4096 < threshold 0.4099   ·   report label: not mentioned",
+        ),
+        (
+            Reading("Edema", 0.5, math.nan),
+            "calibrated p = 0.50 no threshold   ·   report label: not mentioned",
+        ),
+    ],
+)
+def test_the_line_says_probability_threshold_and_label(reading, text):
+    assert reading.summary() == text
+
+
+def test_the_outline_runs_along_the_mask():
+    dark = np.full((64, 64), 40, np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    pixels = np.asarray(mask_tile(dark, mask, 256))[..., 0]
+    white = np.argwhere(pixels > 200)
+    assert 56 <= white.min() <= 64
+    assert 191 <= white.max() <= 199
+    assert (pixels[80:176, 80:176] == 40).all()
+    assert (pixels[:40] == 40).all()
+
+
+def test_synthetic_films_say_so_and_change_nothing_else():
+    real = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    synthetic = draw_overlay(FILM, HEAT, Reading("Edema", 0.8, 0.4, 1, synthetic=True), side=SIDE)
+    assert ImageChops.difference(real, synthetic).getbbox()[1] >= TOP + SIDE + 20
+
+
+def test_text_that_is_too_long_stays_inside_its_margin():
+    reading = Reading("Enlarged Cardiomediastinum", 0.05, 0.2, film="p10/" + "0123456789" * 30)
+    picture = np.asarray(draw_overlay(FILM, HEAT, reading, side=SIDE))
+    assert (picture[:, -LEFT + 1 :] == picture[0, 0]).all()
+
+
+def test_montage_places_every_tile_in_order():
+    tiles = [Tile(Image.new("RGB", (40, 40), (value, 0, 0)), str(value)) for value in (60, 120, 180, 240)]
+    picture = np.asarray(montage(tiles, 3, "title", synthetic=True, scale=False))
+    assert picture.shape[1] == 2 * 20 + 3 * 40 + 2 * 14
+    reds = [picture[62 + 20 + row * 74, 20 + 20 + column * 54, 0] for row, column in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    assert reds == [60, 120, 180, 240]
+    with pytest.raises(ValueError, match="one size"):
+        montage([tiles[0], Tile(Image.new("RGB", (41, 40)), "")], 2)
+    with pytest.raises(ValueError, match="at least one column"):
+        montage(tiles, 0)
+    with pytest.raises(ValueError, match="one size"):
+        montage([], 2)
+
+
+def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
+    picture = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    path = save_picture(tmp_path / "new" / "edema.png", picture)
+    with Image.open(path) as read:
+        assert read.text["Warning"] == "Research only, not for clinical use"
+        assert ImageChops.difference(read.convert("RGB"), picture).getbbox() is None
+    assert [item.name for item in path.parent.iterdir()] == ["edema.png"]
+    with pytest.raises(ValueError, match=r"\.png"):
+        save_picture(tmp_path / "edema.jpg", picture)
+
+
+def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_same():
+    plain = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    abstains = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible"), side=SIDE)
+    assert (abstains.width, abstains.height) == (plain.width, plain.height + 26)
+    header, line, rest = (
+        (0, 0, plain.width, 80),
+        (0, 80, plain.width, 110),
+        (0, TOP + 26, plain.width, plain.height + 26),
+    )
+    assert ImageChops.difference(plain.crop(header), abstains.crop(header)).getbbox() is None
+    below = plain.crop((0, TOP, plain.width, plain.height))
+    assert ImageChops.difference(below, abstains.crop(rest)).getbbox() is None
+    accent = np.all(np.asarray(abstains.crop(line)) == (255, 196, 61), axis=-1)
+    assert accent.sum() > 20
+    longer = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible, and " * 20), side=SIDE)
+    assert (np.asarray(longer)[:, -LEFT + 1 :] == np.asarray(longer)[0, 0]).all()
+
+
+def test_abstention_does_not_lift_the_gate_nor_close_it():
+    for reading in (ABOVE, BELOW):
+        assert replace(reading, abstention="why").withheld(HEAT) == reading.withheld(HEAT)
+        assert replace(reading, abstention="why").summary() == reading.summary()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"s50 Edema: probability is 1\.2"):
+        Reading("Edema", 1.2, 0.5, film="s50")
+    with pytest.raises(ValueError, match="probability is nan"):
+        Reading("Edema", math.nan, 0.5)
+    with pytest.raises(ValueError, match="threshold is -1"):
+        Reading("Edema", 0.5, -1)
+    with pytest.raises(ValueError, match="label is 2"):
+        Reading("Edema", 0.5, 0.5, 2)
+    with pytest.raises(KeyError, match="lime"):
+        Reading("Edema", 0.5, 0.5, method="lime")
+    with pytest.raises(ValueError, match="at least 256"):
+        draw_overlay(FILM, HEAT, ABOVE, side=100)
+    with pytest.raises(ValueError, match="uint8"):
+        film_tile(FILM.astype(np.float32), 64)
+    with pytest.raises(ValueError, match="expected finite"):
+        map_tile(FILM, np.full((2, 2), np.nan), 64)
+    with pytest.raises(ValueError, match="mask has shape"):
+        mask_tile(FILM, np.ones((1, 64, 64)), 64)
