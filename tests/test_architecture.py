@@ -133,10 +133,8 @@ def test_nothing_is_ever_unpickled(name):
 @every_module
 def test_everything_public_says_what_it_is(name):
     tree = tree_of(name)
-    public = [
-        node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-    ]
-    for node in (tree, *public):
+    named = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for node in (tree, *(node for node in named if not node.name.startswith("_"))):
         said = ast.get_docstring(node)
         assert said, f"{name}:{getattr(node, 'lineno', 1)} has no docstring"
         opening = said.split()[0].strip("`,")
