@@ -2,7 +2,7 @@
 
 Times the ResNet-18's forward pass and training step, Grad-CAM, the training input and the teacher, in one process and
 in turn, against PyTorch with the same weights where asked; outputs are compared first. Without a configuration or a run
-the weights are random and the films are noise of 224 px, which cost the same. Writes `outputs/benchmark/`:
+the weights are random and the images are noise of 224 px, which cost the same. Writes `outputs/benchmark/`:
 `benchmark.json`, `.csv`, `.md` and `.png`.
 """
 
@@ -59,12 +59,12 @@ def run(
     """Measure, and return the path of `benchmark.json`.
 
     Args:
-        config: film size, network, teacher, seed and `outputs`; None takes the defaults.
-        run_name: name or folder of a trained run, for its weights and film size; None draws random weights.
+        config: image size, network, teacher, seed and `outputs`; None takes the defaults.
+        run_name: name or folder of a trained run, for its weights and image size; None draws random weights.
         against: `torch` to measure PyTorch too, on the best device it has.
         only: sections.
-        batch_sizes: films per forward pass; None takes 1, 8, 32, 64, or when `quick` 1 and 8.
-        size: side of the films in pixels; None takes that of the run, or of the configuration.
+        batch_sizes: images per forward pass; None takes 1, 8, 32, 64, or when `quick` 1 and 8.
+        size: side of the images in pixels; None takes that of the run, or of the configuration.
         minutes: of an ordinary run, the teacher aside; None takes 3.5, or when `quick` 0.4.
         quick: fewer batch sizes, fewer rounds, no `torch.compile`.
         teacher_size: `full` (LFM2.5-VL-1.6B), `tiny`, or `none`.
@@ -73,7 +73,7 @@ def run(
         update_readme: a Markdown file whose block `benchmark` gets the short table.
 
     Raises:
-        BenchmarkError: an unknown section, a batch or film size that cannot be, or fewer tokens than findings.
+        BenchmarkError: an unknown section, a batch or image size that cannot be, or fewer tokens than findings.
         TorchMissingError: PyTorch is asked for and not installed.
         RunFormatError: no such run.
         AdapterError: `teacher.lora` names what the base has not.
@@ -135,7 +135,7 @@ def _check(only: Sequence[str], batch_sizes: Sequence[int], size: int | None, to
 
 
 def _network(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
-    """The network, the side of its films, and the file that it is from."""
+    """The network, the side of its images, and the file that it is from."""
     if run_name is None:
         model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)
         return random_network(model, config.seed), size or config.pixels.size, {}

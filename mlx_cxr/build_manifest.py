@@ -1,4 +1,4 @@
-"""Turn raw films, tables and reports into a manifest: `python -m mlx_cxr.build_manifest --config configs/demo.yaml`.
+"""Turn raw images, tables and reports into a manifest: `python -m mlx_cxr.build_manifest --config configs/demo.yaml`.
 
 Writes into `data.work_dir`: `manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
 (the sections of each study's report, where there are reports), `splits.json` (the patients of each split, and the
@@ -37,7 +37,7 @@ def run(config: Config, workers: int = 0) -> Path:
         workers: processes that read reports; 0 takes one per core. The bytes written do not depend on it.
 
     Raises:
-        DataError: a table, column, film folder or report folder is missing, or contradicts itself; names it.
+        DataError: a table, column, image folder or report folder is missing, or contradicts itself; names it.
     """
     data = config.data
     rows = read_mimic(data) if data.source == "mimic-cxr-jpg" else read_csv_source(data)

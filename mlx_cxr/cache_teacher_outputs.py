@@ -39,7 +39,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
     """Cache a teacher's answers, and return its run's folder.
 
     Args:
-        config: the experiment; manifest, reports and films must be those that the teacher was trained on.
+        config: the experiment; manifest, reports and images must be those that the teacher was trained on.
         teacher_run: folder under `outputs`; None takes `teacher.run_name`.
         zero_shot: score validation and test without the adapter too.
         line_orders: ask the validation studies under so many other orders of the 14 lines too.
@@ -141,28 +141,28 @@ def _fill(
         log.info("going on: %d of %d studies are done", len(studies) - todo.sum(), len(studies))
     section = teacher.config.teacher
     keeps_features = section.modality != "text"
-    # A split at a time, as fine-tuning has stored the films' embeddings.
+    # A split at a time, as fine-tuning has stored the images' embeddings.
     for split in SPLITS:
         rows = np.flatnonzero((studies.frame["split"] == split).to_numpy())
         if not todo[rows].any():
             continue
         part = studies.of_split(split)
         with world.one_after_another():
-            films = material.films(teacher.base, part, teacher.config)
+            images = material.images(teacher.base, part, teacher.config)
 
         def put(batch: np.ndarray, logits: np.ndarray, features: np.ndarray, rows: np.ndarray = rows) -> None:
             writer.put(rows[batch], logits, features if keeps_features else None)
 
         collector = Collector(put, section.batch_size, teacher.base.hidden_size, world)
         mine = own_rows(part.prompts, section.batch_size, world)
-        score(teacher.base, teacher.form, part.prompts, films, section, collector, todo[rows] & mine)
+        score(teacher.base, teacher.form, part.prompts, images, section, collector, todo[rows] & mine)
         collector.finish()
 
 
 def _answers(teacher: TrainedTeacher, material: Material, studies: Studies, world: World) -> Answers:
     with world.one_after_another():
-        films = material.films(teacher.base, studies, teacher.config)
-    return shared_score(teacher.base, teacher.form, studies.prompts, films, teacher.config.teacher, world)
+        images = material.images(teacher.base, studies, teacher.config)
+    return shared_score(teacher.base, teacher.form, studies.prompts, images, teacher.config.teacher, world)
 
 
 def _write_order_effect(teacher: TrainedTeacher, material: Material, orders: int, seed: int) -> None:

@@ -23,7 +23,7 @@ from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import classifier_run
-from mlx_cxr.training.classifier_task import TrainingData, film_task
+from mlx_cxr.training.classifier_task import TrainingData, classifier_task
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
@@ -53,7 +53,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     run_dir = config.run_dir(settings.run_name if run_name is None else run_name)
     _refuse_to_replace_what_is_read(config, run_dir)
     resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
-    cohort, train_data, validation = classifier_run.open_films(config)
+    cohort, train_data, validation = classifier_run.open_images(config)
     hard = config.labels.policy().apply(train_data.raw_labels)
     inputs: dict[str, Path] = {}
     soft = None
@@ -71,10 +71,10 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     if keeps_features:
         model = FeatureStudent(student, soft.features.shape[1], config.seed)
     loss, targets = loss_and_targets(config, hard, soft, weights, world)
-    task = film_task(
+    task = classifier_task(
         model,
         loss,
-        TrainingData(train_data.films, targets),
+        TrainingData(train_data.images, targets),
         lambda trained: validate(trained.student if keeps_features else trained),
         training=training,
         augmentation=config.augment,

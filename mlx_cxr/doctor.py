@@ -278,11 +278,11 @@ def _mimic_source(config: Config, config_path: Path) -> list[Finding]:
                 remedy,
             )
         )
-    films = root / "files"
+    images = root / "files"
     findings.append(
-        Finding("data", "films", "ok", f"{films} ({origin})")
-        if films.is_dir()
-        else Finding("data", "films", "missing", f"{films} ({origin})", remedy)
+        Finding("data", "films", "ok", f"{images} ({origin})")
+        if images.is_dir()
+        else Finding("data", "films", "missing", f"{images} ({origin})", remedy)
     )
     reports = config.data.reports
     if reports is not None:
@@ -305,21 +305,21 @@ def _csv_source(config: Config) -> list[Finding]:
 
 
 def _forward_ms() -> float:
-    """Milliseconds per 224 px film of a forward pass in batches of 8; the better of two."""
+    """Milliseconds per 224 px image of a forward pass in batches of 8; the better of two."""
     import mlx.core as mx
 
     from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
     model = ResNet18(ResNetConfig())
     model.eval()
-    films = mx.random.normal((8, 224, 224, 1))
-    mx.eval(model(films))
+    images = mx.random.normal((8, 224, 224, 1))
+    mx.eval(model(images))
     times = []
     for _ in range(2):
         begin = time.perf_counter()
-        mx.eval(model(films))
+        mx.eval(model(images))
         times.append(time.perf_counter() - begin)
-    return min(times) * 1000 / films.shape[0]
+    return min(times) * 1000 / images.shape[0]
 
 
 def render(report: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from mlx_cxr.core import device
 from mlx_cxr.core.config import Config, add_config_arguments, load_config
 from mlx_cxr.core.errors import readable_errors
 from mlx_cxr.core.runs import provenance, write_json
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.operating_points import OperatingPoints
@@ -30,7 +30,7 @@ from mlx_cxr.inference.predictor import map_references, write_inference_record
 from mlx_cxr.inference.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
 from mlx_cxr.training.cohort import Cohort, SplitData
-from mlx_cxr.training.scoring import film_forward
+from mlx_cxr.training.scoring import image_forward
 
 log = logging.getLogger("mlx_cxr")
 
@@ -45,8 +45,8 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
 
     Raises:
         RunFormatError: there is no such run, it is not trained yet, or it was trained for something else.
-        DataError: manifest or pixel store missing or not matching, or no validation or test films.
-        PredictionsError: the films of a study disagree.
+        DataError: manifest or pixel store missing or not matching, or no validation or test images.
+        PredictionsError: the images of a study disagree.
     """
     machine = device.start("evaluate_cnn")
     trained = TrainedRun.open(config.run_dir(run_name))
@@ -66,7 +66,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     predictions = join(*parts)
     points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
     measure_cost(trained, test, config, machine)
-    references = map_references(trained.model, validation.films, config.evaluation.batch_size) if maps else {}
+    references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
     write_inference_record(trained, references, len(validation))
     if maps:
         explain(trained, validation, test, predictions.of_split("test"), points, config)
@@ -77,16 +77,16 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
 
 
 def measure_cost(trained: TrainedRun, test: SplitData, config: Config, machine: Mapping[str, Any]) -> None:
-    """Write `cost.json`: parameters, and milliseconds per film of the forward pass on films in memory."""
+    """Write `cost.json`: parameters, and milliseconds per image of the forward pass on images in memory."""
     items = np.arange(min(config.evaluation.batch_size, len(test)))
-    films = test.films.batch(items)
-    forward = film_forward(trained.model)
-    per_film, films_timed = milliseconds_per_sample(lambda: forward(films), len(items))
+    images = test.images.batch(items)
+    forward = image_forward(trained.model)
+    per_image, images_timed = milliseconds_per_sample(lambda: forward(images), len(items))
     write_cost(
         trained.folder,
         parameters=trained.parameters,
-        ms_per_sample=per_film,
-        samples=films_timed,
+        ms_per_sample=per_image,
+        samples=images_timed,
         batch_size=len(items),
         what=f"one film of {config.pixels.size} px in memory, forward pass in batches of {len(items)}",
         device=machine,
@@ -101,9 +101,9 @@ def explain(
     points: OperatingPoints,
     config: Config,
 ) -> None:
-    """Maps of the test films: pictures, localization where there are masks, and `findings.md`."""
+    """Maps of the test images: pictures, localization where there are masks, and `findings.md`."""
     folder, settings, synthetic = trained.folder, config.explain, config.data.synthetic
-    maps = explanation.map_test(trained.model, validation.films, test.films, settings, config.evaluation.batch_size)
+    maps = explanation.map_test(trained.model, validation.images, test.images, settings, config.evaluation.batch_size)
     masks, table, sections = None, None, []
     if has_masks(config.data.root):
         transform = Transform(config.pixels.size, config.pixels.fit)
@@ -125,7 +125,7 @@ def explain(
     else:
         write_json(folder / "localization.json", table)
         sections += explanation.localization_section(table)
-    sections += explanation.randomization_section(trained.model, maps, test.films, config.seed)
+    sections += explanation.randomization_section(trained.model, maps, test.images, config.seed)
     summaries = explanation.finding_summaries(
         maps, test, predictions, points, settings.examples_per_outcome, synthetic, masks
     )

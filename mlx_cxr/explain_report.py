@@ -31,7 +31,7 @@ from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.inference.report_reader import ReportReader, sections_to_read
 from mlx_cxr.pages.findings_page import outcomes
 from mlx_cxr.pages.token_page import write_explanations
-from mlx_cxr.teacher.image_embeddings import encode_films
+from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.lora import WEIGHTS
 from mlx_cxr.teacher.prompt import Prompt
 from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher, what_it_reads
@@ -52,14 +52,14 @@ class Asked:
     Attributes:
         study_id: or `text`.
         prompt: what the teacher reads.
-        film: float16 (T, H), or None.
+        image: float16 (T, H), or None.
         raw_labels: float32 (14,), or None for a text without labels.
         columns: findings to explain; None leaves it to the answers.
     """
 
     study_id: str
     prompt: Prompt
-    film: np.ndarray | None
+    image: np.ndarray | None
     raw_labels: np.ndarray | None
     columns: tuple[int, ...] | None
 
@@ -76,7 +76,7 @@ def run(
     """Explain answers of a teacher, and return the folder of the pages.
 
     Args:
-        config: the experiment; manifest, reports and films must be those that the teacher was trained on.
+        config: the experiment; manifest, reports and images must be those that the teacher was trained on.
         teacher_run: folder under `outputs`; None takes `teacher.run_name`.
         study_ids: studies of the manifest to explain, in place of examples.
         text: a report, or a file with one, to explain in their place.
@@ -184,11 +184,13 @@ def of_studies(
     asked = []
     for study, columns in wanted.items():
         i = place[study]
-        film = None
+        image = None
         if material.store is not None:
             pixels = material.store.images[material.store.rows([studies.frame["image_id"].iloc[i]])]
-            film = np.array(encode_films(teacher.base, pixels, teacher.config.teacher.image_size).astype(mx.float16))[0]
-        asked.append(Asked(study, studies.prompts[i], film, studies.raw_labels[i], columns))
+            image = np.array(encode_images(teacher.base, pixels, teacher.config.teacher.image_size).astype(mx.float16))[
+                0
+            ]
+        asked.append(Asked(study, studies.prompts[i], image, studies.raw_labels[i], columns))
     return asked
 
 
@@ -196,7 +198,7 @@ def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None)
     """A report that is given as a text or a file; one without headings counts as the first section that may be read.
 
     Raises:
-        ExplainReportError: there is no such file, or the teacher needs a film.
+        ExplainReportError: there is no such file, or the teacher needs an image.
         ReportReadingError: the report has none of the sections.
     """
     settings = teacher.config.teacher
@@ -224,7 +226,7 @@ def read_report(text: str) -> str:
 
 def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
     """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
-    answer = reader.answer(asked.prompt, asked.film)
+    answer = reader.answer(asked.prompt, asked.image)
     columns = asked.columns
     if columns is None:
         called = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()

@@ -1,7 +1,7 @@
 """Where a student fails, and why it may: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
 
 Reads runs that are scored already, and writes into `outputs/<student_run>/failure_analysis/`: `failures.csv` (every
-error on test), `relabel.csv` (a sheet for reading films anew, blind to label and model) and `relabel_key.csv`,
+error on test), `relabel.csv` (a sheet for reading images anew, blind to label and model) and `relabel_key.csv`,
 `confusions.png`, `images/` (the worst errors with their maps), `failures.json` and `summary.md`. CNN and teacher are
 shown beside the student where there are such runs; only a teacher can point at labels that are likely wrong.
 """
@@ -76,14 +76,14 @@ def run(
     files = {f"{one.name}/predictions.csv": one.folder / "predictions.csv" for one in (student, *others.values())}
     files |= {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
     files |= {"reports": config.reports_path} if reports is not None else {}
-    films = manifest.frame.groupby("study_id", sort=False)["path"].agg(list)
+    images = manifest.frame.groupby("study_id", sort=False)["path"].agg(list)
     settings = config.failure
     analysis = analyse(
         student,
         others,
         study_table(manifest, student),
         training_shares(manifest),
-        drawn_findings(config, [films[study] for study in study_ids]),
+        drawn_findings(config, [images[study] for study in study_ids]),
         teacher_margin=settings.teacher_margin,
         rare_share=settings.rare_share,
         samples=config.evaluation.bootstrap_samples,
@@ -92,7 +92,7 @@ def run(
     )
 
     folder, failures = student.folder / FOLDER, analysis.failures
-    sheet, key = relabel_sheet(analysis.judged, analysis.category, films, settings.relabel, config.seed)
+    sheet, key = relabel_sheet(analysis.judged, analysis.category, images, settings.relabel, config.seed)
     for name, table in {"failures": failures, "relabel": sheet, "relabel_key": key}.items():
         with atomic_path(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
@@ -139,12 +139,12 @@ def training_shares(manifest: Manifest) -> np.ndarray:
     return present.mean(axis=0) if len(present) else np.zeros(len(LABELS))
 
 
-def drawn_findings(config: Config, films: list[list[str]]) -> np.ndarray | None:
-    """What shows in the films of each study, by the masks of the synthetic cohort.
+def drawn_findings(config: Config, images: list[list[str]]) -> np.ndarray | None:
+    """What shows in the images of each study, by the masks of the synthetic cohort.
 
     Args:
         config: of which `data` is used.
-        films: of each of N studies, the paths of its films.
+        images: of each of N studies, the paths of its images.
 
     Returns:
         float64 (N, 14), 1 or 0; No Finding is 1 where nothing but devices shows. None for other cohorts, whose masks
@@ -152,8 +152,8 @@ def drawn_findings(config: Config, films: list[list[str]]) -> np.ndarray | None:
     """
     if not (config.data.synthetic and has_masks(config.data.root)):
         return None
-    drawn = np.zeros((len(films), len(LABELS)))
-    for row, paths in enumerate(films):
+    drawn = np.zeros((len(images), len(LABELS)))
+    for row, paths in enumerate(images):
         for path in paths:
             for mask in mask_folder(config.data.root, path).glob("*.png"):
                 drawn[row, label_index(mask.stem.replace("_", " "))] = 1

@@ -96,9 +96,9 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
             (run_dir / old).unlink(missing_ok=True)
 
     with world.one_after_another():
-        films, validation_films = (material.films(base, studies, config) for studies in (training, validation))
+        images, validation_images = (material.images(base, studies, config) for studies in (training, validation))
     base.release_vision()
-    validate = validator(base, form, validation, validation_films, teacher, world)
+    validate = validator(base, form, validation, validation_images, teacher, world)
     if resume_state:
         log.info("going on from the last saved state of %s", run_dir)
         zero_shot = world.agree(lambda: read_json(run_dir / RECORD)["zero_shot"])
@@ -129,7 +129,9 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     mx.reset_peak_memory()
     with batch_parallel(rows=teacher.training.batch_size):
         result = train(
-            lora_task(base, form, training, targets, films, masked_bce(weights), validate, teacher, config.seed, world),
+            lora_task(
+                base, form, training, targets, images, masked_bce(weights), validate, teacher, config.seed, world
+            ),
             epochs=teacher.training.epochs,
             seed=config.seed,
             patience=teacher.training.patience,

@@ -1,7 +1,7 @@
 """Make the built-in synthetic cohort: `python -m mlx_cxr.make_demo_data --config configs/demo.yaml`.
 
-Writes, under `data.root`, films, reports, masks and tables in the layout of MIMIC-CXR-JPG 2.0.0 (see `synthetic`), with
-`SYNTHETIC.txt`, which says that nothing in it is real. A cohort that is there already and was made from the same
+Writes, under `data.root`, images, reports, masks and tables in the layout of MIMIC-CXR-JPG 2.0.0 (see `synthetic`),
+with `SYNTHETIC.txt`, which says that nothing in it is real. A cohort that is there already and was made from the same
 settings by the same code is left as it is.
 """
 
@@ -20,7 +20,7 @@ from mlx_cxr.core.errors import UserError, readable_errors
 from mlx_cxr.core.runs import hash_of, read_json, write_json
 from mlx_cxr.core.workers import available_cores
 from mlx_cxr.synthetic.cohort import plan_cohort
-from mlx_cxr.synthetic.layout import write_films, write_tables
+from mlx_cxr.synthetic.layout import write_images, write_tables
 
 log = logging.getLogger("mlx_cxr")
 
@@ -59,10 +59,10 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
         log.info("%s is up to date: %s", root, settings)
         return root
     cohort = plan_cohort(config.demo.patients, config.seed)
-    films = sum(len(study.films) for study in cohort.studies)
+    images = sum(len(study.images) for study in cohort.studies)
     log.info(
         "rendering %d films of %d studies of %d patients into %s",
-        films,
+        images,
         len(cohort.studies),
         config.demo.patients,
         root,
@@ -72,12 +72,12 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05, mininterval=1.0) as bar:
-        shapes = write_films(cohort, fresh, config.demo.image_size, workers or available_cores(), bar.update)
+        shapes = write_images(cohort, fresh, config.demo.image_size, workers or available_cores(), bar.update)
     write_tables(cohort, fresh, shapes)
     (fresh / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
     write_json(
         fresh / MARKER,
-        {"schema": 1, "synthetic": True, "hash": wanted, **settings, "studies": len(cohort.studies), "films": films},
+        {"schema": 1, "synthetic": True, "hash": wanted, **settings, "studies": len(cohort.studies), "films": images},
     )
     if root.exists():
         shutil.rmtree(root)

@@ -80,7 +80,7 @@ def run(
         now = fingerprint({key: _setting(config, key) for key in step.settings}, step.inputs())
         why = ledger.why_run(step.name, now, step.outputs) or ("asked for" if step.name in forced else "")
         if not why and data_changed and of_data:
-            # Films can change under tables that do not; the stage itself looks at the films.
+            # Images can change under tables that do not; the stage itself looks at the images.
             why = "an earlier stage ran"
         title = f"[{number}/{len(chain)}] {step.name}"
         if not why:
@@ -170,7 +170,7 @@ def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> b
 
 
 def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
-    """Hold a trained run's validation macro AUC (per film, -1 and empty as 0) against the configuration's gate.
+    """Hold a trained run's validation macro AUC (per image, -1 and empty as 0) against the configuration's gate.
 
     Raises:
         GateError: it is lower, and `ignore` is false.

@@ -77,7 +77,7 @@ def steps(config: Config) -> list[Step]:
             "train_cnn",
             lambda resume: train_cnn.run(config, resume=resume, overwrite=not resume),
             ("seed", "labels", "model", "augment", "training", *_PIXELS),
-            lambda: _films(config),
+            lambda: _images(config),
             (config.run_dir() / "best_model.safetensors", config.run_dir() / "training.json"),
             config.run_dir(),
             trains=True,
@@ -200,7 +200,7 @@ def _student(config: Config, name: str, suffix: str) -> list[Step]:
     folder, weights = config.run_dir(name), "best_student.safetensors"
 
     def read() -> list[Path]:
-        read = _films(config)
+        read = _images(config)
         if config.distillation.targets != "hard":
             read += [config.run_dir(config.teacher.run_name) / file for file in (LOGITS_NAME, INDEX_NAME)]
         if config.distillation.init == "cnn":
@@ -227,7 +227,7 @@ def _evaluation(title: str, config: Config, name: str, weights: str, maps: bool 
         title,
         lambda _: evaluate_cnn.run(config, name, maps=maps),
         ("seed", "evaluation", "explain"),
-        lambda: [*_films(config), folder / weights],
+        lambda: [*_images(config), folder / weights],
         tuple(folder / file for file in (*_SCORES, "inference.json", *(["findings.md"] if maps else []))),
         folder,
     )
@@ -243,9 +243,9 @@ def _pixel_index(config: Config) -> Path:
 
 
 def _reports(config: Config) -> list[Path]:
-    """What a teacher reads of reports: nothing, where it looks at films only."""
+    """What a teacher reads of reports: nothing, where it looks at images only."""
     return [] if config.teacher.modality == "image" else [config.reports_path]
 
 
-def _films(config: Config) -> list[Path]:
+def _images(config: Config) -> list[Path]:
     return [config.manifest_path, _pixel_index(config)]

@@ -1,6 +1,6 @@
-"""Answer for films: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
+"""Answer for images: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
 
-JPEG, PNG, TIFF, BMP and DICOM, told by their content. Writes into the folder `--out`: `films.csv`, a row per file (see
+JPEG, PNG, TIFF, BMP and DICOM, told by their content. Writes into the folder `--out`: `images.csv`, a row per file (see
 `prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.
 Run again, it replaces all of them. A file that cannot be used gets its reason in the table, and the next one is read.
 Research only, not for clinical use.
@@ -26,7 +26,7 @@ from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.inference.predictor import METHODS, Predictor
-from mlx_cxr.pages.prediction_files import ContactSheets, called_maps, films_table, row_of, write_overlays
+from mlx_cxr.pages.prediction_files import ContactSheets, called_maps, images_table, row_of, write_overlays
 
 log = logging.getLogger("mlx_cxr")
 
@@ -57,12 +57,12 @@ def run(
         run_dir: an evaluated run of a CNN or a student.
         inputs: files, and folders whose files are taken, hidden ones left out.
         out: folder for what is written; made where it is not there.
-        overlays: write maps of this many called findings per film.
-        contact_sheet: write pages of small films.
+        overlays: write maps of this many called findings per image.
+        contact_sheet: write pages of small images.
         method: of the maps.
         recipe: how a DICOM's values become gray levels: `mimic` or `window`.
-        ignore_gate: answer for films that do not look like frontal chest films too.
-        batch_size: films per forward pass.
+        ignore_gate: answer for images that do not look like frontal chest images too.
+        batch_size: images per forward pass.
         precision: as `Predictor` has it.
 
     Raises:
@@ -85,7 +85,7 @@ def run(
     sheets = ContactSheets(out, predictor) if contact_sheet else None
     most = max(overlays, int(contact_sheet))
     begun = time.perf_counter()
-    with films_table(out / "films.csv") as table:
+    with images_table(out / "films.csv") as table:
         answers = predictor.predict_files(files, recipe, ignore_gate)
         for number, answer in enumerate(tqdm(answers, total=len(files), unit="film", disable=None), start=1):
             counts[answer.status] += 1
@@ -122,7 +122,7 @@ def run(
     per_second = len(files) / seconds
     log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(counts))
     log.info("findings: %s", _counted(calls))
-    log.info("table in %s. %s", out / "films.csv", footer(predictor.synthetic, own_film=True))
+    log.info("table in %s. %s", out / "films.csv", footer(predictor.synthetic, own_image=True))
     if not counts.keys() - {"unreadable"}:
         raise PredictError(f"none of the {len(files)} files can be read; {out / 'films.csv'} says why")
     return out / "films.csv"

@@ -1,13 +1,13 @@
-"""Decode the manifest's films into the pixel store: `python -m mlx_cxr.prepare_images --config configs/demo.yaml`.
+"""Decode the manifest's images into the pixel store: `python -m mlx_cxr.prepare_images --config configs/demo.yaml`.
 
 Writes into `data.work_dir`: `images_<size>.npy` (uint8 (N, S, S), a row per manifest row) and its index
-`images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (films that could not be used,
-and why) and `images_<size>_notes.csv` (films that look inverted, were 16-bit, palette, …). A stopped run is gone on
-with. Prints films per second.
+`images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (images that could not be used,
+and why) and `images_<size>_notes.csv` (images that look inverted, were 16-bit, palette, …). A stopped run is gone on
+with. Prints images per second.
 
-More than `pixels.shard_films` films go into several files (`images_<size>-1-of-6.npy`, …). These may be made by several
-calls at once, also on several machines that share the disk: start the same command as often as wanted. Where the disk
-has no file locks across machines, give each call its share: `--shard 1/4` to `--shard 4/4`.
+More than `pixels.shard_films` images go into several files (`images_<size>-1-of-6.npy`, …). These may be made by
+several calls at once, also on several machines that share the disk: start the same command as often as wanted.
+Where the disk has no file locks across machines, give each call its share: `--shard 1/4` to `--shard 4/4`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
 
     Args:
         config: the experiment; its manifest must be there.
-        rebuild: decode every film again.
+        rebuild: decode every image again.
         share: (k, n): of a store in several files, every n-th from the k-th on, and no other.
 
     Raises:
-        DataError: the manifest is missing or has no films, or more than half of them cannot be used.
+        DataError: the manifest is missing or has no images, or more than half of them cannot be used.
         OSError: the disk is full or not writable.
     """
     path = config.pixels_path
@@ -54,11 +54,11 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
     report = build_store(
         path, manifest, transform, config.data.root, config.pixels.workers, rebuild, config.pixels.shard_films, share
     )
-    what = f"{path}: {report.films - len(report.unreadable)} of {report.films} films, {transform.key()}"
+    what = f"{path}: {report.images - len(report.unreadable)} of {report.images} films, {transform.key()}"
     if report.decoded:
         rate = report.decoded / report.seconds
         log.info("%s; %d decoded in %.1f s, %.1f films/s", what, report.decoded, report.seconds, rate)
-    elif report.films:
+    elif report.images:
         log.info("%s; up to date: manifest, transform and film files are unchanged", what)
     if report.lacking:
         lacking = ", ".join(shard.name for shard in report.lacking)

@@ -14,7 +14,7 @@ from mlx_cxr.core.config import Config, add_config_arguments, add_training_argum
 from mlx_cxr.core.errors import readable_errors
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import classifier_run
-from mlx_cxr.training.classifier_task import TrainingData, film_task
+from mlx_cxr.training.classifier_task import TrainingData, classifier_task
 from mlx_cxr.training.distributed import World
 from mlx_cxr.training.losses import masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
@@ -33,22 +33,22 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
         RunFormatError: the run to resume was made with other data or settings.
         DataError: manifest or pixel store missing or not matching.
-        TrainingDataError: no training films, or a validation split without both classes of any label.
+        TrainingDataError: no training images, or a validation split without both classes of any label.
         TrainingDivergedError: the loss is no longer a number.
         RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
     machine, world = device.start("train_cnn", parallel=True), World.join()
     run_dir, training = config.run_dir(run_name), config.training
     resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
-    cohort, train_data, validation = classifier_run.open_films(config)
+    cohort, train_data, validation = classifier_run.open_images(config)
     targets = config.labels.policy().apply(train_data.raw_labels)
     validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     model, origin, weights = classifier_run.initial_network(config, config.model, targets)
     classifier_run.begin(config, run_dir, "train_cnn", {}, machine, resume_state, world)
-    task = film_task(
+    task = classifier_task(
         model,
         masked_bce(weights, world),
-        TrainingData(train_data.films, targets),
+        TrainingData(train_data.images, targets),
         validate,
         training=training,
         augmentation=config.augment,

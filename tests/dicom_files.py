@@ -1,4 +1,4 @@
-"""DICOM files of a film, as detectors, archives and careless exports write them."""
+"""DICOM files of an image, as detectors, archives and careless exports write them."""
 
 import io
 
@@ -15,12 +15,12 @@ from pydicom.uid import (
 )
 
 
-def stored_values(film, photometric="MONOCHROME2", bits=8, signed=False):
-    """What a detector stores of a film: its levels spread over `bits`, reversed for MONOCHROME1.
+def stored_values(image, photometric="MONOCHROME2", bits=8, signed=False):
+    """What a detector stores of an image: its levels spread over `bits`, reversed for MONOCHROME1.
 
     Each level of 8 bits becomes a multiple (1, 16 or 257 for 8, 12 and 16 bits), so the recipe can lose nothing.
     """
-    values = film.astype(np.int64) * {8: 1, 12: 16, 16: 257}[bits]
+    values = image.astype(np.int64) * {8: 1, 12: 16, 16: 257}[bits]
     if photometric == "MONOCHROME1":
         values = 2**bits - 1 - values
     if signed:
@@ -28,18 +28,18 @@ def stored_values(film, photometric="MONOCHROME2", bits=8, signed=False):
     return values.astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def dicom_dataset(film, photometric="MONOCHROME2", bits=8, signed=False, syntax=ExplicitVRLittleEndian, **elements):
+def dicom_dataset(image, photometric="MONOCHROME2", bits=8, signed=False, syntax=ExplicitVRLittleEndian, **elements):
     """A data set with its file meta information, not yet written.
 
     Args:
-        film: uint8 (H, W), as it is to look.
+        image: uint8 (H, W), as it is to look.
         photometric: MONOCHROME1 stores it reversed.
         bits: 8, 12 (in 16) or 16.
         signed: two's complement.
         syntax: a transfer syntax; RLE and JPEG Baseline (8-bit) are compressed here.
         elements: set last, so they may contradict the rest; None removes one.
     """
-    values = stored_values(film, photometric, bits, signed)
+    values = stored_values(image, photometric, bits, signed)
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
@@ -50,7 +50,7 @@ def dicom_dataset(film, photometric="MONOCHROME2", bits=8, signed=False, syntax=
     dataset.PatientName, dataset.PatientID = "Secret^Name", "SECRET-ID"
     dataset.Modality, dataset.BodyPartExamined, dataset.ViewPosition = "DX", "CHEST", "PA"
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
-    dataset.Rows, dataset.Columns = film.shape
+    dataset.Rows, dataset.Columns = image.shape
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = (8 if bits == 8 else 16), bits, bits - 1
     dataset.PixelRepresentation = int(signed)
     order = values.dtype.newbyteorder(">" if not syntax.is_little_endian else "<")
@@ -83,6 +83,6 @@ def as_bytes(dataset, preamble=True):
     return content.getvalue()
 
 
-def dicom_bytes(film, *args, **kwargs):
+def dicom_bytes(image, *args, **kwargs):
     """A DICOM file's content; arguments as for `dicom_dataset`."""
-    return as_bytes(dicom_dataset(film, *args, **kwargs))
+    return as_bytes(dicom_dataset(image, *args, **kwargs))

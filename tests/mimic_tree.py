@@ -1,4 +1,4 @@
-"""A handful of studies in the layout of MIMIC-CXR-JPG, for tests: tables, empty film files and reports."""
+"""A handful of studies in the layout of MIMIC-CXR-JPG, for tests: tables, empty image files and reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Study:
 
 
 def write_tree(root: Path, studies: list[Study], version: str = "2.0.0", packed: bool = True) -> Path:
-    """Write tables, films (empty files) and reports under `root`, and return it."""
+    """Write tables, images (empty files) and reports under `root`, and return it."""
     metadata = ["dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate"]
     split = ["dicom_id,study_id,subject_id,split"]
     labels = ["subject_id,study_id," + ",".join(LABELS)]
@@ -36,9 +36,9 @@ def write_tree(root: Path, studies: list[Study], version: str = "2.0.0", packed:
         for image, view in zip(study.images(), study.views, strict=True):
             metadata.append(f"{image},{study.patient},{study.study},CHEST,{view},3056,2544,21800506")
             split.append(f"{image},{study.study},{study.patient},{study.split}")
-            film = root / study.folder() / f"{image}.jpg"
-            film.parent.mkdir(parents=True, exist_ok=True)
-            film.touch()
+            radiograph = root / study.folder() / f"{image}.jpg"
+            radiograph.parent.mkdir(parents=True, exist_ok=True)
+            radiograph.touch()
         if study.labels is not None:
             cells = ",".join(study.labels.get(name, "") for name in LABELS)
             labels.append(f"{study.patient},{study.study},{cells}")

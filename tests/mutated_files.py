@@ -1,4 +1,4 @@
-"""Damaged copies of a film's files, the same ones each time: flipped bits, cut ends, wrong suffixes, mixed parts."""
+"""Damaged copies of an image's files, the same ones each time: flipped bits, cut ends, wrong suffixes, mixed parts."""
 
 import io
 
@@ -10,9 +10,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, 
 HEADER = 600
 
 
-def whole_files(film):
-    """name -> content of sound files of a film, uint8 (H, W)."""
-    image = Image.fromarray(film)
+def whole_files(radiograph):
+    """name -> content of sound files of an image, uint8 (H, W)."""
+    image = Image.fromarray(radiograph)
     files = {}
     for name, options in {
         "film.jpg": {"quality": 90},
@@ -25,19 +25,19 @@ def whole_files(film):
         image.save(content, {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "bmp": "BMP"}[name[-3:]], **options)
         files[name] = content.getvalue()
     content = io.BytesIO()
-    Image.fromarray(film.astype(np.uint16) * 257).save(content, "PNG")
+    Image.fromarray(radiograph.astype(np.uint16) * 257).save(content, "PNG")
     files["deep.png"] = content.getvalue()
-    files["film.dcm"] = dicom_bytes(film, "MONOCHROME1", 12)
-    files["implicit.dcm"] = dicom_bytes(film, bits=16, syntax=ImplicitVRLittleEndian)
-    files["deflated.dcm"] = dicom_bytes(film, syntax=DeflatedExplicitVRLittleEndian)
-    files["rle.dcm"] = dicom_bytes(film, bits=16, syntax=RLELossless)
-    files["jpeg.dcm"] = dicom_bytes(film, syntax=JPEGBaseline8Bit)
+    files["film.dcm"] = dicom_bytes(radiograph, "MONOCHROME1", 12)
+    files["implicit.dcm"] = dicom_bytes(radiograph, bits=16, syntax=ImplicitVRLittleEndian)
+    files["deflated.dcm"] = dicom_bytes(radiograph, syntax=DeflatedExplicitVRLittleEndian)
+    files["rle.dcm"] = dicom_bytes(radiograph, bits=16, syntax=RLELossless)
+    files["jpeg.dcm"] = dicom_bytes(radiograph, syntax=JPEGBaseline8Bit)
     return files
 
 
-def mutations(film, seed=0, rounds=4):
+def mutations(radiograph, seed=0, rounds=4):
     """Yield (name, content) of damaged files: 40 a round and more, named after what was done to which file."""
-    files = whole_files(film)
+    files = whole_files(radiograph)
     rng = np.random.default_rng(seed)
     names = list(files)
     for count in range(rounds):
@@ -53,10 +53,10 @@ def mutations(film, seed=0, rounds=4):
             yield f"{count}-renamed-{name}.{suffix}", content
 
 
-def write_mutations(folder, film, seed=0, rounds=4):
+def write_mutations(folder, radiograph, seed=0, rounds=4):
     """The same as files in a folder; their paths."""
     paths = []
-    for name, content in mutations(film, seed, rounds):
+    for name, content in mutations(radiograph, seed, rounds):
         paths.append(folder / name)
         paths[-1].write_bytes(content)
     return paths

@@ -21,12 +21,12 @@ import mlx.core as mx
 from toy_training import TINY, run_tiny
 
 from mlx_cxr.core import device
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.distributed import World
 
 
 def uneven_targets() -> np.ndarray:
-    """Known labels spread so that no two films have as many: a mean of means would not be the mean."""
+    """Known labels spread so that no two images have as many: a mean of means would not be the mean."""
     targets = TINY[1].copy()
     for i, row in enumerate(targets):
         row[2 + i % 12 :] = np.nan
@@ -35,17 +35,17 @@ def uneven_targets() -> np.ndarray:
 
 def kill_at(step: int) -> None:
     """End this process at a step."""
-    real, done = FilmSource.batches, 0
+    real, done = ImageSource.batches, 0
 
-    def batches(self: FilmSource, chosen: Iterable[np.ndarray]) -> Iterator[mx.array]:
+    def batches(self: ImageSource, chosen: Iterable[np.ndarray]) -> Iterator[mx.array]:
         nonlocal done
-        for films in real(self, chosen):
+        for images in real(self, chosen):
             done += 1
             if done == step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield films
+            yield images
 
-    FilmSource.batches = batches
+    ImageSource.batches = batches
 
 
 if __name__ == "__main__":

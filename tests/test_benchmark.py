@@ -40,7 +40,7 @@ def patient(monkeypatch):
     monkeypatch.setattr(grad_cam, "maps_one_by_one", partial(grad_cam.maps_one_by_one, labels=(0, 1)))
 
 
-def test_films_without_pytorch(config, tmp_path, patient):
+def test_images_without_pytorch(config, tmp_path, patient):
     readme = tmp_path / "README.md"
     readme.write_text(
         "above\n<!-- begin benchmark -->\nstale figures\n<!-- end benchmark -->\nbelow\n", encoding="utf-8"

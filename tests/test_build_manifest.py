@@ -158,7 +158,7 @@ def test_a_cohort_that_loses_its_reports_loses_reports_csv(config_file, tmp_path
     assert "Sections of the reports" not in path.with_name("manifest_summary.md").read_text()
 
 
-def test_reports_without_films(tmp_path):
+def test_reports_without_images(tmp_path):
     said = ["Edema." if i % 3 else "" for i in range(30)]
     records = [
         {"uid": f"r{i}", "impression": text, "why": "XXXX.", "gold": ["Edema"] * (i % 3)} for i, text in enumerate(said)

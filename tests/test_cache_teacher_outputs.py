@@ -191,7 +191,7 @@ def test_a_second_run_has_nothing_left_to_score(toy, cached, monkeypatch):
     assert {name: sha256_file(cached / name) for name in SOFT} == before
 
 
-def test_films_are_encoded_once_for_fine_tuning_and_caching(toy, monkeypatch):
+def test_images_are_encoded_once_for_fine_tuning_and_caching(toy, monkeypatch):
     """Only those of the test split are new; they need the vision tower, the others don't."""
     from mlx_cxr.teacher import image_embeddings
 
@@ -200,13 +200,13 @@ def test_films_are_encoded_once_for_fine_tuning_and_caching(toy, monkeypatch):
         if np.load(path, mmap_mode="r").shape[0] == len(TEST):
             path.unlink()
     encoded = []
-    real = image_embeddings.encode_films
+    real = image_embeddings.encode_images
 
     def counting(base, batch, size):
         encoded.append(len(batch))
         return real(base, batch, size)
 
-    monkeypatch.setattr(image_embeddings, "encode_films", counting)
+    monkeypatch.setattr(image_embeddings, "encode_images", counting)
     cache_teacher_outputs.run(toy.config(), copied_run(run_dir, "films_once").name)
     assert sum(encoded) == len(TEST)
     features = load_soft_labels(run_dir.with_name("films_once")).features

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 from toy_cohort import SPLITS, make_cohort, soft_labels
-from toy_training import NO_AUGMENTATION, TinyNet, source, square_films, train_films, validator
+from toy_training import NO_AUGMENTATION, TinyNet, source, square_images, train_images, validator
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
 from mlx_cxr.core.config import Config, load_config
@@ -96,14 +96,14 @@ def test_a_run_leaves_what_it_promises(cohort, finished):
 
 
 def test_the_first_loss_is_the_formulas(cohort, finished):
-    """The weights before the first step are the CNN's; their loss on the first batch, by NumPy, film by film."""
+    """The weights before the first step are the CNN's; their loss on the first batch, by NumPy, image by image."""
     config = config_of(cohort).model_copy(update={"augment": NO_AUGMENTATION})
     folder = distillation.run(config, "plain")
     train = Cohort.open(config).split("train")
     hard = np.nan_to_num(train.raw_labels)
     model, _, _ = initial_network(config, config.model, hard)
     items = epoch_order(12, 4, 0, 0)[0]
-    logits = np.array(model.train()(preprocess(train.films.batch(items), 1))).astype(np.float64)
+    logits = np.array(model.train()(preprocess(train.images.batch(items), 1))).astype(np.float64)
     teacher = load_soft_labels(cohort / "outputs" / "teacher").rows(train.frame["study_id"].iloc[items])
     teacher, y = teacher.astype(np.float64) / 2, hard[items]
 
@@ -272,19 +272,19 @@ def test_the_command_ends_with_status_2_and_a_readable_message(cohort, capsys):
 
 
 def planted(side: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Films, hard labels of which two in five are wrong, and the teacher's logits, which are all right but unsure."""
-    films, truth = square_films(120, side, 0)
+    """Images, hard labels of which two in five are wrong, and the teacher's logits, which are all right but unsure."""
+    images, truth = square_images(120, side, 0)
     rng = np.random.default_rng(0)
     hard = truth.copy()
     wrong = rng.random(len(hard)) < 0.4
     hard[wrong, :2] = 1 - hard[wrong, :2]
-    return films, hard, (4 * truth - 2 + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
+    return images, hard, (4 * truth - 2 + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
 
 
 def student_auc(run_dir: Path, kind: str) -> float:
     """Held-out AUC, on labels without noise, of a student after 12 epochs; no epoch is chosen by it."""
-    films, hard, logits = planted()
-    ids = [f"s{i:03}" for i in range(len(films))]
+    images, hard, logits = planted()
+    ids = [f"s{i:03}" for i in range(len(images))]
     soft = SoftLabels(tuple(ids), ("train",) * len(ids), logits, None, {}, np.ones(14, np.float32))
     if kind == "hard":
         loss, targets = masked_bce(), hard
@@ -292,17 +292,17 @@ def student_auc(run_dir: Path, kind: str) -> float:
         made = make_soft_targets(kind, soft, ids, hard, calibrated=True, seed=0)
         loss, targets = distillation_loss(0.3, 2.0), np.concatenate([hard, made.logits], axis=1)
     aucs = []
-    judge = validator(*square_films(200, 16, 1))
+    judge = validator(*square_images(200, 16, 1))
 
     def validate(model: nn.Module) -> dict[str, float]:
         aucs.append(judge(model)["macro_auc"])
         return {"loss": 0.0, "macro_auc": 0.5}
 
     training = TrainingConfig(epochs=12, batch_size=12, learning_rate=1e-2)
-    train_films(
+    train_images(
         TinyNet(),
         loss,
-        TrainingData(source(films), targets),
+        TrainingData(source(images), targets),
         validate,
         training=training,
         augmentation=NO_AUGMENTATION,
@@ -313,7 +313,7 @@ def student_auc(run_dir: Path, kind: str) -> float:
 
 
 def test_a_teacher_that_knows_more_than_noisy_labels_makes_a_better_student(tmp_path):
-    """Than a shuffled one, smoothing of the same strength, or the hard labels: so it is what it knows of each film."""
+    """Than a shuffled one, smoothing of the same strength, or the hard labels: so it is what it knows of each image."""
     aucs = {kind: student_auc(tmp_path / kind, kind) for kind in ("teacher", "shuffled", "smoothed", "hard")}
     assert aucs["teacher"] > 0.95
     for control in ("shuffled", "smoothed", "hard"):

@@ -185,7 +185,7 @@ def test_data_that_are_there_are_found(config_path, tmp_path):
     assert "make_demo_data" in finding(doctor.check_data(synthetic, config_path), "films").remedy
 
 
-def test_a_table_of_films(config_path, tmp_path):
+def test_a_table_of_images(config_path, tmp_path):
     overrides = ["data.source=csv", f"data.csv={{table: {tmp_path / 't.csv'}}}"]
     findings = doctor.check_data(load_config(config_path, overrides), config_path)
     assert finding(findings, "table").mark == "missing"

@@ -22,7 +22,7 @@ from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.core.runs import RunFormatError, create_run, read_json
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
@@ -43,9 +43,9 @@ PATIENTS = {"train": 20, "validate": 18, "test": 20}
 
 
 def make_cohort(root: Path) -> None:
-    """Noise films; an effusion is a bright square low on the left, a lesion one high on the right; masks beside them.
+    """Noise images; an effusion is a bright square low on the left, a lesion one high on the right; masks beside them.
 
-    Every second patient has a second study, every third study a second film. Labels follow what is drawn, but some of
+    Every second patient has a second study, every third study a second image. Labels follow what is drawn, but some of
     the absent ones are not mentioned and some are uncertain.
     """
     rng = np.random.default_rng(0)
@@ -57,9 +57,9 @@ def make_cohort(root: Path) -> None:
                 raw = rng.choice([1, 0, np.nan], len(LABELS), p=[0.3, 0.2, 0.5])
                 raw[[EFFUSION, NODULE]] = np.where(drawn, 1, rng.choice([0, np.nan, -1], 2, p=[0.3, 0.6, 0.1]))
                 ids = f"{split}{patient:03d}", f"{split}{patient:03d}-{study}"
-                for film in range(1 + (patient + study) % 3 // 2):
-                    name = f"{ids[1]}-{film}"
-                    draw_film(root, name, drawn, rng)
+                for image in range(1 + (patient + study) % 3 // 2):
+                    name = f"{ids[1]}-{image}"
+                    draw_image(root, name, drawn, rng)
                     row = {"image_id": name, "patient_id": ids[0], "study_id": ids[1], "split": split}
                     row |= {
                         "view": ("AP", "PA", "")[patient % 3],
@@ -71,7 +71,7 @@ def make_cohort(root: Path) -> None:
     write_manifest(root / "work" / "manifest.csv", pd.DataFrame(rows))
 
 
-def draw_film(root: Path, name: str, drawn: np.ndarray, rng: np.random.Generator) -> None:
+def draw_image(root: Path, name: str, drawn: np.ndarray, rng: np.random.Generator) -> None:
     pixels = rng.normal(90, 12, (SIZE, SIZE))
     for there, label, (y, x) in zip(drawn, ("Pleural_Effusion", "Lung_Lesion"), ((40, 8), (8, 40)), strict=True):
         if there:
@@ -86,7 +86,7 @@ def draw_film(root: Path, name: str, drawn: np.ndarray, rng: np.random.Generator
 
 
 def make_run(config: Config) -> None:
-    """A random trunk whose head is fitted to the two findings on training films, saved as a trained run."""
+    """A random trunk whose head is fitted to the two findings on training images, saved as a trained run."""
     manifest = load_manifest(config.manifest_path)
     build_store(config.pixels_path, manifest, Transform(SIZE), config.data.root, workers=1)
     model = ResNet18(ResNetConfig(output_stride=16))
@@ -157,17 +157,17 @@ def folder_of(config: Config) -> Path:
 
 
 def independent_logits(config: Config, split: str) -> dict[str, np.ndarray]:
-    """Study to mean logits, film by film through the saved weights, without the training or evaluation rooms."""
+    """Study to mean logits, image by image through the saved weights, without the training or evaluation rooms."""
     from mlx_cxr.models.convert import load_model
 
     model = load_model(folder_of(config) / "best_model.safetensors")
     frame = load_manifest(config.manifest_path).frame
     logits: dict[str, list[np.ndarray]] = {}
     for row in frame[frame["split"] == split].itertuples():
-        film = np.asarray(Image.open(config.data.root / row.path).convert("L"))
-        out = model(preprocess(mx.array(film)[None], 1))
+        image = np.asarray(Image.open(config.data.root / row.path).convert("L"))
+        out = model(preprocess(mx.array(image)[None], 1))
         logits.setdefault(row.study_id, []).append(np.array(out)[0])
-    return {study: np.mean(films, axis=0) for study, films in logits.items()}
+    return {study: np.mean(images, axis=0) for study, images in logits.items()}
 
 
 def test_every_file_is_there_and_every_picture_opens(evaluated):
@@ -361,7 +361,7 @@ def test_what_lacks_is_named(copy):
         evaluate_cnn.run(config)
 
 
-def test_a_split_without_films_is_named(copy):
+def test_a_split_without_images_is_named(copy):
     config = config_in(copy)
     frame = load_manifest(config.manifest_path).frame
     write_manifest(config.manifest_path, frame[frame["split"] != "validate"])

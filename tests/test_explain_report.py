@@ -160,7 +160,7 @@ def test_bad_requests_are_refused_with_what_to_do(toy, scored, capsys):
         explain_report.run(toy.config(), scored, study_ids=["s001"], text="x")
 
 
-def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
+def test_a_run_that_is_not_scored_or_sees_images_only_is_refused(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
     (run_dir / "operating_points.json").unlink()
@@ -178,7 +178,7 @@ def test_a_run_that_is_not_scored_or_sees_films_only_is_refused(folder):
             explain_report.run(toy.config(), name, **options)
 
 
-def test_a_film_is_one_part_of_the_account(folder):
+def test_a_image_is_one_part_of_the_account(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
     record = json.loads((run_dir / "config.json").read_text())

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from evaluated_runs import CNN, STUDENT, TEACHER, change, evaluated_run, replace_model, replace_points
-from few_films import film
+from few_images import image
 from PIL import Image
 
 from mlx_cxr import export
@@ -77,30 +77,30 @@ def test_the_folder_holds_what_it_promises_and_its_sums_are_right(cnn, tmp_path)
 @pytest.mark.parametrize("output_stride", [16, 32])
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_torchvisions_layout_gives_the_same_logits_in_pytorch(cnn, tmp_path, torch, in_channels, output_stride):
-    """Of 224 px films, through a ResNet-18 written for torchvision's names, and through the script's own."""
+    """Of 224 px images, through a ResNet-18 written for torchvision's names, and through the script's own."""
     from safetensors.torch import load_file
     from torch_reference import TorchResNet18
 
     replace_model(cnn, lively_model(in_channels, output_stride, seed=in_channels), 224)
     folder = export.run(cnn, tmp_path / "out")
-    films = np.random.default_rng(0).integers(0, 256, (2, 224, 224)).astype(np.uint8)
-    ours = np.array(load_model(folder / "model.safetensors")(preprocess(mx.array(films), in_channels)))
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224)).astype(np.uint8)
+    ours = np.array(load_model(folder / "model.safetensors")(preprocess(mx.array(images), in_channels)))
     assert ours.std() > 0.1
 
     about = read_json(folder / "preprocessing.json")["normalization"]
     mean, std = (np.array(about[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    x = torch.from_numpy((np.repeat(films[:, None], in_channels, axis=1).astype(np.float32) / 255 - mean) / std)
+    x = torch.from_numpy((np.repeat(images[:, None], in_channels, axis=1).astype(np.float32) / 255 - mean) / std)
     reference = TorchResNet18(in_channels, 14, output_stride)
     reference.load_state_dict(load_file(folder / "model.torchvision.safetensors"), strict=True)
     with torch.inference_mode():
         np.testing.assert_allclose(reference.eval()(x).numpy(), ours, rtol=0, atol=1e-4)
         script = script_of(folder)
-        theirs = [script.load_model()(script.network_input(film, about["mean"], about["std"])) for film in films]
+        theirs = [script.load_model()(script.network_input(image, about["mean"], about["std"])) for image in images]
     np.testing.assert_allclose(torch.cat(theirs).numpy(), ours, rtol=0, atol=1e-4)
 
 
 def scattered_points(folder: Path, probabilities: np.ndarray):
-    """Operating points for which the films get calls of all kinds: bounds between their probabilities."""
+    """Operating points for which the images get calls of all kinds: bounds between their probabilities."""
     points, _ = read_operating_points(folder / "operating_points.json")
     rng = np.random.default_rng(0)
     low, high = probabilities.min(axis=0), probabilities.max(axis=0)
@@ -118,7 +118,7 @@ def test_the_script_prints_our_probabilities_and_calls(cnn, tmp_path, torch, fit
     replace_model(cnn, lively_model(1, 16, seed=3), 64, fit)
     paths = [tmp_path / f"film{number}.png" for number in range(6)]
     for number, path in enumerate(paths):
-        film(number, 90 + 20 * number, 120).save(path)
+        image(number, 90 + 20 * number, 120).save(path)
     predictor = Predictor.from_run(cnn)
     probabilities = np.stack([a.probabilities for a in predictor.predict([predictor.read(path) for path in paths])])
     replace_points(cnn, scattered_points(cnn, probabilities))
@@ -164,20 +164,20 @@ def saved(image: Image.Image, name: str, **options) -> tuple[str, bytes]:
     return name, content.getvalue()
 
 
-def films_of_all_kinds() -> list[tuple[str, bytes]]:
+def images_of_all_kinds() -> list[tuple[str, bytes]]:
     """Name and content."""
     rng = np.random.default_rng(5)
-    gray = film(1, 300, 260)
-    large = film(2, 700, 450)
-    colour = Image.merge("RGB", [film(number, 700, 450) for number in (3, 4, 5)])
-    see_through = Image.merge("RGBA", [*(film(number, 150, 90) for number in (3, 4, 5)), film(6, 150, 90)])
+    gray = image(1, 300, 260)
+    large = image(2, 700, 450)
+    colour = Image.merge("RGB", [image(number, 700, 450) for number in (3, 4, 5)])
+    see_through = Image.merge("RGBA", [*(image(number, 150, 90) for number in (3, 4, 5)), image(6, 150, 90)])
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 16 + rng.integers(0, 16, gray.size[::-1], np.uint16))
     turned = Image.Exif()
     turned[274] = 6
     return [
         saved(gray, "gray.png"),
-        saved(film(7, 45, 40), "small.png"),
-        saved(film(8, 101, 67), "odd.bmp"),
+        saved(image(7, 45, 40), "small.png"),
+        saved(image(8, 101, 67), "odd.bmp"),
         saved(deep, "deep.png"),
         saved(deep, "deep.tiff"),
         saved(deep, "white_is_zero.tiff", tiffinfo={262: 0}),
@@ -195,24 +195,24 @@ def films_of_all_kinds() -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize(
     "transform", [Transform(64), Transform(64, "center_crop"), Transform(97)], ids=lambda t: t.key()
 )
-def test_the_script_prepares_films_of_all_kinds_as_training_did(cnn, tmp_path, torch, transform):
+def test_the_script_prepares_images_of_all_kinds_as_training_did(cnn, tmp_path, torch, transform):
     folder = export.run(cnn, tmp_path / "out")
     script = script_of(folder)
-    for name, content in films_of_all_kinds():
+    for name, content in images_of_all_kinds():
         path = tmp_path / name
         path.write_bytes(content)
         ours = np.asarray(decode(path, transform).image)
-        theirs = script.read_film(path, transform.size, transform.fit)
+        theirs = script.read_image(path, transform.size, transform.fit)
         np.testing.assert_array_equal(theirs, ours, err_msg=name)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real films are not on this machine")
-def test_the_script_prepares_real_films_as_training_did(cnn, tmp_path, torch):
+def test_the_script_prepares_real_images_as_training_did(cnn, tmp_path, torch):
     script = script_of(export.run(cnn, tmp_path / "out"))
     transform = Transform(224)
     for path in sorted(REAL.iterdir())[::40]:
         np.testing.assert_array_equal(
-            script.read_film(path, 224, "letterbox"), np.asarray(decode(path, transform).image)
+            script.read_image(path, 224, "letterbox"), np.asarray(decode(path, transform).image)
         )
 
 
@@ -222,11 +222,11 @@ def test_the_script_reads_dicoms_by_the_same_recipe(cnn, tmp_path, torch, photom
     pytest.importorskip("pydicom", reason="pydicom is not installed")
     from dicom_files import as_bytes, dicom_dataset
 
-    pixels = np.asarray(film(4, 150, 110))
+    pixels = np.asarray(image(4, 150, 110))
     stored = (pixels.astype(np.uint16) * 11 + 300).tobytes()
     path = tmp_path / "film"
     path.write_bytes(as_bytes(dicom_dataset(pixels, photometric, 12, PixelData=stored, RescaleSlope=str(slope))))
-    theirs = script_of(export.run(cnn, tmp_path / "out")).read_film(path, 64, "letterbox")
+    theirs = script_of(export.run(cnn, tmp_path / "out")).read_image(path, 64, "letterbox")
     np.testing.assert_array_equal(theirs, np.asarray(decode(path, Transform(64)).image))
 
 

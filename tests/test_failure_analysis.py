@@ -1,4 +1,4 @@
-"""The stage on a cohort of noise films with masks and reports, and runs whose predictions are simulated."""
+"""The stage on a cohort of noise images with masks and reports, and runs whose predictions are simulated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_cxr import failure_analysis
 from mlx_cxr.core.config import config_from_plain
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.store_writer import build_store
@@ -44,18 +44,18 @@ def drawn_in(raw, seed=3):
 
 
 def make_cohort(root):
-    """Films of the simulated studies, every third study with two; masks by `drawn_in`, on the first film."""
+    """Images of the simulated studies, every third study with two; masks by `drawn_in`, on the first image."""
     rng = np.random.default_rng(0)
     predictions = model(NOISE["student"], 12, PATIENTS)
     drawn = drawn_in(predictions.raw_labels)
     rows, reports = [], {}
 
-    def add(ids, split, view, raw, masks, films):
-        for film in range(films):
-            name = f"{ids[1]}-{film}"
+    def add(ids, split, view, raw, masks, images):
+        for image in range(images):
+            name = f"{ids[1]}-{image}"
             (root / "files").mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (SIZE, SIZE), dtype=np.uint8)).save(root / "files" / f"{name}.png")
-            for label in masks if film == 0 else ():
+            for label in masks if image == 0 else ():
                 path = root / "masks" / name / f"{label.replace(' ', '_')}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 12)).save(path)
@@ -310,15 +310,15 @@ def test_tables_stay_when_the_pictures_fail(copy, monkeypatch):
     def fail(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(failure_pictures, "film_maps", fail)
+    monkeypatch.setattr(failure_pictures, "image_maps", fail)
     config = config_in(copy)
     with pytest.raises(OSError, match="No space left"):
         failure_analysis.run(config)
     assert {item.name for item in folder_of(config).iterdir()} >= {"failures.csv", "relabel.csv", "relabel_key.csv"}
 
 
-def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
-    """Maps that tell which film they are of: the second film of a study scores higher."""
+def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
+    """Maps that tell which image they are of: the second image of a study scores higher."""
     from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.training.cohort import Cohort
 
@@ -329,22 +329,22 @@ def test_the_film_shown_is_the_one_with_the_highest_score_and_the_outline_its_ma
     case = table[table["study_id"].isin(doubles) & (table["error"] == "false positive")].iloc[[0]]
     shown = {}
 
-    def maps(_model, films, labels, _method, _batch):
-        n = len(films)
+    def maps(_model, images, labels, _method, _batch):
+        n = len(images)
         return np.ones((len(labels), n, 2, 2), np.float32), np.tile(np.arange(n, dtype=np.float32)[:, None], (1, 14))
 
-    def draw(film, heat, reading, mask, side, show_withheld):
-        shown.update(film=film, reading=reading, mask=mask, heat=heat)
+    def draw(image, heat, reading, mask, side, show_withheld):
+        shown.update(image=image, reading=reading, mask=mask, heat=heat)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(failure_pictures, "film_maps", maps)
+    monkeypatch.setattr(failure_pictures, "image_maps", maps)
     monkeypatch.setattr(failure_pictures, "draw_overlay", draw)
     trained = TrainedRun.open(analysed.run_dir("student"))
     names = failure_pictures.draw_failures(tmp_path, case, trained, cohort, analysed)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [names[0].removeprefix("images/")]
     study = case["study_id"].iloc[0]
     second = frame[frame["study_id"] == study].iloc[1]
-    assert shown["reading"].film == second["image_id"]
+    assert shown["reading"].image == second["image_id"]
     pixels = np.asarray(Image.open(analysed.data.root / second["path"]))
     np.testing.assert_array_equal(shown["film"], pixels)
     assert shown["mask"] is None, "only the first film has masks"

@@ -101,8 +101,8 @@ def separation(teacher: Base, form, config: Config, label: int) -> tuple[float, 
     """ROC-AUC, and difference of the mean logits, of validation and test studies with and without a finding."""
     material = Material.open(config)
     studies = material.studies(config, form, "validate", "test")
-    films = material.films(teacher, studies, config)
-    logits = score(teacher, form, studies.prompts, films, config.teacher).logits[:, label]
+    images = material.images(teacher, studies, config)
+    logits = score(teacher, form, studies.prompts, images, config.teacher).logits[:, label]
     with_it, without = logits[studies.raw_labels[:, label] == 1], logits[studies.raw_labels[:, label] == 0]
     auc = np.mean(with_it[:, None] > without) + np.mean(with_it[:, None] == without) / 2
     return float(auc), float(with_it.mean() - without.mean())
@@ -118,7 +118,7 @@ def test_the_tuned_teacher_separates_the_label_that_the_report_names(toy):
     assert separation(zero_shot, teacher.form, config, HEART)[1] < 0.5
 
 
-def test_the_tuned_image_teacher_separates_the_label_that_the_film_shows(toy):
+def test_the_tuned_image_teacher_separates_the_label_that_the_image_shows(toy):
     run_dir = toy.tuned("tuned_image", "teacher.modality=image", *LONG)
     teacher = TrainedTeacher.open(run_dir)
     auc, margin = separation(teacher.base, teacher.form, teacher.config, EDEMA)
@@ -137,8 +137,8 @@ def test_the_base_is_bit_identical_after_training(toy, tuned):
 
 
 @pytest.mark.parametrize("modality", ["image", "image_text"])
-def test_a_teacher_of_films_trains_on_stored_embeddings(toy, modality):
-    """And its answers follow the film: swapped between two studies, they differ."""
+def test_a_teacher_of_images_trains_on_stored_embeddings(toy, modality):
+    """And its answers follow the image: swapped between two studies, they differ."""
     run_dir = toy.tuned(modality, f"teacher.modality={modality}", *SHORT)
     record = read_json(run_dir / "config.json")
     assert set(record["inputs"]) == {"manifest", "pixel_index", *(["reports"] if modality == "image_text" else [])}
@@ -149,9 +149,9 @@ def test_a_teacher_of_films_trains_on_stored_embeddings(toy, modality):
     assert "vision_tower" not in teacher.base.model
     material = Material.open(teacher.config)
     studies = material.studies(teacher.config, teacher.form, "validate")
-    films = material.films(teacher.base, studies, teacher.config)
-    straight = score(teacher.base, teacher.form, studies.prompts, films, teacher.config.teacher).logits
-    swapped = score(teacher.base, teacher.form, studies.prompts, films[::-1], teacher.config.teacher).logits
+    images = material.images(teacher.base, studies, teacher.config)
+    straight = score(teacher.base, teacher.form, studies.prompts, images, teacher.config.teacher).logits
+    swapped = score(teacher.base, teacher.form, studies.prompts, images[::-1], teacher.config.teacher).logits
     assert np.abs(swapped - straight).max() > 1e-3
 
 
@@ -286,7 +286,7 @@ def test_only_what_decides_the_adapter_forbids_a_resumption(toy):
 
 
 def test_a_second_phase_begins_where_the_first_ended(toy, tuned):
-    """With a step of next to nothing its adapter is still that of the first, though it looks at films as well."""
+    """With a step of next to nothing its adapter is still that of the first, though it looks at images as well."""
     still = ("teacher.training.learning_rate=1e-12", "teacher.training.final_learning_rate=0.0")
     run_dir = lfm_finetune.run(
         toy.config("teacher.modality=image_text", "teacher.start_from=tuned", *SHORT, *still), "phase2"

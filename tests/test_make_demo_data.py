@@ -63,7 +63,7 @@ def test_tables_have_mimics_names_and_columns(root):
     assert (root / "patients.csv.gz").read_bytes()[4:8] == b"\0\0\0\0"
 
 
-def test_every_row_has_its_film_report_and_label(root):
+def test_every_row_has_its_image_report_and_label(root):
     metadata = pd.read_csv(root / "mimic-cxr-2.0.0-metadata.csv.gz", dtype={"StudyDate": str})
     labels = pd.read_csv(root / "mimic-cxr-2.0.0-chexpert.csv.gz")
     split = pd.read_csv(root / "mimic-cxr-2.0.0-split.csv.gz")
@@ -76,20 +76,20 @@ def test_every_row_has_its_film_report_and_label(root):
     for row in metadata.itertuples():
         study = root / "files" / f"p{str(row.subject_id)[:2]}" / f"p{row.subject_id}" / f"s{row.study_id}"
         assert "FINAL REPORT" in study.with_suffix(".txt").read_text()
-        with Image.open(study / f"{row.dicom_id}.jpg") as film:
-            assert (film.mode, film.size, film.format) == ("L", (row.Columns, row.Rows), "JPEG")
-            assert min(film.size) == 128
+        with Image.open(study / f"{row.dicom_id}.jpg") as radiograph:
+            assert (radiograph.mode, radiograph.size, radiograph.format) == ("L", (row.Columns, row.Rows), "JPEG")
+            assert min(radiograph.size) == 128
 
 
-def test_masks_are_film_sized_and_two_valued(root):
-    films = {path.stem: path for path in (root / "files").rglob("*.jpg")}
+def test_masks_are_image_sized_and_two_valued(root):
+    images = {path.stem: path for path in (root / "files").rglob("*.jpg")}
     masks = sorted((root / "masks").rglob("*.png"))
     assert len(masks) > PATIENTS
     for path in masks:
         assert path.stem.replace("_", " ") in LABELS
-        film = films[path.parent.name]
-        assert path.parent.parent.relative_to(root / "masks") == film.parent.relative_to(root / "files")
-        with Image.open(path) as mask, Image.open(film) as image:
+        radiograph = images[path.parent.name]
+        assert path.parent.parent.relative_to(root / "masks") == radiograph.parent.relative_to(root / "files")
+        with Image.open(path) as mask, Image.open(radiograph) as image:
             assert mask.mode == "L"
             assert mask.size == image.size
             assert set(np.unique(np.asarray(mask))) == {0, 255}

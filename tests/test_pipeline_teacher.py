@@ -117,7 +117,7 @@ def test_no_test_study_is_in_what_the_student_learned_from(chain):
     )
 
 
-def test_a_teacher_that_looks_at_films_only_asks_for_no_reports(chain):
+def test_a_teacher_that_looks_at_images_only_asks_for_no_reports(chain):
     for modality, asked in (("image", False), ("image_text", True), ("text", True)):
         config = load_config(chain, [f"teacher.modality={modality}"])
         chained = {step.name: step for step in steps(config)}

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from prepared_images import apply
 
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.image_arrays import Transform, apply
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
@@ -23,12 +24,12 @@ pixels: {{size: 32, workers: 1}}
 
 @pytest.fixture
 def root(tmp_path):
-    """Six films, and the manifest and configuration that go with them."""
+    """Six images, and the manifest and configuration that go with them."""
     (tmp_path / "work").mkdir()
     rows = []
     for number in range(6):
-        film = np.linspace(10, 200, 60 * 40).reshape(60, 40) + number * 5
-        Image.fromarray(film.astype(np.uint8)).save(tmp_path / f"f{number}.png")
+        image = np.linspace(10, 200, 60 * 40).reshape(60, 40) + number * 5
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"f{number}.png")
         rows.append({"image_id": f"00{number}", "path": f"f{number}.png"})
     frame = pd.DataFrame(rows).assign(patient_id="p", study_id="s", split="train")
     frame = frame.reindex(columns=[*TEXT_COLUMNS, *LABELS], fill_value="")
@@ -49,8 +50,8 @@ def test_the_store_opens_with_what_the_next_stage_has(root, capsys):
     store = PixelStore.open(config.pixels_path, manifest, Transform(32))
     row = store.rows(["004"])[0]
     assert row == 4
-    film = np.asarray(Image.open(root / "f4.png"))
-    assert (store.images[row] == apply(film, Transform(32))).all()
+    image = np.asarray(Image.open(root / "f4.png"))
+    assert (store.images[row] == apply(image, Transform(32))).all()
     assert {path.name for path in (root / "work").iterdir()} == {"images_32.json", "images_32.npy", "manifest.csv"}
 
 
@@ -90,8 +91,8 @@ def test_a_store_in_shards_by_two_calls(root, caplog):
     assert [row["image_id"] for row in table(root / "work" / "images_32_unreadable.csv")] == ["005"]
     plain = load_config(root / "config.yaml")
     store = PixelStore.open(plain.pixels_path, load_manifest(plain.manifest_path), Transform(32))
-    film = np.asarray(Image.open(root / "f3.png"))
-    assert (store.images[store.rows(["003"])] == apply(film, Transform(32))).all()
+    image = np.asarray(Image.open(root / "f3.png"))
+    assert (store.images[store.rows(["003"])] == apply(image, Transform(32))).all()
 
 
 @pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b", "1/0"])
@@ -102,12 +103,12 @@ def test_a_share_that_is_none(root, capsys, share):
     assert f"{share!r} is no share; give K/N" in capsys.readouterr().err
 
 
-def test_bad_and_odd_films_are_listed(root, caplog):
+def test_bad_and_odd_images_are_listed(root, caplog):
     config = load_config(root / "config.yaml")
     good = (root / "f1.png").read_bytes()
     (root / "f1.png").write_bytes(good[:100])
-    film = np.asarray(Image.open(root / "f2.png"))
-    Image.fromarray(film.astype(np.uint16) * 16).save(root / "f2.png")
+    image = np.asarray(Image.open(root / "f2.png"))
+    Image.fromarray(image.astype(np.uint16) * 16).save(root / "f2.png")
     negative = 255 - np.pad(np.full((40, 40), 200, np.uint8), ((20, 0), (10, 10)))
     Image.fromarray(negative).save(root / "f3.png")
     run(config)

@@ -1,4 +1,4 @@
-"""The training stage, from a small table of films on disk to a run's folder, by its command line."""
+"""The training stage, from a small table of images on disk to a run's folder, by its command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mlx_cxr.training.scoring import predict_logits
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
-    """A folder with films, their table, and what `build_manifest` and `prepare_images` make of them."""
+    """A folder with images, their table, and what `build_manifest` and `prepare_images` make of them."""
     return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(cohort, finished):
 def test_the_best_weights_reproduce_the_figure_that_chose_them(cohort, finished):
     validation = Cohort.open(load_config(cohort / "trial.yaml")).split("validate")
     assert len(validation) == 8
-    logits = predict_logits(load_model(finished / "best_model.safetensors"), validation.films, 3)
+    logits = predict_logits(load_model(finished / "best_model.safetensors"), validation.images, 3)
     targets = np.nan_to_num(validation.raw_labels)
     best = read_json(finished / "training.json")["best_auc"]
     assert macro_auc(roc_auc_per_label(targets, logits)) == pytest.approx(best, abs=1e-9)

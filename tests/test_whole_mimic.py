@@ -1,4 +1,4 @@
-"""The manifest of a very large cohort: time and memory grow with its films and no faster; see `whole_mimic`."""
+"""The manifest of a very large cohort: time and memory grow with its images and no faster; see `whole_mimic`."""
 
 import json
 import subprocess
@@ -21,10 +21,10 @@ print(time.process_time() - begun, kilobytes)
 
 def test_it_is_as_large_as_mimic():
     studies = draw_studies()
-    assert studies.films.sum() == 377_110
+    assert studies.images.sum() == 377_110
     assert len(set(studies.study)) == 227_835
     assert len(set(studies.patient)) == 65_379
-    assert studies.films.min() == 1
+    assert studies.images.min() == 1
     pairs = set(zip(studies.patient.tolist(), studies.split.tolist(), strict=True))
     assert len(pairs) == 65_379
 
@@ -45,14 +45,14 @@ def built(tmp_path_factory):
     return results
 
 
-def test_twice_the_films_take_twice_the_time(built):
+def test_twice_the_images_take_twice_the_time(built):
     (_, once, _, _), (_, twice, _, _) = built
     assert twice < 2.6 * once
 
 
-def test_memory_is_bounded_by_film(built):
+def test_memory_is_bounded_by_image(built):
     (fewer, _, low, _), (more, _, high, _) = built
-    # 2.4 KB on 377,110 films: a peak of 1.0 GB.
+    # 2.4 KB on 377,110 images: a peak of 1.0 GB.
     assert (high - low) / (more - fewer) < 8.0
 
 
@@ -65,7 +65,7 @@ def test_nothing_is_lost(built):
     assert summary["dropped"] == {}
     assert summary["reports"]["found"] == len(studies)
     assert summary["reports"]["missing"] == 0
-    # Each report names its study: none is at another's film.
+    # Each report names its study: none is at another's image.
     own = manifest.frame["text"].str.extract(r"This is film (\d+) of (\d+)\.")
     told = own[0].notna()
     assert told.mean() > 0.9

@@ -1,4 +1,4 @@
-"""A cohort of small films on disk, with manifest and pixel store, and the soft labels of a teacher for it."""
+"""A cohort of small images on disk, with manifest and pixel store, and the soft labels of a teacher for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from PIL import Image
-from toy_training import square_films
+from toy_training import square_images
 
 from mlx_cxr import build_manifest, prepare_images
 from mlx_cxr.core.config import Config, load_config
@@ -20,12 +20,12 @@ SPLITS = ["train"] * 12 + ["validate"] * 8 + ["test"] * 4
 
 
 def make_cohort(folder: Path) -> Path:
-    """`trial.yaml`, films, their table, manifest and pixel store; two findings say where the square is."""
-    films, targets = square_films(len(SPLITS), 64, 0)
+    """`trial.yaml`, images, their table, manifest and pixel store; two findings say where the square is."""
+    images, targets = square_images(len(SPLITS), 64, 0)
     (folder / "films").mkdir()
     rows = []
-    for i, (film, target, split) in enumerate(zip(films, targets, SPLITS, strict=True)):
-        Image.fromarray(film).save(folder / "films" / f"film{i:02}.png")
+    for i, (image, target, split) in enumerate(zip(images, targets, SPLITS, strict=True)):
+        Image.fromarray(image).save(folder / "films" / f"film{i:02}.png")
         rows.append((f"p{i:02}", f"s{i:02}", f"film{i:02}.png", split, target[0], target[1]))
     columns = ["patient_id", "study_id", "image_file", "split", "Atelectasis", "Cardiomegaly"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "table.csv", index=False)

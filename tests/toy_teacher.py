@@ -1,6 +1,6 @@
-"""A cohort of short reports and small films, a tiny base for it, and a teacher trained on it: all in seconds.
+"""A cohort of short reports and small images, a tiny base for it, and a teacher trained on it: all in seconds.
 
-Reports name oedema and heart size, and two labels follow them; a bright square in the film goes with oedema. A marker
+Reports name oedema and heart size, and two labels follow them; a bright square in the image goes with oedema. A marker
 word stands in each split's reports, to find out who has read them.
 """
 
@@ -32,7 +32,7 @@ from mlx_cxr.teacher.prompt import Prompt, PromptFormat
 
 SPLITS = ["train"] * 64 + ["validate"] * 24 + ["test"] * 16
 WITHOUT_REPORT = (3, 70)
-"""Numbers of a training and a validation study that have a film and no report."""
+"""Numbers of a training and a validation study that have an image and no report."""
 MARKERS = {"train": "xenolith", "validate": "quixotry", "test": "zymurgy"}
 EDEMA, HEART = label_index("Edema"), label_index("Cardiomegaly")
 
@@ -57,14 +57,14 @@ def toy_reports() -> tuple[list[dict[str, str]], np.ndarray]:
 
 
 def make_cohort(folder: Path) -> Path:
-    """`trial.yaml`, films, their table, manifest, reports and pixel store, and the tiny base in `tiny`."""
+    """`trial.yaml`, images, their table, manifest, reports and pixel store, and the tiny base in `tiny`."""
     reports, facts = toy_reports()
-    films = np.random.default_rng(1).integers(60, 140, (len(SPLITS), 64, 64)).astype(np.uint8)
+    images = np.random.default_rng(1).integers(60, 140, (len(SPLITS), 64, 64)).astype(np.uint8)
     (folder / "films").mkdir(parents=True)
     rows = []
-    for i, (film, split) in enumerate(zip(films, SPLITS, strict=True)):
-        film[20:44, 4:28] = 230 if facts[i, 0] else 20
-        Image.fromarray(film).save(folder / "films" / f"film{i:03}.png")
+    for i, (image, split) in enumerate(zip(images, SPLITS, strict=True)):
+        image[20:44, 4:28] = 230 if facts[i, 0] else 20
+        Image.fromarray(image).save(folder / "films" / f"film{i:03}.png")
         texts = dict.fromkeys(reports[i], "") if i in WITHOUT_REPORT else reports[i]
         labels = {"Edema": facts[i, 0], "Cardiomegaly": facts[i, 1]}
         names = {"patient_id": f"p{i:03}", "study_id": f"s{i:03}", "image_file": f"film{i:03}.png", "split": split}

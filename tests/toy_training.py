@@ -17,8 +17,8 @@ from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models.resnet import ResNetConfig
 from mlx_cxr.ops import conv
 from mlx_cxr.ops.batch_norm import BatchNorm
-from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.classifier_task import TrainingData, film_task
+from mlx_cxr.training.batches import ImageSource
+from mlx_cxr.training.classifier_task import TrainingData, classifier_task
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import TrainingResult, train
 from mlx_cxr.training.losses import Loss, masked_bce
@@ -31,33 +31,33 @@ UNTIMED = (
 )
 
 
-def square_films(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def square_images(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise with one bright square: label 0 says that it is in the left half, label 1 in the right; the rest are 0.
 
     Returns:
         uint8 (count, side, side) and float32 (count, 14).
     """
     rng = np.random.default_rng(seed)
-    films = rng.integers(60, 140, (count, side, side)).astype(np.uint8)
+    images = rng.integers(60, 140, (count, side, side)).astype(np.uint8)
     targets = np.zeros((count, 14), np.float32)
     size = side // 4
-    for film, target in zip(films, targets, strict=True):
+    for image, target in zip(images, targets, strict=True):
         right = int(rng.integers(0, 2))
         row = int(rng.integers(2, side - size - 2))
         column = int(rng.integers(1, side // 2 - size)) + right * (side // 2)
-        film[row : row + size, column : column + size] = 230
+        image[row : row + size, column : column + size] = 230
         target[right] = 1
-    return films, targets
+    return images, targets
 
 
-def source(films: np.ndarray, budget_gb: float = 1.0) -> FilmSource:
-    """All of `films`, in their order."""
-    return FilmSource(films, np.arange(len(films)), budget_gb)
+def source(images: np.ndarray, budget_gb: float = 1.0) -> ImageSource:
+    """All of `images`, in their order."""
+    return ImageSource(images, np.arange(len(images)), budget_gb)
 
 
-def validator(films: np.ndarray, targets: np.ndarray, world: World = ALONE) -> Callable[[nn.Module], dict[str, float]]:
+def validator(images: np.ndarray, targets: np.ndarray, world: World = ALONE) -> Callable[[nn.Module], dict[str, float]]:
     """As the stage's: loss and macro AUC of a split."""
-    held_out = source(films)
+    held_out = source(images)
 
     def validate(model: nn.Module) -> dict[str, float]:
         logits = predict_logits(model, held_out, 16, world)
@@ -68,7 +68,7 @@ def validator(films: np.ndarray, targets: np.ndarray, world: World = ALONE) -> C
 
 
 class TinyNet(nn.Module):
-    """Two convolutions with BatchNorm, dropout and a linear layer, for 16 px films; to the loop it is as the ResNet."""
+    """Two convolutions with BatchNorm, dropout and a linear layer, for 16 px images; to the loop as the ResNet."""
 
     def __init__(self, seed: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class TinyNet(nn.Module):
         return self.fc(self.dropout(nn.relu(x).reshape(x.shape[0], -1)))
 
 
-TINY = square_films(20, 16, 0)
-TINY_VALIDATION = square_films(24, 16, 1)
+TINY = square_images(20, 16, 0)
+TINY_VALIDATION = square_images(24, 16, 1)
 
 
 def run_tiny(
@@ -108,7 +108,7 @@ def run_tiny(
     """The loop on the toy task: by default 2 epochs of 5 steps, saved every 3 steps, logged every 2."""
     model = model or TinyNet()
     chosen = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "save_every": 3, "log_every": 2} | training
-    result = train_films(
+    result = train_images(
         model,
         masked_bce(world=world),
         TrainingData(source(TINY[0]), TINY[1] if targets is None else targets),
@@ -124,7 +124,7 @@ def run_tiny(
     return model, result
 
 
-def train_films(
+def train_images(
     model: nn.Module,
     loss: Loss,
     data: TrainingData,
@@ -138,9 +138,11 @@ def train_films(
     resume: bool = False,
     world: World = ALONE,
 ) -> TrainingResult:
-    """The loop on films, as the stage runs it."""
+    """The loop on images, as the stage runs it."""
     return train(
-        film_task(model, loss, data, validate, training=training, augmentation=augmentation, seed=seed, world=world),
+        classifier_task(
+            model, loss, data, validate, training=training, augmentation=augmentation, seed=seed, world=world
+        ),
         epochs=training.epochs,
         seed=seed,
         patience=training.patience,

@@ -2,9 +2,9 @@ r"""MIMIC-CXR-JPG as large as it is, with nothing of it in it: what a run on the
 
     python tests/whole_mimic.py FOLDER [IMAGES]
 
-writes tables, reports and films: 377,110 images of 227,835 studies of 65,379 patients in the splits of MIMIC-CXR-JPG
+writes tables, reports and images: 377,110 images of 227,835 studies of 65,379 patients in the splits of MIMIC-CXR-JPG
 2.0.0, or a scale model with about IMAGES images. Ids, labels and views are drawn at about the frequencies of the
-original (Johnson et al., arXiv:1901.07042); the reports are the phantom's, each made unlike all others. A film is a
+original (Johnson et al., arXiv:1901.07042); the reports are the phantom's, each made unlike all others. An image is a
 link to one of a few JPEGs: 377,110 files of their own would take hours to write. The tree has 287,000 folders, which
 take 1.2 GB and a minute.
 
@@ -45,23 +45,23 @@ LINKS = 50_000
 
 @dataclass(frozen=True)
 class Studies:
-    """Ids and split of each study, and how many films it has: arrays of one length."""
+    """Ids and split of each study, and how many images it has: arrays of one length."""
 
     patient: np.ndarray
     study: np.ndarray
     split: np.ndarray
-    films: np.ndarray
+    radiographs: np.ndarray
 
 
 def draw_studies(images: int = IMAGES, seed: int = 0) -> Studies:
     """The studies of a cohort of about so many images; as many as MIMIC has where there are as many images."""
     rng = np.random.default_rng(seed)
-    patients, films, splits = [], [], []
+    patients, radiographs, splits = [], [], []
     for split, counts in SPLITS.items():
         n_images, n_studies, n_patients = (max(1, round(count * images / IMAGES)) for count in counts)
         first = 0 if not patients else patients[-1][-1] + 1
         patients.append(np.repeat(first + np.arange(n_patients), _dealt(n_studies, n_patients, 1.2, rng)))
-        films.append(_dealt(n_images, n_studies, 0.3, rng))
+        radiographs.append(_dealt(n_images, n_studies, 0.3, rng))
         splits += [split] * n_studies
     patient = np.concatenate(patients)
     ids = rng.permutation(10_000_000)
@@ -70,20 +70,20 @@ def draw_studies(images: int = IMAGES, seed: int = 0) -> Studies:
         (10_000_000 + ids[patient])[order].astype(str),
         (50_000_000 + rng.permutation(10_000_000)[: len(patient)]).astype(str),
         np.array(splits)[order],
-        np.concatenate(films)[order],
+        np.concatenate(radiographs)[order],
     )
 
 
-def write_whole_mimic(root: Path, images: int = IMAGES, films: bool = True, seed: int = 0) -> Studies:
-    """Write the tables, `mimic-cxr-reports.zip` and, if asked for, the films under `root`."""
+def write_whole_mimic(root: Path, images: int = IMAGES, radiographs: bool = True, seed: int = 0) -> Studies:
+    """Write the tables, `mimic-cxr-reports.zip` and, if asked for, the images under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, 1))
     studies = draw_studies(images, seed)
-    image = _dicom_ids(int(studies.films.sum()), rng)
+    image = _dicom_ids(int(studies.radiographs.sum()), rng)
     _write_tables(root, studies, image, rng)
     _write_reports(root / "mimic-cxr-reports.zip", studies)
-    if films:
-        _link_films(root, studies, image)
+    if radiographs:
+        _link_images(root, studies, image)
     return studies
 
 
@@ -100,17 +100,17 @@ def _dicom_ids(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def _write_tables(root: Path, studies: Studies, image: Sequence[str], rng: np.random.Generator) -> None:
-    of_film = np.repeat(np.arange(len(studies.study)), studies.films)
+    of_image = np.repeat(np.arange(len(studies.study)), studies.radiographs)
     view = rng.choice(list(VIEWS), len(image), p=list(VIEWS.values()))
-    ids = {"dicom_id": image, "subject_id": studies.patient[of_film], "study_id": studies.study[of_film]}
+    ids = {"dicom_id": image, "subject_id": studies.patient[of_image], "study_id": studies.study[of_image]}
     metadata = {
         **ids,
         "PerformedProcedureStepDescription": np.where(view == "AP", "CHEST (PORTABLE AP)", "CHEST (PA AND LAT)"),
         "ViewPosition": view,
         "Rows": rng.choice([2544, 3056, 2022], len(image)),
         "Columns": rng.choice([3056, 2544, 1736], len(image)),
-        "StudyDate": 21_000_101 + rng.integers(0, 90, len(of_film)) * 10_000,
-        "StudyTime": np.round(rng.uniform(0, 235_959, len(of_film)), 3),
+        "StudyDate": 21_000_101 + rng.integers(0, 90, len(of_image)) * 10_000,
+        "StudyTime": np.round(rng.uniform(0, 235_959, len(of_image)), 3),
         "ProcedureCodeSequence_CodeMeaning": "CHEST (PA AND LAT)",
         "ViewCodeSequence_CodeMeaning": np.where(view == "AP", "antero-posterior", "postero-anterior"),
         "PatientOrientationCodeSequence_CodeMeaning": "Erect",
@@ -119,7 +119,7 @@ def _write_tables(root: Path, studies: Studies, image: Sequence[str], rng: np.ra
     labels |= {
         name: rng.choice(list(LABEL_VALUES), len(studies.study), p=list(LABEL_VALUES.values())) for name in LABELS
     }
-    split = {name: ids[name] for name in ("dicom_id", "study_id", "subject_id")} | {"split": studies.split[of_film]}
+    split = {name: ids[name] for name in ("dicom_id", "study_id", "subject_id")} | {"split": studies.split[of_image]}
     for name, table in {"metadata": metadata, "split": split, "chexpert": labels}.items():
         path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
         pd.DataFrame(table).to_csv(path, index=False, compression={"method": "gzip", "compresslevel": 1})
@@ -133,19 +133,19 @@ def _write_reports(path: Path, studies: Studies) -> None:
             archive.writestr(f"files/p{patient[:2]}/p{patient}/s{study}.txt", texts[place % len(texts)] + own)
 
 
-def _link_films(root: Path, studies: Studies, image: Sequence[str]) -> None:
+def _link_images(root: Path, studies: Studies, image: Sequence[str]) -> None:
     shade = np.linspace(20, 230, 256, dtype=np.uint8)
-    films = [root / f"film{number}.jpg" for number in range(1 + len(image) // LINKS)]
-    for film in films:
-        Image.fromarray(np.minimum(shade[:, None], shade[None, ::-1])).save(film, quality=90)
+    radiographs = [root / f"film{number}.jpg" for number in range(1 + len(image) // LINKS)]
+    for radiograph in radiographs:
+        Image.fromarray(np.minimum(shade[:, None], shade[None, ::-1])).save(radiograph, quality=90)
     first = 0
     for patient, study, count in zip(
-        studies.patient.tolist(), studies.study.tolist(), studies.films.tolist(), strict=True
+        studies.patient.tolist(), studies.study.tolist(), studies.radiographs.tolist(), strict=True
     ):
         folder = root / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
         folder.mkdir(parents=True, exist_ok=True)
         for place in range(first, first + count):
-            os.link(films[place // LINKS], folder / f"{image[place]}.jpg")
+            os.link(radiographs[place // LINKS], folder / f"{image[place]}.jpg")
         first += count
 
 

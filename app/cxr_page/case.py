@@ -1,4 +1,4 @@
-"""The Case tab: a film, what the models call on it, where they look, and its report."""
+"""The Case tab: an image, what the models call on it, where they look, and its report."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from streamlit.delta_generator import DeltaGenerator
 
 from cxr_page.chart import STATES, chart_html, rows_of, table_html
 from cxr_page.downloads import offer_downloads
-from cxr_page.films import CaseFilm, input_of, png
+from cxr_page.images import CaseImage, input_of, png
 from cxr_page.look import block, guarded, note, picture, plain
 from cxr_page.models import Opened, answer, predictor
 from cxr_page.report import report_panel
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
 from cxr_page.samples import Cohort, Sample, cohort_of
-from cxr_page.viewer import SAME_METHODS, View, likeliest, show_film
+from cxr_page.viewer import SAME_METHODS, View, likeliest, show_image
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
-from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, film_tile
+from mlx_cxr.inference.predictor import MAPPED, ImageAnswer
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, image_tile
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"
 _STUDENT = "Student"
 
 
-def open_film(entry: RunEntry, image_id: str, finding: str) -> None:
-    """Have the Case tab show a test film as a student reads it; a callback of other tabs."""
+def open_image(entry: RunEntry, image_id: str, finding: str) -> None:
+    """Have the Case tab show a test image as a student reads it; a callback of other tabs."""
     state = st.session_state
     state["tab"] = "Case"
     state["film_from"] = SAMPLE
@@ -45,25 +45,25 @@ def case_tab(index: RunIndex) -> None:
     model, source, chosen = st.columns([4, 3, 8], gap="medium", vertical_alignment="top")
     with model:
         models = _choose_models(index)
-    film = _choose_film(models, source, chosen)
-    if film is None:
+    image = _choose_image(models, source, chosen)
+    if image is None:
         st.info("Choose a sample or upload a film to begin.")
         return
     if not models:
         st.error("No model could be opened.")
         return
-    answers = _answers(models, film)
+    answers = _answers(models, image)
     if answers is None:
         return
-    _reset_finding(models, film, answers)
-    view = _reading(models, film, answers)
-    _tables(models, film, answers)
+    _reset_finding(models, image, answers)
+    view = _reading(models, image, answers)
+    _tables(models, image, answers)
     st.divider()
     with guarded("report"):
-        report_panel(index, models, film, answers)
+        report_panel(index, models, image, answers)
     st.divider()
     with guarded("download"):
-        offer_downloads(models, film, answers, view)
+        offer_downloads(models, image, answers, view)
 
 
 def _choose_models(index: RunIndex) -> list[Opened]:
@@ -90,7 +90,7 @@ def _run_title(entry: RunEntry) -> str:
     return f"{entry.name} (control)" if entry.kind == CONTROL else entry.name
 
 
-def _choose_film(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGenerator) -> CaseFilm | None:
+def _choose_image(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGenerator) -> CaseImage | None:
     cohort = cohort_for(models[0]) if models else Cohort({}, "")
     options = [SAMPLE, UPLOAD] if cohort.offered else [UPLOAD]
     if st.session_state.get("film_from") not in options:
@@ -106,17 +106,17 @@ def _choose_film(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGen
 
 
 def cohort_for(opened: Opened) -> Cohort:
-    """The test films that a model was evaluated on."""
+    """The test images that a model was evaluated on."""
     trained = opened.model.trained
     path = trained.config.manifest_path
     stamp = f"{path.stat().st_mtime_ns} {path.stat().st_size}" if path.exists() else ""
     return cohort_of(trained.config.model_dump_json(), trained.manifest_sha256, stamp)
 
 
-def _sample(cohort: Cohort, run: str) -> CaseFilm | None:
+def _sample(cohort: Cohort, run: str) -> CaseImage | None:
     offered = dict(cohort.offered)
     wanted = st.session_state.get("opened_film")
-    if wanted and wanted not in offered and (sample := cohort.of_film(wanted)) is not None:
+    if wanted and wanted not in offered and (sample := cohort.of_image(wanted)) is not None:
         offered = {wanted: sample} | offered
     if st.session_state.get("sample") not in offered:
         st.session_state["sample"] = next(iter(offered))
@@ -131,33 +131,33 @@ def _sample(cohort: Cohort, run: str) -> CaseFilm | None:
         key="sample",
     )
     sample: Sample = offered[chosen]
-    if sample.films > 1:
+    if sample.images > 1:
         note(
-            f"The study has {sample.films} films; this is its film {sample.image_id}. Tables of studies "
+            f"The study has {sample.images} films; this is its film {sample.image_id}. Tables of studies "
             "give the mean of its films."
         )
-    return CaseFilm.of_sample(sample)
+    return CaseImage.of_sample(sample)
 
 
-def _upload() -> CaseFilm | None:
+def _upload() -> CaseImage | None:
     uploaded = st.file_uploader(
         "Chest film: JPEG, PNG or DICOM, up to 100 MB",
         key="upload",
         help="Told by its content, not by its name. Kept in memory, gone when the page is closed.",
     )
-    return None if uploaded is None else CaseFilm.of_upload(uploaded.name, uploaded.getvalue())
+    return None if uploaded is None else CaseImage.of_upload(uploaded.name, uploaded.getvalue())
 
 
-def _answers(models: Sequence[Opened], film: CaseFilm) -> list[FilmAnswer] | None:
+def _answers(models: Sequence[Opened], image: CaseImage) -> list[ImageAnswer] | None:
     """What each model says, or None where nothing is to be said; then the page says why."""
-    seen = input_of(models[0], film)
+    seen = input_of(models[0], image)
     if seen.error:
-        st.error(plain(f"{film.name}: {seen.error}"))
+        st.error(plain(f"{image.name}: {seen.error}"))
         return None
     if seen.concerns:
         concerns = plain("; ".join(seen.concerns))
         warning = st.empty()
-        if st.toggle("Answer anyway", key=f"anyway {film.key}"):
+        if st.toggle("Answer anyway", key=f"anyway {image.key}"):
             warning.warning(
                 f"**Answered at your request.** The film {concerns}. The calls may mean nothing.",
                 icon=":material/help:",
@@ -171,33 +171,33 @@ def _answers(models: Sequence[Opened], film: CaseFilm) -> list[FilmAnswer] | Non
             )
             left, _ = st.columns([1, 1])
             with left:
-                show_plain(film, seen.pixels)
+                show_plain(image, seen.pixels)
             return None
-    if film.sample is None and any(model.model.synthetic for model in models):
+    if image.sample is None and any(model.model.synthetic for model in models):
         st.warning(
             "This model knows drawn films only. What it says of a film of yours shows how the page works, and no more.",
             icon=":material/draw:",
         )
     if seen.notes:
         note(f"About the file: {'; '.join(seen.notes)}.")
-    return [answer(model, input_of(model, film), film.key) for model in models]
+    return [answer(model, input_of(model, image), image.key) for model in models]
 
 
-def show_plain(film: CaseFilm, pixels: np.ndarray) -> None:
-    """A film alone."""
-    picture(png(film_tile(pixels, 512)), f"The file {film.name} as the model would see it")
+def show_plain(image: CaseImage, pixels: np.ndarray) -> None:
+    """An image alone."""
+    picture(png(image_tile(pixels, 512)), f"The file {image.name} as the model would see it")
 
 
-def _reset_finding(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
-    """For another film than before, take the finding that it is most about."""
+def _reset_finding(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> None:
+    """For another image than before, take the finding that it is most about."""
     wanted = st.session_state.pop("wanted_finding", None)
-    if st.session_state.get("finding_of") != film.key or wanted:
-        st.session_state["finding_of"] = film.key
+    if st.session_state.get("finding_of") != image.key or wanted:
+        st.session_state["finding_of"] = image.key
         st.session_state["finding"] = wanted or likeliest(models[0], answers[0])
 
 
-def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> View:
-    """Films, maps and charts."""
+def _reading(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> View:
+    """Images, maps and charts."""
     if len(models) == 1:
         left, right = st.columns([5, 6], gap="large")
         with left:
@@ -206,7 +206,7 @@ def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAns
             switches = st.container(horizontal=True)
         view = _choose_view(models, answers, (finding, method, opacity, switches))
         with place:
-            show_film(models[0], film, answers[0], view)
+            show_image(models[0], image, answers[0], view)
         with right:
             st.subheader("Findings", anchor=False)
             rows = rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)
@@ -217,19 +217,19 @@ def _reading(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAns
     for place, opened, said in zip(st.columns(len(models), gap="large"), models, answers, strict=True):
         with place:
             st.subheader(plain(opened.name), anchor=False)
-            show_film(opened, film, said, view)
+            show_image(opened, image, said, view)
             rows = rows_of(said.probabilities, said.states, opened.model.points)
             rows.sort(key=lambda row: order.index(row.finding))
             block(chart_html(rows, opened.name, view.finding, grouped=False))
     return view
 
 
-def _order(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> list[str]:
+def _order(models: Sequence[Opened], answers: Sequence[ImageAnswer]) -> list[str]:
     """The findings in the order of the first model's chart."""
     return [row.finding for row in rows_of(answers[0].probabilities, answers[0].states, models[0].model.points)]
 
 
-def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer], columns: Sequence[DeltaGenerator]) -> View:
+def _choose_view(models: Sequence[Opened], answers: Sequence[ImageAnswer], columns: Sequence[DeltaGenerator]) -> View:
     """What is to be seen; the four places get finding, method, opacity and the two switches."""
     order = _order(models, answers)
     words = {
@@ -263,14 +263,14 @@ def _choose_view(models: Sequence[Opened], answers: Sequence[FilmAnswer], column
     return View(finding, method or "grad_cam", opacity / 100, withheld, as_seen)
 
 
-def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
+def _tables(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> None:
     if len(models) == 2:
         _differences(models, answers)
     for opened, said in zip(models, answers, strict=True):
         called = [label for label in MAPPED if said.states[label_index(label)] == PRESENT]
         if called and said.states[label_index("No Finding")] == PRESENT:
             note(f"{opened.name} calls No Finding and {', '.join(called)}: these contradict each other.")
-    labels = film.sample.label_words if film.sample else None
+    labels = image.sample.label_words if image.sample else None
     with st.expander("The findings as a table, with reasons"):
         for opened, said in zip(models, answers, strict=True):
             block(table_html(rows_of(said.probabilities, said.states, opened.model.points, labels), opened.name))
@@ -282,7 +282,7 @@ def _tables(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnsw
         )
 
 
-def _differences(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> None:
+def _differences(models: Sequence[Opened], answers: Sequence[ImageAnswer]) -> None:
     """In words, where two models make different calls."""
     first, second = answers
     differ = [
@@ -294,5 +294,5 @@ def _differences(models: Sequence[Opened], answers: Sequence[FilmAnswer]) -> Non
     st.markdown(plain(lead) + "".join(f"\n- {plain(line)}" for line in differ))
 
 
-def _said(opened: Opened, said: FilmAnswer, k: int) -> str:
+def _said(opened: Opened, said: ImageAnswer, k: int) -> str:
     return f"{opened.name} {STATES[int(said.states[k])][1]} (p {said.probabilities[k]:.2f})"

@@ -1,4 +1,4 @@
-"""The 14 findings of a film as a chart that is a table to a screen reader, and as a plain table."""
+"""The 14 findings of an image as a chart that is a table to a screen reader, and as a plain table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUPS = {PRESENT: "Called present", ABSTAIN: "Abstains: no call", ABSENT: "Call
 
 @dataclass(frozen=True)
 class Row:
-    """A finding on one film.
+    """A finding on one image.
 
     Attributes:
         finding: its name.

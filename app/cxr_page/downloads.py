@@ -9,24 +9,24 @@ from functools import partial
 
 import streamlit as st
 
-from cxr_page.films import CaseFilm
+from cxr_page.images import CaseImage
 from cxr_page.look import note
 from cxr_page.models import Opened
 from cxr_page.viewer import View, heat_of, likeliest
-from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
+from mlx_cxr.inference.predictor import MAPPED, ImageAnswer
 from mlx_cxr.pages.case_page import CasePage, ModelReading, draw_case
 
 
-def offer_downloads(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer], view: View) -> None:
+def offer_downloads(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer], view: View) -> None:
     """Two buttons; the page is drawn when one is pressed."""
     st.subheader("Keep this case", anchor=False)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"case_{film.name}")[:80].rstrip("._")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"case_{image.name}")[:80].rstrip("._")
     note(
         "One page: film, map, findings, abstentions and, where it was read, the report. Mind that it holds "
         "what the film shows."
     )
     left, right, _ = st.columns([1, 1, 3])
-    page = case_page(models, film, answers, view)
+    page = case_page(models, image, answers, view)
     for place, kind, mime in ((left, "pdf", "application/pdf"), (right, "png", "image/png")):
         place.download_button(
             f"Download as {kind.upper()}",
@@ -39,11 +39,11 @@ def offer_downloads(models: Sequence[Opened], film: CaseFilm, answers: Sequence[
         )
 
 
-def case_page(models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer], view: View) -> CasePage:
+def case_page(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer], view: View) -> CasePage:
     """The case as it is on the screen; where its finding has no map, with that of the likeliest one."""
     if view.finding not in MAPPED:
         view = replace(view, finding=likeliest(models[0], answers[0]))
-    heat = heat_of(models[0], film, answers[0], view)
+    heat = heat_of(models[0], image, answers[0], view)
     teacher, said = st.session_state.get("report_read") or (None, None)
     return CasePage(
         models=tuple(

@@ -84,7 +84,7 @@ def explain_tab(index: RunIndex) -> None:
 
 
 def verdict(folder: Path) -> str:
-    """Of which findings a run's maps point at the finding more often than other films' maps do."""
+    """Of which findings a run's maps point at the finding more often than other images' maps do."""
     path = folder / "localization.json"
     if not path.exists():
         return "Where the maps point was not tested: no film of the test split has the place of a finding marked."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from cxr_page.case import cohort_for, open_film
+from cxr_page.case import cohort_for, open_image
 from cxr_page.look import guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
@@ -117,7 +117,7 @@ def _open(entry: RunEntry, chosen: pd.DataFrame) -> None:
             key="open_case",
             width="stretch",
             disabled=sample is None,
-            on_click=open_film,
+            on_click=open_image,
             args=(entry, sample.image_id if sample else "", row["label"]),
         )
     if sample is None:

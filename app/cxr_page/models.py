@@ -18,7 +18,7 @@ import streamlit as st
 
 if TYPE_CHECKING:
     from mlx_cxr.explain.word_scores import TextExplanation
-    from mlx_cxr.inference.predictor import FilmAnswer, FilmInput, Predictor
+    from mlx_cxr.inference.predictor import ImageAnswer, ImageInput, Predictor
     from mlx_cxr.inference.report_reader import ReportAnswer, ReportReader
 
 log = logging.getLogger("mlx_cxr.page")
@@ -73,24 +73,24 @@ def reader(folder: str, stamp: str) -> ReportReader:
     return compute(ReportReader.from_run, folder)
 
 
-def answer(opened: Opened, film: FilmInput, key: str) -> FilmAnswer:
-    """What a model says of a film.
+def answer(opened: Opened, image: ImageInput, key: str) -> ImageAnswer:
+    """What a model says of an image.
 
     Args:
         opened: of `predictor`.
-        film: as the model's `read` gives it.
-        key: of the film, the same for the same content.
+        image: as the model's `read` gives it.
+        key: of the image, the same for the same content.
     """
 
-    def ask() -> FilmAnswer:
+    def ask() -> ImageAnswer:
         log.info("%s answers for %s", opened.name, key)
-        return compute(opened.model.predict, [film])[0]
+        return compute(opened.model.predict, [image])[0]
 
-    return replace(kept(("answer", opened.key, key), ask), film=film)
+    return replace(kept(("answer", opened.key, key), ask), image=image)
 
 
-def maps(opened: Opened, said: FilmAnswer, key: str, method: str) -> dict[str, np.ndarray]:
-    """Every finding's map (h, w) by a method, from what the model has made of the film; see `Predictor.maps`."""
+def maps(opened: Opened, said: ImageAnswer, key: str, method: str) -> dict[str, np.ndarray]:
+    """Every finding's map (h, w) by a method, from what the model has made of the image; see `Predictor.maps`."""
     from mlx_cxr.inference.predictor import MAPPED
 
     def ask() -> dict[str, np.ndarray]:
@@ -100,8 +100,8 @@ def maps(opened: Opened, said: FilmAnswer, key: str, method: str) -> dict[str, n
     return kept(("maps", opened.key, key, method), ask)
 
 
-def read_report(teacher: ReportReader, text: str, film: np.ndarray | None, key: str) -> ReportAnswer:
-    """What a teacher says of a report, and of the film of that key where it looks at one.
+def read_report(teacher: ReportReader, text: str, image: np.ndarray | None, key: str) -> ReportAnswer:
+    """What a teacher says of a report, and of the image of that key where it looks at one.
 
     Raises:
         ReportReadingError: as `ReportReader.read`.
@@ -109,9 +109,9 @@ def read_report(teacher: ReportReader, text: str, film: np.ndarray | None, key: 
 
     def ask() -> ReportAnswer:
         log.info("%s reads %d characters", teacher.teacher.folder.name, len(text))
-        return compute(teacher.read, text, film)
+        return compute(teacher.read, text, image)
 
-    return kept(("report", teacher.teacher.adapter_sha256, text, key if teacher.needs_film else ""), ask)
+    return kept(("report", teacher.teacher.adapter_sha256, text, key if teacher.needs_image else ""), ask)
 
 
 def words(teacher: ReportReader, said: ReportAnswer, finding: str, name: str) -> TextExplanation:

@@ -11,7 +11,7 @@ from cxr_page.look import picture
 
 _PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)]+)\)\s*$", re.MULTILINE)
 _WIDEST = 820
-"""Pixels: pictures of films are no sharper than that."""
+"""Pixels: pictures of images are no sharper than that."""
 _NOTICE = re.compile(r"^> \*\*.*\n?", re.MULTILINE)
 
 

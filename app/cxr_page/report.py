@@ -1,4 +1,4 @@
-"""The report beside the film: what the teacher takes from it, the words that moved it, and where the two disagree."""
+"""The report beside the image: what the teacher takes from it, the words that moved it, and where the two disagree."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import streamlit as st
 
 from cxr_page.chart import state_html
-from cxr_page.films import CaseFilm, pixels_of
+from cxr_page.images import CaseImage, pixels_of
 from cxr_page.look import accepted, block, esc, guarded, html_table, note, plain
 from cxr_page.models import Opened, read_report, reader, words
 from cxr_page.run_index import TEACHER, RunIndex
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSTAIN
 from mlx_cxr.explain.word_scores import READING, TextExplanation, shared_scale, signed
-from mlx_cxr.inference.predictor import FilmAnswer
+from mlx_cxr.inference.predictor import ImageAnswer
 from mlx_cxr.inference.report_reader import LONGEST, ReportAnswer, ReportReader
 from mlx_cxr.pages.case_page import disagreements
 from mlx_cxr.pages.token_page import RAMP, words_html
@@ -24,7 +24,7 @@ _LONGEST_FILE = 1_000_000
 _WORDS_AT_ONCE = 60
 
 
-def report_panel(index: RunIndex, models: Sequence[Opened], film: CaseFilm, answers: Sequence[FilmAnswer]) -> None:
+def report_panel(index: RunIndex, models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> None:
     """The section; what it read is left in the session as `report_read`, for the download."""
     st.subheader("Report", anchor=False)
     st.session_state["report_read"] = st.session_state["report_words"] = None
@@ -39,13 +39,13 @@ def report_panel(index: RunIndex, models: Sequence[Opened], film: CaseFilm, answ
         "A report is text that a person wrote about the film. The teacher reads it, so its answers say what the text "
         "says, not what the film shows."
     )
-    _of_this_film(film)
+    _of_this_image(image)
     left, right = st.columns([3, 2], gap="large")
     with right:
         entry = teachers[0]
         if len(teachers) > 1:
             entry = st.selectbox("Teacher", teachers, format_func=lambda one: one.name, key="teacher")
-        _load(film)
+        _load(image)
     with left:
         text = st.text_area(
             "Report text", key="report", height=190, placeholder="Paste a report, or load one.", max_chars=None
@@ -56,33 +56,33 @@ def report_panel(index: RunIndex, models: Sequence[Opened], film: CaseFilm, answ
     if not text.strip() or st.session_state.get("report_wanted") != text:
         return
     teacher = reader(str(entry.folder), entry.stamp)
-    pixels = pixels_of(film, teacher.transform) if teacher.needs_film else None
-    said = read_report(teacher, text, pixels, film.key)
+    pixels = pixels_of(image, teacher.transform) if teacher.needs_image else None
+    said = read_report(teacher, text, pixels, image.key)
     st.session_state["report_read"] = (teacher, said)
     _what_it_read(teacher, said)
     for opened, answer in zip(models, answers, strict=True):
         _disagreements(opened, answer, said)
     _beside(models, answers, said, teacher)
     with guarded("words"):
-        _words(teacher, said, film)
+        _words(teacher, said, image)
 
 
-def _of_this_film(film: CaseFilm) -> None:
-    """Another film's report is not this one's: begin anew."""
-    if st.session_state.get("report_of") != film.key:
-        st.session_state["report_of"] = film.key
+def _of_this_image(image: CaseImage) -> None:
+    """Another image's report is not this one's: begin anew."""
+    if st.session_state.get("report_of") != image.key:
+        st.session_state["report_of"] = image.key
         st.session_state["report"] = ""
         st.session_state.pop("report_wanted", None)
 
 
-def _load(film: CaseFilm) -> None:
-    if film.sample is not None and film.sample.report:
-        st.button("Load and read this study's report", on_click=_take, args=(film.sample.report,), key="load_report")
-    elif film.sample is not None:
+def _load(image: CaseImage) -> None:
+    if image.sample is not None and image.sample.report:
+        st.button("Load and read this study's report", on_click=_take, args=(image.sample.report,), key="load_report")
+    elif image.sample is not None:
         note("This study has no report.")
     uploaded = st.file_uploader(
         "Report as a text file",
-        key=f"report_file {film.key}",
+        key=f"report_file {image.key}",
         type=["txt"],
         **accepted(st.file_uploader, max_upload_size=1),
     )
@@ -117,8 +117,8 @@ def _what_it_read(teacher: ReportReader, said: ReportAnswer) -> None:
     st.markdown(plain(" ".join(parts)))
 
 
-def _disagreements(opened: Opened, answer: FilmAnswer, said: ReportAnswer) -> None:
-    """Where the film's model and the report's reader both make a call, and not the same."""
+def _disagreements(opened: Opened, answer: ImageAnswer, said: ReportAnswer) -> None:
+    """Where the image's model and the report's reader both make a call, and not the same."""
     found = disagreements(answer, said)
     both = int(((answer.states != ABSTAIN) & (said.states != ABSTAIN)).sum())
     if found:
@@ -132,7 +132,9 @@ def _disagreements(opened: Opened, answer: FilmAnswer, said: ReportAnswer) -> No
         st.info(plain(f"Film ({opened.name}) and report: {agree}."), icon=":material/compare_arrows:")
 
 
-def _beside(models: Sequence[Opened], answers: Sequence[FilmAnswer], said: ReportAnswer, teacher: ReportReader) -> None:
+def _beside(
+    models: Sequence[Opened], answers: Sequence[ImageAnswer], said: ReportAnswer, teacher: ReportReader
+) -> None:
     named = {f"film, {opened.name}": answer for opened, answer in zip(models, answers, strict=True)}
     named[f"report, {teacher.teacher.folder.name}"] = said
     order = np.argsort(-said.probabilities, kind="stable").tolist()
@@ -143,10 +145,10 @@ def _beside(models: Sequence[Opened], answers: Sequence[FilmAnswer], said: Repor
     block(html_table("Film and report, finding by finding", ["finding", *named], rows, frozenset(range(1, 4))))
 
 
-def _words(teacher: ReportReader, said: ReportAnswer, film: CaseFilm) -> None:
+def _words(teacher: ReportReader, said: ReportAnswer, image: CaseImage) -> None:
     st.subheader("Words that moved the answer", anchor=False)
     first = max(range(len(LABELS)), key=lambda k: (int(said.states[k]) == 1, float(said.probabilities[k])))
-    mark = (said.logits.tobytes(), film.key)
+    mark = (said.logits.tobytes(), image.key)
     if st.session_state.get("word_finding_of") != mark:
         st.session_state["word_finding_of"] = mark
         st.session_state["word_finding"] = LABELS[first]
@@ -157,7 +159,7 @@ def _words(teacher: ReportReader, said: ReportAnswer, film: CaseFilm) -> None:
     ):
         return
     with st.spinner("Leaving out words …"):
-        explained = words(teacher, said, finding, film.name)
+        explained = words(teacher, said, finding, image.name)
     st.session_state["report_words"] = explained
     st.markdown(plain(f"{finding}: {explained.summary()}"))
     block(coloured_report(explained))

@@ -1,4 +1,4 @@
-"""Test films of a run's manifest that the page offers, a few of each finding, with what their reports say."""
+"""Test images of a run's manifest that the page offers, a few of each finding, with what their reports say."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ OFFERED = 42
 
 @dataclass(frozen=True)
 class Sample:
-    """A test film.
+    """A test image.
 
     Attributes:
-        image_id: of the film. study_id: of its study.
-        path: the film's file.
+        image_id: of the image. study_id: of its study.
+        path: the image's file.
         view: such as `AP`; empty when missing.
         about: age and sex in words, or empty.
         raw_labels: the study's 14 as the source has them: 1, 0, -1 or NaN.
-        films: how many the study has.
+        images: how many the study has.
         report: the report's text under its headings; empty where there is none.
     """
 
@@ -39,7 +39,7 @@ class Sample:
     view: str
     about: str
     raw_labels: tuple[float, ...]
-    films: int
+    images: int
     report: str
 
     @property
@@ -63,7 +63,7 @@ class Cohort:
     """The test split that a run was evaluated on, as far as it is on this machine.
 
     Attributes:
-        offered: film id to sample, in the order of the menu; empty where there are none.
+        offered: image id to sample, in the order of the menu; empty where there are none.
         absent: why there are none, in a sentence; empty where there are.
     """
 
@@ -74,7 +74,7 @@ class Cohort:
     _root: Path | None = None
 
     def of_study(self, study_id: str) -> Sample | None:
-        """The first film of a test study; None where it is not on this machine."""
+        """The first image of a test study; None where it is not on this machine."""
         if self._manifest is None:
             return None
         frame = self._manifest.frame
@@ -82,8 +82,8 @@ class Cohort:
         sample = _sample(self, int(rows[0])) if len(rows) else None
         return sample if sample is not None and sample.path.is_file() else None
 
-    def of_film(self, image_id: str) -> Sample | None:
-        """A film by its id, also one that is not in the menu; None where it is not on this machine."""
+    def of_image(self, image_id: str) -> Sample | None:
+        """An image by its id, also one that is not in the menu; None where it is not on this machine."""
         if image_id in self.offered:
             return self.offered[image_id]
         if self._manifest is None:
@@ -95,7 +95,7 @@ class Cohort:
 
 @st.cache_resource(max_entries=4, show_spinner="Looking for test films …")
 def cohort_of(config_json: str, manifest_sha256: str, stamp: str) -> Cohort:
-    """Test films for a run.
+    """Test images for a run.
 
     Args:
         config_json: of the run, as JSON.
@@ -128,7 +128,7 @@ def cohort_of(config_json: str, manifest_sha256: str, stamp: str) -> Cohort:
 
 
 def _spread(manifest: Manifest) -> list[int]:
-    """Rows of test films, one of a study: of each finding in turn the next study that has it."""
+    """Rows of test images, one of a study: of each finding in turn the next study that has it."""
     frame = manifest.frame
     test = np.flatnonzero((frame["split"] == "test").to_numpy() & ~frame["study_id"].duplicated().to_numpy())
     columns = [test[manifest.raw_labels[test, k] == 1].tolist() for k in range(len(LABELS))]
@@ -148,7 +148,7 @@ def _sample(cohort: Cohort, row: int) -> Sample:
         view=known["view"],
         about=" ".join(part for part in (f"{known['age']} y" if known["age"] else "", known["sex"]) if part),
         raw_labels=tuple(float(value) for value in manifest.raw_labels[row]),
-        films=int((manifest.frame["study_id"] == study).sum()),
+        images=int((manifest.frame["study_id"] == study).sum()),
         report=_text(sections),
     )
 

@@ -1,4 +1,4 @@
-"""The film under the map of a finding, its scale, and why a map is withheld."""
+"""The image under the map of a finding, its scale, and why a map is withheld."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cxr_page.chart import rows_of
-from cxr_page.films import SHOWN_SIDE, CaseFilm, png, shown_pixels
+from cxr_page.images import SHOWN_SIDE, CaseImage, png, shown_pixels
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
@@ -16,8 +16,8 @@ from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import read_json
 from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
 from mlx_cxr.explain.maps import upsample
-from mlx_cxr.inference.predictor import MAPPED, FilmAnswer
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, film_tile, map_tile
+from mlx_cxr.inference.predictor import MAPPED, ImageAnswer
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, image_tile, map_tile
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "
@@ -44,7 +44,7 @@ class View:
     as_seen: bool = False
 
 
-def likeliest(opened: Opened, said: FilmAnswer) -> str:
+def likeliest(opened: Opened, said: ImageAnswer) -> str:
     """The finding called present with the highest probability; where none is, the first of the chart.
 
     No Finding, which has no map, is passed over.
@@ -56,14 +56,14 @@ def likeliest(opened: Opened, said: FilmAnswer) -> str:
     return next(row.finding for row in rows if row.finding in MAPPED)
 
 
-def heat_of(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) -> np.ndarray | None:
+def heat_of(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -> np.ndarray | None:
     """The map (h, w) of the finding; None where the run or the finding has none."""
     if view.method not in opened.model.methods or view.finding not in MAPPED:
         return None
-    return maps(opened, answer, film.key, view.method)[view.finding]
+    return maps(opened, answer, image.key, view.method)[view.finding]
 
 
-def why_withheld(opened: Opened, answer: FilmAnswer, view: View, heat: np.ndarray | None) -> str:
+def why_withheld(opened: Opened, answer: ImageAnswer, view: View, heat: np.ndarray | None) -> str:
     """Why the map is not shown unasked, in words; empty where it is shown."""
     if view.finding not in MAPPED:
         return "No Finding has no map: where nothing is, there is nothing to point at"
@@ -77,11 +77,11 @@ def why_withheld(opened: Opened, answer: FilmAnswer, view: View, heat: np.ndarra
     return Reading(view.finding, probability, threshold, method=view.method).withheld(heat).replace("\n", " ")
 
 
-def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) -> None:
-    """The film with or without its map, the scale, and what is to be said of them."""
-    seen = answer.film
-    pixels = seen.pixels if view.as_seen else shown_pixels(opened, film, seen)
-    heat = heat_of(opened, film, answer, view)
+def show_image(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -> None:
+    """The image with or without its map, the scale, and what is to be said of them."""
+    seen = answer.image
+    pixels = seen.pixels if view.as_seen else shown_pixels(opened, image, seen)
+    heat = heat_of(opened, image, answer, view)
     why = why_withheld(opened, answer, view, heat)
     drawable = heat is not None and np.isfinite(heat).all()
     if not drawable or (why and not view.show_withheld):
@@ -90,7 +90,7 @@ def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) ->
             + (" “Show withheld maps” shows it all the same." if drawable else "")
             + "</div>"
         )
-        picture(png(film_tile(pixels, SHOWN_SIDE)), f"Chest film {film.name}, without a map")
+        picture(png(image_tile(pixels, SHOWN_SIDE)), f"Chest film {image.name}, without a map")
         return
     if why:
         block(f'<div role="status"><b>Shown on request.</b> The map is otherwise withheld: {esc(why)}.</div>')
@@ -99,18 +99,18 @@ def show_film(opened: Opened, film: CaseFilm, answer: FilmAnswer, view: View) ->
         name = f"<b>{esc(view.finding)}</b>: {esc(METHOD_NAMES[view.method])}"
         block(f'<div role="status">{name}; {strength}.</div>')
         note(evidence(opened, view.finding))
-    # The film may be shown at a higher resolution than the map was made of: the map is placed by the film as seen.
-    placed = upsample(heat, pixels.shape[0], film=seen.pixels.shape[0])
+    # The image may be shown at a higher resolution than the map was made of: the map is placed by the image as seen.
+    placed = upsample(heat, pixels.shape[0], image=seen.pixels.shape[0])
     picture(
         png(map_tile(pixels, placed, SHOWN_SIDE, view.opacity)),
-        f"Chest film {film.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
+        f"Chest film {image.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
         f"the map is strongest {_peak(heat)}",
     )
     _scale(view.opacity)
 
 
 def _peak(heat: np.ndarray) -> str:
-    """Where a map is strongest; a frontal film shows the patient's right on the picture's left."""
+    """Where a map is strongest; a frontal image shows the patient's right on the picture's left."""
     if not heat.any():
         return "nowhere"
     row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
@@ -130,10 +130,10 @@ def evidence(opened: Opened, finding: str) -> str:
         entry = read_json(path)["per_label"].get(finding) if path.exists() else None
         if entry is None:
             return "Where this run's maps of the finding point was not tested, for want of films with its place marked."
-        films, hits, others = entry["films"], entry["hit"]["maps"]["value"], entry["hit"]["swapped"]
+        images, hits, others = entry["films"], entry["hit"]["maps"]["value"], entry["hit"]["swapped"]
         better = others["difference"]["low"] > 0
         said = (
-            f"On {films} test films with the finding, maps peaked on it in {hits:.0%}, other films' maps in "
+            f"On {images} test films with the finding, maps peaked on it in {hits:.0%}, other films' maps in "
             f"{others['mean']['value']:.0%}"
         )
     except (UserError, KeyError, TypeError, AttributeError):
@@ -142,7 +142,7 @@ def evidence(opened: Opened, finding: str) -> str:
 
 
 def _scale(opacity: float) -> None:
-    """The map's colours as they look on a mid-gray film."""
+    """The map's colours as they look on a mid-gray image."""
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None, :].repeat(256, axis=0)
     bar = map_tile(np.full((256, 256), 110, np.uint8), ramp, 256, opacity).crop((0, 0, 256, 8))
     content = base64.b64encode(png(bar)).decode()

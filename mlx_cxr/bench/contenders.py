@@ -33,7 +33,7 @@ class Contender:
         difference: runs it once and returns how far its output is from the reference, which `tolerance` bounds; None
             where there is nothing to compare.
         tolerance: largest difference that is accepted.
-        samples: films or studies of one call.
+        samples: images or studies of one call.
         note: what has to be known of it.
     """
 
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def ms_per_sample(self) -> float | None:
-        """Median milliseconds per film or study."""
+        """Median milliseconds per image or study."""
         return None if self.timing is None else 1000 * self.timing.median / self.samples
 
     @property

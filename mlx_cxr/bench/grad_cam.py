@@ -27,14 +27,14 @@ def measure(model: ResNet18, size: int, batch_sizes: tuple[int, ...], budget: fl
 
     Args:
         model: in evaluation mode.
-        size: side of the films in pixels.
-        batch_sizes: films per call.
+        size: side of the images in pixels.
+        batch_sizes: images per call.
         budget: seconds for all of it.
-        seed: of the films.
+        seed: of the images.
     """
     rows, known = [], {}
-    for films in sorted(batch_sizes):
-        host = np.random.default_rng([seed, films]).normal(size=(films, size, size, model.config.in_channels))
+    for images in sorted(batch_sizes):
+        host = np.random.default_rng([seed, images]).normal(size=(images, size, size, model.config.in_channels))
         x = mx.array(host.astype(np.float32))
         one_by_one = partial(maps_one_by_one, model, x)
         # Maps of absent findings are empty, and would agree with anything.
@@ -50,12 +50,12 @@ def measure(model: ResNet18, size: int, batch_sizes: tuple[int, ...], budget: fl
             return largest_difference(at_once().raw[likely] / highest, wanted / highest)
 
         contenders = [
-            _contender(FORWARD, lambda x=x: mx.eval(model(x)), None, films),
-            _contender(AT_ONCE, at_once, difference, films),
-            _contender(ONE_BY_ONE, one_by_one, None, films),
+            _contender(FORWARD, lambda x=x: mx.eval(model(x)), None, images),
+            _contender(AT_ONCE, at_once, difference, images),
+            _contender(ONE_BY_ONE, one_by_one, None, images),
         ]
-        # As `batch_parallel` leaves BLAS one thread, a single film is better off without.
-        with batch_parallel() if films > 1 else nullcontext():
+        # As `batch_parallel` leaves BLAS one thread, a single image is better off without.
+        with batch_parallel() if images > 1 else nullcontext():
             rows += compare(SECTION, contenders, budget / len(batch_sizes), None, known, seed)
     return rows
 
@@ -75,8 +75,8 @@ def maps_one_by_one(model: ResNet18, x: mx.array, labels: Sequence[int] = range(
     for label in labels:
         a = model.features(x)
 
-        def score(film: mx.array, shift: mx.array, label: int = int(label)) -> mx.array:
-            return model.head(model.features(film) + shift)[:, label]
+        def score(image: mx.array, shift: mx.array, label: int = int(label)) -> mx.array:
+            return model.head(model.features(image) + shift)[:, label]
 
         _, (dx, gradient) = mx.vjp(score, [x, mx.zeros(a.shape)], [mx.ones(x.shape[0])])
         raised = mx.maximum(mx.sum(mx.mean(gradient, axis=(1, 2), keepdims=True) * a, axis=-1), 0)
@@ -85,5 +85,5 @@ def maps_one_by_one(model: ResNet18, x: mx.array, labels: Sequence[int] = range(
     return np.stack(maps)
 
 
-def _contender(name: str, call: Callable[[], object], difference: Callable[[], float] | None, films: int) -> Contender:
-    return Contender(name, "mlx", device.device_kind(), "float32", call, difference, TOLERANCE, films)
+def _contender(name: str, call: Callable[[], object], difference: Callable[[], float] | None, images: int) -> Contender:
+    return Contender(name, "mlx", device.device_kind(), "float32", call, difference, TOLERANCE, images)

@@ -1,4 +1,4 @@
-"""Milliseconds per film of the ResNet-18's forward pass: MLX as it comes and as we run it, against PyTorch."""
+"""Milliseconds per image of the ResNet-18's forward pass: MLX as it comes and as we run it, against PyTorch."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def measure(
 
     Args:
         model: in evaluation mode.
-        size: side of the films in pixels.
-        batch_sizes: films per call.
+        size: side of the images in pixels.
+        batch_sizes: images per call.
         torch_device: None leaves PyTorch out.
         peaks: as `machine.matrix_product_peaks`.
         bandwidth: GB/s.
         budget: seconds for all of it, compiling aside.
         compile_seconds: for `torch.compile`; one that has begun is let finish.
-        seed: of the films.
+        seed: of the images.
 
     Returns:
         Rows by batch size.
@@ -80,14 +80,14 @@ def measure(
     mlx_calls = dict(_mlx_networks(model))
     torch_calls = {} if torch_device is None else dict(_torch_networks(model, torch_device, compile_seconds > 0))
     compiler, kind = TorchCompiler(compile_seconds), device.device_kind()
-    for films in sorted(batch_sizes):
-        host = np.random.default_rng([seed, films]).normal(size=(films, size, size, model.config.in_channels))
+    for images in sorted(batch_sizes):
+        host = np.random.default_rng([seed, images]).normal(size=(images, size, size, model.config.in_channels))
         host = host.astype(np.float32)
         reference = _stock_logits(model, mx.array(host))
 
-        def bound(framework: str, precision: str, films: int = films) -> float | None:
+        def bound(framework: str, precision: str, images: int = images) -> float | None:
             peak = peaks.get((framework, precision))
-            return counted.bound(films, precision, peak, bandwidth) if peak else None
+            return counted.bound(images, precision, peak, bandwidth) if peak else None
 
         contenders = [
             _mlx_contender(name, precision, network, host, reference, kind)
@@ -97,7 +97,7 @@ def measure(
             _torch_contender(name, precision, network, host, reference, str(torch_device), compiler)
             for (name, precision), network in torch_calls.items()
         ]
-        work = Work(films * counted.flops, peaks, bound)
+        work = Work(images * counted.flops, peaks, bound)
         rows += compare(SECTION, contenders, budget / len(batch_sizes), work, known, seed)
     return rows
 
@@ -192,13 +192,13 @@ def _torch_contender(
     compiler: TorchCompiler,
 ) -> Contender:
     torch = import_torch()
-    films = torch.from_numpy(np.ascontiguousarray(host.transpose(0, 3, 1, 2))).to(device, torch_dtype(precision))
+    images = torch.from_numpy(np.ascontiguousarray(host.transpose(0, 3, 1, 2))).to(device, torch_dtype(precision))
     if name != EAGER:
-        films = films.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
 
     def call() -> Any:
         with torch.inference_mode():
-            logits = network(films)
+            logits = network(images)
             synchronize(device)
         return logits
 

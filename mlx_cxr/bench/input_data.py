@@ -1,4 +1,4 @@
-"""How fast films come: from JPEG files into the pixel store, and from the store into a training step."""
+"""How fast images come: from JPEG files into the pixel store, and from the store into a training step."""
 
 from __future__ import annotations
 
@@ -20,63 +20,63 @@ from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.training.augment import augment
-from mlx_cxr.training.batches import FilmSource, epoch_order
+from mlx_cxr.training.batches import ImageSource, epoch_order
 
 STORE, PIPELINE = "store", "pipeline"
 RESIDENT, FROM_DISK = "training input, resident", "training input, from disk"
 _RAW = (3056, 2544)
-"""Rows and columns of the films that are written: MIMIC-CXR-JPG's commonest."""
+"""Rows and columns of the images that are written: MIMIC-CXR-JPG's commonest."""
 _DISTINCT = 4
 
 
-def measure_store(size: int, films: int, seed: int = 0, raw: tuple[int, int] = _RAW) -> Row:
+def measure_store(size: int, images: int, seed: int = 0, raw: tuple[int, int] = _RAW) -> Row:
     """Build a pixel store of JPEGs once, on all cores, starting the decoding processes included.
 
     Args:
-        size: side of a stored film in pixels.
-        films: how many.
-        seed: of what they show: smooth noise, as large and as compressible as a chest film.
+        size: side of a stored image in pixels.
+        images: how many.
+        seed: of what they show: smooth noise, as large and as compressible as a chest image.
         raw: rows and columns of the files.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        names = _write_films(root, films, raw, seed)
+        names = _write_images(root, images, raw, seed)
         frame = pd.DataFrame({"image_id": [name.removesuffix(".jpg") for name in names], "path": names})
-        manifest = Manifest(frame, np.zeros((films, len(LABELS)), np.float32), "0" * 64)
+        manifest = Manifest(frame, np.zeros((images, len(LABELS)), np.float32), "0" * 64)
         report = build_store(root / f"images_{size}.npy", manifest, Transform(size), root)
-        kilobytes = sum((root / name).stat().st_size for name in names) / films / 1000
+        kilobytes = sum((root / name).stat().st_size for name in names) / images / 1000
     return Row(
         STORE,
         "pixel store build",
         "none",
         "cpu",
         "uint8",
-        films,
+        images,
         "timed",
-        note=f"once, {films} JPEGs of {raw[1]} x {raw[0]} pixels, {kilobytes:.0f} kB each",
+        note=f"once, {images} JPEGs of {raw[1]} x {raw[0]} pixels, {kilobytes:.0f} kB each",
         timing=summary([report.seconds]),
     )
 
 
-def measure_pipeline(size: int, batch_size: int, films: int, channels: int, budget: float, seed: int = 0) -> list[Row]:
+def measure_pipeline(size: int, batch_size: int, images: int, channels: int, budget: float, seed: int = 0) -> list[Row]:
     """An epoch of batches as a training step sees them, gathered, augmented and normalized, but no step.
 
     Args:
-        size: side of a film in pixels.
-        batch_size: films per batch.
-        films: of the epoch.
+        size: side of an image in pixels.
+        batch_size: images per batch.
+        images: of the epoch.
         channels: of the network's input.
         budget: seconds for all of it.
-        seed: of the films and their order.
+        seed: of the images and their order.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "films.npy"
-        np.save(path, np.random.default_rng(seed).integers(0, 256, (films, size, size), dtype=np.uint8))
+        np.save(path, np.random.default_rng(seed).integers(0, 256, (images, size, size), dtype=np.uint8))
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        rows = np.arange(films)
-        order = epoch_order(films, batch_size, seed, 0)
+        rows = np.arange(images)
+        order = epoch_order(images, batch_size, seed, 0)
 
-        def epoch(source: FilmSource) -> None:
+        def epoch(source: ImageSource) -> None:
             for number, batch in enumerate(source.batches(order)):
                 x = augment(batch, mx.random.key(number), AugmentConfig())
                 mx.eval(preprocess(x, channels))
@@ -94,16 +94,16 @@ def measure_pipeline(size: int, batch_size: int, films: int, channels: int, budg
                 note,
             )
             for name, source, note in (
-                (RESIDENT, FilmSource(stored, rows, 1e9), ""),
-                (FROM_DISK, FilmSource(stored, rows, 0.0), "the system had the file in memory"),
+                (RESIDENT, ImageSource(stored, rows, 1e9), ""),
+                (FROM_DISK, ImageSource(stored, rows, 0.0), "the system had the file in memory"),
             )
         ]
         return compare(PIPELINE, contenders, budget, seed=seed)
 
 
-def _write_films(root: Path, films: int, raw: tuple[int, int], seed: int) -> list[str]:
+def _write_images(root: Path, images: int, raw: tuple[int, int], seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
-    names = [f"film{number:04d}.jpg" for number in range(films)]
+    names = [f"film{number:04d}.jpg" for number in range(images)]
     for name in names[:_DISTINCT]:
         coarse = Image.fromarray(rng.integers(0, 256, (12, 10), dtype=np.uint8))
         smooth = np.asarray(coarse.resize(raw[::-1], Image.Resampling.BICUBIC), dtype=np.int16)

@@ -1,4 +1,4 @@
-"""One picture: milliseconds per film by batch size, MLX against PyTorch, and the training step."""
+"""One picture: milliseconds per image by batch size, MLX against PyTorch, and the training step."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mlx_cxr.bench.contenders import Row, fastest
 from mlx_cxr.core.formatting import number
 
 TARGET_BATCH = 8
-"""Films per call at which the targets are set."""
+"""Images per call at which the targets are set."""
 LARGEST_RATIO = {"inference": 2.0, "training": 3.5, "grad_cam": 1.3, "epoch": 1.05}
 """Targets for two Linux cores with OpenBLAS, 224 px, float32: MLX's time over PyTorch's on the CPU, that of 14 maps
 over a forward pass, that of a step in the loop over a bare one."""
@@ -62,25 +62,25 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     Inference takes each side's fastest float32 way, PyTorch's without `torch.compile`, which stands beside it.
     """
     lines = []
-    for films in _batches(rows, inference.SECTION):
-        here = [row for row in rows if row.section == inference.SECTION and row.samples == films]
+    for images in _batches(rows, inference.SECTION):
+        here = [row for row in rows if row.section == inference.SECTION and row.samples == images]
         ours = fastest(here, framework="mlx", precision="float32")
         inductor = fastest(here, name=inference.INDUCTOR)
         eager = fastest([row for row in here if row is not inductor], framework="torch", precision="float32")
         if ours:
-            limit = LARGEST_RATIO["inference"] if films == TARGET_BATCH else None
-            lines.append(Ratio(f"forward, batch {films}", ours, eager, inductor, limit))
+            limit = LARGEST_RATIO["inference"] if images == TARGET_BATCH else None
+            lines.append(Ratio(f"forward, batch {images}", ours, eager, inductor, limit))
     for section, what, names, against in (
         (training.SECTION, "training step", (training.OURS, training.IN_PARTS), training.EAGER),
         (grad_cam.SECTION, "14-label Grad-CAM", (grad_cam.AT_ONCE,), grad_cam.FORWARD),
         (training.EPOCH, "epoch of the loop", (training.LOOPED,), training.BARE),
     ):
-        for films in _batches(rows, section):
-            here = [row for row in rows if row.section == section and row.samples == films]
+        for images in _batches(rows, section):
+            here = [row for row in rows if row.section == section and row.samples == images]
             ours = fastest([row for row in here if row.name in names])
             if ours:
-                limit = LARGEST_RATIO[section] if films == TARGET_BATCH else None
-                lines.append(Ratio(f"{what}, batch {films}", ours, fastest(here, name=against), None, limit))
+                limit = LARGEST_RATIO[section] if images == TARGET_BATCH else None
+                lines.append(Ratio(f"{what}, batch {images}", ours, fastest(here, name=against), None, limit))
     return lines
 
 

@@ -21,8 +21,8 @@ log = logging.getLogger("mlx_cxr")
 SECTIONS = ("inference", "training", "grad_cam", "data", "teacher")
 _SHARES = {"peak": 0.05, "inference": 0.44, "training": 0.2, "epoch": 0.12, "grad_cam": 0.12, "data": 0.03}
 _EPOCH_BATCH, _CAM_BATCHES, _TRAINING_BATCHES = 8, (1, 8), (8, 32)
-_PIPELINE_BATCH, _PIPELINE_FILMS = 32, 256
-_SECONDS_PER_STORED_FILM = 5.0
+_PIPELINE_BATCH, _PIPELINE_IMAGES = 32, 256
+_SECONDS_PER_STORED_IMAGE = 5.0
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Settings:
     """What is measured, and how long.
 
     Attributes:
-        size: side of the films in pixels.
-        batch_sizes: films per forward pass; training and maps take those of them that suit them.
+        size: side of the images in pixels.
+        batch_sizes: images per forward pass; training and maps take those of them that suit them.
         torch_device: where PyTorch computes; None leaves it out.
         only: sections, of `SECTIONS`.
         minutes: for all sections of an ordinary run, the teacher aside; fewer sections take less.
         compile_seconds: for `torch.compile`.
-        seed: of films, labels and weights.
+        seed: of images, labels and weights.
         teacher_size: `tiny`, `full`, or None.
         tokens: of a prompt.
         bits: of the teacher's base; None leaves it in floating point.
@@ -135,14 +135,14 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
             lambda: grad_cam.measure(model, settings.size, _CAM_BATCHES, seconds("grad_cam"), settings.seed),
         )
     if "data" in settings.only:
-        films = max(8, int(60 * settings.minutes / _SECONDS_PER_STORED_FILM))
-        section("store", lambda: [input_data.measure_store(settings.size, films, settings.seed)])
+        images = max(8, int(60 * settings.minutes / _SECONDS_PER_STORED_IMAGE))
+        section("store", lambda: [input_data.measure_store(settings.size, images, settings.seed)])
         section(
             "pipeline",
             lambda: input_data.measure_pipeline(
                 settings.size,
                 _PIPELINE_BATCH,
-                _PIPELINE_FILMS,
+                _PIPELINE_IMAGES,
                 model.config.in_channels,
                 seconds("data"),
                 settings.seed,

@@ -24,8 +24,8 @@ from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD, ResNet18
 from mlx_cxr.ops.streams import batch_parallel
-from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.classifier_task import TrainingData, film_task
+from mlx_cxr.training.batches import ImageSource
+from mlx_cxr.training.classifier_task import TrainingData, classifier_task
 from mlx_cxr.training.loop import Task, train
 from mlx_cxr.training.losses import masked_bce
 
@@ -40,12 +40,12 @@ _STILL = AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0)
 
 
 def random_cohort(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 films (count, size, size) of noise and float32 labels (count, 14), a tenth of them NaN."""
+    """uint8 images (count, size, size) of noise and float32 labels (count, 14), a tenth of them NaN."""
     rng = np.random.default_rng([seed, count])
-    films = rng.integers(0, 256, (count, size, size), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, size, size), dtype=np.uint8)
     labels = rng.integers(0, 2, (count, len(LABELS))).astype(np.float32)
     labels[rng.random(labels.shape) < 0.1] = np.nan
-    return films, labels
+    return images, labels
 
 
 def measure_steps(
@@ -62,16 +62,16 @@ def measure_steps(
 
     Args:
         model: where training starts; not changed.
-        size: side of the films in pixels.
-        batch_sizes: films per step.
+        size: side of the images in pixels.
+        batch_sizes: images per step.
         torch_device: None leaves PyTorch out.
         budget: seconds for all of it.
-        seed: of films and labels.
+        seed: of images and labels.
     """
     rows, known = [], {}
-    for films in sorted(batch_sizes):
-        cohort = random_cohort(films, size, seed)
-        settings = TrainingConfig(batch_size=films, epochs=1000, warmup_fraction=0.0)
+    for images in sorted(batch_sizes):
+        cohort = random_cohort(images, size, seed)
+        settings = TrainingConfig(batch_size=images, epochs=1000, warmup_fraction=0.0)
         reference = _MlxStep(model, cohort, settings, stock_operations).first_step()
         on_cpu = device.device_kind() == "cpu"
         contenders = [
@@ -97,14 +97,14 @@ def measure_epoch(model: ResNet18, size: int, batch_size: int, budget: float, se
     """Steps of the training loop beside bare steps of the same task, turn about: their ratio is the loop's overhead.
 
     The epoch is timed as the loop itself reports it, from its first batch to its last loss: reading and gathering
-    films, seeds, sums, log lines. Validation and saving are apart.
+    images, seeds, sums, log lines. Validation and saving are apart.
 
     Args:
         model: where training starts; not changed.
-        size: side of the films in pixels.
-        batch_size: films per step.
+        size: side of the images in pixels.
+        batch_size: images per step.
         budget: seconds for all of it; an epoch has four steps at least.
-        seed: of the films.
+        seed: of the images.
 
     Returns:
         A row for the bare step, and one for a step in the loop, whose rounds are epochs.
@@ -139,12 +139,12 @@ def _seconds(call: Callable[[], object]) -> float:
     return perf_counter() - began
 
 
-def _epoch_seconds(task: Task, folder: Path, films: int, seed: int) -> float:
+def _epoch_seconds(task: Task, folder: Path, images: int, seed: int) -> float:
     limits = {"epochs": 1, "patience": 0, "save_every": 10**9, "log_every": 10}
     with redirect_stdout(io.StringIO()), batch_parallel():
         train(task, **limits, seed=seed, run_dir=folder, settings=SECTION)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return films / json.loads(lines[-1])["samples_per_second"]
+    return images / json.loads(lines[-1])["samples_per_second"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class FirstStep:
 
 
 class _MlxStep:
-    """A film task on a copy of a model, and the arguments of one step."""
+    """An image task on a copy of a model, and the arguments of one step."""
 
     def __init__(
         self,
@@ -176,11 +176,11 @@ class _MlxStep:
         self.model = ResNet18(model.config)
         self.model.update(model.parameters())
         self.around = around
-        films, labels = cohort
-        self.task = film_task(
+        images, labels = cohort
+        self.task = classifier_task(
             self.model,
             masked_bce(),
-            TrainingData(FilmSource(films, np.arange(len(films)), 1e9), labels),
+            TrainingData(ImageSource(images, np.arange(len(images)), 1e9), labels),
             lambda _: {"loss": 0.0, "macro_auc": 0.5},
             training=settings,
             augmentation=augmentation,
@@ -274,8 +274,8 @@ class _TorchStep:
         self.clip_norm = settings.clip_norm
         self.channels = model.config.in_channels
         self.network = torch_resnet18(model).to(device, memory_format=torch.channels_last).train()
-        films, labels = cohort
-        self.films, self.labels = torch.from_numpy(films).to(device), torch.from_numpy(labels).to(device)
+        images, labels = cohort
+        self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
         gray = self.channels == 1
         mean, deviation = ([GRAY_MEAN], [GRAY_STD]) if gray else (RGB_MEAN, RGB_STD)
         self.mean, self.deviation = (
@@ -292,7 +292,7 @@ class _TorchStep:
 
     def call(self) -> Any:
         torch = self.torch
-        x = (self.films[:, None].float() / 255 - self.mean) / self.deviation
+        x = (self.images[:, None].float() / 255 - self.mean) / self.deviation
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device, torch_dtype(self.precision), enabled=self.precision != "float32"):
             logits = self.network(x)

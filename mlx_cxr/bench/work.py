@@ -22,8 +22,8 @@ class ForwardWork:
     """Of one pass.
 
     Attributes:
-        flops: a multiplication and an addition per weight and output position, per film; convolutions and the head.
-        activations: elements that the layers read and write, per film: each convolution its input and output, each
+        flops: a multiplication and an addition per weight and output position, per image; convolutions and the head.
+        activations: elements that the layers read and write, per image: each convolution its input and output, each
             block its shortcut, the pool its input and output. BatchNorm, ReLU and addition ride along.
         weights: elements, read once per pass whatever the batch.
     """
@@ -32,21 +32,21 @@ class ForwardWork:
     activations: int
     weights: int
 
-    def bound(self, films: int, precision: str, peak_gflops: float, bandwidth_gbs: float) -> float:
-        """Least seconds of a pass over `films`.
+    def bound(self, images: int, precision: str, peak_gflops: float, bandwidth_gbs: float) -> float:
+        """Least seconds of a pass over `images`.
 
         Args:
-            films: the batch.
+            images: the batch.
             precision: of weights and activations.
             peak_gflops: GFLOP/s of a matrix product in that precision.
             bandwidth_gbs: GB/s (1e9) of the memory.
         """
-        moved = (films * self.activations + self.weights) * BYTES[precision]
-        return max(films * self.flops / (peak_gflops * 1e9), moved / (bandwidth_gbs * 1e9))
+        moved = (images * self.activations + self.weights) * BYTES[precision]
+        return max(images * self.flops / (peak_gflops * 1e9), moved / (bandwidth_gbs * 1e9))
 
 
 def forward_work(model: ResNet18, size: int) -> ForwardWork:
-    """The work of a model on films of `size` pixels a side."""
+    """The work of a model on images of `size` pixels a side."""
     flops = activations = weights = 0
     for weight, inputs, outputs in _convolutions(model, size):
         out_channels, _, _, in_channels = weight.shape

@@ -30,11 +30,11 @@ class DemoConfig(Section):
 
     patients: Count = 600
     image_size: Annotated[int, Field(ge=128, le=4096)] = 512
-    """Short side of a rendered film in pixels."""
+    """Short side of a rendered image in pixels."""
 
 
 class CsvSource(Section):
-    """How to read any table of films or of reports: column names, label mapping, separator. Used when `data.source` is
+    """How to read any table of images or of reports: column names, label mapping, separator. Used when `data.source` is
     `csv`."""
 
     table: Path
@@ -43,9 +43,9 @@ class CsvSource(Section):
     patient: str = "patient_id"
     """May be the column of `study`, where a patient is not told from a study."""
     study: str | None = "study_id"
-    """None takes each film as a study of its own."""
+    """None takes each image as a study of its own."""
     image: str | None = "image_file"
-    """Column with the film's path relative to `data.root`; also the film's id. None: reports without films."""
+    """Column with the image's path relative to `data.root`; also the image's id. None: reports without images."""
     view: str | None = None
     age: str | None = None
     sex: str | None = None
@@ -68,7 +68,7 @@ class CsvSource(Section):
 
     @property
     def text_only(self) -> bool:
-        """Whether these are reports without films."""
+        """Whether these are reports without images."""
         return self.image is None
 
     @model_validator(mode="after")
@@ -92,7 +92,7 @@ class DataConfig(Section):
     work_dir: Path
     """Where `manifest.csv`, `splits.json` and the pixel store go."""
     reports: Path | None = None
-    """Folder or zip of MIMIC-CXR reports; None looks for them beside the films and does without."""
+    """Folder or zip of MIMIC-CXR reports; None looks for them beside the images and does without."""
     report_sections: tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...] = (
         "impression",
         "findings",
@@ -103,7 +103,7 @@ class DataConfig(Section):
     """`first`: the first of `report_sections` that a report has (a fall-back order). `all`: all of them, in order."""
     labeler: Literal["chexpert", "negbio"] = "chexpert"
     views: tuple[str, ...] | None = ("AP", "PA")
-    """View positions kept; None keeps all. `missing` stands for films without one."""
+    """View positions kept; None keeps all. `missing` stands for images without one."""
     n_studies: Count | None = None
     patients_table: Path | None = None
     """Optional table with `subject_id`, `gender` and `anchor_age` (MIMIC-IV `patients.csv.gz`)."""
@@ -133,7 +133,7 @@ class PixelsConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Decoding processes; 0 takes one per core."""
     shard_films: Count = 65_536
-    """Films of one file of the store at most, 3.3 GB at 224 px; a store of more lies in several."""
+    """Images of one file of the store at most, 3.3 GB at 224 px; a store of more lies in several."""
 
 
 class LabelsConfig(Section):
@@ -157,7 +157,7 @@ class ModelConfig(Section):
     in_channels: Literal[1, 3] = 1
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     output_stride: Literal[16, 32] = 32
-    """Pixels per cell of the last feature map; 16 dilates the last stage for finer maps at small film sizes."""
+    """Pixels per cell of the last feature map; 16 dilates the last stage for finer maps at small image sizes."""
     freeze_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """Leading parts kept as loaded: 1 is the stem, 2..5 add layer1..layer4."""
     freeze_batchnorm: bool = False
@@ -195,7 +195,7 @@ class TrainingConfig(Section):
     """Steps between saves of the state to resume from (and at each epoch's end)."""
     log_every: Count = 10
     pixel_budget_gb: Positive = 4.0
-    """Films are kept in device memory when the store is smaller than this, else read from disk."""
+    """Images are kept in device memory when the store is smaller than this, else read from disk."""
 
 
 class EvaluationConfig(Section):
@@ -217,7 +217,7 @@ class ExplainConfig(Section):
     labels: tuple[Label, ...] | None = None
     """Findings to map; None takes all but No Finding."""
     examples_per_outcome: Annotated[int, Field(ge=0)] = 3
-    """Films shown per finding for each of true positive, false positive and false negative."""
+    """Images shown per finding for each of true positive, false positive and false negative."""
     mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of a map's pixels taken as its extent when it is compared with a mask by IoU."""
 
@@ -228,7 +228,7 @@ class PipelineConfig(Section):
     teacher: bool = True
     """Go on after the CNN to teacher, student, comparison and failure analysis; needs reports."""
     min_val_auc: Fraction = 0.80
-    """Least validation macro AUC of the CNN, per film."""
+    """Least validation macro AUC of the CNN, per image."""
 
 
 Sections = tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...]
@@ -303,8 +303,8 @@ class TeacherConfig(Section):
     """A local folder, or a hub id (brought by `fetch_weights --what lfm`)."""
     run_name: Name = "lora_teacher_phase1"
     start_from: Name | None = None
-    """Run of another teacher on the same base whose adapter this one begins with: phase 2, which looks at the film too,
-    begins where phase 1 ended."""
+    """Run of another teacher on the same base whose adapter this one begins with: phase 2, which looks at the image
+    too, begins where phase 1 ended."""
     modality: Literal["text", "image", "image_text"] = "text"
     sections: Annotated[Sections, Field(min_length=1)] = ("findings",)
     """What it may read of a report. MIMIC's labels were taken from the impression: a teacher that reads it learns the
@@ -314,7 +314,7 @@ class TeacherConfig(Section):
     max_tokens: Annotated[int, Field(ge=192)] = 768
     """Longest prompt with its 14 lines; longer reports are cut, at the end of the findings first."""
     image_size: Annotated[int, Field(ge=64, le=512, multiple_of=32)] = 256
-    """Side in pixels of the film that the vision tower sees, unpadded; (size / 32)^2 image tokens."""
+    """Side in pixels of the image that the vision tower sees, unpadded; (size / 32)^2 image tokens."""
     batch_size: Count = 8
     """Studies per forward pass when scoring."""
     memory_limit_gb: Positive | None = None
@@ -340,7 +340,7 @@ class DistillationConfig(Section):
     init: Literal["model", "cnn"] = "model"
     """`model`: as `model.weights` says (ImageNet, scratch or a file). `cnn`: the weights of the CNN run."""
     feature_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the cosine distance to the teacher's features, for a teacher that sees the film; the controls `hard`
+    """Weight of the cosine distance to the teacher's features, for a teacher that sees the image; the controls `hard`
     and `smoothed` have no such term."""
     epochs: Count | None = None
     """None takes those of `training`."""
@@ -363,9 +363,9 @@ class FailureConfig(Section):
     """`failure_analysis`."""
 
     examples: Annotated[int, Field(ge=0)] = 12
-    """Errors shown with film, map and report."""
+    """Errors shown with image, map and report."""
     relabel: Annotated[int, Field(ge=0)] = 50
-    """Items of the sheet for reading films anew; half of them errors."""
+    """Items of the sheet for reading images anew; half of them errors."""
     teacher_margin: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """The teacher is confidently against a label where its probability has gone at least this share of the way from
     its threshold to the other end of the scale."""

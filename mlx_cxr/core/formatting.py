@@ -10,16 +10,16 @@ NOT_CLINICAL = "Research only, not for clinical use"
 SYNTHETIC = "Synthetic cohort"
 
 
-def footer(synthetic: bool, own_film: bool = False) -> str:
+def footer(synthetic: bool, own_image: bool = False) -> str:
     """The line under every picture.
 
     Args:
         synthetic: the model was trained on the synthetic cohort.
-        own_film: what is shown is a user's film, not one of that cohort.
+        own_image: what is shown is a user's image, not one of that cohort.
     """
     if not synthetic:
         return f"{NOT_CLINICAL}."
-    return f"Model trained on a synthetic cohort. {NOT_CLINICAL}." if own_film else f"{SYNTHETIC}. {NOT_CLINICAL}."
+    return f"Model trained on a synthetic cohort. {NOT_CLINICAL}." if own_image else f"{SYNTHETIC}. {NOT_CLINICAL}."
 
 
 def notice_lines(synthetic: bool) -> list[str]:

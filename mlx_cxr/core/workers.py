@@ -69,8 +69,8 @@ def _start_worker() -> None:
 def _keep_freed_memory() -> None:
     """Have glibc use memory again that was freed, where it would give it back to the system.
 
-    Arrays of a megabyte that come and go otherwise cost 12,000 page faults per rendered film. Nothing happens where the
-    C library is another.
+    Arrays of a megabyte that come and go otherwise cost 12,000 page faults per rendered image. Nothing happens where
+    the C library is another.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,21 +1,21 @@
-"""The quality gate: reasons why an image does not look like an upright frontal chest film.
+"""The quality gate: reasons why an image does not look like an upright frontal chest image.
 
-A film is reduced to 8 x 8 pixels, and their ranks are standardized, so that exposure, gamma and histogram equalization
-do not matter. What is left is compared with frontal chest films: their mean, and the five ways in which they differ
+An image is reduced to 8 x 8 pixels, and their ranks are standardized, so that exposure, gamma and histogram equalization
+do not matter. What is left is compared with frontal chest images: their mean, and the five ways in which they differ
 most (principal components). The distance is Mahalanobis's under the Gaussian of probabilistic PCA (Tipping and Bishop,
-J R Stat Soc B 1999;61:611-622), per pixel, so that a typical film is at about 1. An image that is too far away, but
+J R Stat Soc B 1999;61:611-622), per pixel, so that a typical image is at about 1. An image that is too far away, but
 whose negative or turned copy is not, is told as such.
 
-The tables were fitted on half of the patients of three public sources that weigh alike (302 films of NIH ChestX-ray14,
+The tables were fitted on half of the patients of three public sources that weigh alike (302 images of NIH ChestX-ray14,
 the Hannover and the Cohen COVID-19 collections) and, for `LATERAL_PATTERN`, on 90 patients of this package's phantom;
-`tests/chest_views.py` fits them again. On the 265 films of the other half it objects to 3 (1 %), which have broad
-black bands or show much of the abdomen, and on 55 films of a fourth source to none. It objects to all negatives of the
+`tests/chest_views.py` fits them again. On the 265 images of the other half it objects to 3 (1 %), which have broad
+black bands or show much of the abdomen, and on 55 images of a fourth source to none. It objects to all negatives of the
 265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the phantom's laterals and
-none of its frontal films; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in gray.
+none of its frontal images; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in gray.
 `tests/data/test_quality.py` measures most of these rates.
 
-What it does not see: a film that is mirrored left to right, turned by less than about 30 degrees, or of a child's or an
-animal's chest; a missing part (half a film passes as often as not); poor exposure; and a lateral view of a kind that
+What it does not see: an image that is mirrored left to right, turned by less than about 30 degrees, or of a child's or an
+animal's chest; a missing part (half an image passes as often as not); poor exposure; and a lateral view of a kind that
 the phantom does not draw: no real lateral was there to try. It says what an image is like, not what it is.
 """
 
@@ -26,19 +26,19 @@ from PIL import Image
 
 SIDE = 8
 FARTHEST = 1.8
-"""Greatest distance of a frontal film; 0.3 % of the films that the tables were fitted on are farther."""
+"""Greatest distance of a frontal image; 0.3 % of the images that the tables were fitted on are farther."""
 FARTHEST_TURNED = 1.5
-"""Greatest distance of a negative or turned film for it to be called so; 2 % of upright films are farther."""
+"""Greatest distance of a negative or turned image for it to be called so; 2 % of upright images are farther."""
 LATERAL_FROM = 0.2
-"""Correlation with `LATERAL_PATTERN` from which a film looks lateral; 0.7 % of those films reach it."""
+"""Correlation with `LATERAL_PATTERN` from which an image looks lateral; 0.7 % of those images reach it."""
 LONGEST = 2.0
-"""Long side over short side. Of 622 real frontal films the longest is 1.76."""
+"""Long side over short side. Of 622 real frontal images the longest is 1.76."""
 LEAST_CONTRAST = 25
-"""Gray levels between the 2nd and the 98th percentile. Of 622 real frontal films the least has 55."""
+"""Gray levels between the 2nd and the 98th percentile. Of 622 real frontal images the least has 55."""
 COLOURED = 30
 MOST_COLOURED = 0.1
 """More than this part of an image's pixels off its overall tint by more than `COLOURED` levels makes it a colour image;
-markings on a film cover less."""
+markings on an image cover less."""
 
 
 def _table(left: tuple[tuple[int, ...], ...], scale: float, mirrored: int = 1) -> np.ndarray:
@@ -60,7 +60,7 @@ MEAN = _table(
     ),
     scale=100,
 )
-"""Mean frontal chest film in standardized ranks: dark upper corners and lungs, bright mediastinum and abdomen."""
+"""Mean frontal chest image in standardized ranks: dark upper corners and lungs, bright mediastinum and abdomen."""
 COMPONENTS = np.stack(
     [
         _table(
@@ -131,7 +131,7 @@ COMPONENTS = np.stack(
         ),
     ]
 )
-"""How frontal films differ most: the shoulders' and sides' brightness, the side they lean to, the height of the
+"""How frontal images differ most: the shoulders' and sides' brightness, the side they lean to, the height of the
 diaphragm, and finer ones; unit vectors."""
 VARIANCES = np.array([5.04, 4.09, 3.89, 1.81, 1.69])
 RESIDUAL_VARIANCE = 0.233
@@ -149,71 +149,71 @@ LATERAL_PATTERN = _table(
     ),
     scale=1000,
 )
-"""What sets the phantom's lateral films apart from its frontal ones and from real ones (linear discriminant, without a
+"""What sets the phantom's lateral images apart from its frontal ones and from real ones (linear discriminant, without a
 side)."""
 
 
-def concerns_about(film: Image.Image, colour: Image.Image | None = None) -> tuple[str, ...]:
-    """Why an image does not look like an upright frontal chest film.
+def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tuple[str, ...]:
+    """Why an image does not look like an upright frontal chest image.
 
     Args:
-        film: mode `L`, the whole image, of any size.
+        image: mode `L`, the whole image, of any size.
         colour: mode `RGB`, the same in its colours, of any size; None for an image that has none.
 
     Returns:
-        Reasons, each in words that go on "the film …"; empty where nothing speaks against it.
+        Reasons, each in words that go on "the image …"; empty where nothing speaks against it.
     """
     concerns = []
     if colour is not None and coloured_part(colour) > MOST_COLOURED:
         concerns.append("is in colour, like a photograph")
-    longest, shortest = max(film.size), min(film.size)
+    longest, shortest = max(image.size), min(image.size)
     if longest > LONGEST * shortest:
         concerns.append(f"is {longest / shortest:.1f} times as long as it is wide; part of it may be cut off")
-    low, high = np.percentile(np.asarray(film.resize((64, 64), Image.Resampling.BOX)), (2, 98))
+    low, high = np.percentile(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), (2, 98))
     if high - low < LEAST_CONTRAST:
         concerns.append("is almost blank")
-    elif reason := _view(pattern(film)):
+    elif reason := _view(pattern(image)):
         concerns.append(reason)
     return tuple(concerns)
 
 
-def pattern(film: Image.Image) -> np.ndarray:
-    """Standardized ranks of a film's 8 x 8 means; float64 (64,), mean 0 and variance 1.
+def pattern(image: Image.Image) -> np.ndarray:
+    """Standardized ranks of an image's 8 x 8 means; float64 (64,), mean 0 and variance 1.
 
     Args:
-        film: mode `L`; not of one level throughout.
+        image: mode `L`; not of one level throughout.
     """
-    means = np.asarray(film.resize((SIDE, SIDE), Image.Resampling.BOX)).ravel()
+    means = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)).ravel()
     _, order, counts = np.unique(means, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts + 1) / 2)[order]
     centred = ranks - ranks.mean()
     return centred / max(centred.std(), 1e-9)
 
 
-def distance(films: np.ndarray) -> np.ndarray:
-    """How far patterns are from those of frontal chest films; 1 is typical.
+def distance(images: np.ndarray) -> np.ndarray:
+    """How far patterns are from those of frontal chest images; 1 is typical.
 
     Args:
-        films: (…, 64), as `pattern` gives.
+        images: (…, 64), as `pattern` gives.
 
     Returns:
         float64 (…).
     """
-    centred = films - MEAN
+    centred = images - MEAN
     along = centred @ COMPONENTS.T
     beside = (centred**2).sum(axis=-1) - (along**2).sum(axis=-1)
     return np.sqrt((beside / RESIDUAL_VARIANCE + (along**2 / VARIANCES).sum(axis=-1)) / MEAN.size)
 
 
-def lateral_likeness(films: np.ndarray) -> np.ndarray:
-    """Correlation of patterns (…, 64) with what sets lateral films apart; float64 (…) in -1..1."""
-    return films @ LATERAL_PATTERN / (np.linalg.norm(LATERAL_PATTERN) * SIDE)
+def lateral_likeness(images: np.ndarray) -> np.ndarray:
+    """Correlation of patterns (…, 64) with what sets lateral images apart; float64 (…) in -1..1."""
+    return images @ LATERAL_PATTERN / (np.linalg.norm(LATERAL_PATTERN) * SIDE)
 
 
 def coloured_part(image: Image.Image) -> float:
     """The part of an `RGB` image's area whose hue is off the image's overall tint.
 
-    So a film scanned with a blue or brown cast has none, and a coloured arrow only its own area.
+    So an image scanned with a blue or brown cast has none, and a coloured arrow only its own area.
     """
     small = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float64)
     opponents = np.stack([small[..., 0] - small[..., 1], (small[..., 0] + small[..., 1]) / 2 - small[..., 2]])
@@ -221,14 +221,14 @@ def coloured_part(image: Image.Image) -> float:
     return float((np.hypot(*off) > COLOURED).mean())
 
 
-def _view(film: np.ndarray) -> str | None:
-    """What is wrong with a film, by its pattern; None where it looks like an upright frontal view."""
-    if distance(film) <= FARTHEST:
-        return "looks like a lateral view" if lateral_likeness(film) > LATERAL_FROM else None
-    square = film.reshape(SIDE, SIDE)
+def _view(image: np.ndarray) -> str | None:
+    """What is wrong with an image, by its pattern; None where it looks like an upright frontal view."""
+    if distance(image) <= FARTHEST:
+        return "looks like a lateral view" if lateral_likeness(image) > LATERAL_FROM else None
+    square = image.reshape(SIDE, SIDE)
     # Each put right again.
     others = {
-        "looks inverted (like a negative)": -film,
+        "looks inverted (like a negative)": -image,
         "may be turned by 90 degrees to the left, or is no chest film": np.rot90(square, -1).ravel(),
         "may be turned by 90 degrees to the right, or is no chest film": np.rot90(square).ravel(),
         "may be upside down, or is no chest film": np.rot90(square, 2).ravel(),

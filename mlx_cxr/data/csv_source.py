@@ -1,4 +1,4 @@
-"""The source `csv`: any table of films, or of reports alone, as `data.csv` of the configuration describes it."""
+"""The source `csv`: any table of images, or of reports alone, as `data.csv` of the configuration describes it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mlx_cxr.core.labels import LABELS
 
 
 def read_csv_source(data: DataConfig) -> SourceRows:
-    """Every film of the table that the row filter lets through, of the views wanted; files are not looked for yet.
+    """Every image of the table that the row filter lets through, of the views wanted; files are not looked for yet.
 
     Of a table of reports alone, every report: `image_id` is then that of the study, and `path` is "".
 
@@ -44,7 +44,7 @@ def read_csv_source(data: DataConfig) -> SourceRows:
 
     Raises:
         DataError: table or column missing, another separator, a filter that lets nothing through, a blank patient,
-            study or image, an image (a study, where there are none) twice, a label or split that is none, films of one
+            study or image, an image (a study, where there are none) twice, a label or split that is none, images of one
             study that disagree; names file, row, column and value.
     """
     source = data.csv
@@ -181,7 +181,7 @@ def _stronger(a: pd.Series, b: pd.Series) -> pd.Series:
 
 
 def _relative(paths: pd.Series, root: Path, source: CsvSource) -> pd.Series:
-    """Paths relative to `data.root`, so that a manifest can be moved with its films."""
+    """Paths relative to `data.root`, so that a manifest can be moved with its images."""
     absolute = paths.str.startswith("/")
     if not absolute.any():
         return paths

@@ -1,4 +1,4 @@
-"""Films decoded by several processes at once, in bounded memory."""
+"""Images decoded by several processes at once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_cxr.data.decoding import FilmError, Transform, decode
+from mlx_cxr.data.decoding import ImageError, Transform, decode
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.workers import available_cores, lean_start, worker_pool
 
 _MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3
-"""Handed out at a time: enough that none waits, few enough that 377,000 films do not pile up in memory."""
+"""Handed out at a time: enough that none waits, few enough that 377,000 images do not pile up in memory."""
 
 
 class WorkerDiedError(UserError, RuntimeError):
@@ -23,13 +23,13 @@ class WorkerDiedError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """One film, or the reason why there is none.
+    """One image, or the reason why there is none.
 
     Attributes:
         row: as it was asked for.
-        pixels: S * S bytes, row by row; None where the film cannot be used.
+        pixels: S * S bytes, row by row; None where the image cannot be used.
         reason: why not; None where it can.
-        notes: see `decoding.Film`.
+        notes: see `decoding.DecodedImage`.
     """
 
     row: int
@@ -38,18 +38,18 @@ class Decoded:
     notes: tuple[str, ...] = ()
 
 
-def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers: int = 0) -> Iterator[Decoded]:
-    """Decode films and yield each when it is done, in no particular order.
+def decode_images(jobs: Sequence[tuple[int, Path]], transform: Transform, workers: int = 0) -> Iterator[Decoded]:
+    """Decode images and yield each when it is done, in no particular order.
 
     This process decodes too, in a thread, which counts as one of them.
 
     Args:
-        jobs: (row, path of the film).
+        jobs: (row, path of the image).
         transform: what to make of each.
-        workers: processes; 0 takes one per core. With 1, or very few films, this process does it alone.
+        workers: processes; 0 takes one per core. With 1, or very few images, this process does it alone.
 
     Raises:
-        WorkerDiedError: a worker was killed, as happens when memory runs out; names the films it may have been at.
+        WorkerDiedError: a worker was killed, as happens when memory runs out; names the images it may have been at.
     """
     workers = min(workers or available_cores(), len(jobs) // 4)
     if workers <= 1:
@@ -86,15 +86,15 @@ def decode_films(jobs: Sequence[tuple[int, Path]], transform: Transform, workers
 
 
 def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list[Decoded]:
-    """What a worker does: each film decoded, or the reason why not."""
+    """What a worker does: each image decoded, or the reason why not."""
     done = []
     for row, path in jobs:
         try:
-            film = decode(path, transform, inspect=False)
-        except FilmError as error:
+            image = decode(path, transform, inspect=False)
+        except ImageError as error:
             done.append(Decoded(row, None, str(error)))
         else:
-            done.append(Decoded(row, film.image.tobytes(), None, film.notes))
+            done.append(Decoded(row, image.image.tobytes(), None, image.notes))
     return done
 
 

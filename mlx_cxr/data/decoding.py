@@ -1,14 +1,14 @@
-"""From a film's file to a square 8-bit gray image: decoding, gray levels, geometry.
+"""From an image's file to a square 8-bit gray image: decoding, gray levels, geometry.
 
-Gray levels: an 8-bit film is taken as it is; a film of more bits is scaled from its own lowest to its own highest value
+Gray levels: an 8-bit image is taken as it is; an image of more bits is scaled from its own lowest to its own highest value
 to 0..255, fractions cut off, as MIMIC-CXR-JPG did with its DICOMs (Johnson et al., arXiv:1901.07042; the histogram
 equalization it did next is not repeated here, but see `dicom`). Colour becomes ITU-R 601 luma, transparent parts become
 black, an EXIF orientation is applied.
 
-A file is what its content says, never its name. Whatever its bytes are, it decodes or it is a `FilmError`.
+A file is what its content says, never its name. Whatever its bytes are, it decodes or it is a `ImageError`.
 
 This is all that a decoding worker imports, so it keeps to Pillow: a worker starts in half the time without NumPy, which
-only DICOMs, films of more than 8 bits and the quality gate need.
+only DICOMs, images of more than 8 bits and the quality gate need.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 """What Pillow may open; among its other readers are some that start programs. DICOMs are read by `dicom`."""
 _JPEG = ("JPEG", "MPO")
 INVERTED = "looks inverted"
-"""The note on a film that is more like a negative; see `looks_inverted`."""
+"""The note on an image that is more like a negative; see `looks_inverted`."""
 MIN_SIDE = 32
 MAX_SIDE = 12_000
 MAX_PIXELS = 80_000_000
-"""Refused by header, before anything is decoded. The largest chest films are about 4300 x 5000."""
+"""Refused by header, before anything is decoded. The largest chest images are about 4300 x 5000."""
 MAX_BYTES = 500_000_000
 _BLANK_RANGE = 2
 """Gray levels between darkest and brightest: JPEG noise on a uniform image stays within this."""
@@ -46,17 +46,17 @@ _TIFF_PHOTOMETRIC = 262
 _EXIF_ORIENTATION = 274
 
 
-class FilmError(UserError, ValueError):
-    """A film that cannot be used; the message is the reason, without the path where `decode` raises it."""
+class ImageError(UserError, ValueError):
+    """An image that cannot be used; the message is the reason, without the path where `decode` raises it."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a film of any size becomes a square one.
+    """How an image of any size becomes a square one.
 
     Attributes:
         size: side of the result in pixels.
-        fit: `letterbox` shows the whole film, centred on black; `center_crop` fills the square with the film's
+        fit: `letterbox` shows the whole image, centred on black; `center_crop` fills the square with the image's
             central square.
     """
 
@@ -76,7 +76,7 @@ class Transform:
         return "{fit}-{size}-v{version}".format(**self.plain())
 
     def shown(self, width: int, height: int) -> Box:
-        """(left, top, right, bottom) of the part of a film that is seen, in the film's pixels."""
+        """(left, top, right, bottom) of the part of an image that is seen, in the image's pixels."""
         if self.fit == "letterbox":
             return 0.0, 0.0, float(width), float(height)
         side = min(width, height)
@@ -93,25 +93,25 @@ class Transform:
         return (self.size - across) // 2, (self.size - down) // 2, across, down
 
     def enlarges(self, width: int, height: int) -> bool:
-        """Whether a film has fewer pixels than the square shows of it."""
-        return self._film_side(width, height) < self.size
+        """Whether an image has fewer pixels than the square shows of it."""
+        return self._image_side(width, height) < self.size
 
     def reduction(self, width: int, height: int) -> int:
         """1, 2, 4 or 8: the most a JPEG may be reduced while decoding and keep twice the pixels of the result."""
-        return next(s for s in (8, 4, 2, 1) if s == 1 or self._film_side(width, height) >= 2 * self.size * s)
+        return next(s for s in (8, 4, 2, 1) if s == 1 or self._image_side(width, height) >= 2 * self.size * s)
 
-    def _film_side(self, width: int, height: int) -> int:
+    def _image_side(self, width: int, height: int) -> int:
         return max(width, height) if self.fit == "letterbox" else min(width, height)
 
 
 @dataclass(frozen=True)
-class Film:
-    """A decoded film.
+class DecodedImage:
+    """A decoded image.
 
     Attributes:
         image: mode `L`, `size` x `size`.
         notes: what a user may want to know of, in words: `16-bit`, `RGB`, `palette`, `looks inverted`, ….
-        concerns: why it does not look like an upright frontal chest film, each in words that go on "the film …"; see
+        concerns: why it does not look like an upright frontal chest image, each in words that go on "the film …"; see
             `quality`. Empty where nothing speaks against it, or where it was not inspected.
     """
 
@@ -122,13 +122,13 @@ class Film:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A film before it becomes square.
+    """An image before it becomes square.
 
     Attributes:
         gray: mode `L`.
-        size: (width, height) of the film.
+        size: (width, height) of the image.
         scale: by which `gray` is smaller than that.
-        colour: mode `RGB`, for a film that has colours and is inspected.
+        colour: mode `RGB`, for an image that has colours and is inspected.
         notes: so far.
         concerns: so far.
     """
@@ -141,62 +141,62 @@ class _Opened:
     concerns: tuple[str, ...] = ()
 
 
-def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> Film:
-    """Decode a film, with notes on anything unusual about it.
+def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
+    """Decode an image, with notes on anything unusual about it.
 
     A JPEG much larger than needed is reduced by 2, 4 or 8 in the DCT domain while it is decoded, never below twice
-    the size of the result, and is then resized like any other. On films of 2500 x 3000 px this differs from
+    the size of the result, and is then resized like any other. On images of 2500 x 3000 px this differs from
     decoding in full by 0.15 gray levels on average.
 
     Args:
         path: of a JPEG, PNG, TIFF, BMP or DICOM file, whatever its suffix.
         transform: what to make of it.
         recipe: how a DICOM's values become gray levels; see `dicom`.
-        inspect: look for `Film.concerns`, which training does without.
+        inspect: look for `DecodedImage.concerns`, which training does without.
 
     Raises:
-        FilmError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
+        ImageError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
     """
     return decode_bytes(_read(Path(path)), transform, recipe, inspect)
 
 
-def decode_bytes(data: bytes, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> Film:
+def decode_bytes(data: bytes, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
     """The same for a file's content."""
     if not data:
-        raise FilmError("empty (0 bytes)" + _AGAIN)
+        raise ImageError("empty (0 bytes)" + _AGAIN)
     if len(data) > MAX_BYTES:
-        raise FilmError(f"{len(data):,} bytes; no film is larger than {MAX_BYTES:,}")
+        raise ImageError(f"{len(data):,} bytes; no film is larger than {MAX_BYTES:,}")
     try:
         with quiet_decoders():
             opened = _open_dicom(data, recipe) if is_dicom(data) else _open_image(data, transform, inspect)
             return _finished(opened, transform, inspect)
-    except FilmError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise FilmError(_unidentified(data)) from None
+        raise ImageError(_unidentified(data)) from None
     except Image.DecompressionBombError:
-        raise FilmError(f"more than {MAX_PIXELS:,} pixels by its header") from None
+        raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
     except MemoryError:
-        raise FilmError("too little memory to decode it; run again when there is more") from None
+        raise ImageError("too little memory to decode it; run again when there is more") from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files. What
         # pydicom says may quote the file.
         detail = "" if is_dicom(data) else f": {error}"
-        raise FilmError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
+        raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
 
 
-def looks_inverted(film: Image.Image) -> bool:
-    """Whether a frontal film is more like the negative of a chest than like a chest.
+def looks_inverted(image: Image.Image) -> bool:
+    """Whether a frontal image is more like the negative of a chest than like a chest.
 
-    The sign of the correlation with `CHEST`. Of 567 real frontal films of three public sources (NIH ChestX-ray14, the
+    The sign of the correlation with `CHEST`. Of 567 real frontal images of three public sources (NIH ChestX-ray14, the
     Hannover and the Cohen COVID-19 collections) it is wrong about one, which has a black band over its lower third,
-    and, being a sign, about the negative of the same one. One in hundreds is too many to change films by, so this only
-    leads to a note. Not measured on real lateral films.
+    and, being a sign, about the negative of the same one. One in hundreds is too many to change images by, so this only
+    leads to a note. Not measured on real lateral images.
 
     Args:
-        film: mode `L`, without padding.
+        image: mode `L`, without padding.
     """
-    small = film.resize((8, 8), Image.Resampling.BOX).tobytes()
+    small = image.resize((8, 8), Image.Resampling.BOX).tobytes()
     mean = sum(small) / len(small)
     return sum((value - mean) * chest for value, chest in zip(small, CHEST, strict=True)) < 0
 
@@ -212,22 +212,22 @@ _LEFT_HALF = (
     (-4, 6, 8, 8),
 )
 CHEST = tuple(value for row in _LEFT_HALF for value in (*row, *row[::-1]))
-"""Mean frontal chest of the real films, 8 x 8 by rows, made symmetrical: dark upper corners and lungs, bright
-mediastinum and abdomen. The three sources of those films weigh alike; a template from two does as well on the third."""
+"""Mean frontal chest of the real images, 8 x 8 by rows, made symmetrical: dark upper corners and lungs, bright
+mediastinum and abdomen. The three sources of those images weigh alike; a template from two does as well on the third."""
 
 
 def _open_dicom(data: bytes, recipe: Recipe) -> _Opened:
     from mlx_cxr.data.dicom import read_dicom
 
-    film = read_dicom(data, recipe)
-    return _Opened(film.gray, film.gray.size, notes=film.notes, concerns=film.concerns)
+    image = read_dicom(data, recipe)
+    return _Opened(image.gray, image.gray.size, notes=image.notes, concerns=image.concerns)
 
 
 def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         check_size(*image.size)
         if image.format in _JPEG and not _ends(data):
-            raise FilmError("cut short: the JPEG has no end marker" + _AGAIN)
+            raise ImageError("cut short: the JPEG has no end marker" + _AGAIN)
         size = image.size
         notes = []
         # Pillow itself turns a TIFF while loading it.
@@ -259,39 +259,39 @@ def _small_colour_jpeg(data: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def _finished(film: _Opened, transform: Transform, inspect: bool) -> Film:
-    square, content = squared(film.gray, transform, film.size, film.scale)
+def _finished(image: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
+    square, content = squared(image.gray, transform, image.size, image.scale)
     low, high = content.getextrema()
     if high - low <= _BLANK_RANGE:
-        raise FilmError(f"blank: every pixel is about {low} of 255")
-    notes, concerns = [*film.notes], [*film.concerns]
-    if transform.enlarges(*film.size):
+        raise ImageError(f"blank: every pixel is about {low} of 255")
+    notes, concerns = [*image.notes], [*image.concerns]
+    if transform.enlarges(*image.size):
         notes.append("smaller than the store, enlarged")
     if looks_inverted(content):
         notes.append(INVERTED)
     if inspect:
-        from mlx_cxr.data.chest_film_gate import concerns_about
+        from mlx_cxr.data.chest_image_gate import concerns_about
 
-        concerns += concerns_about(film.gray, film.colour)
-    return Film(square, tuple(dict.fromkeys(notes)), tuple(concerns))
+        concerns += concerns_about(image.gray, image.colour)
+    return DecodedImage(square, tuple(dict.fromkeys(notes)), tuple(concerns))
 
 
 def squared(
-    gray: Image.Image, transform: Transform, film_size: tuple[int, int], scale: int
+    gray: Image.Image, transform: Transform, image_size: tuple[int, int], scale: int
 ) -> tuple[Image.Image, Image.Image]:
     """Resize by a transform, antialiased bicubic.
 
     Args:
         gray: mode `L`.
         transform: what to make of it.
-        film_size: (width, height) of the film.
-        scale: by which `gray` is smaller than the film, as it was reduced while decoding.
+        image_size: (width, height) of the image.
+        scale: by which `gray` is smaller than the image, as it was reduced while decoding.
 
     Returns:
-        The square, and the film's part of it.
+        The square, and the image's part of it.
     """
-    left, top, across, down = transform.placed(*film_size)
-    box = tuple(edge / scale for edge in transform.shown(*film_size))
+    left, top, across, down = transform.placed(*image_size)
+    box = tuple(edge / scale for edge in transform.shown(*image_size))
     content = gray.resize((across, down), Image.Resampling.BICUBIC, box=box)
     if content.size == (transform.size, transform.size):
         return content, content
@@ -326,11 +326,11 @@ def _to_8_bits(image: Image.Image, inverted: bool) -> Image.Image:
 
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise FilmError("holds NaN or infinite values")
+        raise ImageError("holds NaN or infinite values")
     wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
     low, high = wide.min(), wide.max()
     if low == high:
-        raise FilmError(f"blank: every pixel is {low}")
+        raise ImageError(f"blank: every pixel is {low}")
     wide = high - wide if inverted else wide - low
     return Image.fromarray((wide * 255 // (high - low)).astype(np.uint8))
 
@@ -338,32 +338,32 @@ def _to_8_bits(image: Image.Image, inverted: bool) -> Image.Image:
 def _read(path: Path) -> bytes:
     try:
         if path.is_dir():
-            raise FilmError("a folder, not a file")
+            raise ImageError("a folder, not a file")
         # Reading a pipe or a device might never end.
         if path.exists() and not path.is_file():
-            raise FilmError("no ordinary file; copy the film to one")
+            raise ImageError("no ordinary file; copy the film to one")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise FilmError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
+            raise ImageError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise FilmError("no such file") from None
+        raise ImageError("no such file") from None
     except OSError as error:
-        raise FilmError(f"cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a name with a zero byte in it
-        raise FilmError(f"no name of a file: {error}") from None
+        raise ImageError(f"no name of a file: {error}") from None
 
 
 def check_size(width: int, height: int) -> None:
     """Refuse an image by the size that its header gives.
 
     Raises:
-        FilmError: a side is under `MIN_SIDE` or over `MAX_SIDE`, or there are more than `MAX_PIXELS`.
+        ImageError: a side is under `MIN_SIDE` or over `MAX_SIDE`, or there are more than `MAX_PIXELS`.
     """
     if min(width, height) < MIN_SIDE:
-        raise FilmError(f"{width} x {height} px; shorter than {MIN_SIDE} px")
+        raise ImageError(f"{width} x {height} px; shorter than {MIN_SIDE} px")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise FilmError(
+        raise ImageError(
             f"{width} x {height} px by its header; more than {MAX_SIDE:,} px long or {MAX_PIXELS:,} px in all"
         )
 

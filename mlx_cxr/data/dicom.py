@@ -1,14 +1,14 @@
-"""DICOM radiographs as 8-bit gray images, by the recipe that the training films went through.
+"""DICOM radiographs as 8-bit gray images, by the recipe that the training images went through.
 
 `mimic`, the default, is what MIMIC-CXR-JPG 2.0.0 did with the DICOMs of MIMIC-CXR (Johnson et al., arXiv:1901.07042;
 its code is issue 16 of MIT-LCP/mimic-cxr), step by step: stored values as they are, without modality or VOI look-up
 table and without masking any padding; lowest to 0, highest to 255, fractions cut off; MONOCHROME1 inverted;
-`cv2.equalizeHist`. It has two additions, for films that MIMIC does not have: a negative Rescale Slope inverts too, and
+`cv2.equalizeHist`. It has two additions, for images that MIMIC does not have: a negative Rescale Slope inverts too, and
 signed values are subtracted in 64 bits, where the original would wrap.
 
 `window` shows what a viewer shows: modality LUT or rescale, then the file's first VOI LUT or window (PS3.3 C.11.1 and
 C.11.2), its output range to 0..255, MONOCHROME1 inverted, padding black. A model trained on MIMIC-CXR-JPG has not
-seen such films.
+seen such images.
 
 Only the elements of `_ELEMENTS` are read: none of them identifies a patient.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.decoding import MAX_BYTES, FilmError, Recipe, check_size
+from mlx_cxr.data.decoding import MAX_BYTES, ImageError, Recipe, check_size
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
@@ -69,13 +69,13 @@ _DECODERS = {
 
 
 @dataclass(frozen=True)
-class DicomFilm:
+class DicomImage:
     """A DICOM's only frame after a recipe.
 
     Attributes:
         gray: mode `L`, as large as the frame.
         notes: what was done, or left out, in words.
-        concerns: what its header says against a frontal chest film, in words.
+        concerns: what its header says against a frontal chest image, in words.
     """
 
     gray: Image.Image
@@ -83,7 +83,7 @@ class DicomFilm:
     concerns: tuple[str, ...]
 
 
-def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomFilm:
+def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomImage:
     """Read a single-frame gray radiograph.
 
     Args:
@@ -91,7 +91,7 @@ def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomFilm:
         recipe: how stored values become gray levels; see the module.
 
     Raises:
-        FilmError: pydicom is not installed, or the file holds no such image, has a damaged header or pixel data, more
+        ImageError: pydicom is not installed, or the file holds no such image, has a damaged header or pixel data, more
             pixels than `decoding` allows, or a compression without a decoder here.
     """
     if recipe not in get_args(Recipe):
@@ -99,7 +99,7 @@ def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomFilm:
     try:
         import pydicom  # noqa: F401
     except ImportError:
-        raise FilmError('a DICOM file, which needs pydicom to be read: pip install "mlx-cxr[dicom]"') from None
+        raise ImageError('a DICOM file, which needs pydicom to be read: pip install "mlx-cxr[dicom]"') from None
     dataset = _dataset(data)
     _check_header(dataset)
     values = _stored_values(dataset)
@@ -122,7 +122,7 @@ def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomFilm:
         levels = _windowed(values, dataset)
         levels = 255 - levels if inverted else levels
         levels[_padding(values, dataset)] = 0
-    return DicomFilm(Image.fromarray(levels), tuple(notes), tuple(concerns))
+    return DicomImage(Image.fromarray(levels), tuple(notes), tuple(concerns))
 
 
 def equalize(levels: np.ndarray) -> np.ndarray:
@@ -173,7 +173,7 @@ def _inflated(data: bytes) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     body = inflater.decompress(data[144 + length :], MAX_BYTES)
     if inflater.unconsumed_tail:
-        raise FilmError(f"a DICOM that unpacks to more than {MAX_BYTES:,} bytes")
+        raise ImageError(f"a DICOM that unpacks to more than {MAX_BYTES:,} bytes")
     return body
 
 
@@ -182,20 +182,20 @@ def _check_header(dataset: FileDataset) -> None:
         name = getattr(dataset.file_meta.get("MediaStorageSOPClassUID"), "name", "")
         # An unknown identifier is its own name.
         kind = f" ({name})" if " " in name else ""
-        raise FilmError(f"a DICOM file without pixels{kind}, or one cut short before them; give the file of an image")
+        raise ImageError(f"a DICOM file without pixels{kind}, or one cut short before them; give the file of an image")
     missing = [keyword for keyword in _REQUIRED if dataset.get(keyword) in (None, "")]
     if missing:
-        raise FilmError(f"a DICOM whose header lacks {', '.join(missing)}; export it again")
+        raise ImageError(f"a DICOM whose header lacks {', '.join(missing)}; export it again")
     for keyword in _REQUIRED[:-1]:
         if not isinstance(dataset.get(keyword), int):
-            raise FilmError(f"a DICOM whose header has no single number as {keyword}; export it again")
+            raise ImageError(f"a DICOM whose header has no single number as {keyword}; export it again")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
-        raise FilmError(f"a DICOM of {frames} frames, as of a video or a volume; give one film per file")
+        raise ImageError(f"a DICOM of {frames} frames, as of a video or a volume; give one film per file")
     check_size(dataset.Columns, dataset.Rows)
     if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         kind = _word(dataset.PhotometricInterpretation)
-        raise FilmError(
+        raise ImageError(
             f"a DICOM whose pixels are {kind} with {dataset.SamplesPerPixel} samples, such as a colour image; a "
             "radiograph's are MONOCHROME1 or MONOCHROME2 with one"
         )
@@ -210,7 +210,7 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_transfer_syntax:
         number = re.sub(r"[^0-9.]", "", syntax)[:64]
-        raise FilmError(f"a DICOM of an unknown transfer syntax ({number}); export it uncompressed")
+        raise ImageError(f"a DICOM of an unknown transfer syntax ({number}); export it uncompressed")
     expected = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
     if syntax.is_compressed and not syntax.is_deflated:
         try:
@@ -221,20 +221,20 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
         if not plugins or (syntax.keyword == "JPEGExtended12Bit" and dataset.BitsStored > 8 and plugins == ("pillow",)):
             package = _DECODERS.get(syntax.keyword)
             way_out = f"pip install {package}" if package else "export it uncompressed"
-            raise FilmError(f"a DICOM compressed as {syntax.name}, for which there is no decoder here: {way_out}")
+            raise ImageError(f"a DICOM compressed as {syntax.name}, for which there is no decoder here: {way_out}")
         # Even runs of one are twice what they stand for at most; more of them would fill the memory when decoded.
         if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
-            raise FilmError("a DICOM whose compressed pixels are more than its header says; export it again")
+            raise ImageError("a DICOM whose compressed pixels are more than its header says; export it again")
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
         held = len(dataset.PixelData or b"")
-        raise FilmError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
+        raise ImageError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
     values = dataset.pixel_array
     if values.ndim != 2:
-        raise FilmError("a DICOM of several frames or samples; give one gray film per file")
+        raise ImageError("a DICOM of several frames or samples; give one gray film per file")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise FilmError("a DICOM with NaN or infinite values among its pixels; export it again")
+        raise ImageError("a DICOM with NaN or infinite values among its pixels; export it again")
     if values.min() == values.max():
-        raise FilmError(f"blank: every pixel is {values.min()}")
+        raise ImageError(f"blank: every pixel is {values.min()}")
     return values
 
 
@@ -265,11 +265,11 @@ def _windowed(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
         else:
             shown, low, high = measured, measured.min(), measured.max()
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
-        raise FilmError("a DICOM whose window cannot be used; try the recipe 'mimic'") from None
+        raise ImageError("a DICOM whose window cannot be used; try the recipe 'mimic'") from None
     shown = np.asarray(shown, dtype=np.float64)
     low, high = min(low, high), max(low, high)
     if not high > low:
-        raise FilmError("a DICOM whose window shows nothing; try the recipe 'mimic'")
+        raise ImageError("a DICOM whose window shows nothing; try the recipe 'mimic'")
     return ((shown - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
 
 
@@ -283,7 +283,7 @@ def _padding(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
 
 
 def _header_concerns(dataset: FileDataset) -> list[str]:
-    """What the header says against a frontal chest film; elements that are absent or empty say nothing."""
+    """What the header says against a frontal chest image; elements that are absent or empty say nothing."""
     said = {keyword: _word(dataset.get(keyword)) for keyword in _ABOUT}
     concerns = []
     if (modality := said["Modality"]) and modality not in ("CR", "DX", "RG"):

@@ -43,8 +43,8 @@ class Manifest:
 
     @property
     def text_only(self) -> bool:
-        """Whether its rows are reports without films: no row has a path."""
-        return _without_films(self.frame)
+        """Whether its rows are reports without images: no row has a path."""
+        return _without_images(self.frame)
 
 
 def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
@@ -56,7 +56,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         view: view position in capitals, such as `AP`, `PA`, `LATERAL`; empty when missing.
         age: whole years, or empty.
         sex: `M`, `F`, empty, or what else the source says.
-        path: the film's file, relative to `data.root`; empty in all rows of a manifest of reports without films, where
+        path: the image's file, relative to `data.root`; empty in all rows of a manifest of reports without images, where
             the image id is that of the study.
         text: cleaned text of the report, by `data.report_sections`; empty when there is none.
         the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
@@ -73,7 +73,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
     """
     if frame.empty:
         raise DataError(f"{path}: there is no film to write; see the counts of dropped images")
-    if not _without_films(frame):
+    if not _without_images(frame):
         refuse_blank(frame.reset_index(drop=True), "path", path)
     refuse_duplicates(frame.reset_index(drop=True), "image_id", path, "image")
     check_patient_splits(frame)
@@ -95,7 +95,7 @@ def load_manifest(path: str | Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{path} is missing; run build_manifest first")
     table = read_table(path, [*TEXT_COLUMNS, *LABELS])
-    for name in ("image_id", "patient_id", "study_id", *([] if _without_films(table) else ["path"])):
+    for name in ("image_id", "patient_id", "study_id", *([] if _without_images(table) else ["path"])):
         refuse_blank(table, name, path)
     refuse_duplicates(table, "image_id", path, "image")
     if (wrong := np.flatnonzero(~table["split"].isin(SPLITS).to_numpy())).size:
@@ -125,7 +125,7 @@ def check_patient_splits(frame: pd.DataFrame) -> None:
         )
 
 
-def _without_films(frame: pd.DataFrame) -> bool:
+def _without_images(frame: pd.DataFrame) -> bool:
     return bool((frame["path"] == "").all())
 
 

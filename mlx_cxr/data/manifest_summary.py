@@ -32,7 +32,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
 
     Keys:
         images_read: images (reports, where `text_only`) that the source lists: those kept and those dropped together.
-        text_only: whether these are reports without films.
+        text_only: whether these are reports without images.
         dropped: reason -> images.
         notes: what else to know -> how many.
         splits: split -> patients, studies, images.

@@ -1,8 +1,8 @@
 """Masks of findings, where a data set has them: for scoring maps, never for training.
 
-The masks of the film `files/p10/p10000032/s50414267/<dicom>.jpg` lie in `masks/p10/p10000032/s50414267/<dicom>/`, those
-of a film `a/b/x.png` in `masks/a/b/x/`, both under `data.root`: one PNG per finding, named after it with underscores
-(`Pleural_Effusion.png`), 8-bit gray, 0 and 255, of the film's own size. A finding without a file has no mask.
+The masks of the image `files/p10/p10000032/s50414267/<dicom>.jpg` lie in `masks/p10/p10000032/s50414267/<dicom>/`, those
+of an image `a/b/x.png` in `masks/a/b/x/`, both under `data.root`: one PNG per finding, named after it with underscores
+(`Pleural_Effusion.png`), 8-bit gray, 0 and 255, of the image's own size. A finding without a file has no mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.data.decoding import FORMATS, MAX_PIXELS, Transform
-from mlx_cxr.data.image_arrays import apply_mask
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.core.labels import LABELS, label_index
 
@@ -28,11 +27,11 @@ def has_masks(root: str | Path) -> bool:
 
 
 def mask_folder(root: str | Path, image_path: str) -> Path:
-    """Folder of a film's masks, there or not.
+    """Folder of an image's masks, there or not.
 
     Args:
         root: `data.root`.
-        image_path: the film's path as the manifest has it, relative to `root`.
+        image_path: the image's path as the manifest has it, relative to `root`.
     """
     parts = PurePosixPath(image_path).with_suffix("").parts
     return Path(root, FOLDER, *(parts[1:] if parts[0] == "files" else parts))
@@ -41,11 +40,11 @@ def mask_folder(root: str | Path, image_path: str) -> Path:
 def load_masks(
     root: str | Path, image_path: str, transform: Transform, labels: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """A film's masks in the frame of its prepared pixels.
+    """An image's masks in the frame of its prepared pixels.
 
     Args:
         root: `data.root`.
-        image_path: the film's path as the manifest has it.
+        image_path: the image's path as the manifest has it.
         transform: the one its pixels were prepared with.
         labels: findings wanted; None takes all that have a mask.
 
@@ -54,7 +53,7 @@ def load_masks(
         centre crop shows nothing of the finding.
 
     Raises:
-        DataError: a mask that is unreadable, of another size than its film, or named after none of the 14.
+        DataError: a mask that is unreadable, of another size than its image, or named after none of the 14.
         KeyError: one of `labels` is none of the 14.
     """
     for label in labels or ():
@@ -70,26 +69,26 @@ def load_masks(
     wanted = [label for label in LABELS if label in found and (labels is None or label in labels)]
     if not wanted:
         return {}
-    film = Path(root, image_path)
-    film_size = _film_size(film)
-    return {label: apply_mask(_read_mask(found[label], film, film_size), transform) for label in wanted}
+    image = Path(root, image_path)
+    size = _image_size(image)
+    return {label: apply_mask(_read_mask(found[label], image, size), transform) for label in wanted}
 
 
-def _read_mask(path: Path, film: Path, film_size: tuple[int, int]) -> np.ndarray:
+def _read_mask(path: Path, image: Path, size: tuple[int, int]) -> np.ndarray:
     """bool (H, W)."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.size != film_size:
+        with Image.open(path, formats=("PNG",)) as mask:
+            if mask.size != size:
                 raise DataError(
-                    f"the mask {path} has {image.width} x {image.height} px, its film {film} has "
-                    f"{film_size[0]} x {film_size[1]}; a mask must be drawn on the film's own pixels"
+                    f"the mask {path} has {mask.width} x {mask.height} px, its film {image} has "
+                    f"{size[0]} x {size[1]}; a mask must be drawn on the film's own pixels"
                 )
-            return np.asarray(image.convert("L")) > 127
+            return np.asarray(mask.convert("L")) > 127
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the mask {path} cannot be read ({error}); write it again as 8-bit gray PNG") from None
 
 
-def _film_size(path: Path) -> tuple[int, int]:
+def _image_size(path: Path) -> tuple[int, int]:
     """(width, height) as it is seen, by the header."""
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -100,3 +99,47 @@ def _film_size(path: Path) -> tuple[int, int]:
             return image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}, whose masks are asked for, cannot be read ({error})") from None
+
+
+def apply_mask(mask: np.ndarray, transform: Transform) -> np.ndarray:
+    """A mask in the geometry of the prepared image, made so that thin findings stay.
+
+    A pixel belongs to the result where at least half as much of it is covered as of the most covered pixel among it and
+    its eight neighbours. Along the edge of anything thicker than two pixels that is the plain rule of half the area; a
+    line thinner than a pixel, which that rule would break up or lose, stays whole.
+
+    Args:
+        mask: (H, W), non-zero on the finding; H, W are the image's.
+        transform: what the image was prepared with.
+
+    Returns:
+        bool (S, S); all False where the mask is empty or lies outside a centre crop.
+
+    Raises:
+        ValueError: it has no two dimensions, or no pixels.
+    """
+    mask = np.asarray(mask) != 0
+    if mask.ndim != 2 or not mask.size:
+        raise ValueError(f"expected a mask (H, W), got {mask.shape}")
+    height, width = mask.shape
+    left, top, across, down = transform.placed(width, height)
+    x0, y0, x1, y1 = transform.shown(width, height)
+    covered = _means(_means(mask, y0, y1, down).T, x0, x1, across).T
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(covered, 1), (3, 3)).max(axis=(2, 3))
+    out = np.zeros((transform.size, transform.size), dtype=bool)
+    # Differences of sums leave dust of about 1e-12 where nothing is covered.
+    out[top : top + down, left : left + across] = (covered > 1e-6) & (covered >= near / 2)
+    return out
+
+
+def _means(values: np.ndarray, start: float, stop: float, count: int) -> np.ndarray:
+    """(H, W) -> float64 (count, W): means over `count` equal stretches of rows, which may begin within a row.
+
+    Pillow's BOX filter takes whole rows only, and so can miss one between two stretches.
+    """
+    sums = np.cumsum(values, axis=0, dtype=np.float64)
+    edges = np.linspace(start, stop, count + 1)
+    row = np.minimum(edges.astype(int), len(values) - 1)
+    # The sum of all rows before an edge: those up to its own row, less what of that row lies behind the edge.
+    before = sums[row] - (row + 1 - edges)[:, None] * values[row]
+    return np.diff(before, axis=0) * (count / (stop - start))

@@ -1,6 +1,6 @@
 """The source `mimic-cxr-jpg`: MIMIC-CXR-JPG 2.0.0 and 2.1.0 as PhysioNet ships them, whole or in part.
 
-Johnson et al., MIMIC-CXR-JPG, arXiv:1901.07042. Films lie at `files/p10/p10000032/s50414267/<dicom_id>.jpg` under the
+Johnson et al., MIMIC-CXR-JPG, arXiv:1901.07042. Images lie at `files/p10/p10000032/s50414267/<dicom_id>.jpg` under the
 root; the tables are `mimic-cxr-2.x.y-{metadata,split,chexpert,negbio}.csv.gz`, unpacked or not.
 """
 
@@ -65,7 +65,7 @@ def find_tables(root: Path, labeler: str) -> dict[str, Path]:
 
 
 def read_mimic(data: DataConfig) -> SourceRows:
-    """Every film that metadata, split and labels agree on, of the views wanted; files are not looked for yet.
+    """Every image that metadata, split and labels agree on, of the views wanted; files are not looked for yet.
 
     Args:
         data: `root`, `labeler`, `views` and `patients_table` are used.
@@ -84,7 +84,7 @@ def read_mimic(data: DataConfig) -> SourceRows:
             "patient_id": metadata["subject_id"],
             "study_id": metadata["study_id"],
             "view": metadata["ViewPosition"].str.upper(),
-            "path": _film_paths(metadata),
+            "path": _image_paths(metadata),
             "date": metadata.get("StudyDate", ""),
         }
     )
@@ -109,7 +109,7 @@ def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.Da
     return table
 
 
-def _film_paths(metadata: pd.DataFrame) -> pd.Series:
+def _image_paths(metadata: pd.DataFrame) -> pd.Series:
     patient, study = metadata["subject_id"], metadata["study_id"]
     return "files/p" + patient.str.slice(0, 2) + "/p" + patient + "/s" + study + "/" + metadata["dicom_id"] + ".jpg"
 

@@ -96,8 +96,8 @@ class PartialStore:
         description = {"descr": "|u1", "fortran_order": False, "shape": tuple(key["shape"])}
         np.lib.format.write_array_header_1_0(header, description)
         self._header = header.getvalue()
-        self._film_bytes = key["shape"][1] * key["shape"][2]
-        self._bytes = len(self._header) + key["shape"][0] * self._film_bytes
+        self._image_bytes = key["shape"][1] * key["shape"][2]
+        self._bytes = len(self._header) + key["shape"][0] * self._image_bytes
         self.done: set[int] = set()
         self.notes: dict[int, list[str]] = {}
         self._unsaved: list[int] = []
@@ -117,22 +117,22 @@ class PartialStore:
         finally:
             os.close(self._pixels)
 
-    def write(self, film: Decoded) -> None:
-        """Put a decoded film in its row.
+    def write(self, image: Decoded) -> None:
+        """Put a decoded image in its row.
 
         Raises:
-            OSError: disk full, or another fault; the films of before are kept.
+            OSError: disk full, or another fault; the images of before are kept.
         """
         try:
             # Not through a memory map: on a full disk that ends the process without a word.
-            offset, rest = len(self._header) + film.row * self._film_bytes, memoryview(film.pixels)
+            offset, rest = len(self._header) + image.row * self._image_bytes, memoryview(image.pixels)
             while rest:
                 written = os.pwrite(self._pixels, rest, offset)
                 offset, rest = offset + written, rest[written:]
-            self.done.add(film.row)
-            self._unsaved.append(film.row)
-            if film.notes:
-                self.notes[film.row] = list(film.notes)
+            self.done.add(image.row)
+            self._unsaved.append(image.row)
+            if image.notes:
+                self.notes[image.row] = list(image.notes)
             if time.monotonic() > self._save_at:
                 self._checkpoint()
         except OSError as error:
@@ -198,14 +198,14 @@ class PartialStore:
             self._pixels = os.open(self._pixels_path, os.O_RDWR)
         except FileNotFoundError:
             return False
-        size = len(self._header) + (max(self.done, default=-1) + 1) * self._film_bytes
+        size = len(self._header) + (max(self.done, default=-1) + 1) * self._image_bytes
         if os.pread(self._pixels, len(self._header), 0) != self._header or os.fstat(self._pixels).st_size < size:
             os.close(self._pixels)
             return False
         return True
 
     def _checkpoint(self) -> None:
-        """Films to the disk first, then their rows into the journal."""
+        """Images to the disk first, then their rows into the journal."""
         begun = time.monotonic()
         if self._unsaved:
             os.fsync(self._pixels)

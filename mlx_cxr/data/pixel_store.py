@@ -1,21 +1,21 @@
-"""The pixel store: every film of a manifest as memory-mapped uint8 pixels, and the index that says which is which.
+"""The pixel store: every image of a manifest as memory-mapped uint8 pixels, and the index that says which is which.
 
-`images_<size>.npy` holds (N, S, S), a row per manifest row in its order; a film that could not be used is all 0.
+`images_<size>.npy` holds (N, S, S), a row per manifest row in its order; an image that could not be used is all 0.
 `images_<size>.json` beside it has, key by key:
 
     schema      1
     manifest    SHA-256 of the manifest
     transform   `Transform.plain()`
-    films       SHA-256 over the films' names and sizes in bytes when the store was begun
+    films       SHA-256 over the images' names and sizes in bytes when the store was begun
     shape       [N, S, S]
     sample      SHA-256 of some of the rows, which ties the index to its array
     pillow      version of the decoder
-    stored      films in the array
+    stored      images in the array
     unreadable  image_id -> why it could not be used
-    notes       image_id -> what is unusual about it (`decoding.Film.notes`)
+    notes       image_id -> what is unusual about it (`decoding.DecodedImage.notes`)
     image_ids   of each row
 
-A store of very many films lies in shards, each of the next so many rows of the manifest: `images_<size>-1-of-6.npy`
+A store of very many images lies in shards, each of the next so many rows of the manifest: `images_<size>-1-of-6.npy`
 with an index of its own, as above, and so on. The index of the whole, `images_<size>.json`, is written when all are
 there; its schema is 2, it has no `pillow`, and
 
@@ -53,8 +53,8 @@ class PixelStore:
     Attributes:
         images: uint8 (N, S, S), memory-mapped, read-only, gray levels 0..255; an array, or what serves as one where
             the store lies in shards.
-        missing: image_id -> reason, of the films that could not be used; their rows are all 0.
-        notes: image_id -> what is unusual about the film.
+        missing: image_id -> reason, of the images that could not be used; their rows are all 0.
+        notes: image_id -> what is unusual about the image.
     """
 
     images: np.ndarray | ShardedImages
@@ -68,7 +68,7 @@ class PixelStore:
 
         Args:
             path: `images_<size>.npy`.
-            manifest: whose films it must hold.
+            manifest: whose images it must hold.
             transform: how they must have been prepared.
 
         Raises:
@@ -94,10 +94,10 @@ class PixelStore:
         )
 
     def rows(self, image_ids: Iterable[str]) -> np.ndarray:
-        """int64 (M,): the row of each film in `images`.
+        """int64 (M,): the row of each image in `images`.
 
         Raises:
-            DataError: an id that the store does not know, or whose film could not be used; names the first.
+            DataError: an id that the store does not know, or whose image could not be used; names the first.
         """
         ids = pd.Index(image_ids, dtype=object)
         rows = self._place.get_indexer(ids).astype(np.int64)

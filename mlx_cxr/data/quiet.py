@@ -1,4 +1,4 @@
-"""Silence around decoders: what they warn of is in a film's notes or in its error."""
+"""Silence around decoders: what they warn of is in an image's notes or in its error."""
 
 from __future__ import annotations
 

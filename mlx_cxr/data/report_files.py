@@ -105,12 +105,12 @@ def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
     """What `read_reports` gives, for a table that brings the reports in columns of its own.
 
     Where the columns are sections, each is cleaned. A text with a findings or impression heading is cut like a report;
-    in a manifest's text any other is taken whole. The report of a study of several films is what stands at them, the
+    in a manifest's text any other is taken whole. The report of a study of several images is what stands at them, the
     same text once.
 
     Args:
         data: `report_sections`, `report_mode` and `csv.sections` are used.
-        frame: a row per film (or per report): `image_id`, `study_id`, and `text` or a column per section, as written.
+        frame: a row per image (or per report): `image_id`, `study_id`, and `text` or a column per section, as written.
     """
     columns = list(data.csv.sections) if data.csv is not None and data.csv.sections else ["text"]
     written: dict[str, dict[str, list[str]]] = {}

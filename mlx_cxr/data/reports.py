@@ -127,7 +127,7 @@ def parse_sections(report: str) -> tuple[Section, ...]:
 
 
 def report_text(report: str, wanted: Sequence[str], mode: str = "first") -> tuple[str, tuple[str, ...]]:
-    """The cleaned text that goes with a film.
+    """The cleaned text that goes with an image.
 
     Args:
         report: as written.

@@ -1,4 +1,4 @@
-"""What a source of films hands on: manifest rows not yet filtered, with a count of each image dropped and why."""
+"""What a source of images hands on: manifest rows not yet filtered, with a count of each image dropped and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "u": "", "unknown": ""
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Films of a source, a row per image.
+    """Images of a source, a row per image.
 
     Attributes:
         frame: str columns `TEXT_COLUMNS` (`split` is "" where the source brings none), one for each section of the
@@ -64,10 +64,10 @@ class SourceRows:
         return replace(self, notes={**self.notes, **more})
 
     def of_views(self, views: Sequence[str] | None) -> SourceRows:
-        """Only films of the given view positions; `missing` stands for films without one, None keeps all.
+        """Only images of the given view positions; `missing` stands for images without one, None keeps all.
 
         Raises:
-            DataError: no film is left; names the views that there are.
+            DataError: no image is left; names the views that there are.
         """
         if views is None:
             return self
@@ -80,14 +80,14 @@ class SourceRows:
         return kept
 
     def on_disk(self, root: Path) -> SourceRows:
-        """Only films whose file lies under `root`: a partial download is a cohort of its own.
+        """Only images whose file lies under `root`: a partial download is a cohort of its own.
 
         Raises:
-            DataError: `root` is not a folder, or none of the films is there; names the first that was looked for.
+            DataError: `root` is not a folder, or none of the images is there; names the first that was looked for.
         """
         if not root.is_dir():
             raise DataError(f"data.root {root} is not a folder; set data.root to the one that the films lie in")
-        kept = self.keep(films_on_disk(root, self.frame["path"].tolist()), "no film on disk")
+        kept = self.keep(images_on_disk(root, self.frame["path"].tolist()), "no film on disk")
         if len(self) and not len(kept):
             first = root / self.frame["path"].iloc[0]
             raise DataError(
@@ -97,9 +97,9 @@ class SourceRows:
         return kept
 
 
-def films_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
+def images_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
     """Which of the files at `paths`, relative to `root`, exist; bool (N,)."""
-    # Asking for each is four times faster than listing MIMIC's folders of one or two films, and `Path` three times
+    # Asking for each is four times faster than listing MIMIC's folders of one or two images, and `Path` three times
     # slower than `os.path` for 377,110 of them.
     start = os.path.join(root, "")  # noqa: PTH118
     return np.fromiter((os.path.isfile(start + path) for path in paths), dtype=bool, count=len(paths))  # noqa: PTH113
@@ -137,7 +137,7 @@ def normalized_sexes(values: pd.Series) -> pd.Series:
 
 
 def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: str) -> None:
-    """Raise DataError when the films of a study disagree in patient, split or a label; names the study and column."""
+    """Raise DataError when the images of a study disagree in patient, split or a label; names the study and column."""
     studies, first = pd.factorize(frame["study_id"])[0], ~frame["study_id"].duplicated().to_numpy()
     for column in ("patient_id", "split", *LABELS):
         codes = pd.factorize(frame[column], use_na_sentinel=False)[0]

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mlx_cxr.data.decode_pool import decode_films
+from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.partial_store import PartialStore, StoreBusyError, claimed
@@ -44,7 +44,7 @@ from mlx_cxr.core.runs import hash_of, write_json
 
 log = logging.getLogger("mlx_cxr")
 
-SHARD_FILMS = 65_536
+SHARD_IMAGES = 65_536
 """Rows of an array file where nothing else is said: 3.3 GB at 224 px."""
 _POLL_SECONDS = 2.0
 
@@ -54,15 +54,15 @@ class StoreReport:
     """How a store came out.
 
     Attributes:
-        films: rows of the store; where shards are lacking, of those that this process was to make.
-        decoded: films that were decoded now; the others were there from before.
+        images: rows of the store; where shards are lacking, of those that this process was to make.
+        decoded: images that were decoded now; the others were there from before.
         seconds: that this took.
         unreadable: image_id -> reason.
         notes: image_id -> what is unusual about it.
         lacking: shards that others still have to make.
     """
 
-    films: int
+    images: int
     decoded: int
     seconds: float
     unreadable: dict[str, str]
@@ -86,12 +86,12 @@ def build_store(
     root: str | Path,
     workers: int = 0,
     rebuild: bool = False,
-    shard_films: int = SHARD_FILMS,
+    shard_films: int = SHARD_IMAGES,
     share: tuple[int, int] | None = None,
 ) -> StoreReport:
     """Make the pixel store of a manifest, go on with one that was stopped, or find that it is up to date.
 
-    It is up to date when manifest, transform, and the names and sizes of all film files are those it was made from.
+    It is up to date when manifest, transform, and the names and sizes of all image files are those it was made from.
 
     A store of several shards may be made by several processes at once, also on several machines that share the disk:
     each makes the shards that no other has claimed, waits in the end for those of the others, and takes over where one
@@ -99,16 +99,16 @@ def build_store(
 
     Args:
         path: `images_<size>.npy`.
-        manifest: whose films, in its order.
-        transform: what to make of each film.
+        manifest: whose images, in its order.
+        transform: what to make of each image.
         root: folder that the manifest's paths are relative to.
         workers: decoding processes; 0 takes one per core.
-        rebuild: decode every film again.
-        shard_films: rows of an array file at most; a store of more films lies in shards.
+        rebuild: decode every image again.
+        shard_films: rows of an array file at most; a store of more images lies in shards.
         share: (k, n): every n-th shard from the k-th on, and no other; None takes all that there is to do.
 
     Raises:
-        DataError: no films, more than half of those of an array file unusable, or `root` is gone.
+        DataError: no images, more than half of those of an array file unusable, or `root` is gone.
         OSError: the disk is full or not writable; what was written is kept and gone on with by the next call.
         StoreBusyError: another process is at it.
         WorkerDiedError: a decoding process was killed.
@@ -151,7 +151,7 @@ def build_store(
 def _make_all(
     todo: Sequence[_Shard], whole: Path, transform: Transform, root: Path, workers: int, rebuild: bool, waits: bool
 ) -> tuple[dict[Path, dict[str, Any]], int]:
-    """Make array files, those that another process is making last: (path -> its index, films decoded)."""
+    """Make array files, those that another process is making last: (path -> its index, images decoded)."""
     indexes: dict[Path, dict[str, Any]] = {}
     decoded, busy = 0, set()
     while left := [shard for shard in todo if shard.path not in indexes]:
@@ -172,27 +172,27 @@ def _make_all(
     return indexes, decoded
 
 
-def film_sizes(films: Sequence[str]) -> np.ndarray:
+def image_sizes(images: Sequence[str]) -> np.ndarray:
     """int64 (N,): bytes of each file, -1 where there is none."""
-    sizes = np.full(len(films), -1, dtype=np.int64)
-    for row, film in enumerate(films):
+    sizes = np.full(len(images), -1, dtype=np.int64)
+    for row, image in enumerate(images):
         with suppress(OSError):
-            sizes[row] = os.stat(film).st_size  # noqa: PTH116  twice as fast as Path.stat, for 377,000 films
+            sizes[row] = os.stat(image).st_size  # noqa: PTH116  twice as fast as Path.stat, for 377,000 images
     return sizes
 
 
 def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: Transform, root: Path) -> _Shard:
-    """The array file of some rows; refuses when most films are not there."""
+    """The array file of some rows; refuses when most images are not there."""
     names = frame["path"].tolist()
-    start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 films
-    sizes = film_sizes([start + name for name in names])
+    start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 images
+    sizes = image_sizes([start + name for name in names])
     gone = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
     _refuse_if_most(gone, len(names), root)
     key = {
         "schema": SCHEMA,
         "manifest": manifest_sha256,
         "transform": transform.plain(),
-        "films": _films_hash(names, sizes),
+        "films": _images_hash(names, sizes),
         "shape": [len(names), transform.size, transform.size],
     }
     return _Shard(path, frame, key)
@@ -201,7 +201,7 @@ def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: T
 def _build(
     shard: _Shard, whole: Path, transform: Transform, root: Path, workers: int, fresh: bool
 ) -> tuple[dict[str, Any], int]:
-    """Make an array file unless another process has just done so: (its index, films decoded)."""
+    """Make an array file unless another process has just done so: (its index, images decoded)."""
     ids, names = shard.frame["image_id"].tolist(), shard.frame["path"].tolist()
     with claimed(shard.path) as journal:
         if not fresh and (index := _up_to_date(shard)):
@@ -214,12 +214,12 @@ def _build(
             reasons: dict[int, str] = {}
             what = "films" if shard.path == whole else shard.path.stem
             with tqdm(total=len(names), initial=there, unit="img", desc=what, disable=None) as bar:
-                for film in decode_films(jobs, transform, workers):
-                    if film.reason is None:
-                        partial.write(film)
+                for image in decode_images(jobs, transform, workers):
+                    if image.reason is None:
+                        partial.write(image)
                     else:
-                        _refuse_if_gone(root, root / names[film.row])
-                        reasons[film.row] = film.reason
+                        _refuse_if_gone(root, root / names[image.row])
+                        reasons[image.row] = image.reason
                     bar.update()
             _refuse_if_most([(root / names[row], reasons[row]) for row in sorted(reasons)], len(names), root)
             unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
@@ -292,28 +292,28 @@ def _check_space(path: Path, todo: Sequence[_Shard]) -> None:
         )
 
 
-def _films_hash(paths: Sequence[str], sizes: np.ndarray) -> str:
+def _images_hash(paths: Sequence[str], sizes: np.ndarray) -> str:
     digest = hashlib.sha256(sizes.tobytes())
     for path in paths:
         digest.update(path.encode() + b"\0")
     return digest.hexdigest()
 
 
-def _refuse_if_gone(root: Path, film: Path) -> None:
+def _refuse_if_gone(root: Path, image: Path) -> None:
     if not root.is_dir():
         raise DataError(
-            f"data.root {root} is gone while {film} was to be read: is its disk still there? "
+            f"data.root {root} is gone while {image} was to be read: is its disk still there? "
             "What was written is kept; run the same command again"
         )
 
 
-def _refuse_if_most(failed: Sequence[tuple[Path, str]], films: int, root: Path) -> None:
-    if 2 * len(failed) <= films:
+def _refuse_if_most(failed: Sequence[tuple[Path, str]], images: int, root: Path) -> None:
+    if 2 * len(failed) <= images:
         return
     kinds = Counter(reason for _, reason in failed).most_common(3)
-    first = "\n".join(f"  {film}: {reason}" for film, reason in failed[:5])
+    first = "\n".join(f"  {image}: {reason}" for image, reason in failed[:5])
     raise DataError(
-        f"{len(failed)} of {films} films cannot be used ({'; '.join(f'{n} x {reason}' for reason, n in kinds)}). "
+        f"{len(failed)} of {images} films cannot be used ({'; '.join(f'{n} x {reason}' for reason, n in kinds)}). "
         f"The first:\n{first}\nIs data.root right ({root})? The manifest's paths are relative to it; "
         "were the films downloaded?"
     )

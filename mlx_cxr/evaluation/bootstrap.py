@@ -1,4 +1,4 @@
-"""Intervals by resampling patients, whose films and studies are not independent of each other.
+"""Intervals by resampling patients, whose images and studies are not independent of each other.
 
 Resampling is separate from what is measured: two models that are scored on the same patients with the same
 seed see the same resamples, so that their difference can be taken replicate by replicate.

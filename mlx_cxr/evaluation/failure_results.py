@@ -13,7 +13,7 @@ An interval is `{"value", "low", "high", "replicates"}`, as in `results`. What i
 - `per_label`: finding to `positives`, `negatives`, `false_positives`, `false_negatives`, `training_share`, and
   `categories`: category to its errors.
 - `categories`, `conditions`: `category_rates` of the partition, and of each condition wherever it holds.
-- `drawing`: `label_check`, or null where it is not known what the films show.
+- `drawing`: `label_check`, or null where it is not known what the images show.
 - `subgroups`: `subgroups.subgroup_tables`; `gaps`: `subgroups.gaps`.
 - `confusions`, `confused_pairs`: the functions of `confusions`; `lifts`: how many were looked at.
 - `relabel`: `items` of the sheet, which the stage adds.
@@ -95,7 +95,7 @@ def analyse(
         studies: a row per study of `student.test`, in its order: `view` (of `predictions.VIEW_GROUPS`), `sex`, `age`
             and `age_band`.
         training_share: (14,), the share of training studies that have each finding.
-        drawn: (N, 14), 1 where a finding shows in a film of the study, else 0; None where that is not known.
+        drawn: (N, 14), 1 where a finding shows in an image of the study, else 0; None where that is not known.
         teacher_margin: as `failures.conditions`.
         rare_share: findings with a smaller share of training studies are rare.
         samples: bootstrap resamples; 0 gives no intervals.
@@ -192,7 +192,7 @@ def label_check(
         judged: the N studies.
         category: (N, 14) of `failures.categorize`.
         names: of the categories.
-        drawn: (N, 14), 1 where a finding shows in a film of the study, else 0.
+        drawn: (N, 14), 1 where a finding shows in an image of the study, else 0.
         resamples: of the patients of the studies.
 
     Returns:

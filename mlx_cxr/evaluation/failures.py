@@ -145,7 +145,7 @@ def conditions(
         teacher_margin: in (0, 1]; the teacher is confidently against a label where its call is the other one and its
             margin at least this.
         rare: bool (14,), the findings with few positives in training.
-        bedside: bool (N,), the studies with AP films only.
+        bedside: bool (N,), the studies with AP images only.
 
     Returns:
         Each of `CATEGORIES` but the last, in their order, to bool (N, 14).
@@ -195,7 +195,7 @@ def failure_table(
         probability: calibrated. threshold: chosen on validation.
         <model>_probability, <model>_threshold: the same of each other model; NaN where it did not score the study.
         those of `studies`.
-        drawn: whether the finding shows in a film by the drawing, 1 or 0; only where that is known.
+        drawn: whether the finding shows in an image by the drawing, 1 or 0; only where that is known.
 
     Args:
         judged: the N studies.

@@ -1,7 +1,7 @@
-"""Do the maps find the finding? Per-film scores of maps and controls, as a table with intervals by patient.
+"""Do the maps find the finding? Per-image scores of maps and controls, as a table with intervals by patient.
 
 A hit rate means little alone: a large finding is hit by chance. So every score stands beside its controls on
-the same films, and the interval that counts is that of the paired difference.
+the same images, and the interval that counts is that of the paired difference.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class FilmScores:
-    """Localization scores of one finding's films.
+class ImageScores:
+    """Localization scores of one finding's images.
 
     Attributes:
         label: the finding.
-        patient_ids: (n,) str, the patient of each film.
+        patient_ids: (n,) str, the patient of each image.
         maps: score name, such as `hit` or `iou`, to float (n,) in [0, 1], NaN where undefined.
-        controls: control name, such as `random`, to the same scores of that control on the same films.
+        controls: control name, such as `random`, to the same scores of that control on the same images.
     """
 
     label: str
@@ -54,26 +54,26 @@ class FilmScores:
 
 
 def localization_table(
-    findings: Sequence[FilmScores], samples: int, seed: int, synthetic: bool, method: str
+    findings: Sequence[ImageScores], samples: int, seed: int, synthetic: bool, method: str
 ) -> dict[str, Any]:
     """Means, controls and paired differences with 95 % patient-bootstrap intervals.
 
     Args:
-        findings: one per label; all with the same score and control names; at least one film each.
+        findings: one per label; all with the same score and control names; at least one image each.
         samples: bootstrap resamples; 0 gives no intervals.
         seed: of the resamples.
-        synthetic: whether films and masks are synthetic.
+        synthetic: whether images and masks are synthetic.
         method: what made the maps, such as `grad_cam`.
 
     Returns:
         JSON-ready: `schema`, `synthetic`, `method`, `bootstrap` (unit, samples, seed, level), `per_label` and
         `macro`. An entry of `per_label` has `films`, `patients` and per score `maps` and, for each control,
         `{mean, difference}`; each is {value, low, high, replicates}. A difference is maps minus control, on
-        the films where both are defined. `macro` is the mean over the labels, with `labels`; its resamples
+        the images where both are defined. `macro` is the mean over the labels, with `labels`; its resamples
         draw each patient for all labels at once.
 
     Raises:
-        ValueError: no findings, a finding without films, or other score or control names than the first has.
+        ValueError: no findings, a finding without images, or other score or control names than the first has.
     """
     if not findings:
         raise ValueError("no finding has films with a mask; there is nothing to tabulate")
@@ -133,11 +133,11 @@ def localization_markdown(
         lines.append("| " + " | ".join("---:" if name == "films" else "---" for name in header) + " |")
         rows = [(name, entry, entry["films"]) for name, entry in table["per_label"].items()]
         rows.append((f"**mean of {table['macro']['labels']}**", table["macro"], ""))
-        for name, entry, films in rows:
+        for name, entry, images in rows:
             arms = entry[score]
             cells = [interval_text(arms["maps"]), *(number(arms[control]["mean"]["value"]) for control in controls)]
             cells += [interval_text(arms[control]["difference"]) for control in against]
-            lines.append(f"| {name} | {films} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {images} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

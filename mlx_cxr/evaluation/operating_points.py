@@ -2,8 +2,8 @@
 
 A finding is called at its threshold, and only where the call is all that conformal prediction leaves plausible; else
 the model abstains. Of findings that validation has too few studies of, or too few without, it makes no call. All of it
-is fitted per study. A film that is read alone is taken as a study of one film, for which the coverage of `conformal`
-holds as far as such a film is like a validation study; and it holds for films from the source that validation came
+is fitted per study. An image that is read alone is taken as a study of one image, for which the coverage of `conformal`
+holds as far as such an image is like a validation study; and it holds for images from the source that validation came
 from, not for another hospital's.
 
 Keys of `operating_points.json`:

@@ -45,7 +45,7 @@ class Predictions:
         split: (N,) str, such as `validate` or `test`.
         patient_ids: (N,) str.
         study_ids: (N,) str, each once.
-        views: (N,) str: the distinct view positions of the study's films, sorted and joined by `+`.
+        views: (N,) str: the distinct view positions of the study's images, sorted and joined by `+`.
         raw_labels: float32 (N, 14), each 1, 0, -1 or NaN, as the source has them.
         logits: float32 (N, 14), finite, before temperature scaling.
 
@@ -102,7 +102,7 @@ class Predictions:
         return self.select(rows)
 
     def view_groups(self) -> np.ndarray:
-        """(N,) str of `VIEW_GROUPS`, by the frontal films: `AP`, `PA`, `mixed` with both, else `other`."""
+        """(N,) str of `VIEW_GROUPS`, by the frontal images: `AP`, `PA`, `mixed` with both, else `other`."""
         groups = []
         for view in self.views.tolist():
             frontal = {"AP", "PA"} & set(view.split("+"))
@@ -139,18 +139,18 @@ def check_no_leak(patient_ids: np.ndarray, split: np.ndarray) -> None:
 
 
 def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.ndarray) -> Predictions:
-    """Average the films of a study in logit space.
+    """Average the images of a study in logit space.
 
     Args:
-        frame: manifest rows, one per film, with `patient_id`, `study_id`, `split` and `view`.
-        raw_labels: (N films, 14), each 1, 0, -1 or NaN; the same for all films of a study.
-        image_logits: (N films, 14).
+        frame: manifest rows, one per image, with `patient_id`, `study_id`, `split` and `view`.
+        raw_labels: (N images, 14), each 1, 0, -1 or NaN; the same for all images of a study.
+        image_logits: (N images, 14).
 
     Returns:
-        One row per study in order of first appearance; the logit is the mean over its films.
+        One row per study in order of first appearance; the logit is the mean over its images.
 
     Raises:
-        PredictionsError: a column is missing, lengths differ, or the films of a study disagree in patient,
+        PredictionsError: a column is missing, lengths differ, or the images of a study disagree in patient,
             split or labels; names the study.
     """
     missing = [name for name in _TEXT_COLUMNS if name not in frame.columns]
@@ -160,15 +160,15 @@ def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.nd
     if not len(frame) == len(raw) == len(logits):
         raise PredictionsError(f"{len(frame)} manifest rows, {len(raw)} labels and {len(logits)} logits")
     columns = {name: frame[name].to_numpy(dtype=str) for name in _TEXT_COLUMNS}
-    study_of_film, studies = pd.factorize(columns["study_id"])
-    first = np.unique(study_of_film, return_index=True)[1]
+    study_of_image, studies = pd.factorize(columns["study_id"])
+    first = np.unique(study_of_image, return_index=True)[1]
     for name in ("patient_id", "split"):
-        _refuse_disagreement(columns[name] != columns[name][first][study_of_film], studies, study_of_film, name)
-    same = (raw == raw[first][study_of_film]) | (np.isnan(raw) & np.isnan(raw[first][study_of_film]))
-    _refuse_disagreement(~same.all(axis=1), studies, study_of_film, "labels")
+        _refuse_disagreement(columns[name] != columns[name][first][study_of_image], studies, study_of_image, name)
+    same = (raw == raw[first][study_of_image]) | (np.isnan(raw) & np.isnan(raw[first][study_of_image]))
+    _refuse_disagreement(~same.all(axis=1), studies, study_of_image, "labels")
     sums = np.zeros((len(studies), logits.shape[1]))
-    np.add.at(sums, study_of_film, logits)
-    counts = np.bincount(study_of_film, minlength=len(studies))
+    np.add.at(sums, study_of_image, logits)
+    counts = np.bincount(study_of_image, minlength=len(studies))
     return Predictions(
         split=columns["split"][first],
         patient_ids=columns["patient_id"][first],
@@ -183,7 +183,7 @@ def study_views(frame: pd.DataFrame) -> pd.Series:
     """Each study's distinct views, sorted and joined by `+`, `missing` for none; in order of first appearance."""
     views = pd.Series(frame["view"].to_numpy(dtype=str)).replace("", "missing")
     studies = frame["study_id"].to_numpy(dtype=str)
-    return views.groupby(studies, sort=False).agg(lambda films: "+".join(sorted(set(films))))
+    return views.groupby(studies, sort=False).agg(lambda images: "+".join(sorted(set(images))))
 
 
 def join(*parts: Predictions) -> Predictions:
@@ -202,7 +202,7 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
     Columns:
         split: `validate` or `test`.
         patient_id, study_id: text; leading zeros are kept.
-        view: view positions of the study's films, joined by `+`.
+        view: view positions of the study's images, joined by `+`.
         label: one of `labels.LABELS`.
         raw_label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
         logit: float32, before temperature scaling; shortest text that reads back the same.
@@ -320,9 +320,9 @@ def _refuse(path: Path, table: pd.DataFrame, name: str, bad: np.ndarray) -> None
         raise PredictionsError(f"{where}: {name} {table[name].iloc[row]!r} is not usable; run evaluate_cnn again")
 
 
-def _refuse_disagreement(bad: np.ndarray, studies: Sequence[str], study_of_film: np.ndarray, what: str) -> None:
+def _refuse_disagreement(bad: np.ndarray, studies: Sequence[str], study_of_image: np.ndarray, what: str) -> None:
     if bad.any():
-        study = studies[study_of_film[int(np.argmax(bad))]]
+        study = studies[study_of_image[int(np.argmax(bad))]]
         raise PredictionsError(f"study {study}: its films disagree in {what}; run build_manifest again")
 
 

@@ -1,4 +1,4 @@
-"""A sheet for reading test films anew, blind to label and model, and the key that is opened when it is filled in."""
+"""A sheet for reading test images anew, blind to label and model, and the key that is opened when it is filled in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def question(label: str) -> str:
 
 
 def relabel_sheet(
-    judged: Judged, category: np.ndarray, films: Mapping[str, Sequence[str]], count: int, seed: int
+    judged: Judged, category: np.ndarray, images: Mapping[str, Sequence[str]], count: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The sheet, and its key.
 
@@ -37,7 +37,7 @@ def relabel_sheet(
     Args:
         judged: the N studies.
         category: (N, 14) of `failures.categorize`.
-        films: study to the paths of its films.
+        images: study to the paths of its images.
         count: items at most; an odd one is rounded down.
         seed: of the draws.
 
@@ -66,7 +66,7 @@ def relabel_sheet(
     sheet = {
         "item": item,
         "study_id": study_ids,
-        "films": [" | ".join(films[study]) for study in study_ids.tolist()],
+        "films": [" | ".join(images[study]) for study in study_ids.tolist()],
         "question": [question(label) for label in labels.tolist()],
         "answer": "",
         "comment": "",

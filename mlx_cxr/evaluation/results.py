@@ -79,7 +79,7 @@ from mlx_cxr.evaluation.operating_points import OperatingPoints, label_entries
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
 
 SCHEMA = 1
-MEAN_OF_FILMS = "the mean logit of its films"
+MEAN_OF_IMAGES = "the mean logit of its films"
 MEANINGS = {
     "empty_negative": "uncertain (-1) and not mentioned (empty) count as absent",
     "empty_masked": "only explicit present and absent count; uncertain and not mentioned are left out",
@@ -99,7 +99,7 @@ def evaluate(
     provenance: Mapping[str, Any],
     train: tuple[pd.DataFrame, np.ndarray] | None = None,
     test_metadata: pd.DataFrame | None = None,
-    score: str = MEAN_OF_FILMS,
+    score: str = MEAN_OF_IMAGES,
 ) -> dict[str, Any]:
     """The content of `test_results.json`, as this module's docstring describes it.
 

@@ -84,10 +84,10 @@ def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: 
 
 
 def study_metadata(frame: pd.DataFrame) -> pd.DataFrame:
-    """What is known of each study without its films: a row per study, in order of first appearance.
+    """What is known of each study without its images: a row per study, in order of first appearance.
 
     Args:
-        frame: manifest rows, one per film, with `study_id` and `view`, and `age` and `sex` where they are known.
+        frame: manifest rows, one per image, with `study_id` and `view`, and `age` and `sex` where they are known.
 
     Returns:
         Columns `view` (text, as `study_views`), `age` (years, NaN where unknown) and `sex` (text, empty where unknown).

@@ -1,8 +1,8 @@
 """Whether a map shows what the network used: deletion and insertion curves, and parameter randomization.
 
-Deletion blanks pixels from the map's strongest down and insertion brings them back into a blurred film; a
+Deletion blanks pixels from the map's strongest down and insertion brings them back into a blurred image; a
 faithful map makes the score fall early and rise early (Petsiuk et al., RISE, arXiv:1806.07421). Both are read
-beside random maps on the same films: the absolute area depends on the finding. Randomizing learned weights
+beside random maps on the same images: the absolute area depends on the finding. Randomizing learned weights
 must change a map that explains them (Adebayo et al., arXiv:1810.03292). Neither says that it is right.
 """
 
@@ -26,7 +26,7 @@ from mlx_cxr.explain.targets import Target, as_targets
 
 @dataclass(frozen=True)
 class Curves:
-    """Scores of N films while pixels are taken away and brought in, for the map and for random maps.
+    """Scores of N images while pixels are taken away and brought in, for the map and for random maps.
 
     Attributes:
         fractions: float64 (T,), share of pixels changed, from 0 to 1.
@@ -48,7 +48,7 @@ class Curves:
         return {name: trapezoid(getattr(self, name), self.fractions, axis=0) for name in names}
 
     def summary(self) -> dict[str, float | int]:
-        """JSON-ready: mean areas, and the share of films on which the map beats the random maps."""
+        """JSON-ready: mean areas, and the share of images on which the map beats the random maps."""
         areas = self.areas()
         return {
             "n": self.deletion.shape[1],
@@ -71,7 +71,7 @@ def faithfulness_curves(
     """Deletion and insertion of one target, for its maps and for random maps of the same resolution.
 
     A deleted pixel becomes 0, which after `preprocess` is ImageNet's mean gray; insertion starts from the
-    film under a Gaussian blur. It costs 2 (steps + 1) (1 + random_draws) forward passes of the batch.
+    image under a Gaussian blur. It costs 2 (steps + 1) (1 + random_draws) forward passes of the batch.
 
     Args:
         model: in evaluation mode.
@@ -79,8 +79,8 @@ def faithfulness_curves(
         raw: float (N, h, w), that target's part of `Maps.raw`.
         target: usually `LabelProbability`; logits have no bounds, so their areas compare less well.
         steps: changes of equal size from none to all pixels.
-        random_draws: random maps per film.
-        blur: standard deviation as a share of the film's height; RISE's 5 px at 224.
+        random_draws: random maps per image.
+        blur: standard deviation as a share of the image's height; RISE's 5 px at 224.
         seed: of the random maps and of the order among equal pixels.
 
     Returns:
@@ -100,8 +100,8 @@ def faithfulness_curves(
     blank, blurred = mx.zeros_like(x), gaussian_blur(x, blur * size[0])
     fractions = np.linspace(0.0, 1.0, steps + 1)
 
-    def score(films: mx.array) -> mx.array:
-        return target(model.head(model.features(films)))
+    def score(images: mx.array) -> mx.array:
+        return target(model.head(model.features(images)))
 
     def both(maps: np.ndarray, tie_seed: int) -> tuple[np.ndarray, np.ndarray]:
         ranks = mx.array(_ranks(upsample(maps, size), tie_seed))
@@ -119,10 +119,10 @@ def faithfulness_curves(
 
 
 def _ranks(heats: np.ndarray, seed: int) -> np.ndarray:
-    """Each pixel's place in its film, strongest first, as a share in [0, 1): float32 (N, H, W).
+    """Each pixel's place in its image, strongest first, as a share in [0, 1): float32 (N, H, W).
 
     Equal pixels, such as the many zeros behind a ReLU, come in random order: in reading order they would
-    favour one corner of the film.
+    favour one corner of the image.
     """
     n, pixels = len(heats), heats[0].size
     ties = np.random.default_rng(seed).random((n, pixels))
@@ -147,7 +147,7 @@ def _curve(
 
 
 def gaussian_blur(x: mx.array, sigma: float) -> mx.array:
-    """Gaussian blur of films (N, H, W, channels), `sigma` in pixels, renormalized at the edges."""
+    """Gaussian blur of images (N, H, W, channels), `sigma` in pixels, renormalized at the edges."""
 
     def kernel(side: int) -> mx.array:
         at = np.arange(side)
@@ -211,7 +211,7 @@ def randomization_check(
         cascade: parameter prefixes, from the output down; each step randomizes one more. The defaults are
             ResNet-18's.
         method: which maps.
-        draws: independent shuffles. One shuffle gives all films of a target the same random weights, and so
+        draws: independent shuffles. One shuffle gives all images of a target the same random weights, and so
             correlations that share a sign: only their mean over draws says something.
         seed: of the shuffles.
 

@@ -1,4 +1,4 @@
-"""Class-activation maps: one pass of the trunk, then all targets of all films in one pass of the head.
+"""Class-activation maps: one pass of the trunk, then all targets of all images in one pass of the head.
 
 With A the last feature map (h, w, C), S a target's score and g = dS/dA, all float32:
 
@@ -7,7 +7,7 @@ With A the last feature map (h, w, C), S a target's score and g = dS/dA, all flo
 - `grad_cam_pp`: as Grad-CAM with weights sum_hw(alpha * ReLU(g)), alpha = 1 / (2 + g sum_hw(A)).
   Chattopadhyay et al., arXiv:1710.11063, equation 19 divided through by g^2; as there, the higher derivatives
   are those of exp(S) with S piecewise linear in A. The factor exp(S), common to a map, is left out, as it
-  would make maps of different films incomparable. It needs A >= 0, which a ReLU before the head gives.
+  would make maps of different images incomparable. It needs A >= 0, which a ReLU before the head gives.
 
 For average pool + linear, g_c is w_c / (h w) everywhere: Grad-CAM and HiResCAM then agree, and the map's sum
 is the logit less its bias wherever the ReLU cuts nothing. Maps of such a network say which cells raise the
@@ -37,7 +37,7 @@ class SplitNetwork(Protocol):
         """Input (N, H, W, channels) -> feature map (N, h, w, C)."""
 
     def head(self, a: mx.array) -> mx.array:
-        """Feature map (N, h, w, C) -> logits (N, 14), each film's from its own map alone."""
+        """Feature map (N, h, w, C) -> logits (N, 14), each image's from its own map alone."""
 
     def modules(self) -> list:
         """All modules, as `mlx.nn.Module.modules`."""
@@ -49,7 +49,7 @@ class Maps:
 
     Attributes:
         raw: float32 (K, N, h, w), >= 0, in units of the target (logits, unless it is a probability) per cell;
-            not scaled, so that films and batches can be compared.
+            not scaled, so that images and batches can be compared.
         logits: float32 (N, 14) of the same forward pass.
         scores: float32 (K, N), the targets' values.
         targets: K names.
@@ -66,7 +66,7 @@ class Maps:
 def class_activation_maps(
     model: SplitNetwork, x: mx.array, targets: Iterable[Target | str], method: Method = "grad_cam"
 ) -> Maps:
-    """Maps of K targets on N films.
+    """Maps of K targets on N images.
 
     Args:
         model: in evaluation mode; neither it nor its mode is touched.
@@ -80,7 +80,7 @@ def class_activation_maps(
     Raises:
         RuntimeError: the model is in training mode, where dropout and batch statistics would blur the maps.
         KeyError: an unknown finding or method.
-        ValueError: a target does not give (N,), `x` is integer, logits are not finite (names the film), or
+        ValueError: a target does not give (N,), `x` is integer, logits are not finite (names the image), or
             Grad-CAM++ meets a negative feature map.
     """
     _check_evaluation_mode(model)
@@ -92,7 +92,7 @@ def class_activation_maps(
 def maps_of_features(
     model: SplitNetwork, a: mx.array, targets: Iterable[Target | str], method: Method = "grad_cam"
 ) -> Maps:
-    """As `class_activation_maps`, from what the trunk has made of the films already.
+    """As `class_activation_maps`, from what the trunk has made of the images already.
 
     Args:
         model: its head is used, in evaluation mode.
@@ -160,7 +160,7 @@ def _target_gradients(targets: Sequence[Target], logits: mx.array) -> tuple[mx.a
 
 
 def _channel_weighted(a: mx.array, weights: mx.array) -> mx.array:
-    """(N, h, w, C) summed over channels with weights (K, N, C) -> (K, N, h, w), as one product per film."""
+    """(N, h, w, C) summed over channels with weights (K, N, C) -> (K, N, h, w), as one product per image."""
     n, h, w, c = a.shape
     maps = weights.transpose(1, 0, 2) @ a.reshape(n, h * w, c).swapaxes(1, 2)
     return maps.reshape(n, -1, h, w).swapaxes(0, 1)

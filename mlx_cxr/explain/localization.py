@@ -1,8 +1,8 @@
-"""How well a map finds a finding whose mask is known, beside controls that know nothing of the film.
+"""How well a map finds a finding whose mask is known, beside controls that know nothing of the image.
 
 A hit rate means little alone: a large finding is hit by chance, and one that always lies in the same place by
-a constant guess. So each score comes with the same score of random maps, of a guess at the film's centre, of
-the maps of *other* films of the same finding, and with the chance level that follows from the mask's area.
+a constant guess. So each score comes with the same score of random maps, of a guess at the image's centre, of
+the maps of *other* images of the same finding, and with the chance level that follows from the mask's area.
 
 Maps are raw (any positive scale will do, as every score here is invariant to it); masks lie in the pixel
 store's square frame. NumPy only, but for the resize.
@@ -25,7 +25,7 @@ def pointing_game(heat: np.ndarray, mask: np.ndarray, tolerance: float = 0.0) ->
         heat: float (H, W), not negative.
         mask: (H, W), non-zero on the finding.
         tolerance: pixels, Euclidean, by which the maximum may miss. The paper takes 15 on images of its own
-            size; 0 is the stricter default here. For another film size scale it alike.
+            size; 0 is the stricter default here. For another image size scale it alike.
 
     Returns:
         1.0 or 0.0; between them where several pixels share the maximum and only some hit. A map without
@@ -48,7 +48,7 @@ def iou_at_fraction(heat: np.ndarray, mask: np.ndarray, fraction: float) -> floa
     Args:
         heat: float (H, W), not negative.
         mask: (H, W), non-zero on the finding.
-        fraction: share of the film's pixels, in (0, 1].
+        fraction: share of the image's pixels, in (0, 1].
 
     Returns:
         In [0, 1].
@@ -64,7 +64,7 @@ def iou_at_fraction(heat: np.ndarray, mask: np.ndarray, fraction: float) -> floa
 
 
 def iou_at_mask_area(heat: np.ndarray, mask: np.ndarray) -> float:
-    """`iou_at_fraction` at the mask's own share of the film: the map is told the size, not the place.
+    """`iou_at_fraction` at the mask's own share of the image: the map is told the size, not the place.
 
     Raises:
         ValueError: shapes differ, the mask is empty, or the map is negative or not finite.
@@ -90,7 +90,7 @@ def mass_in_mask(heat: np.ndarray, mask: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Localization scores of N films, float64 (N,) each, in [0, 1].
+    """Localization scores of N images, float64 (N,) each, in [0, 1].
 
     Attributes:
         hit: pointing game, at the centre of the strongest cell.
@@ -105,23 +105,23 @@ class Scores:
     mass: np.ndarray
 
     def means(self) -> dict[str, float]:
-        """Mean of each score over the films where it is defined; NaN where it is nowhere."""
+        """Mean of each score over the images where it is defined; NaN where it is nowhere."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan") for name, x in columns.items()}
 
 
 @dataclass(frozen=True)
 class Localization:
-    """One finding's scores and its controls on the same films and masks.
+    """One finding's scores and its controls on the same images and masks.
 
     Attributes:
         maps: the maps under test.
         random: random maps of the same resolution, averaged over the draws.
-        centre: a guess that falls off from the film's centre.
-        swapped: each film's mask against the maps of the other films (all of them, averaged); above `random`
-            by as much as the finding's usual place alone explains. NaN with one film.
+        centre: a guess that falls off from the image's centre.
+        swapped: each image's mask against the maps of the other images (all of them, averaged); above `random`
+            by as much as the finding's usual place alone explains. NaN with one image.
         chance: a uniformly random guess, in closed form from the mask's area.
-        mask_area: float64 (N,), share of the film.
+        mask_area: float64 (N,), share of the image.
         fraction: of pixels taken for `iou`.
         tolerance: of the pointing game, in pixels.
     """
@@ -136,7 +136,7 @@ class Localization:
     tolerance: float
 
     def summary(self) -> dict[str, object]:
-        """JSON-ready means, with the number of films, the settings and the mean mask area."""
+        """JSON-ready means, with the number of images, the settings and the mean mask area."""
         arms = ("maps", "random", "centre", "swapped", "chance")
         return {
             "n": len(self.mask_area),
@@ -159,16 +159,16 @@ def localize(
     """Score one finding's maps against its masks, and every control with them.
 
     Args:
-        raw: float (N, h, w), one target's part of `Maps.raw`, on the N films that have a mask.
-        masks: (N, S, S), non-zero on the finding, in the films' frame.
+        raw: float (N, h, w), one target's part of `Maps.raw`, on the N images that have a mask.
+        masks: (N, S, S), non-zero on the finding, in the images' frame.
         fraction: of pixels that count as the map's extent, in (0, 1].
         tolerance: of the pointing game, in pixels.
-        random_draws: random maps per film.
-        swaps: at most so many other films' maps per mask.
+        random_draws: random maps per image.
+        swaps: at most so many other images' maps per mask.
         seed: of the random maps.
 
     Returns:
-        Scores per film, so that a caller can bootstrap them by patient.
+        Scores per image, so that a caller can bootstrap them by patient.
 
     Raises:
         ValueError: shapes do not fit, a mask is empty (names its row), or a map is negative or not finite.

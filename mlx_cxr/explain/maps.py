@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 REFERENCE_QUANTILE = 0.99
-"""Of a map's maximum over the validation films: what counts as full strength."""
+"""Of a map's maximum over the validation images: what counts as full strength."""
 
 
 def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
-    """The control: maps of the same resolution that know nothing of the film, uniform in [0, 1) cell by cell.
+    """The control: maps of the same resolution that know nothing of the image, uniform in [0, 1) cell by cell.
 
     Upsampled like a real map they are as smooth as one, so a difference in score is not one of smoothness.
 
@@ -27,9 +27,9 @@ def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
 
 
 def upsample(
-    maps: np.ndarray | mx.array, size: int | tuple[int, int], film: int | tuple[int, int] | None = None
+    maps: np.ndarray | mx.array, size: int | tuple[int, int], image: int | tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Bilinear resize that puts every cell where the network looked: cell i at film pixel `stride * i`.
+    """Bilinear resize that puts every cell where the network looked: cell i at image pixel `stride * i`.
 
     In a ResNet each layer with stride pads as much before as after an odd kernel, so the receptive field of cell i of
     the last map is centred on pixel `stride * i` (Araujo et al., Distill 2019, on receptive field arithmetic; a test
@@ -40,8 +40,8 @@ def upsample(
     Args:
         maps: float (..., h, w).
         size: (height, width) of the result, or one number for a square.
-        film: (height, width) of the films that the maps were made of, or one number; None means `size`. The stride is
-            taken as film over map, which is exact where the film's side is a multiple of it.
+        image: (height, width) of the images that the maps were made of, or one number; None means `size`. The stride is
+            taken as image over map, which is exact where the image's side is a multiple of it.
 
     Returns:
         float32 (..., height, width). It does not average when shrinking.
@@ -50,18 +50,20 @@ def upsample(
         ValueError: fewer than two axes, an empty map, or a size below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    film_height, film_width = (height, width) if film is None else (film, film) if isinstance(film, int) else film
-    if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width, film_height, film_width) < 1:
+    image_height, image_width = (
+        (height, width) if image is None else (image, image) if isinstance(image, int) else image
+    )
+    if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width, image_height, image_width) < 1:
         raise ValueError(f"cannot resize maps of shape {tuple(maps.shape)} to {height} x {width} pixels")
-    rows = mx.array(_bilinear_matrix(maps.shape[-2], height, film_height))
-    columns = mx.array(_bilinear_matrix(maps.shape[-1], width, film_width))
+    rows = mx.array(_bilinear_matrix(maps.shape[-2], height, image_height))
+    columns = mx.array(_bilinear_matrix(maps.shape[-1], width, image_width))
     return np.array(rows @ mx.array(maps).astype(mx.float32) @ columns.T)
 
 
-def _bilinear_matrix(old: int, new: int, film: int) -> np.ndarray:
-    """(new, old) weights: output pixel i is film pixel (i + 1/2) film / new - 1/2, a stride of film / old to a cell."""
-    at_film = (np.arange(new) + 0.5) * (film / new) - 0.5
-    at = np.clip(at_film * (old / film), 0.0, old - 1)
+def _bilinear_matrix(old: int, new: int, image: int) -> np.ndarray:
+    """(new, old) weights: output pixel i is image pixel (i + 1/2) image / new - 1/2, image / old pixels to a cell."""
+    at_image = (np.arange(new) + 0.5) * (image / new) - 0.5
+    at = np.clip(at_image * (old / image), 0.0, old - 1)
     low = np.floor(at).astype(int)
     share = at - low
     weights = np.zeros((new, old))
@@ -71,20 +73,20 @@ def _bilinear_matrix(old: int, new: int, film: int) -> np.ndarray:
 
 
 def fit_reference(raw: np.ndarray, quantile: float = REFERENCE_QUANTILE) -> np.ndarray:
-    """Each target's reference activation: a high quantile, over validation films, of the map's maximum.
+    """Each target's reference activation: a high quantile, over validation images, of the map's maximum.
 
-    Pass all validation films, not only the confident ones: then 1.0 on the scale means "as strong as this
-    finding gets", and a film without the finding stays dark. The stage records it beside the thresholds.
+    Pass all validation images, not only the confident ones: then 1.0 on the scale means "as strong as this
+    finding gets", and an image without the finding stays dark. The stage records it beside the thresholds.
 
     Args:
         raw: float (K, N, h, w) of `Maps.raw`, or the maxima (K, N) alone, on the validation split.
-        quantile: in (0, 1]; 0.99 lets one odd film in a hundred go over the top of the scale.
+        quantile: in (0, 1]; 0.99 lets one odd image in a hundred go over the top of the scale.
 
     Returns:
-        float32 (K,); NaN for a target whose maps are zero on all films, which has no scale.
+        float32 (K,); NaN for a target whose maps are zero on all images, which has no scale.
 
     Raises:
-        ValueError: other axes, no films, a negative or non-finite map, or a quantile out of range.
+        ValueError: other axes, no images, a negative or non-finite map, or a quantile out of range.
     """
     raw = np.asarray(raw)
     if raw.ndim not in (2, 4) or 0 in raw.shape:
@@ -99,7 +101,7 @@ def fit_reference(raw: np.ndarray, quantile: float = REFERENCE_QUANTILE) -> np.n
 
 
 def scale_maps(raw: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Maps as shares of their target's reference activation; never stretched film by film.
+    """Maps as shares of their target's reference activation; never stretched image by image.
 
     Args:
         raw: float (K, ..., h, w).

@@ -1,7 +1,7 @@
-"""What is explained, apart from how: a target is any callable from logits (N, 14) to one score per film (N,).
+"""What is explained, apart from how: a target is any callable from logits (N, 14) to one score per image (N,).
 
 The classes here are the useful ones; a plain function serves as well. `str(target)` is the name that is
-recorded. A target may use a film's own row only, so that the films of a batch cannot influence each other's
+recorded. A target may use an image's own row only, so that the images of a batch cannot influence each other's
 maps.
 """
 
@@ -93,7 +93,7 @@ class LabelDifference:
 
 @dataclass(frozen=True)
 class AbsenceLogit:
-    """Minus the logit of one finding: what on the film speaks against it.
+    """Minus the logit of one finding: what on the image speaks against it.
 
     Raises:
         KeyError: `label` is not one of the 14.

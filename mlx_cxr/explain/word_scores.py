@@ -34,7 +34,7 @@ _NICE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 class WordScores:
     """How much each word of a report moved one logit.
 
-    The logit is `blank`, plus `film`, plus the sum of `contributions`, plus `left_over`.
+    The logit is `blank`, plus `image`, plus the sum of `contributions`, plus `left_over`.
 
     Attributes:
         words: as they were read, punctuation with its word.
@@ -43,8 +43,8 @@ class WordScores:
         gradient_x_input: float64 (W,), in logits; they need not sum to anything.
         left_out: float64 (W,), the logit less what it is without the word.
         logit: the teacher's.
-        blank: the logit without report and film: what instruction, chat and the findings' lines alone give.
-        film: contribution of the film's tokens, taken together; 0 without a film.
+        blank: the logit without report and image: what instruction, chat and the findings' lines alone give.
+        image: contribution of the image's tokens, taken together; 0 without an image.
 
     Raises:
         ValueError: scores are not one for each word.
@@ -57,7 +57,7 @@ class WordScores:
     left_out: np.ndarray
     logit: float
     blank: float
-    film: float = 0.0
+    image: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = [np.shape(x) for x in (self.contributions, self.gradient_x_input, self.left_out)]
@@ -72,7 +72,7 @@ class WordScores:
     @property
     def left_over(self) -> float:
         """What numerical integration left unexplained."""
-        return self.logit - self.blank - self.film - self.report
+        return self.logit - self.blank - self.image - self.report
 
     def agreement(self) -> dict[str, dict[str, float]]:
         """`rank` and `linear` correlation with leave-one-out of `integrated_gradients` and of `gradient_x_input`.
@@ -93,7 +93,7 @@ class WordScores:
         At most `MOST_LEFT_OVER` of the report's effect is left over, and the linear correlation is at least
         `LEAST_CORRELATION`.
         """
-        adds_up = abs(self.left_over) <= MOST_LEFT_OVER * abs(self.report + self.film + self.left_over)
+        adds_up = abs(self.left_over) <= MOST_LEFT_OVER * abs(self.report + self.image + self.left_over)
         return adds_up and linear_correlation(self.contributions, self.left_out) >= LEAST_CORRELATION
 
     @property
@@ -143,10 +143,10 @@ class TextExplanation:
     def account(self) -> list[tuple[str, float]]:
         """What the logit is made of, line by line; the last is the logit."""
         scores = self.scores
-        film = [("film", scores.film)] if "film" in self.reads else []
+        image = [("film", scores.image)] if "film" in self.reads else []
         return [
-            (f"without the report{' and the film' * bool(film)}: instruction, chat and findings' lines", scores.blank),
-            *film,
+            (f"without the report{' and the film' * bool(image)}: instruction, chat and findings' lines", scores.blank),
+            *image,
             (f"{len(scores.words)} words of the report", scores.report),
             ("left over by numerical integration", scores.left_over),
             ("logit", scores.logit),

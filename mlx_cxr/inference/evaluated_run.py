@@ -21,7 +21,7 @@ from mlx_cxr.inference.trained_run import CHECKPOINTS
 from mlx_cxr.training.preprocessing import check_preprocessing
 
 _CREDENTIALED = ("mimic-cxr-jpg",)
-"""Sources of `data.source` whose films are under a data use agreement."""
+"""Sources of `data.source` whose images are under a data use agreement."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class EvaluatedRun:
 
     @property
     def synthetic(self) -> bool:
-        """Whether its films were drawn by a program."""
+        """Whether its images were drawn by a program."""
         return self.config.data.synthetic
 
     @property

@@ -1,4 +1,4 @@
-"""From a model's maps of the test films to pictures, localization scores and `findings.md`."""
+"""From a model's maps of the test images to pictures, localization scores and `findings.md`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mlx_cxr.core.config_schema import ExplainConfig
 from mlx_cxr.core.formatting import number
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.core.runs import write_text
-from mlx_cxr.evaluation.localization_table import FilmScores, localization_markdown, localization_table
+from mlx_cxr.evaluation.localization_table import ImageScores, localization_markdown, localization_table
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.localization import Localization, Scores, localize
 from mlx_cxr.explain.maps import fit_reference, scale_maps
-from mlx_cxr.inference.trained_run import film_maps
+from mlx_cxr.inference.trained_run import image_maps
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.pages import findings_page as page
 from mlx_cxr.pages.overlay import Reading
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
 SELECTION = "test films with a mask of the finding (it was drawn, within the frame) and the report label 1"
@@ -36,17 +36,17 @@ SCORE_NAMES = {
     "iou": "IoU of the map's strongest pixels with the mask",
     "mass": "Share of the map's sum on the finding",
 }
-RANDOMIZATION_FILMS, RANDOMIZATION_DRAWS = 8, 3
+RANDOMIZATION_IMAGES, RANDOMIZATION_DRAWS = 8, 3
 
 
 @dataclass(frozen=True)
 class TestMaps:
-    """Maps of all test films, and their scale.
+    """Maps of all test images, and their scale.
 
     Attributes:
         labels: K findings.
         raw: float32 (K, N, h, w).
-        logits: float32 (N, 14), per film.
+        logits: float32 (N, 14), per image.
         reference: float32 (K,), fitted on validation; NaN where the maps are zero on all of it.
         method: which maps.
     """
@@ -61,12 +61,12 @@ class TestMaps:
 
 
 def map_test(
-    model: ResNet18, validation: FilmSource, test: FilmSource, explain: ExplainConfig, batch_size: int
+    model: ResNet18, validation: ImageSource, test: ImageSource, explain: ExplainConfig, batch_size: int
 ) -> TestMaps:
-    """Maps of every test film for the requested findings, with their reference activations from validation."""
+    """Maps of every test image for the requested findings, with their reference activations from validation."""
     labels = explain.labels or tuple(label for label in LABELS if label != "No Finding")
-    reference = fit_reference(film_maps(model, validation, labels, explain.method, batch_size)[0])
-    raw, logits = film_maps(model, test, labels, explain.method, batch_size)
+    reference = fit_reference(image_maps(model, validation, labels, explain.method, batch_size)[0])
+    raw, logits = image_maps(model, test, labels, explain.method, batch_size)
     return TestMaps(labels, raw, logits, reference, explain.method)
 
 
@@ -79,16 +79,16 @@ def finding_summaries(
     synthetic: bool,
     masks: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> list[page.FindingSummary]:
-    """The cases that `findings.md` shows, chosen by its rule, with their films and maps.
+    """The cases that `findings.md` shows, chosen by its rule, with their images and maps.
 
     Args:
-        maps: of the test films.
-        data: the test split, a row per film.
+        maps: of the test images.
+        data: the test split, a row per image.
         test: its predictions, a row per study.
         points: what was fitted on validation.
         per_outcome: cases per finding and outcome.
         synthetic: whether the cohort is.
-        masks: per film, finding to mask; None without masks.
+        masks: per image, finding to mask; None without masks.
     """
     targets = SCORING_PROTOCOLS[points.protocol].apply(test.raw_labels)
     decided = points.decide(test.logits)
@@ -104,27 +104,27 @@ def finding_summaries(
         if not points.tuned[column]:
             summaries.append(page.FindingSummary(label, None, counts, abstained, ()))
             continue
-        shown = _film_to_show(studies, maps.logits[:, column])
+        shown = _image_to_show(studies, maps.logits[:, column])
         cases = []
         for outcome in page.OUTCOMES:
             for rank, row in enumerate(page.spread(rows[outcome], per_outcome), start=1):
-                film = shown[test.study_ids[row]]
+                image = shown[test.study_ids[row]]
                 raw_label = float(test.raw_labels[row, column])
                 reading = Reading(
                     label,
                     float(p[row]),
                     threshold,
                     raw_label,
-                    ids[film],
+                    ids[image],
                     maps.method,
                     synthetic,
                     points.reason(column, float(p[row])),
                 )
-                pixels = np.array(data.films.batch(np.array([film])))[0]
-                heat = scale_maps(maps.raw[k : k + 1, film], maps.reference[k : k + 1])[0]
-                mask = masks[film].get(label) if masks else None
+                pixels = np.array(data.images.batch(np.array([image])))[0]
+                heat = scale_maps(maps.raw[k : k + 1, image], maps.reference[k : k + 1])[0]
+                mask = masks[image].get(label) if masks else None
                 cases.append(
-                    page.Case(outcome, rank, str(test.study_ids[row]), reading, pixels, heat, mask, texts[film])
+                    page.Case(outcome, rank, str(test.study_ids[row]), reading, pixels, heat, mask, texts[image])
                 )
         summaries.append(page.FindingSummary(label, threshold, counts, abstained, cases))
     return summaries
@@ -143,12 +143,12 @@ def localization(
     seed: int,
     synthetic: bool,
 ) -> dict[str, Any] | None:
-    """The content of `localization.json`: `localization_table` of every finding that has films to score.
+    """The content of `localization.json`: `localization_table` of every finding that has images to score.
 
     Args:
-        maps: of the test films.
+        maps: of the test images.
         data: the test split.
-        masks: per film, finding to bool (S, S).
+        masks: per image, finding to bool (S, S).
         test: its predictions, a row per study.
         points: what was fitted on validation.
         fraction: of a map's pixels that count as its extent.
@@ -158,10 +158,10 @@ def localization(
         synthetic: whether the cohort is.
 
     Returns:
-        The table, with `selection` (which films), `fraction`, `half_cell_px` and per finding `mask_area` (mean share
-        of the film), `films_with_mask`, `empty_maps` (of the films scored; an empty map counts as a miss), `called`
-        (of the films scored, those whose study was called positive) and `hit_when_called` (the pointing game on
-        those, null without any). None when no finding has films.
+        The table, with `selection` (which images), `fraction`, `half_cell_px` and per finding `mask_area` (mean share
+        of the image), `films_with_mask`, `empty_maps` (of the images scored; an empty map counts as a miss), `called`
+        (of the images scored, those whose study was called positive) and `hit_when_called` (the pointing game on
+        those, null without any). None when no finding has images.
     """
     patients, studies = (data.frame[name].to_numpy(dtype=str) for name in ("patient_id", "study_id"))
     called = points.calibration.probabilities(test.logits) >= points.thresholds.values
@@ -175,7 +175,7 @@ def localization(
             continue
         targets = np.stack([masks[row][label] for row in rows])
         strict, near = (localize(maps.raw[k, rows], targets, fraction, reach, seed=seed) for reach in (0.0, half_cell))
-        findings.append(_film_scores(label, patients[rows], strict, near))
+        findings.append(_image_scores(label, patients[rows], strict, near))
         hits = strict.maps.hit[called[study_rows[rows], label_index(label)]]
         extra[label] = {
             "films_with_mask": int(drawn.sum()),
@@ -215,10 +215,10 @@ def localization_section(table: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def randomization_section(model: ResNet18, maps: TestMaps, films: FilmSource, seed: int) -> list[str]:
-    """Whether the maps depend on what was learned, as a section of `findings.md`; of a few films, evenly spaced."""
-    items = np.unique(np.linspace(0, len(films) - 1, min(RANDOMIZATION_FILMS, len(films))).astype(int))
-    x = preprocess(films.batch(items), model.config.in_channels)
+def randomization_section(model: ResNet18, maps: TestMaps, images: ImageSource, seed: int) -> list[str]:
+    """Whether the maps depend on what was learned, as a section of `findings.md`; of a few images, evenly spaced."""
+    items = np.unique(np.linspace(0, len(images) - 1, min(RANDOMIZATION_IMAGES, len(images))).astype(int))
+    x = preprocess(images.batch(items), model.config.in_channels)
     mx.eval(x)
     check = randomization_check(model, x, maps.labels, method=maps.method, draws=RANDOMIZATION_DRAWS, seed=seed)
     header = ["finding", *(f"randomized: {step}" for step in check)]
@@ -262,21 +262,21 @@ def write_findings(
     return path
 
 
-def _film_to_show(studies: np.ndarray, logits: np.ndarray) -> dict[str, int]:
-    """Study to its film with the highest logit; of equal ones the first."""
+def _image_to_show(studies: np.ndarray, logits: np.ndarray) -> dict[str, int]:
+    """Study to its image with the highest logit; of equal ones the first."""
     order = np.argsort(-logits, kind="stable")
     shown: dict[str, int] = {}
-    for film in order.tolist():
-        shown.setdefault(str(studies[film]), film)
+    for image in order.tolist():
+        shown.setdefault(str(studies[image]), image)
     return shown
 
 
-def _film_scores(label: str, patients: np.ndarray, strict: Localization, near: Localization) -> FilmScores:
+def _image_scores(label: str, patients: np.ndarray, strict: Localization, near: Localization) -> ImageScores:
     def scores(arm: str) -> dict[str, np.ndarray]:
         columns = {field.name: getattr(getattr(strict, arm), field.name) for field in fields(Scores)}
         return {**columns, "hit_half_cell": getattr(near, arm).hit}
 
-    return FilmScores(label, patients, scores("maps"), {arm: scores(arm) for arm in ARMS})
+    return ImageScores(label, patients, scores("maps"), {arm: scores(arm) for arm in ARMS})
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""An evaluated run that answers for films that anybody brings: calibrated probabilities, calls, abstention and maps.
+"""An evaluated run that answers for images that anybody brings: calibrated probabilities, calls, abstention and maps.
 
 `inference.json`, which `evaluate_cnn` leaves in the run for the `Predictor`, has these keys:
 
@@ -26,18 +26,17 @@ from PIL import Image
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
-from mlx_cxr.data.decoding import Film, FilmError, decode, decode_bytes
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import DecodedImage, ImageError, Transform, decode, decode_bytes
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
-from mlx_cxr.inference.trained_run import TrainedRun, film_maps_by
+from mlx_cxr.inference.trained_run import TrainedRun, image_maps_by
 from mlx_cxr.models.folded import FoldedResNet18, inference_network
 from mlx_cxr.models.resnet import ResNet18, preprocess
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
-from mlx_cxr.training.scoring import film_features
+from mlx_cxr.training.scoring import image_features
 
 FILE = "inference.json"
 SCHEMA = 1
@@ -50,19 +49,19 @@ class PredictorError(UserError, ValueError):
     """Something that a predictor cannot be asked for."""
 
 
-def map_references(model: ResNet18, validation: FilmSource, batch_size: int) -> dict[str, dict[str, float]]:
-    """Each method's reference activation of each of `MAPPED`, fitted on the validation films; NaN for no scale."""
-    maps, _ = film_maps_by(model, validation, MAPPED, METHODS, batch_size)
+def map_references(model: ResNet18, validation: ImageSource, batch_size: int) -> dict[str, dict[str, float]]:
+    """Each method's reference activation of each of `MAPPED`, fitted on the validation images; NaN for no scale."""
+    maps, _ = image_maps_by(model, validation, MAPPED, METHODS, batch_size)
     return {method: dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True)) for method, raw in maps.items()}
 
 
-def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], films: int) -> Path:
+def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], images: int) -> Path:
     """Write `inference.json`, as this module's docstring describes it.
 
     Args:
         trained: the run.
         references: of `map_references`; empty where maps were not asked for.
-        films: of validation that they were fitted on.
+        images: of validation that they were fitted on.
 
     Raises:
         RunFormatError: its training recorded other preprocessing than this version's.
@@ -79,20 +78,20 @@ def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping
             "synthetic": trained.config.data.synthetic,
             "checkpoint": {"name": trained.checkpoint.name, "sha256": sha256_file(trained.checkpoint)},
             "preprocessing": recorded or preprocessing_record(trained.config),
-            "map_references": {"quantile": REFERENCE_QUANTILE, "films": films, "methods": references},
+            "map_references": {"quantile": REFERENCE_QUANTILE, "films": images, "methods": references},
         },
     )
 
 
 @dataclass(frozen=True)
-class FilmInput:
-    """A film as the network will see it, or why there is none.
+class ImageInput:
+    """An image as the network will see it, or why there is none.
 
     Attributes:
         name: to tell it by.
         pixels: uint8 (S, S), or None.
         notes: what a user may want to know of it, in words, such as `16-bit`.
-        concerns: why it does not look like a frontal chest film, in words; its answer should not be relied on.
+        concerns: why it does not look like a frontal chest image, in words; its answer should not be relied on.
         error: why it cannot be read, in a sentence, or None.
     """
 
@@ -104,19 +103,19 @@ class FilmInput:
 
 
 @dataclass(frozen=True)
-class FilmAnswer:
-    """What a network says of one film.
+class ImageAnswer:
+    """What a network says of one image.
 
     Attributes:
-        film: that it was asked about.
-        logits: float32 (14,), or None where the film cannot be read.
+        image: that it was asked about.
+        logits: float32 (14,), or None where the image cannot be read.
         probabilities: float64 (14,) in [0, 1], calibrated, or None.
         states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`, or None.
         features: float32 (h, w, 512), the last feature map, which maps are made from, or None.
-        ignore_gate: whether a film that does not look like a frontal chest film is to be answered for too.
+        ignore_gate: whether an image that does not look like a frontal chest image is to be answered for too.
     """
 
-    film: FilmInput
+    image: ImageInput
     logits: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     states: np.ndarray | None = None
@@ -130,13 +129,13 @@ class FilmAnswer:
 
     @property
     def status(self) -> str:
-        """`answered`; `questionable` where the film does not look like a frontal chest film; `unreadable`."""
-        return "unreadable" if self.film.error else "questionable" if self.film.concerns else "answered"
+        """`answered`; `questionable` where the image does not look like a frontal chest image; `unreadable`."""
+        return "unreadable" if self.image.error else "questionable" if self.image.concerns else "answered"
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """An evaluated CNN or student that answers for any film.
+    """An evaluated CNN or student that answers for any image.
 
     MLX's streams belong to a thread: what one thread opened, that thread asks. `read` may be called in any.
 
@@ -144,7 +143,7 @@ class Predictor:
         trained: the run.
         points: what was fitted on its validation split, and turns logits into calls.
         references: method -> label -> reference activation; NaN where there is none.
-        batch_size: films per forward pass.
+        batch_size: images per forward pass.
         precision: `float32`, or `auto` for float16 where the device is faster with it and the logits of the first batch
             agree (`models.folded.inference_network`).
     """
@@ -167,7 +166,7 @@ class Predictor:
         """Open a run that `evaluate_cnn` has evaluated.
 
         Raises:
-            RunFormatError: there is no such run, it is not evaluated, its weights changed since, or films are prepared
+            RunFormatError: there is no such run, it is not evaluated, its weights changed since, or images are prepared
                 in another way now.
             ConfigError, ModelFormatError: its record or weights are not this version's.
         """
@@ -198,7 +197,7 @@ class Predictor:
 
     @property
     def transform(self) -> Transform:
-        """How films become what the network sees."""
+        """How images become what the network sees."""
         return Transform(self.trained.config.pixels.size, self.trained.config.pixels.fit)
 
     @property
@@ -213,12 +212,12 @@ class Predictor:
 
     @property
     def computed_in(self) -> str:
-        """What the films so far were scored in, such as `float32`."""
+        """What the images so far were scored in, such as `float32`."""
         network = self._ready.get("network")
         return str(mx.float32 if network is None else network.dtype).removeprefix("mlx.core.")
 
-    def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> FilmInput:
-        """A film from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
+    def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> ImageInput:
+        """An image from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
 
         Args:
             source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; or uint8 (H, W) or (H, W, 3) pixels.
@@ -227,17 +226,18 @@ class Predictor:
         """
         name = name or (str(source) if isinstance(source, (str, Path)) else "film")
         try:
-            film = self._decoded(source, recipe)
-        except FilmError as error:
-            return FilmInput(name, None, error=str(error))
-        return FilmInput(name, np.asarray(film.image), film.notes, film.concerns)
+            image = self._decoded(source, recipe)
+        except ImageError as error:
+            return ImageInput(name, None, error=str(error))
+        return ImageInput(name, np.asarray(image.image), image.notes, image.concerns)
 
-    def predict(self, films: Sequence[FilmInput], ignore_gate: bool = False) -> list[FilmAnswer]:
-        """Answers in the films' order, those that cannot be read included; `ignore_gate` as in `FilmAnswer`."""
-        readable = [film.pixels for film in films if film.pixels is not None]
+    def predict(self, images: Sequence[ImageInput], ignore_gate: bool = False) -> list[ImageAnswer]:
+        """Answers in the images' order, those that cannot be read included; `ignore_gate` as in `ImageAnswer`."""
+        readable = [image.pixels for image in images if image.pixels is not None]
         seen = iter(zip(*self._scored(np.stack(readable)), strict=True) if readable else ())
         return [
-            FilmAnswer(film) if film.pixels is None else self._answer(film, *next(seen), ignore_gate) for film in films
+            ImageAnswer(image) if image.pixels is None else self._answer(image, *next(seen), ignore_gate)
+            for image in images
         ]
 
     def _scored(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -253,23 +253,23 @@ class Predictor:
                 self._take(inference_network(self.trained.model, trial))
             scored = self._batch(batch)
             if self._ready["network"].dtype != mx.float32 and not np.isfinite(scored[0]).all():
-                # A film beyond the range of float16, which the first batch did not show.
+                # An image beyond the range of float16, which the first batch did not show.
                 self._take(FoldedResNet18.of(self.trained.model))
                 scored = self._batch(batch)
             for parts, part in zip((logits, features), scored, strict=True):
                 parts.append(part[: len(pixels) - start])
         return np.concatenate(logits), np.concatenate(features)
 
-    def _batch(self, films: mx.array) -> tuple[np.ndarray, np.ndarray]:
-        a = self._ready["trunk"](films)
+    def _batch(self, images: mx.array) -> tuple[np.ndarray, np.ndarray]:
+        a = self._ready["trunk"](images)
         return np.array(self._ready["network"].head(a).astype(mx.float32)), np.array(a)
 
     def _take(self, network: FoldedResNet18) -> None:
-        self._ready.update(network=network, trunk=film_features(network))
+        self._ready.update(network=network, trunk=image_features(network))
 
     def predict_files(
         self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
-    ) -> Iterator[FilmAnswer]:
+    ) -> Iterator[ImageAnswer]:
         """Answers for files, in their order; a batch is decoded while the one before it is scored."""
         paths = iter(paths)
         with ThreadPoolExecutor(max_workers=workers) as readers:
@@ -279,11 +279,11 @@ class Predictor:
 
             coming = begin()
             while coming:
-                films = [future.result() for future in coming]
+                images = [future.result() for future in coming]
                 coming = begin()
-                yield from self.predict(films, ignore_gate)
+                yield from self.predict(images, ignore_gate)
 
-    def maps(self, answer: FilmAnswer, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
+    def maps(self, answer: ImageAnswer, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
         """float32 (K, h, w): maps of findings as shares of their reference activation, as `explain.maps.scale_maps`.
 
         They are made from the features of the pass that gave the answer. NaN for a finding whose maps were zero on all
@@ -291,23 +291,23 @@ class Predictor:
 
         Raises:
             KeyError: the run has no reference for this method or finding.
-            ValueError: the film could not be read.
+            ValueError: the image could not be read.
         """
         if answer.features is None:
-            raise ValueError(f"{answer.film.name}: {answer.film.error}")
+            raise ValueError(f"{answer.image.name}: {answer.image.error}")
         reference = np.array([self.references[method][label] for label in labels])
         network = self._ready.get("network") or FoldedResNet18.of(self.trained.model)
         a = mx.array(answer.features)[None]
         return scale_maps(maps_of_features(network, a, labels, method).raw[:, 0], reference)
 
-    def _answer(self, film: FilmInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> FilmAnswer:
+    def _answer(self, image: ImageInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> ImageAnswer:
         decided = self.points.decide(logits[None])
-        return FilmAnswer(film, logits, decided.probabilities[0], decided.states[0], features.copy(), ignore_gate)
+        return ImageAnswer(image, logits, decided.probabilities[0], decided.states[0], features.copy(), ignore_gate)
 
-    def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> Film:
+    def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> DecodedImage:
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or not source.size:
-                raise FilmError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
+                raise ImageError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
             content = io.BytesIO()
             Image.fromarray(source).save(content, "PNG", compress_level=0)
             source = content.getvalue()

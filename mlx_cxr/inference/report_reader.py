@@ -14,12 +14,12 @@ from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import RunFormatError
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.reports import has_headings, section_texts, select
 from mlx_cxr.evaluation.operating_points import FILE, OperatingPoints, read_operating_points
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.teacher.attribution import explain
-from mlx_cxr.teacher.image_embeddings import encode_films
+from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.prompt import Prompt
 from mlx_cxr.teacher.scoring import score
 from mlx_cxr.teacher.teacher_run import TrainedTeacher, what_it_reads
@@ -30,7 +30,7 @@ _WORDS = re.compile(r"\w")
 
 
 class ReportReadingError(UserError, ValueError):
-    """A report or film that this teacher cannot answer for; the message is the reason."""
+    """A report or image that this teacher cannot answer for; the message is the reason."""
 
 
 def sections_to_read(text: str, settings: TeacherConfig) -> list[tuple[str, str]]:
@@ -68,7 +68,7 @@ class ReportAnswer:
     probabilities: np.ndarray
     states: np.ndarray
     _prompt: Prompt = field(repr=False)
-    _film: np.ndarray | None = field(repr=False)
+    _image: np.ndarray | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ReportReader:
         return what_it_reads(self.teacher.config)
 
     @property
-    def needs_film(self) -> bool:
-        """Whether it looks at a film too."""
+    def needs_image(self) -> bool:
+        """Whether it looks at an image too."""
         return self.teacher.config.teacher.modality == "image_text"
 
     @property
@@ -120,40 +120,40 @@ class ReportReader:
 
     @property
     def transform(self) -> Transform:
-        """How the film of `read` has to be prepared."""
+        """How the image of `read` has to be prepared."""
         return Transform(self.teacher.config.pixels.size, self.teacher.config.pixels.fit)
 
-    def read(self, text: str, film: np.ndarray | None = None) -> ReportAnswer:
+    def read(self, text: str, image: np.ndarray | None = None) -> ReportAnswer:
         """Answer for a report; one without headings counts as the first section that may be read.
 
         Args:
             text: the report.
-            film: uint8 (S, S) by `transform`, for a teacher that needs one.
+            image: uint8 (S, S) by `transform`, for a teacher that needs one.
 
         Raises:
-            ReportReadingError: no text, too long a text, none of the sections that it reads, or no film where it needs
+            ReportReadingError: no text, too long a text, none of the sections that it reads, or no image where it needs
                 one.
         """
         if not _WORDS.search(text):
             raise ReportReadingError("there is no text to read")
         if len(text) > LONGEST:
             raise ReportReadingError(f"{len(text):,} characters; a report has at most {LONGEST:,}")
-        if self.needs_film and film is None:
+        if self.needs_image and image is None:
             raise ReportReadingError("this teacher looks at the film too: choose or upload one")
         settings = self.teacher.config.teacher
         wanted = sections_to_read(text, settings)
         headed = has_headings(text) or settings.sections[0] == "whole"
         note = "" if headed else f"The text has no headings; all of it is taken as {settings.sections[0]}."
         tokens = None
-        if self.needs_film:
-            encoded = encode_films(self.teacher.base, np.asarray(film)[None], settings.image_size)
+        if self.needs_image:
+            encoded = encode_images(self.teacher.base, np.asarray(image)[None], settings.image_size)
             tokens = np.array(encoded.astype(mx.float16))[0]
         return self.answer(self.teacher.form.prompt(wanted), tokens, wanted, note)
 
     def answer(
         self,
         prompt: Prompt,
-        film: np.ndarray | None = None,
+        image: np.ndarray | None = None,
         sections: Sequence[tuple[str, str]] = (),
         note: str = "",
     ) -> ReportAnswer:
@@ -161,15 +161,15 @@ class ReportReader:
 
         Args:
             prompt: of the study.
-            film: float16 (T, H), its film's tokens, or None.
+            image: float16 (T, H), its image's tokens, or None.
             sections: what the prompt was made of, to be told.
             note: to be told.
         """
-        films = None if film is None else np.asarray(film)[None]
-        logits = score(self.teacher.base, self.teacher.form, [prompt], films, self.teacher.config.teacher).logits
+        images = None if image is None else np.asarray(image)[None]
+        logits = score(self.teacher.base, self.teacher.form, [prompt], images, self.teacher.config.teacher).logits
         decided = self.points.decide(logits)
         return ReportAnswer(
-            tuple(sections), prompt.cut, note, logits[0], decided.probabilities[0], decided.states[0], prompt, film
+            tuple(sections), prompt.cut, note, logits[0], decided.probabilities[0], decided.states[0], prompt, image
         )
 
     def explain(
@@ -188,7 +188,7 @@ class ReportReader:
         """
         columns = [label_index(name) for name in findings]
         teacher, settings = self.teacher, self.teacher.config.teacher
-        scores = explain(teacher.base, teacher.form, answer._prompt, answer._film, columns, settings)
+        scores = explain(teacher.base, teacher.form, answer._prompt, answer._image, columns, settings)
         return [
             TextExplanation(
                 study_id,

@@ -26,7 +26,7 @@ from mlx_cxr.evaluation.operating_points import (
     write_operating_points,
 )
 from mlx_cxr.evaluation.predictions import Predictions, write_predictions
-from mlx_cxr.evaluation.results import MEAN_OF_FILMS, evaluate
+from mlx_cxr.evaluation.results import MEAN_OF_IMAGES, evaluate
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.pages import plots
 from mlx_cxr.pages.results_page import results_markdown
@@ -41,7 +41,7 @@ def write_scores(
     manifest: Manifest,
     config: Config,
     record: Mapping[str, Any],
-    score: str = MEAN_OF_FILMS,
+    score: str = MEAN_OF_IMAGES,
 ) -> OperatingPoints:
     """Fit on validation, score test, and write what follows from it.
 

@@ -15,9 +15,9 @@ from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.models.convert import freeze, load_model
 from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import ResNet18, parameter_counts
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
-from mlx_cxr.training.scoring import film_features, predict_logits
+from mlx_cxr.training.scoring import image_features, predict_logits
 
 CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
 """The stages whose runs are opened here, and the weights that each of them leaves."""
@@ -90,7 +90,7 @@ class TrainedRun:
         """Refuse to be shown other data than the run was trained for.
 
         Args:
-            config: of the experiment whose manifest and films are to be scored.
+            config: of the experiment whose manifest and images are to be scored.
 
         Raises:
             RunFormatError: manifest, pixels, model or the synthetic flag differ; names each with both values.
@@ -116,31 +116,32 @@ class TrainedRun:
 
 
 def study_predictions(model: ResNet18, data: SplitData, batch_size: int) -> Predictions:
-    """A row per study of a split; its logit is the mean over its films."""
-    return study_level(data.frame, data.raw_labels, predict_logits(model, data.films, batch_size))
+    """A row per study of a split; its logit is the mean over its images."""
+    return study_level(data.frame, data.raw_labels, predict_logits(model, data.images, batch_size))
 
 
-def film_maps(
-    model: ResNet18, films: FilmSource, labels: Sequence[str], method: Method, batch_size: int
+def image_maps(
+    model: ResNet18, images: ImageSource, labels: Sequence[str], method: Method, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maps of every film of a source, all labels in one pass per batch.
+    """Maps of every image of a source, all labels in one pass per batch.
 
     Returns:
         float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`), and the logits (N, 14) of the same passes.
     """
-    maps, logits = film_maps_by(model, films, labels, [method], batch_size)
+    maps, logits = image_maps_by(model, images, labels, [method], batch_size)
     return maps[method], logits
 
 
-def film_maps_by(
-    model: ResNet18, films: FilmSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
+def image_maps_by(
+    model: ResNet18, images: ImageSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
 ) -> tuple[dict[Method, np.ndarray], np.ndarray]:
-    """As `film_maps`, by several methods, for which the trunk runs once."""
+    """As `image_maps`, by several methods, for which the trunk runs once."""
     network = FoldedResNet18.of(model)
-    trunk = film_features(network)
-    batches = [np.arange(len(films))[i : i + batch_size] for i in range(0, len(films), batch_size)]
+    trunk = image_features(network)
+    batches = [np.arange(len(images))[i : i + batch_size] for i in range(0, len(images), batch_size)]
     made = [
-        [maps_of_features(network, a, labels, method) for method in methods] for a in map(trunk, films.batches(batches))
+        [maps_of_features(network, a, labels, method) for method in methods]
+        for a in map(trunk, images.batches(batches))
     ]
     raw = {method: np.concatenate([maps[i].raw for maps in made], axis=1) for i, method in enumerate(methods)}
     return raw, np.concatenate([maps[0].logits for maps in made])

@@ -78,8 +78,8 @@ def load_torchvision(path: str | Path) -> dict[str, mx.array]:
 def adapt(weights: Mapping[str, mx.array], config: ResNetConfig, seed: int = 0) -> dict[str, mx.array]:
     """Torchvision weights (nchw) as the parameters (nhwc) of a model of this configuration.
 
-    A three-channel stem becomes a one-channel one that sees a gray film as the three-channel one sees it
-    repeated. With a channel's mean m_c and deviation s_c, and M and S those of the gray film, the input of
+    A three-channel stem becomes a one-channel one that sees a gray image as the three-channel one sees it
+    repeated. With a channel's mean m_c and deviation s_c, and M and S those of the gray image, the input of
     channel c is (S x + M - m_c) / s_c, where x is the gray input. So the gray kernel is the sum over c of S /
     s_c times the channel's, and the constant left over is taken off the first BatchNorm's running mean. In
     evaluation this is exact except in the first two and last two rows and columns of the stem's output, where
@@ -323,7 +323,7 @@ def _filled(path: str | Path, arrays: Mapping[str, mx.array], config: ResNetConf
 
 
 def _gray_stem(kernel: mx.array) -> tuple[mx.array, mx.array]:
-    """One-channel kernel (64, 7, 7, 1), and the constant (64,) that three channels add for a gray film."""
+    """One-channel kernel (64, 7, 7, 1), and the constant (64,) that three channels add for a gray image."""
     std = mx.array(RGB_STD)
     gray = (kernel * (GRAY_STD / std)).sum(axis=-1, keepdims=True)
     constant = (kernel * ((GRAY_MEAN - mx.array(RGB_MEAN)) / std)).sum(axis=(1, 2, 3))

@@ -105,11 +105,11 @@ def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], 
     """`function` in the form that runs fastest here; its results are evaluated.
 
     On the CPU backend a batch is worked on in parts, uncompiled: fused operations with a value per channel run there
-    element by element, and made the forward pass 1.5 times as long. Large batches go through 16 films at a time, of
+    element by element, and made the forward pass 1.5 times as long. Large batches go through 16 images at a time, of
     which more fits the cache. Elsewhere one graph is compiled per shape.
 
     Args:
-        function: of a batch to what it says of each film, such as a network in evaluation mode whose weights stay as
+        function: of a batch to what it says of each image, such as a network in evaluation mode whose weights stay as
             they are.
     """
     if not _computes_on_cpu():
@@ -138,7 +138,7 @@ def inference_network(model: ResNet18, trial: mx.array | None = None) -> FoldedR
 
     Args:
         model: the network.
-        trial: preprocessed films (N, H, W, channels) to find out with; None takes float32. On the CPU backend, whose
+        trial: preprocessed images (N, H, W, channels) to find out with; None takes float32. On the CPU backend, whose
             matrix products are fast in float32 alone, float32 is taken without a trial.
     """
     full = FoldedResNet18.of(model)

@@ -1,4 +1,4 @@
-"""ResNet-18 for chest films, split where explanation needs it: `features` up to the last map, `head` from there.
+"""ResNet-18 for chest images, split where explanation needs it: `features` up to the last map, `head` from there.
 
 He et al., Deep Residual Learning, arXiv:1512.03385; parameter names and block layout are those of torchvision's
 `resnet18`, so `convert` only has to change the weights' axes. Everything is NHWC.
@@ -23,12 +23,12 @@ class ResNetConfig:
     """What fixes the network's shape.
 
     Attributes:
-        in_channels: 1 for gray films, 3 for weights that keep ImageNet's stem.
+        in_channels: 1 for gray images, 3 for weights that keep ImageNet's stem.
         num_classes: logits; 14 findings.
         dropout: probability of dropping a pooled feature while training, in [0, 1).
         output_stride: pixels per cell of the last feature map. 32 is the published network; 16 keeps the last
             stage's stride at 1 and dilates its convolutions by 2 instead (as timm's `output_stride=16`), which
-            leaves loaded weights meaningful and makes maps of small films twice as fine.
+            leaves loaded weights meaningful and makes maps of small images twice as fine.
     """
 
     in_channels: int = 1
@@ -119,17 +119,17 @@ class ResNet18(nn.Module):
 
 
 GRAY_MEAN, GRAY_STD = 0.449, 0.226
-"""ImageNet's channel means and deviations averaged over the channels, for films in [0, 1]."""
+"""ImageNet's channel means and deviations averaged over the channels, for images in [0, 1]."""
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's own (torchvision), for the three-channel stem."""
 
 
 def preprocess(pixels: mx.array, in_channels: int) -> mx.array:
-    """Films as the network wants them; the only normalization in the package.
+    """Images as the network wants them; the only normalization in the package.
 
     Args:
         pixels: (N, H, W), uint8 in [0, 255] or float in [0, 1].
-        in_channels: 1 or 3 (the gray film repeated).
+        in_channels: 1 or 3 (the gray image repeated).
 
     Returns:
         float32 (N, H, W, in_channels), standardized with ImageNet's statistics.

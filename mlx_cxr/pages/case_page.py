@@ -1,6 +1,6 @@
-"""One film on one page, to keep or to print: film, map, the 14 findings, the report's reading, and what they rest on.
+"""One image on one page, to keep or to print: image, map, the 14 findings, the report's reading, and what they rest on.
 
-Nothing of the film's file but the name that it is given is on the page.
+Nothing of the image's file but the name that it is given is on the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlx_cxr.core.formatting import NOT_CLINICAL
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, signed
-from mlx_cxr.inference.predictor import FilmAnswer
+from mlx_cxr.inference.predictor import ImageAnswer
 from mlx_cxr.inference.report_reader import ReportAnswer
 from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, map_tile
 
@@ -40,46 +40,46 @@ _NOTE_LINES = 11
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A finding that one of film and report is called present by, and the other absent.
+    """A finding that one of image and report is called present by, and the other absent.
 
     Attributes:
         finding: its name.
-        film_state: PRESENT or ABSENT.
+        image_state: PRESENT or ABSENT.
         report_state: the other one.
-        film_probability: calibrated, in [0, 1].
+        image_probability: calibrated, in [0, 1].
         report_probability: calibrated, in [0, 1].
     """
 
     finding: str
-    film_state: int
+    image_state: int
     report_state: int
-    film_probability: float
+    image_probability: float
     report_probability: float
 
     def words(self) -> str:
-        """`Edema: film absent (p 0.12), report present (p 0.93)`.
+        """`Edema: image absent (p 0.12), report present (p 0.93)`.
 
         Of a report, absent means denied or not mentioned: labels do not tell the two apart where empty counts as 0.
         """
         report = "present" if self.report_state == PRESENT else "denies it or does not mention it"
         return (
-            f"{self.finding}: film {STATE_WORDS[self.film_state]} (p {self.film_probability:.2f}), "
+            f"{self.finding}: film {STATE_WORDS[self.image_state]} (p {self.image_probability:.2f}), "
             f"report {report} (p {self.report_probability:.2f})"
         )
 
 
 @dataclass(frozen=True)
 class ModelReading:
-    """An image model's answer for the film.
+    """An image model's answer for the image.
 
     Attributes:
         name: of the run.
-        answer: for the film; of a film that could be read.
+        answer: for the image; of an image that could be read.
         points: the run's.
     """
 
     name: str
-    answer: FilmAnswer
+    answer: ImageAnswer
     points: OperatingPoints
 
 
@@ -122,13 +122,13 @@ class CasePage:
             raise ValueError("a report's answer needs its operating points")
 
 
-def disagreements(film: FilmAnswer, report: ReportAnswer) -> list[Disagreement]:
+def disagreements(image: ImageAnswer, report: ReportAnswer) -> list[Disagreement]:
     """The findings that both call, and call differently; where either abstains there is no call to differ."""
-    if film.states is None or film.probabilities is None:
+    if image.states is None or image.probabilities is None:
         return []
     return [
-        Disagreement(label, int(a), int(b), float(film.probabilities[k]), float(report.probabilities[k]))
-        for k, (label, a, b) in enumerate(zip(LABELS, film.states, report.states, strict=True))
+        Disagreement(label, int(a), int(b), float(image.probabilities[k]), float(report.probabilities[k]))
+        for k, (label, a, b) in enumerate(zip(LABELS, image.states, report.states, strict=True))
         if {int(a), int(b)} == {PRESENT, ABSENT}
     ]
 
@@ -137,7 +137,7 @@ def by_margin(probabilities: np.ndarray, points: OperatingPoints) -> list[int]:
     """Columns of the 14 findings, those furthest above their thresholds first, by the difference of log odds.
 
     A threshold of 0.1 is as much of a hurdle for a rare finding as 0.5 for a common one, so that probabilities alone
-    would put common findings first on every film.
+    would put common findings first on every image.
     """
 
     def log_odds(p: np.ndarray) -> np.ndarray:
@@ -180,23 +180,23 @@ def _warning(synthetic: bool) -> str:
 
 
 def _head(figure: Figure, case: CasePage, made: datetime) -> None:
-    film = case.models[0].answer.film
+    image = case.models[0].answer.image
     figure.text(0.06, 0.968, "Chest film, read by a research model", size=15, weight="bold", color=_INK, va="center")
     figure.text(0.94, 0.968, made.strftime("%Y-%m-%d %H:%M"), size=8.5, color=_DIM, ha="right", va="center")
     named = " and ".join(model.name for model in case.models)
-    figure.text(0.06, 0.948, _short(f"{film.name}   ·   {named}", 110), size=9, color=_DIM, va="center")
+    figure.text(0.06, 0.948, _short(f"{image.name}   ·   {named}", 110), size=9, color=_DIM, va="center")
     box = {"boxstyle": "round,pad=0.5", "facecolor": "#fff3d6", "edgecolor": "#e0a72e"}
     figure.text(0.065, 0.923, _warning(case.synthetic), size=8.5, weight="bold", color=_WARNING, va="center", bbox=box)
-    if film.concerns:
-        concerns = f"The film {'; '.join(film.concerns)}."
+    if image.concerns:
+        concerns = f"The film {'; '.join(image.concerns)}."
         figure.text(0.06, 0.903, _short(concerns, 118), size=8.5, color=_WARNING, va="center")
 
 
 def _pictures(figure: Figure, case: CasePage) -> None:
     side, base, reading = 0.40, 0.606, case.models[0]
     height = side * _WIDTH / _HEIGHT
-    film = reading.answer.film.pixels
-    _picture(figure, (0.06, base, side, height), film, "the film as the model sees it")
+    image = reading.answer.image.pixels
+    _picture(figure, (0.06, base, side, height), image, "the film as the model sees it")
     k = label_index(case.finding)
     threshold = reading.points.tuned_thresholds[k]
     said = Reading(case.finding, float(reading.answer.probabilities[k]), float(threshold), method=case.method)
@@ -206,7 +206,7 @@ def _pictures(figure: Figure, case: CasePage) -> None:
     drawable = case.heat is not None and np.isfinite(case.heat).all() and (not why or case.show_withheld)
     at = (0.50, base, side, height)
     if not drawable:
-        _picture(figure, at, (film * 0.3).astype(np.uint8), f"{case.finding}: map withheld")
+        _picture(figure, at, (image * 0.3).astype(np.uint8), f"{case.finding}: map withheld")
         reason = f"map withheld:\n{why or 'none was made'}"
         figure.text(0.70, base + height / 2, reason, color="white", ha="center", va="center", size=10)
         return
@@ -214,7 +214,7 @@ def _pictures(figure: Figure, case: CasePage) -> None:
     _picture(
         figure,
         at,
-        np.asarray(map_tile(film, case.heat, 640, case.opacity)),
+        np.asarray(map_tile(image, case.heat, 640, case.opacity)),
         caption + ", withheld, shown on request" * bool(why),
     )
     _scale(figure, (0.912, base, 0.014, height), case.opacity)
@@ -228,7 +228,7 @@ def _picture(figure: Figure, at: tuple[float, float, float, float], pixels: np.n
 
 
 def _scale(figure: Figure, at: tuple[float, float, float, float], opacity: float) -> None:
-    """The map's colours as they look on a mid-gray film."""
+    """The map's colours as they look on a mid-gray image."""
     ax = figure.add_axes(at)
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(256, axis=1)
     ax.imshow(

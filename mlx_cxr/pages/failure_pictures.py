@@ -1,4 +1,4 @@
-"""Errors as pictures: the film beside the student's map of the finding that it got wrong."""
+"""Errors as pictures: the image beside the student's map of the finding that it got wrong."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pandas as pd
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import label_index
 from mlx_cxr.core.runs import RunFormatError
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.explain.maps import fit_reference, scale_maps
-from mlx_cxr.inference.trained_run import TrainedRun, film_maps
+from mlx_cxr.inference.trained_run import TrainedRun, image_maps
 from mlx_cxr.pages.overlay import Reading, draw_overlay, save_picture
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import Cohort
 
 IMAGES = "images"
@@ -30,7 +30,7 @@ def draw_failures(
 ) -> list[str]:
     """Draw each of some errors, one atomic write per picture, and remove pictures of an earlier analysis.
 
-    Of a study's films the one with the highest score of the finding is shown. Maps are scaled by their reference
+    Of a study's images the one with the highest score of the finding is shown. Maps are scaled by their reference
     activation on validation, as in `findings.md`; that of a call below the threshold is shown too, and says so.
 
     Args:
@@ -44,7 +44,7 @@ def draw_failures(
         The pictures' paths relative to `folder`, one for each row, in their order.
 
     Raises:
-        RunFormatError: a study has no film in the pixel store.
+        RunFormatError: a study has no image in the pixel store.
     """
     names = [_name(place, row) for place, row in enumerate(failures.to_dict("records"), start=1)]
     if len(failures):
@@ -61,11 +61,11 @@ def _draw(
     validation, test = cohort.split("validate"), cohort.split("test")
     labels = tuple(dict.fromkeys(failures["label"]))
     method, batch = config.explain.method, config.evaluation.batch_size
-    reference = fit_reference(film_maps(trained.model, validation.films, labels, method, batch)[0])
+    reference = fit_reference(image_maps(trained.model, validation.images, labels, method, batch)[0])
     frame = test.frame[test.frame["study_id"].isin(failures["study_id"])]
-    pixels = np.array(test.films.batch(frame.index.to_numpy()))
-    films = FilmSource(pixels, np.arange(len(pixels)), config.training.pixel_budget_gb)
-    raw, logits = film_maps(trained.model, films, labels, method, batch)
+    pixels = np.array(test.images.batch(frame.index.to_numpy()))
+    images = ImageSource(pixels, np.arange(len(pixels)), config.training.pixel_budget_gb)
+    raw, logits = image_maps(trained.model, images, labels, method, batch)
     transform = Transform(config.pixels.size, config.pixels.fit)
     masked = has_masks(config.data.root)
     studies = frame["study_id"].to_numpy(dtype=str)
@@ -77,20 +77,22 @@ def _draw(
                 f"{config.pixels_path} has no film of study {row['study_id']}, which {trained.folder} has scored; "
                 f"run evaluate_cnn --run_name {trained.folder.name} again"
             )
-        film, k = rows[np.argmax(logits[rows, label_index(label)])], labels.index(label)
+        image, k = rows[np.argmax(logits[rows, label_index(label)])], labels.index(label)
         reading = Reading(
             label,
             row["probability"],
             row["threshold"],
             float(row["raw_label"]),
-            str(frame["image_id"].iloc[film]),
+            str(frame["image_id"].iloc[image]),
             method,
             config.data.synthetic,
             row["abstention"],
         )
-        mask = load_masks(config.data.root, frame["path"].iloc[film], transform, [label]).get(label) if masked else None
-        heat = scale_maps(raw[k : k + 1, film], reference[k : k + 1])[0]
-        save_picture(folder / name, draw_overlay(pixels[film], heat, reading, mask, SIDE, show_withheld=True))
+        mask = (
+            load_masks(config.data.root, frame["path"].iloc[image], transform, [label]).get(label) if masked else None
+        )
+        heat = scale_maps(raw[k : k + 1, image], reference[k : k + 1])[0]
+        save_picture(folder / name, draw_overlay(pixels[image], heat, reading, mask, SIDE, show_withheld=True))
 
 
 def _name(place: int, row: Mapping[str, Any]) -> str:

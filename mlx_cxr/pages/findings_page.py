@@ -32,8 +32,8 @@ class Case:
         outcome: one of `OUTCOMES`.
         rank: 1, 2, … within finding and outcome.
         study_id: of the study.
-        reading: what the picture says; its `film` is the film shown.
-        film: uint8 (S, S), as in the pixel store.
+        reading: what the picture says; its `image` is the image shown.
+        image: uint8 (S, S), as in the pixel store.
         heat: float (h, w) of `scale_maps`.
         mask: bool (S, S) of the finding, or None.
         text: of the manifest, or empty.
@@ -43,7 +43,7 @@ class Case:
     rank: int
     study_id: str
     reading: Reading
-    film: np.ndarray
+    image: np.ndarray
     heat: np.ndarray
     mask: np.ndarray | None = None
     text: str = ""
@@ -115,7 +115,7 @@ def write_pictures(folder: str | Path, cases: Sequence[Case], side: int = 320) -
     """
     paths = []
     for case in cases:
-        picture = draw_overlay(case.film, case.heat, case.reading, case.mask, side, show_withheld=True)
+        picture = draw_overlay(case.image, case.heat, case.reading, case.mask, side, show_withheld=True)
         paths.append(save_picture(Path(folder) / case.picture, picture))
     return paths
 
@@ -198,7 +198,7 @@ def _case(case: Case) -> list[str]:
     empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
     quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
     return [
-        f"**{case.rank}.** study `{case.study_id}`, film `{reading.film}`",
+        f"**{case.rank}.** study `{case.study_id}`, film `{reading.image}`",
         "",
         f"![{title}]({case.picture})",
         "",

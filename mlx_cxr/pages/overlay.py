@@ -1,8 +1,8 @@
-"""Films with their maps as pictures that can be read alone: scale, probability, threshold, label and warning.
+"""Images with their maps as pictures that can be read alone: scale, probability, threshold, label and warning.
 
-The film stands beside the overlay, as the map hides what it lies on. Opacity grows with the map, so that a
-region without evidence shows the plain film. The scale is the share of the finding's reference activation
-(`maps.scale_maps`), the same for every film. A map is withheld where the calibrated probability lies below
+The image stands beside the overlay, as the map hides what it lies on. Opacity grows with the map, so that a
+region without evidence shows the plain image. The scale is the share of the finding's reference activation
+(`maps.scale_maps`), the same for every image. A map is withheld where the calibrated probability lies below
 the tuned threshold, as a map of an absent finding misleads; on CheXlocalize (Saporta et al., Nature Machine
 Intelligence 2022) such gating raised the validation mIoU of Grad-CAM for Edema from .063 to .233.
 
@@ -48,7 +48,7 @@ MAX_OPACITY = 0.72
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model and the report say of one finding on one film.
+    """What the model and the report say of one finding on one image.
 
     Attributes:
         finding: its name.
@@ -56,11 +56,11 @@ class Reading:
         threshold: tuned on validation, in [0, 1]; NaN where none could be tuned, and then the map is
             withheld.
         label: the source's value: 1, 0, -1 or NaN for not mentioned.
-        film: id to print, or empty.
+        image: id to print, or empty.
         method: which map, a key of `METHOD_NAMES`.
         synthetic: the model was trained on the synthetic cohort; the picture then says so.
         abstention: why the model makes no call, in words (`OperatingPoints.reason`); empty where it makes one.
-        own_film: the film is a user's, not one of the cohort.
+        own_image: the image is a user's, not one of the cohort.
 
     Raises:
         ValueError: a probability or threshold out of range, or a label of another value.
@@ -71,19 +71,19 @@ class Reading:
     probability: float
     threshold: float
     label: float = math.nan
-    film: str = ""
+    image: str = ""
     method: str = "grad_cam"
     synthetic: bool = False
     abstention: str = ""
-    own_film: bool = False
+    own_image: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ValueError(f"{self.film} {self.finding}: probability is {self.probability}; it lies in [0, 1]")
+            raise ValueError(f"{self.image} {self.finding}: probability is {self.probability}; it lies in [0, 1]")
         if not (math.isnan(self.threshold) or 0 <= self.threshold <= 1):
-            raise ValueError(f"{self.film} {self.finding}: threshold is {self.threshold}; it lies in [0, 1]")
+            raise ValueError(f"{self.image} {self.finding}: threshold is {self.threshold}; it lies in [0, 1]")
         if not (math.isnan(self.label) or self.label in (1, 0, -1)):
-            raise ValueError(f"{self.film} {self.finding}: label is {self.label}; it is 1, 0, -1 or NaN")
+            raise ValueError(f"{self.image} {self.finding}: label is {self.label}; it is 1, 0, -1 or NaN")
         if self.method not in METHOD_NAMES:
             raise KeyError(f"unknown method {self.method!r}; there are: {', '.join(METHOD_NAMES)}")
 
@@ -103,11 +103,11 @@ class Reading:
         return "not mentioned" if math.isnan(self.label) else {1: "present", 0: "absent", -1: "uncertain"}[self.label]
 
     def summary(self) -> str:
-        """One line: probability against threshold, and the report's label of a cohort's film."""
+        """One line: probability against threshold, and the report's label of a cohort's image."""
         probability, threshold = self._numbers()
         verdict = f"{'≥' if self.above_threshold else '<'} threshold {threshold}" if threshold else "no threshold"
         text = f"calibrated p = {probability} {verdict}"
-        return text if self.own_film else f"{text}   ·   report label: {self.label_words}"
+        return text if self.own_image else f"{text}   ·   report label: {self.label_words}"
 
     def withheld(self, heat: np.ndarray) -> str:
         """Why the map should not be shown, or an empty string."""
@@ -129,22 +129,22 @@ class Reading:
 
 
 def draw_overlay(
-    film: np.ndarray,
+    image: np.ndarray,
     heat: np.ndarray,
     reading: Reading,
     mask: np.ndarray | None = None,
     side: int = 448,
     show_withheld: bool = False,
 ) -> Image.Image:
-    """One finding on one film: the film, the film under its map, a colour bar, and what was predicted and
+    """One finding on one image: the image, the image under its map, a colour bar, and what was predicted and
     reported.
 
     Args:
-        film: uint8 (S, S), as in the pixel store.
-        heat: float (h, w) of `scale_maps`, at any resolution, in the film's frame; 1 is the reference
+        image: uint8 (S, S), as in the pixel store.
+        heat: float (h, w) of `scale_maps`, at any resolution, in the image's frame; 1 is the reference
             activation.
         reading: what is printed, and what gates the map.
-        mask: bool or 0/255 (S, S) in the film's frame, drawn as an outline; None draws none.
+        mask: bool or 0/255 (S, S) in the image's frame, drawn as an outline; None draws none.
         side: pixels per panel side, at least 256.
         show_withheld: draw a map that is below its threshold too; the picture says so.
 
@@ -158,8 +158,8 @@ def draw_overlay(
         raise ValueError(f"side is {side}; the text needs at least 256")
     why = reading.withheld(heat)
     hidden = bool(why) and not (show_withheld and np.isfinite(heat).all())
-    left = _outlined(film_tile(film, side), mask)
-    right = _withheld_tile(film, side, why) if hidden else _outlined(map_tile(film, heat, side), mask)
+    left = _outlined(image_tile(image, side), mask)
+    right = _withheld_tile(image, side, why) if hidden else _outlined(map_tile(image, heat, side), mask)
 
     bar_width = 74
     width = 2 * _MARGIN + 2 * side + 2 * _GAP + bar_width
@@ -178,15 +178,15 @@ def draw_overlay(
         draw.text((at, top + side + 8), _fitted(caption, 13, side), _DIM, _font(13))
     if not hidden:
         _colour_bar(canvas, (columns[1] + side + _GAP, top), side)
-    _footer(draw, (_MARGIN, top + side + bottom - 24), footer(reading.synthetic, reading.own_film), room)
+    _footer(draw, (_MARGIN, top + side + bottom - 24), footer(reading.synthetic, reading.own_image), room)
     return canvas
 
 
 def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
     draw.text((_MARGIN, 16), reading.finding, _TEXT, _font(24, bold=True))
     used = draw.textlength(reading.finding, _font(24, bold=True)) + 24
-    film = _fitted(reading.film, 13, room - used)
-    draw.text((_MARGIN + room, 26), film, _DIM, _font(13), anchor="ra")
+    image = _fitted(reading.image, 13, room - used)
+    draw.text((_MARGIN + room, 26), image, _DIM, _font(13), anchor="ra")
     summary = _fitted(reading.summary(), 15, room)
     draw.text((_MARGIN, 56), summary, _TEXT, _font(15))
     if reading.abstention:
@@ -208,7 +208,7 @@ def _footer(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, room: int
 
 
 def _colour_bar(canvas: Image.Image, at: tuple[int, int], height: int) -> None:
-    """The scale as it looks on a mid-gray film, with ticks at quarters."""
+    """The scale as it looks on a mid-gray image, with ticks at quarters."""
     draw = ImageDraw.Draw(canvas)
     x, y = at
     ramp = np.linspace(1, 0, height, dtype=np.float32)[:, None].repeat(16, axis=1)
@@ -227,33 +227,33 @@ def _colour_bar(canvas: Image.Image, at: tuple[int, int], height: int) -> None:
     canvas.paste(label, (x + 56, y + (height - label.height) // 2))
 
 
-def film_tile(film: np.ndarray, side: int) -> Image.Image:
-    """A film (S, S) uint8 as an RGB picture of `side` pixels."""
-    film = np.asarray(film)
-    if film.ndim != 2 or film.dtype != np.uint8:
-        raise ValueError(f"film is {film.dtype} {film.shape}; expected uint8 (S, S), as in the pixel store")
-    return Image.fromarray(film).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
+def image_tile(image: np.ndarray, side: int) -> Image.Image:
+    """An image (S, S) uint8 as an RGB picture of `side` pixels."""
+    image = np.asarray(image)
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise ValueError(f"film is {image.dtype} {image.shape}; expected uint8 (S, S), as in the pixel store")
+    return Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def map_tile(film: np.ndarray, heat: np.ndarray, side: int, opacity: float = MAX_OPACITY) -> Image.Image:
-    """A film (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels.
+def map_tile(image: np.ndarray, heat: np.ndarray, side: int, opacity: float = MAX_OPACITY) -> Image.Image:
+    """An image (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels.
 
     `opacity`, in [0, 1], is that of the colours at the map's full strength.
     """
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not np.isfinite(heat).all():
         raise ValueError(f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps")
-    gray = np.asarray(film_tile(film, side).getchannel(0))
-    return Image.fromarray(_blend(gray, upsample(heat, side, film=np.shape(film)[0]), opacity))
+    gray = np.asarray(image_tile(image, side).getchannel(0))
+    return Image.fromarray(_blend(gray, upsample(heat, side, image=np.shape(image)[0]), opacity))
 
 
-def mask_tile(film: np.ndarray, mask: np.ndarray, side: int) -> Image.Image:
-    """A film (S, S) uint8 with the outline of a mask (S, S), as an RGB picture of `side` pixels."""
-    return _outlined(film_tile(film, side), mask)
+def mask_tile(image: np.ndarray, mask: np.ndarray, side: int) -> Image.Image:
+    """An image (S, S) uint8 with the outline of a mask (S, S), as an RGB picture of `side` pixels."""
+    return _outlined(image_tile(image, side), mask)
 
 
-def _withheld_tile(film: np.ndarray, side: int, why: str) -> Image.Image:
-    tile = film_tile(film, side).point(lambda value: value * 0.3)
+def _withheld_tile(image: np.ndarray, side: int, why: str) -> Image.Image:
+    tile = image_tile(image, side).point(lambda value: value * 0.3)
     draw = ImageDraw.Draw(tile)
     centre = side // 2
     draw.text((centre, centre - 30), "map withheld", _TEXT, _font(20, bold=True), anchor="mm")
@@ -267,7 +267,7 @@ def _colours() -> np.ndarray:
 
 
 def _blend(gray: np.ndarray, heat: np.ndarray, most: float = MAX_OPACITY) -> np.ndarray:
-    """uint8 (H, W, 3): the gray film under colours whose opacity grows with the map, from none at 0."""
+    """uint8 (H, W, 3): the gray image under colours whose opacity grows with the map, from none at 0."""
     heat = np.clip(heat, 0.0, 1.0)
     opacity = (most * heat**0.7)[..., None]
     colour = _colours()[np.rint(heat * 255).astype(np.uint8)]
@@ -307,17 +307,17 @@ def montage(
     title: str = "",
     synthetic: bool = False,
     scale: bool = True,
-    own_films: bool = False,
+    own_images: bool = False,
 ) -> Image.Image:
     """A grid of captioned pictures, row by row, with the colour bar and the warning.
 
     Args:
-        tiles: all of one size; `film_tile`, `map_tile`, `mask_tile` make them.
+        tiles: all of one size; `image_tile`, `map_tile`, `mask_tile` make them.
         columns: tiles per row.
         title: a line above, or empty.
         synthetic: the model was trained on the synthetic cohort; the footer then says so.
         scale: draw the colour bar beside the first row; False where no tile shows a map.
-        own_films: the films are a user's, not the cohort's.
+        own_images: the images are a user's, not the cohort's.
 
     Returns:
         An RGB picture.
@@ -345,7 +345,7 @@ def montage(
         draw.text((x, y + tile_height + 7), _fitted(tile.caption, 14, tile_width), _TEXT, _font(14))
     if scale:
         _colour_bar(canvas, (width - _MARGIN - 74, top), tile_height)
-    _footer(draw, (_MARGIN, height - 32), footer(synthetic, own_films), width - 2 * _MARGIN)
+    _footer(draw, (_MARGIN, height - 32), footer(synthetic, own_images), width - 2 * _MARGIN)
     return canvas
 
 

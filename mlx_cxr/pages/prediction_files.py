@@ -1,13 +1,13 @@
-"""What `predict` leaves: a table with a row per film, overlays, and contact sheets.
+"""What `predict` leaves: a table with a row per image, overlays, and contact sheets.
 
-Columns of `films.csv`, UTF-8 with a header:
+Columns of `images.csv`, UTF-8 with a header:
 
 - `file`: as it was given; `./` is put before a name that a spreadsheet would take for a formula, and bytes that are no
   UTF-8 are written as `\\xNN`.
-- `status`: `answered`; `questionable`, where it does not look like a frontal chest film; `unreadable`.
+- `status`: `answered`; `questionable`, where it does not look like a frontal chest image; `unreadable`.
 - `reason`: why it is one of the latter two. `notes`: what else is worth knowing, such as `16-bit`.
 - for each of `labels.LABELS`, in that order, `<label> probability` (calibrated, in [0, 1]), `<label> threshold` and
-  `<label> call`: `present`, `absent` or `abstain`. Empty for a film that is not answered.
+  `<label> call`: `present`, `absent` or `abstain`. Empty for an image that is not answered.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS
-from mlx_cxr.inference.predictor import MAPPED, FilmAnswer, Predictor
+from mlx_cxr.inference.predictor import MAPPED, ImageAnswer, Predictor
 from mlx_cxr.pages.case_page import by_margin
-from mlx_cxr.pages.overlay import Reading, Tile, draw_overlay, film_tile, map_tile, montage, save_picture
+from mlx_cxr.pages.overlay import Reading, Tile, draw_overlay, image_tile, map_tile, montage, save_picture
 
 COLUMNS: tuple[str, ...] = (
     "file",
@@ -42,12 +42,12 @@ _NOTHING = LABELS.index("No Finding")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def row_of(answer: FilmAnswer, predictor: Predictor) -> dict[str, str]:
-    """A film's row of `films.csv`."""
-    film = answer.film
+def row_of(answer: ImageAnswer, predictor: Predictor) -> dict[str, str]:
+    """An image's row of `images.csv`."""
+    image = answer.image
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"file": cell_of(film.name), "status": answer.status, "notes": "; ".join(film.notes)}
-    row["reason"] = film.error or "; ".join(film.concerns)
+    row |= {"file": cell_of(image.name), "status": answer.status, "notes": "; ".join(image.notes)}
+    row["reason"] = image.error or "; ".join(image.concerns)
     if answer.answered:
         for k, label in enumerate(LABELS):
             row[f"{label} probability"] = f"{answer.probabilities[k]:.6f}"
@@ -58,7 +58,7 @@ def row_of(answer: FilmAnswer, predictor: Predictor) -> dict[str, str]:
 
 
 def cell_of(name: str) -> str:
-    """A file's name as it stands in `films.csv`."""
+    """A file's name as it stands in `images.csv`."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return f"./{text}" if text[:1] in _FORMULA else text
 
@@ -69,8 +69,8 @@ def shown_name(name: str) -> str:
 
 
 @contextmanager
-def films_table(path: Path) -> Iterator[csv.DictWriter]:
-    """A writer of `films.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
+def images_table(path: Path) -> Iterator[csv.DictWriter]:
+    """A writer of `images.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
     stopped = None
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -83,7 +83,7 @@ def films_table(path: Path) -> Iterator[csv.DictWriter]:
         raise stopped
 
 
-def called_findings(answer: FilmAnswer, predictor: Predictor) -> list[str]:
+def called_findings(answer: ImageAnswer, predictor: Predictor) -> list[str]:
     """The findings called present, those furthest above their thresholds first; No Finding is none."""
     order = by_margin(answer.probabilities, predictor.points)
     return [LABELS[k] for k in order if answer.states[k] == PRESENT and LABELS[k] in MAPPED]
@@ -97,7 +97,7 @@ class FindingMap:
     heat: np.ndarray
 
 
-def called_maps(answer: FilmAnswer, predictor: Predictor, most: int, method: str) -> list[FindingMap]:
+def called_maps(answer: ImageAnswer, predictor: Predictor, most: int, method: str) -> list[FindingMap]:
     """Maps of `most` called findings at most, in the order of `called_findings`."""
     findings = called_findings(answer, predictor)[:most]
     heats = predictor.maps(answer, findings, method) if findings else ()
@@ -105,14 +105,14 @@ def called_maps(answer: FilmAnswer, predictor: Predictor, most: int, method: str
 
 
 def write_overlays(
-    folder: Path, number: int, answer: FilmAnswer, predictor: Predictor, maps: Sequence[FindingMap], method: str
+    folder: Path, number: int, answer: ImageAnswer, predictor: Predictor, maps: Sequence[FindingMap], method: str
 ) -> None:
-    """Write the film with each map as `<number>_<file>_<finding>.png`.
+    """Write the image with each map as `<number>_<file>_<finding>.png`.
 
     Args:
         folder: gets them.
-        number: of the film in the table, from 1, as files of different folders may have one name.
-        answer: of a film that is answered.
+        number: of the image in the table, from 1, as files of different folders may have one name.
+        answer: of an image that is answered.
         predictor: that gave it.
         maps: of `called_maps`.
         method: of the maps.
@@ -123,21 +123,21 @@ def write_overlays(
             one.finding,
             float(answer.probabilities[k]),
             float(predictor.points.thresholds.values[k]),
-            film=shown_name(answer.film.name),
+            image=shown_name(answer.image.name),
             method=method,
             synthetic=predictor.synthetic,
-            own_film=True,
+            own_image=True,
         )
         # File systems allow 255 bytes, which a long name of its own may have used up.
-        stem = Path(shown_name(answer.film.name)).stem.encode()[:100].decode(errors="ignore")
+        stem = Path(shown_name(answer.image.name)).stem.encode()[:100].decode(errors="ignore")
         name = f"{number:05}_{stem}_{one.finding.replace(' ', '_')}.png"
-        save_picture(folder / name, draw_overlay(answer.film.pixels, one.heat, reading))
+        save_picture(folder / name, draw_overlay(answer.image.pixels, one.heat, reading))
 
 
 class ContactSheets:
-    """Pages of 48 films, written one by one as they fill up: `contact_sheet_01.png`, ….
+    """Pages of 48 images, written one by one as they fill up: `contact_sheet_01.png`, ….
 
-    Each film lies under the map of its called finding that is furthest above its threshold, where there is one.
+    Each image lies under the map of its called finding that is furthest above its threshold, where there is one.
 
     Args:
         folder: gets the pages.
@@ -149,8 +149,8 @@ class ContactSheets:
         self._tiles: list[Tile] = []
         self.pages: list[Path] = []
 
-    def add(self, answer: FilmAnswer, maps: Sequence[FindingMap] = ()) -> None:
-        """Put a film on the page, under the first of its maps."""
+    def add(self, answer: ImageAnswer, maps: Sequence[FindingMap] = ()) -> None:
+        """Put an image on the page, under the first of its maps."""
         self._tiles.append(self._tile(answer, maps))
         if len(self._tiles) == _ACROSS * _DOWN:
             self.finish()
@@ -161,21 +161,21 @@ class ContactSheets:
             return
         number = len(self.pages) + 1
         title = f"{self._predictor.trained.folder.name}: films, page {number}"
-        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic, own_films=True)
+        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic, own_images=True)
         self.pages.append(save_picture(self._folder / f"contact_sheet_{number:02}.png", sheet))
         self._tiles = []
 
-    def _tile(self, answer: FilmAnswer, maps: Sequence[FindingMap]) -> Tile:
-        film = answer.film
-        name = shown_name(film.name)
-        if film.pixels is None:
-            return Tile(_worded(Image.new("RGB", (_TILE, _TILE), (40, 44, 52)), name, film.error or ""), "unreadable")
-        picture = film_tile(film.pixels, _TILE)
+    def _tile(self, answer: ImageAnswer, maps: Sequence[FindingMap]) -> Tile:
+        image = answer.image
+        name = shown_name(image.name)
+        if image.pixels is None:
+            return Tile(_worded(Image.new("RGB", (_TILE, _TILE), (40, 44, 52)), name, image.error or ""), "unreadable")
+        picture = image_tile(image.pixels, _TILE)
         if not answer.answered:
             dark = picture.point(lambda value: value * 0.35)
-            return Tile(_worded(dark, name, "; ".join(film.concerns)), "not answered")
+            return Tile(_worded(dark, name, "; ".join(image.concerns)), "not answered")
         if maps and np.isfinite(maps[0].heat).all():
-            picture = map_tile(film.pixels, maps[0].heat, _TILE)
+            picture = map_tile(image.pixels, maps[0].heat, _TILE)
         called, words = called_findings(answer, self._predictor), "nothing called present"
         if called or answer.states[_NOTHING] == PRESENT:
             first = called[0] if called else LABELS[_NOTHING]
@@ -185,7 +185,7 @@ class ContactSheets:
 
 
 def _worded(tile: Image.Image, name: str, reason: str) -> Image.Image:
-    """A tile with a film's name on top, and a reason across it."""
+    """A tile with an image's name on top, and a reason across it."""
     tile = tile.copy()
     draw = ImageDraw.Draw(tile)
     shown = name if len(name) <= 30 else f"…{name[-29:]}"

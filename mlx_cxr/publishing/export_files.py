@@ -26,7 +26,7 @@ _GEOMETRY = {
 
 
 def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
-    """Content of `preprocessing.json`: how a film becomes the network's input, in numbers and in words.
+    """Content of `preprocessing.json`: how an image becomes the network's input, in numbers and in words.
 
     Returns:
         `transform`, `normalization` and `dicom_recipe` as `training.preprocessing` records them, `input` (shapes and
@@ -144,5 +144,5 @@ def _public_section(section: Section) -> dict[str, Any]:
 
 
 def _public_argument(argument: str) -> str:
-    """Such as `data.root=films` of `data.root=/home/me/films`."""
+    """Such as `data.root=images` of `data.root=/home/me/images`."""
     return "=".join(last_part(part) for part in argument.split("=", 1))

@@ -141,14 +141,14 @@ def public_name(text: str) -> str:
 
 def _intended(run: EvaluatedRun) -> list[str]:
     return [
-        f"Research on reading chest films by machine. In: {_films(run)}. Out: 14 probabilities, each with a call "
+        f"Research on reading chest films by machine. In: {_images(run)}. Out: 14 probabilities, each with a call "
         "(present or absent) or an abstention.",
         "Reproducing, comparing and criticizing the figures of this card, and studying where the model fails.",
         "For researchers and clinician-engineers who test it on their own films first.",
     ]
 
 
-def _films(run: EvaluatedRun) -> str:
+def _images(run: EvaluatedRun) -> str:
     views = run.config.data.views
     return f"chest films of the views {', '.join(views)}" if views else "chest films of any view"
 
@@ -157,7 +157,7 @@ def _out_of_scope(run: EvaluatedRun) -> list[str]:
     return [
         "Any decision about a patient: diagnosis, triage, screening, a second reading, the order of a worklist. No "
         "clearance as a medical device is recorded.",
-        f"Anything but {_films(run)}: other parts of the body, photographs of a screen, CT"
+        f"Anything but {_images(run)}: other parts of the body, photographs of a screen, CT"
         f"{', laterals' if run.config.data.views and not {*run.config.data.views} & _LATERAL_VIEWS else ''}.",
         "Films of another source than the training data, before it was tested there: scanners, patients and the habits "
         "of report writers differ.",

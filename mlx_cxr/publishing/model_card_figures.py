@@ -198,11 +198,11 @@ def maps_section(card: Card) -> list[str]:
     rows.append((f"**mean of {table['macro']['labels']}**", "", table["macro"]["hit"]))
     cells = [
         [
-            *(name, films, interval_text(hit["maps"])),
+            *(name, images, interval_text(hit["maps"])),
             *(number(hit[arm]["mean"]["value"]) for arm in _HITS),
             interval_text(hit["swapped"]["difference"]),
         ]
-        for name, films, hit in rows
+        for name, images, hit in rows
     ]
     return [
         "## Maps",

@@ -2,7 +2,7 @@
 
 Lengths are adult means with their spread (cm): inner chest width about 27 in men and 24.5 in women, lung apex to
 right dome about 20 in full inspiration, the right dome 1 to 2 higher than the left (Felson, *Principles of Chest
-Roentgenology*). The cardiothoracic ratio, heart width over inner chest width, is normal up to 0.5 on a PA film
+Roentgenology*). The cardiothoracic ratio, heart width over inner chest width, is normal up to 0.5 on a PA image
 (Danzer 1919); `HEART_WIDTH` is this model's heart at scale 1, so that a wanted ratio fixes the scale.
 """
 
@@ -23,7 +23,7 @@ DOME_CURVE_X, DOME_CURVE_Z, DOME_Z = np.float32(0.070), np.float32(0.038), np.fl
 
 @dataclass(frozen=True)
 class Patient:
-    """What stays the same from film to film. Lengths in cm.
+    """What stays the same from image to image. Lengths in cm.
 
     Attributes:
         subject_id: 8 digits.
@@ -75,7 +75,7 @@ def sample_patient(subject_id: int, rng: np.random.Generator, seed: int) -> Pati
 
 @dataclass(frozen=True)
 class Shape:
-    """What disease and posture do to the anatomy of one film.
+    """What disease and posture do to the anatomy of one image.
 
     Attributes:
         ratio: cardiothoracic ratio drawn (true widths, before magnification).

@@ -1,4 +1,4 @@
-"""The layers of one film while findings are drawn on it, and the masks of what was drawn."""
+"""The layers of one image while findings are drawn on it, and the masks of what was drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Finding:
         severity: 0 (only just visible) to 1 (extreme).
         side: -1 right, 1 left, 0 both or midline.
         kind: sub-type, such as `plate` or a lobe's name; meanings lie with the drawing function.
-        seed: fixes position and texture, so that a finding stays itself from film to film.
+        seed: fixes position and texture, so that a finding stays itself from image to image.
     """
 
     label: str
@@ -41,16 +41,16 @@ class Finding:
 
 @dataclass
 class Canvas:
-    """Layers in cm; half-grid ones are float32 (rows/2, columns/2), film-size ones (rows, columns).
+    """Layers in cm; half-grid ones are float32 (rows/2, columns/2), image-size ones (rows, columns).
 
     Attributes:
         anatomy: the patient in this posture and view.
         spaces: thickness of each pleural space with heart and mediastinum taken out, by side (half grid).
         opacity: soft tissue or fluid in place of aerated lung (half grid).
         air: bare air in place of lung, as in a pneumothorax (half grid).
-        soft: thin soft-tissue detail (film size); negative where air replaces tissue.
-        bone: excess calcium, cm of cortex (film size).
-        metal: metal and dense plastic, cm of iron (film size).
+        soft: thin soft-tissue detail (image size); negative where air replaces tissue.
+        bone: excess calcium, cm of cortex (image size).
+        metal: metal and dense plastic, cm of iron (image size).
         vessel_gain: factor on vessels' visibility (half grid), 1 without disease.
         breaks: rib fractures for the skeleton to draw.
         masks: by label, bool (rows, columns).
@@ -74,7 +74,7 @@ class Canvas:
 
     @property
     def patient(self) -> Patient:
-        """Whose film it is."""
+        """Whose image it is."""
         return self.anatomy.patient
 
     @property
@@ -93,7 +93,7 @@ class Canvas:
         self.add_mask(label, self.view.full(held) > visible)
 
     def add_mask(self, label: str, mask: np.ndarray, grow: int = 0) -> None:
-        """Add film-size bool pixels to a label's mask, widened by `grow` pixels."""
+        """Add image-size bool pixels to a label's mask, widened by `grow` pixels."""
         if grow:
             mask = binary_dilation(mask, iterations=grow)
         self.masks[label] = self.masks[label] | mask if label in self.masks else mask

@@ -1,4 +1,4 @@
-"""The plan of a synthetic cohort: patients, studies, films, reports, labels, split. Nothing is rendered here.
+"""The plan of a synthetic cohort: patients, studies, images, reports, labels, split. Nothing is rendered here.
 
 Everything follows from one seed; each patient has a stream of chance of his own, so a larger cohort begins with the
 patients of a smaller one. Only the split looks at the whole cohort.
@@ -70,15 +70,15 @@ SPLIT = {"train": 0.70, "validate": 0.13, "test": 0.17}
 
 
 @dataclass(frozen=True)
-class FilmPlan:
+class ImagePlan:
     """One exposure to render.
 
     Attributes:
-        dicom_id: the film's name, five groups of eight hex digits.
+        dicom_id: the image's name, five groups of eight hex digits.
         kind: how it is rendered.
         view_position: what the metadata say: `AP`, `PA`, `LATERAL`, `LL` or empty.
         supine: lying or half lying.
-        seed: of `film.render_film`.
+        seed: of `image.render_image`.
     """
 
     dicom_id: str
@@ -97,7 +97,7 @@ class StudyPlan:
         study_id: 8 digits.
         when: date and time, shifted into the future as MIMIC's are.
         findings: what is truly there, by label.
-        films: the exposures.
+        images: the exposures.
         bedside: made in bed.
         procedure: the metadata's PerformedProcedureStepDescription.
         report: text and what it mentions.
@@ -109,7 +109,7 @@ class StudyPlan:
     study_id: int
     when: datetime
     findings: Mapping[str, Finding]
-    films: tuple[FilmPlan, ...]
+    images: tuple[ImagePlan, ...]
     bedside: bool
     procedure: str
     report: Report
@@ -162,7 +162,7 @@ def _study(
     history: History, findings: dict[str, Finding], before: Mapping[str, Finding] | None, bedside: bool,
     when: datetime, study_id: int, rng: np.random.Generator,
 ) -> StudyPlan:  # fmt: skip
-    films, views, procedure = _films(bedside, rng)
+    images, views, procedure = _images(bedside, rng)
     seen = read_study(findings, before, READER, rng)
     scene = Scene(history.patient.sex, views, before is not None, _reasons(history.conditions, bedside))
     report = write_report(seen, scene, rng)
@@ -172,7 +172,7 @@ def _study(
         study_id=study_id,
         when=when,
         findings=findings,
-        films=films,
+        images=images,
         bedside=bedside,
         procedure=procedure,
         report=report,
@@ -181,7 +181,7 @@ def _study(
     )
 
 
-def _films(bedside: bool, rng: np.random.Generator) -> tuple[tuple[FilmPlan, ...], str, str]:
+def _images(bedside: bool, rng: np.random.Generator) -> tuple[tuple[ImagePlan, ...], str, str]:
     """The exposures of a study, the report's words for them, and the procedure's name."""
     if bedside:
         kinds: list[Kind] = ["AP"] * (2 if rng.random() < 0.08 else 1)
@@ -197,15 +197,15 @@ def _films(bedside: bool, rng: np.random.Generator) -> tuple[tuple[FilmPlan, ...
         else:
             kinds, views, procedure = ["PA"], "PA", "CHEST (SINGLE VIEW)"
     supine = bedside and bool(rng.random() < 0.85)
-    films = []
+    images = []
     for kind in kinds:
         position = ("LL" if rng.random() < 0.3 else "LATERAL") if kind == "LATERAL" else str(kind)
         if rng.random() < 0.04:
             position = ""
         name = rng.bytes(20).hex()
         dicom = "-".join(name[i : i + 8] for i in range(0, 40, 8))
-        films.append(FilmPlan(dicom, kind, position, supine, int(rng.integers(2**31))))
-    return tuple(films), views, procedure
+        images.append(ImagePlan(dicom, kind, position, supine, int(rng.integers(2**31))))
+    return tuple(images), views, procedure
 
 
 _REASONS: dict[str, tuple[str, ...]] = {

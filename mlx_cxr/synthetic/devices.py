@@ -215,4 +215,4 @@ DEVICES: dict[str, Callable[[Canvas, Finding, np.random.Generator], np.ndarray]]
     "ECG leads": _ecg_leads,
     "median sternotomy wires": _sternal_wires,
 }
-"""Device name (as reports write it) to its drawing: cm of iron on the film's grid."""
+"""Device name (as reports write it) to its drawing: cm of iron on the image's grid."""

@@ -70,7 +70,7 @@ class Episode:
         if age < 0:
             return 0.0
         peak = self.finding.severity
-        # Small changes below what anyone would report keep two films of a stable finding from being the same.
+        # Small changes below what anyone would report keep two images of a stable finding from being the same.
         wobble = 1 + 0.04 * np.sin(1.7 * study + self.finding.seed % 7)
         factor = {
             "stable": wobble,
@@ -127,7 +127,7 @@ class History:
         return now
 
     def bedside_share(self) -> float:
-        """How often this patient is filmed in bed."""
+        """How often this patient is imageed in bed."""
         return max([BEDSIDE.get(name, 0.0) for name in self.conditions], default=0.0) or 0.06
 
 

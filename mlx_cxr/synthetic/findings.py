@@ -1,4 +1,4 @@
-"""Draws the findings of lung and pleura into a film's layers, each graded by severity, with its mask.
+"""Draws the findings of lung and pleura into an image's layers, each graded by severity, with its mask.
 
 Appearances follow the Fleischner Society's glossary (Hansell et al., Radiology 2008;246:697): consolidation
 hides vessels and may show air bronchograms; atelectasis comes as plates or as loss of a lobe's volume with shift

@@ -1,12 +1,12 @@
 """Rays through solids: how a view looks at the patient, and what thickness each shape has along its beam.
 
-Patient space is right-handed in centimetres: `x` to the patient's left (image right on a frontal film), `y` down
+Patient space is right-handed in centimetres: `x` to the patient's left (image right on a frontal image), `y` down
 from the level of the lung apices, `z` towards the sternum; the origin lies in the midline at mid-depth of the
 thorax. The beam diverges from a point source, so a structure far from the detector is magnified: at 110 cm
 with the detector behind the back (AP bedside) the heart appears about 14 % wider than at 180 cm with the
 detector on the sternum (PA), as it does in life. Within one solid the beam is taken as parallel.
 
-Smooth solids are evaluated on a grid of half the film's resolution, where a chord has a closed form; thin
+Smooth solids are evaluated on a grid of half the image's resolution, where a chord has a closed form; thin
 things (bone, vessels, tubes) are projected as points onto the full grid.
 """
 
@@ -26,17 +26,17 @@ Plane = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class View:
-    """One exposure: which way the beam goes and where the film lies.
+    """One exposure: which way the beam goes and where the image lies.
 
     Attributes:
         kind: `PA`, `AP` or `LATERAL` (left side against the detector, sternum at image left).
-        rows: film height in pixels.
-        columns: film width in pixels.
+        rows: image height in pixels.
+        columns: image width in pixels.
         pixel: pixel pitch at the detector, cm.
         distance: source to detector, cm.
         depth_gap: mid-depth of the thorax to the detector, cm.
-        center: film centre in detector cm, (horizontal, vertical) in patient axes.
-        tilt: rotation of the film about the beam, radians.
+        center: image centre in detector cm, (horizontal, vertical) in patient axes.
+        tilt: rotation of the image about the beam, radians.
         turn: rotation of the patient about the long axis, radians (frontal only).
     """
 
@@ -56,7 +56,7 @@ class View:
         return self.kind != "LATERAL"
 
     def magnification(self, depth: float | np.ndarray) -> float | np.ndarray:
-        """Size on the detector over true size at `depth` (cm, along z on frontal films, along x on laterals)."""
+        """Size on the detector over true size at `depth` (cm, along z on frontal images, along x on laterals)."""
         toward = -depth if self.kind == "AP" else depth
         return self.distance / (self.distance - (self.depth_gap - toward))
 
@@ -76,7 +76,7 @@ class View:
         """Patient coordinates of the half-resolution grid at a depth.
 
         Returns:
-            Two float32 (rows/2, columns/2) arrays in cm: `x` and `y` on frontal films, `z` and `y` on laterals.
+            Two float32 (rows/2, columns/2) arrays in cm: `x` and `y` on frontal images, `z` and `y` on laterals.
             The turn of the patient is taken out, so that they are coordinates of the anatomy.
         """
         across, down = self._half_grid
@@ -84,7 +84,7 @@ class View:
         return across * scale - np.float32(np.sin(self.turn) * depth if self.frontal else 0.0), down * scale
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Film pixels (column, row; pixel centres at .5) of (N, 3) points in cm; floats of the points' dtype."""
+        """Image pixels (column, row; pixel centres at .5) of (N, 3) points in cm; floats of the points' dtype."""
         x, y, z = points[:, 0], points[:, 1], points[:, 2]
         depth, across = (z, x + float(np.sin(self.turn)) * z) if self.frontal else (x, z)
         scale = self.magnification(depth)
@@ -98,13 +98,13 @@ class View:
         return u / self.pixel + self.columns / 2, v / self.pixel + self.rows / 2
 
     def full(self, half: np.ndarray) -> np.ndarray:
-        """A half-resolution layer on the film's own grid, bilinear; float32 (rows, columns)."""
+        """A half-resolution layer on the image's own grid, bilinear; float32 (rows, columns)."""
         size = (half.shape[1] * 2, half.shape[0] * 2)
         big = Image.fromarray(np.ascontiguousarray(half, dtype=np.float32)).resize(size, Image.Resampling.BILINEAR)
         return np.asarray(big)[: self.rows, : self.columns]
 
     def half(self, full: np.ndarray) -> np.ndarray:
-        """A film-size layer averaged onto the half grid; float32 (rows/2, columns/2)."""
+        """An image-size layer averaged onto the half grid; float32 (rows/2, columns/2)."""
         size = ((self.columns + 1) // 2, (self.rows + 1) // 2)
         image = Image.fromarray(np.ascontiguousarray(full, dtype=np.float32))
         return np.asarray(image.resize(size, Image.Resampling.BOX))

@@ -1,6 +1,6 @@
-"""From what is there to a label: the radiologist who reads the film, and the labeler that reads the report.
+"""From what is there to a label: the radiologist who reads the image, and the labeler that reads the report.
 
-Labels of MIMIC-CXR are two readings away from the film. A radiologist misses or hedges what is subtle, and now and
+Labels of MIMIC-CXR are two readings away from the image. A radiologist misses or hedges what is subtle, and now and
 then suspects what is not there. The labeler then takes the Impression, or the Findings where there is none, and
 marks each finding as present (1), uncertain (-1), negated (0) or not mentioned (empty), with errors of its own
 (Irvin et al., arXiv:1901.07031; Johnson et al., arXiv:1901.07042).

@@ -1,6 +1,6 @@
 """Writes a cohort in the file layout of MIMIC-CXR-JPG 2.0.0, with the columns of its tables, plus masks.
 
-The same cohort gives the same bytes, whatever the number of processes: films are encoded one by one, tables are
+The same cohort gives the same bytes, whatever the number of processes: images are encoded one by one, tables are
 gzipped without a time stamp.
 """
 
@@ -15,8 +15,8 @@ from PIL import Image
 
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.workers import lean_start, worker_pool
-from mlx_cxr.synthetic.cohort import Cohort, FilmPlan, StudyPlan
-from mlx_cxr.synthetic.film import render_film
+from mlx_cxr.synthetic.cohort import Cohort, ImagePlan, StudyPlan
+from mlx_cxr.synthetic.image import render_image
 
 QUALITY = 95
 _CHUNK = 4
@@ -29,18 +29,20 @@ def study_folder(root: Path, study: StudyPlan) -> Path:
     return root / f"p{subject[:2]}" / f"p{subject}" / f"s{study.study_id}"
 
 
-def write_films(cohort: Cohort, root: Path, size: int, workers: int, tick: Callable[[], None]) -> list[tuple[int, int]]:
-    """Render every film with its masks.
+def write_images(
+    cohort: Cohort, root: Path, size: int, workers: int, tick: Callable[[], None]
+) -> list[tuple[int, int]]:
+    """Render every image with its masks.
 
     Args:
         cohort: what to render.
         root: the cohort's folder.
         size: short side, pixels.
         workers: processes; 0 or 1 renders here.
-        tick: called after each study, with how many films it had.
+        tick: called after each study, with how many images it had.
 
     Returns:
-        (rows, columns) of each film, in the cohort's order.
+        (rows, columns) of each image, in the cohort's order.
     """
     tasks = [(study, root, size) for study in cohort.studies]
     shapes: list[tuple[int, int]] = []
@@ -60,26 +62,26 @@ def write_films(cohort: Cohort, root: Path, size: int, workers: int, tick: Calla
 
 def _write_study(task: tuple[StudyPlan, Path, int]) -> list[tuple[int, int]]:
     study, root, size = task
-    films, masks = study_folder(root / "files", study), study_folder(root / "masks", study)
-    films.mkdir(parents=True, exist_ok=True)
-    films.with_suffix(".txt").write_text(study.report.text, encoding="utf-8")
+    images, masks = study_folder(root / "files", study), study_folder(root / "masks", study)
+    images.mkdir(parents=True, exist_ok=True)
+    images.with_suffix(".txt").write_text(study.report.text, encoding="utf-8")
     shapes = []
-    for plan in study.films:
-        film = render_film(study.patient, study.findings, plan.kind, size, plan.seed, plan.supine)
-        Image.fromarray(film.pixels).save(films / f"{plan.dicom_id}.jpg", quality=QUALITY)
-        for label, mask in film.masks.items():
+    for plan in study.images:
+        image = render_image(study.patient, study.findings, plan.kind, size, plan.seed, plan.supine)
+        Image.fromarray(image.pixels).save(images / f"{plan.dicom_id}.jpg", quality=QUALITY)
+        for label, mask in image.masks.items():
             path = masks / plan.dicom_id / f"{label.replace(' ', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.astype("uint8") * 255).save(path)
-        shapes.append(film.pixels.shape)
+        shapes.append(image.pixels.shape)
     return shapes
 
 
 def write_tables(cohort: Cohort, root: Path, shapes: list[tuple[int, int]]) -> None:
     """Metadata, split, both label tables and the patients' table."""
     metadata, split = [], []
-    films = [(study, plan) for study in cohort.studies for plan in study.films]
-    for (study, plan), (rows, columns) in zip(films, shapes, strict=True):
+    images = [(study, plan) for study in cohort.studies for plan in study.images]
+    for (study, plan), (rows, columns) in zip(images, shapes, strict=True):
         ids = {"dicom_id": plan.dicom_id, "subject_id": study.patient.subject_id, "study_id": study.study_id}
         metadata.append(ids | _metadata(study, plan, rows, columns))
         split.append(
@@ -106,7 +108,7 @@ def write_tables(cohort: Cohort, root: Path, shapes: list[tuple[int, int]]) -> N
     )
 
 
-def _metadata(study: StudyPlan, plan: FilmPlan, rows: int, columns: int) -> dict[str, object]:
+def _metadata(study: StudyPlan, plan: ImagePlan, rows: int, columns: int) -> dict[str, object]:
     return {
         "PerformedProcedureStepDescription": study.procedure,
         "ViewPosition": plan.view_position,

@@ -1,4 +1,4 @@
-"""From centimetres of tissue to an 8-bit film: attenuation, scatter, detector, noise, display.
+"""From centimetres of tissue to an 8-bit image: attenuation, scatter, detector, noise, display.
 
 Attenuation coefficients are NIST's (Hubbell & Seltzer, NISTIR 5632) at 60 keV, the mean energy behind a patient
 at chest kilovoltages, times density. One energy stands for the spectrum: there is no beam hardening.
@@ -24,7 +24,7 @@ MU_METAL = 1.205 * 7.87
 
 @dataclass(frozen=True)
 class Exposure:
-    """How one film was exposed and shown.
+    """How one image was exposed and shown.
 
     Attributes:
         quanta: detected quanta per pixel in the open beam; noise goes with its inverse root.
@@ -48,7 +48,7 @@ class Exposure:
 
 
 def sample_exposure(view: View, bedside: bool, rng: np.random.Generator) -> Exposure:
-    """An exposure as the department makes them; bedside films have no grid, so more scatter and noise."""
+    """An exposure as the department makes them; bedside images have no grid, so more scatter and noise."""
     short = min(view.rows, view.columns)
     shutter = [0, 0, 0, 0]
     if rng.random() < (0.35 if bedside else 0.2):
@@ -70,7 +70,7 @@ def expose(attenuation: np.ndarray, view: View, exposure: Exposure, rng: np.rand
 
     Args:
         attenuation: float32 (rows, columns), the line integral of µ.
-        view: the film, for its pixel pitch.
+        view: the image, for its pixel pitch.
         exposure: quanta, scatter and blur.
         rng: the quantum noise.
 
@@ -90,7 +90,7 @@ def expose(attenuation: np.ndarray, view: View, exposure: Exposure, rng: np.rand
 
 
 def display(density: np.ndarray, view: View, exposure: Exposure) -> np.ndarray:
-    """The film as stored: uint8 (rows, columns), bone white."""
+    """The image as stored: uint8 (rows, columns), bone white."""
     wide = blur(density, 2.6 / view.pixel)
     shown = density - np.float32(exposure.latitude) * wide
     if exposure.edge > 0:
@@ -109,10 +109,10 @@ def display(density: np.ndarray, view: View, exposure: Exposure) -> np.ndarray:
     curve = np.cumsum(counts) / counts.sum()
     ramp = np.linspace(0, 1, 1024)
     table = (1 - exposure.equalize) * ramp**exposure.gamma + exposure.equalize * curve
-    film = (table[levels] * 255).astype(np.uint8)
+    image = (table[levels] * 255).astype(np.uint8)
     left, top, right, bottom = exposure.shutter
-    film[:top] = 0
-    film[view.rows - bottom :] = 0
-    film[:, :left] = 0
-    film[:, view.columns - right :] = 0
-    return film
+    image[:top] = 0
+    image[view.rows - bottom :] = 0
+    image[:, :left] = 0
+    image[:, view.columns - right :] = 0
+    return image

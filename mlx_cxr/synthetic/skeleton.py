@@ -202,7 +202,7 @@ def spine(anatomy: Anatomy) -> np.ndarray:
     """Excess bone of the vertebrae in cm of cortex, on the half grid: bodies, end-plates, pedicles, spines."""
     view, u = anatomy.view, anatomy.unit
     across, y = view.plane(-6.0)
-    # All of it lies in a band of columns; the rest of the film is left alone.
+    # All of it lies in a band of columns; the rest of the image is left alone.
     whole = np.zeros_like(across)
     band = slice(*np.flatnonzero((np.abs(across if view.frontal else across + 8.5) < 7.0).any(axis=0))[[0, -1]])
     across, y = across[:, band], y[:, band]
@@ -236,5 +236,5 @@ def spine(anatomy: Anatomy) -> np.ndarray:
 
 
 def bones(anatomy: Anatomy, breaks: list[RibBreak]) -> tuple[np.ndarray, np.ndarray]:
-    """All bone: excess cortex in cm on the film's grid (ribs, girdle) and on the half grid (spine)."""
+    """All bone: excess cortex in cm on the image's grid (ribs, girdle) and on the half grid (spine)."""
     return ribs(anatomy, breaks) + girdle(anatomy), spine(anatomy)

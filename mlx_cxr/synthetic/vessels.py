@@ -33,7 +33,7 @@ def hilum(anatomy: Anatomy, side: int) -> np.ndarray:
 
 
 def grow(anatomy: Anatomy, generations: int = 8) -> Tree:
-    """Arteries and veins of both lungs, the same for a patient on every film but for posture."""
+    """Arteries and veins of both lungs, the same for a patient on every image but for posture."""
     parts = [_grow_side(anatomy, side, generations) for side in (RIGHT, LEFT)]
     return Tree(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 

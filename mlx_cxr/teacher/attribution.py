@@ -118,20 +118,20 @@ def explain(
     base: Base,
     form: PromptFormat,
     prompt: Prompt,
-    film: np.ndarray | None,
+    image: np.ndarray | None,
     columns: Sequence[int],
     config: TeacherConfig,
 ) -> list[WordScores]:
     """What each word of a report did to some of its 14 logits.
 
-    The film's tokens, where there are any, are led from the blank too, and counted as one. A pass holds
+    The image's tokens, where there are any, are led from the blank too, and counted as one. A pass holds
     `training.batch_size` rows, which the training had room for.
 
     Args:
         base: with the adapter.
         form: of its prompts.
         prompt: of the study.
-        film: float16 (T, H), or None.
+        image: float16 (T, H), or None.
         columns: of the logits, in the order of `LABELS`.
         config: the teacher's section.
 
@@ -141,8 +141,8 @@ def explain(
     report = Report.of(form, prompt)
     language = base.model.language_model
     direction = answer_direction(language, form.yes, form.no)
-    films = None if film is None else mx.array(film)[None]
-    stored = prompt_embeddings(language, form, mx.array(prompt.ids)[None], films)[0]
+    images = None if image is None else mx.array(image)[None]
+    stored = prompt_embeddings(language, form, mx.array(prompt.ids)[None], images)[0]
     embeddings = stored.astype(mx.float32)
     blank = blanked(embeddings, blank_embedding(base), form, report)
     read = mx.array(prompt.read)[None]
@@ -158,8 +158,8 @@ def explain(
         logits, without = np.array(mx.concatenate([answers(embeddings[None]), answers(blank[None])]))
         integrated = [_complete(answers, embeddings, blank, k, float(logits[k] - without[k]), rows) for k in columns]
         plain = gradient_x_input(answers, embeddings, columns, rows)
-        left_out = leave_one_out(base, form, prompt, report, film, config)
-    film_tokens = slice(len(form.head), len(form.head) + len(form.image))
+        left_out = leave_one_out(base, form, prompt, report, image, config)
+    image_tokens = slice(len(form.head), len(form.head) + len(form.image))
     return [
         WordScores(
             report.words,
@@ -169,7 +169,7 @@ def explain(
             left_out[:, k],
             float(logits[k]),
             float(without[k]),
-            float(tokens[film_tokens].sum()),
+            float(tokens[image_tokens].sum()),
         )
         for k, tokens, slopes in zip(columns, integrated, plain, strict=True)
     ]
@@ -188,7 +188,7 @@ def blank_embedding(base: Base) -> mx.array:
 
 
 def blanked(embeddings: mx.array, blank: mx.array, form: PromptFormat, report: Report) -> mx.array:
-    """(L, H): the prompt's embeddings with those of the report, and of the film, blank.
+    """(L, H): the prompt's embeddings with those of the report, and of the image, blank.
 
     Args:
         embeddings: (L, H).
@@ -197,9 +197,9 @@ def blanked(embeddings: mx.array, blank: mx.array, form: PromptFormat, report: R
         report: in the prompt.
     """
     place = np.arange(len(embeddings))
-    # The marks around a film stay.
-    film = (place > len(form.head)) & (place < len(form.head) + len(form.image) - 1)
-    moved = film | ((place >= report.start) & (place < report.stop))
+    # The marks around an image stay.
+    image = (place > len(form.head)) & (place < len(form.head) + len(form.image) - 1)
+    moved = image | ((place >= report.start) & (place < report.stop))
     return mx.where(mx.array(moved)[:, None], blank, embeddings)
 
 
@@ -255,7 +255,7 @@ def gradient_x_input(answers: Answers, embeddings: mx.array, columns: Sequence[i
 
 
 def leave_one_out(
-    base: Base, form: PromptFormat, prompt: Prompt, report: Report, film: np.ndarray | None, config: TeacherConfig
+    base: Base, form: PromptFormat, prompt: Prompt, report: Report, image: np.ndarray | None, config: TeacherConfig
 ) -> np.ndarray:
     """float32 (W, 14): each logit of the report less that of the report without the word.
 
@@ -263,8 +263,8 @@ def leave_one_out(
     """
     words = range(len(report.spans))
     prompts = [report.again(form, prompt), *(report.without(word, form, prompt) for word in words)]
-    films = None if film is None else np.broadcast_to(film, (len(prompts), *film.shape))
-    logits = score(base, form, prompts, films, config).logits
+    images = None if image is None else np.broadcast_to(image, (len(prompts), *image.shape))
+    logits = score(base, form, prompts, images, config).logits
     return logits[0] - logits[1:]
 
 

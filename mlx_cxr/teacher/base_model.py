@@ -112,7 +112,7 @@ class Base:
         return {"sha256": self.sha256, "bits": self.bits}
 
     def release_vision(self) -> None:
-        """Drop the vision tower and the projector, once the embeddings of all films are on the disk."""
+        """Drop the vision tower and the projector, once the embeddings of all images are on the disk."""
         if "vision_tower" in self.model:
             del self.model.vision_tower, self.model.multi_modal_projector
             mx.clear_cache()
@@ -124,7 +124,7 @@ class Base:
 
     @property
     def downsample(self) -> int:
-        """Side in pixels of the square of film behind one image token."""
+        """Side in pixels of the square of image behind one image token."""
         return int(self.model.config.encoder_patch_size * self.model.config.downsample_factor)
 
 

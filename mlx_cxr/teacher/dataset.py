@@ -20,7 +20,7 @@ class Studies:
     """Studies of one or more splits, a row each.
 
     Attributes:
-        frame: the manifest's row of the study's first film: `study_id`, `patient_id`, `split`, `view` and the rest.
+        frame: the manifest's row of the study's first image: `study_id`, `patient_id`, `split`, `view` and the rest.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
         prompts: one per study.
         counts: `studies` of these splits, `read`, `without_text` (skipped), `cut` (reports shortened), `cut_tokens`.
@@ -57,12 +57,12 @@ def read_studies(
     config: TeacherConfig,
     form: PromptFormat,
     splits: tuple[str, ...],
-    without_film: frozenset[str] = frozenset(),
+    without_image: frozenset[str] = frozenset(),
 ) -> Studies:
     """Prompts of the studies of some splits.
 
     A study without any of `config.sections` is left out and counted when the teacher reads text only or both; so is
-    one without a film that can be read, when it looks at films.
+    one without an image that can be read, when it looks at images.
 
     Args:
         manifest: the rows; a study's first one speaks for it.
@@ -70,14 +70,14 @@ def read_studies(
         config: modality and what may be read.
         form: of the base.
         splits: which.
-        without_film: image ids that the pixel store could not read.
+        without_image: image ids that the pixel store could not read.
 
     Raises:
         DataError: none of them can be read.
         PromptError: no room for a report.
     """
     frame, looks = manifest.frame, config.modality != "text"
-    usable = ~frame["image_id"].isin(without_film) if looks else pd.Series(True, index=frame.index)
+    usable = ~frame["image_id"].isin(without_image) if looks else pd.Series(True, index=frame.index)
     wanted = frame["split"].isin(splits) & usable
     rows = np.flatnonzero(wanted & ~frame["study_id"].where(wanted).duplicated())
     kept, prompts = [], []

@@ -67,7 +67,7 @@ def decode(
 
     Args:
         layers: of the decoder.
-        embeddings: (B, L, H), of tokens and of the film.
+        embeddings: (B, L, H), of tokens and of the image.
         read: int (B, R), positions along L whose states are wanted, none of them shared; None for all of them. The
             last layer is computed there only.
         shared: so many of the first tokens are the same in every row; only the first row's are computed.

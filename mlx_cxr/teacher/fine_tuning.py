@@ -35,7 +35,7 @@ def lora_task(
     form: PromptFormat,
     studies: Studies,
     targets: np.ndarray,
-    films: np.ndarray | None,
+    images: np.ndarray | None,
     loss: Loss,
     validate: Callable[[nn.Module], dict[str, float]],
     config: TeacherConfig,
@@ -49,7 +49,7 @@ def lora_task(
         form: of its prompts.
         studies: training studies.
         targets: float32 (N, 14) in [0, 1], NaN where unknown.
-        films: float16 (N, T, H) embeddings, or None for a teacher that reads text only.
+        images: float16 (N, T, H) embeddings, or None for a teacher that reads text only.
         loss: logits and targets to a scalar.
         validate: as `Task.validate`.
         config: the teacher's section.
@@ -79,8 +79,8 @@ def lora_task(
             for items in group[part]:
                 arrays += batch_arrays([studies.prompts[i] for i in items], training.bucket)
                 arrays.append(mx.array(targets[items]))
-                if films is not None:
-                    arrays.append(mx.array(films[items]))
+                if images is not None:
+                    arrays.append(mx.array(images[items]))
             yield tuple(arrays)
 
     def tokens(epoch: int, skip: int) -> int:
@@ -89,7 +89,7 @@ def lora_task(
     return Task(
         model=base.model,
         optimizer=optimizer,
-        step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (films is not None), world=world),
+        step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (images is not None), world=world),
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         samples=lambda epoch, skip: (steps_per_epoch - skip) * plan.accumulate * plan.batch_size,
@@ -164,14 +164,14 @@ def accumulating_step(
         optimizer: initialized.
         loss: logits and targets to a scalar.
         config: the teacher's section.
-        arrays: how many of the arguments belong to one pass: ids, read, targets and, with films, embeddings.
+        arrays: how many of the arguments belong to one pass: ids, read, targets and, with images, embeddings.
         world: the ranks, each of which is given as many of the step's passes, in their order.
     """
     language = model.language_model
     direction = answer_direction(language, form.yes, form.no)
 
-    def objective(ids: mx.array, read: mx.array, targets: mx.array, *film: mx.array) -> mx.array:
-        embeddings = prompt_embeddings(language, form, ids, *film)
+    def objective(ids: mx.array, read: mx.array, targets: mx.array, *image: mx.array) -> mx.array:
+        embeddings = prompt_embeddings(language, form, ids, *image)
         checkpoint = config.training.gradient_checkpointing
         return loss(finding_logits(language, embeddings, read, direction, checkpoint, form.shared(len(ids))), targets)
 
@@ -210,7 +210,7 @@ def validator(
     base: Base,
     form: PromptFormat,
     studies: Studies,
-    films: np.ndarray | None,
+    images: np.ndarray | None,
     config: TeacherConfig,
     world: World = ALONE,
 ) -> Callable[[nn.Module], dict[str, float]]:
@@ -227,7 +227,7 @@ def validator(
         )
 
     def validate(_: nn.Module) -> dict[str, float]:
-        logits = shared_score(base, form, studies.prompts, films, config, world).logits
+        logits = shared_score(base, form, studies.prompts, images, config, world).logits
         if not np.isfinite(logits).all():
             raise TrainingDivergedError(
                 "logits of validation studies are not finite; lower teacher.training.learning_rate. "

@@ -1,4 +1,4 @@
-"""The film as the language model sees it: image embeddings from the frozen vision tower, computed once and stored."""
+"""The image as the language model sees it: image embeddings from the frozen vision tower, computed once and stored."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mlx_cxr.teacher.base_model import Base
 log = logging.getLogger("mlx_cxr")
 
 
-class FilmEmbeddingError(UserError, ValueError):
+class ImageEmbeddingError(UserError, ValueError):
     """Embeddings that are not finite, or a file of them that cannot be used."""
 
 
 def image_tokens(size: int, base: Base) -> int:
-    """Tokens of a square film of `size` pixels after the pixel unshuffle."""
+    """Tokens of a square image of `size` pixels after the pixel unshuffle."""
     return (size // base.downsample) ** 2
 
 
-def film_patches(films: np.ndarray, size: int, grey: tuple[float, float]) -> np.ndarray:
-    """Films as the vision tower takes them: one tile, unpadded.
+def image_patches(images: np.ndarray, size: int, grey: tuple[float, float]) -> np.ndarray:
+    """Images as the vision tower takes them: one tile, unpadded.
 
-    The published processor pads every view to 1024 patches, four times what a film of 256 px has.
+    The published processor pads every view to 1024 patches, four times what an image of 256 px has.
 
     Args:
-        films: uint8 (B, S, S).
+        images: uint8 (B, S, S).
         size: side in pixels to which they are resized (bilinear, as LFM2.5-VL's processor does).
         grey: (mean, deviation) of grey levels in [0, 1].
 
@@ -45,31 +45,31 @@ def film_patches(films: np.ndarray, size: int, grey: tuple[float, float]) -> np.
         float32 (B, (size / 16)^2, 768): patches in rows, each 16 x 16 pixels of 3 equal channels.
     """
     resized = np.stack(
-        [np.asarray(Image.fromarray(film).resize((size, size), Image.Resampling.BILINEAR)) for film in films]
+        [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images]
     )
     levels = (resized.astype(np.float32) / 255 - grey[0]) / grey[1]
     side = size // PATCH
-    patches = levels.reshape(len(films), side, PATCH, side, PATCH).transpose(0, 1, 3, 2, 4)
-    flat = patches.reshape(len(films), side * side, PATCH * PATCH, 1)
-    return np.repeat(flat, 3, axis=-1).reshape(len(films), side * side, -1)
+    patches = levels.reshape(len(images), side, PATCH, side, PATCH).transpose(0, 1, 3, 2, 4)
+    flat = patches.reshape(len(images), side * side, PATCH * PATCH, 1)
+    return np.repeat(flat, 3, axis=-1).reshape(len(images), side * side, -1)
 
 
-def encode_films(base: Base, films: np.ndarray, size: int) -> mx.array:
-    """(B, T, H): embeddings of films, in the precision of the base.
+def encode_images(base: Base, images: np.ndarray, size: int) -> mx.array:
+    """(B, T, H): embeddings of images, in the precision of the base.
 
     Args:
         base: its vision tower and projector are used.
-        films: uint8 (B, S, S).
+        images: uint8 (B, S, S).
         size: side in pixels that the tower sees.
     """
-    patches = film_patches(films, size, base.grey)
+    patches = image_patches(images, size, base.grey)
     side = size // PATCH
-    shapes = mx.array(np.full((len(films), 2), side, dtype=np.int32))
+    shapes = mx.array(np.full((len(images), 2), side, dtype=np.int32))
     mask = mx.ones(patches.shape[:2], dtype=mx.int32)
     return mx.stack(base.model.encode_images(mx.array(patches), spatial_shapes=shapes, pixel_attention_mask=mask))
 
 
-def film_embeddings(
+def image_embeddings(
     base: Base,
     store: PixelStore,
     store_sha256: str,
@@ -78,22 +78,22 @@ def film_embeddings(
     folder: Path,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Embeddings of films from disk, computed there first as far as they are not; goes on where it was stopped.
+    """Embeddings of images from disk, computed there first as far as they are not; goes on where it was stopped.
 
     Args:
         base: the base.
-        store: the films.
+        store: the images.
         store_sha256: of the store's index, which names manifest and transform.
         image_ids: which, in the order wanted.
         size: side in pixels that the tower sees.
-        folder: gets `film_embeddings_<size>_<key>.npy` (float16) and its JSON, a key for each base, store and list.
-        batch_size: films per pass.
+        folder: gets `image_embeddings_<size>_<key>.npy` (float16) and its JSON, a key for each base, store and list.
+        batch_size: images per pass.
 
     Returns:
         float16 (N, T, H), memory-mapped.
 
     Raises:
-        FilmEmbeddingError: an embedding is not finite in float16.
+        ImageEmbeddingError: an embedding is not finite in float16.
     """
     header = {
         "schema": 1,
@@ -114,9 +114,11 @@ def film_embeddings(
     starts = range(done, len(rows), batch_size)
     for start in tqdm(starts, desc="film embeddings", unit="batch", leave=False, disable=None):
         chosen = rows[start : start + batch_size]
-        encoded = np.array(encode_films(base, store.images[chosen], size).astype(mx.float16))
+        encoded = np.array(encode_images(base, store.images[chosen], size).astype(mx.float16))
         if not np.isfinite(encoded).all():
-            raise FilmEmbeddingError(f"embedding of film {image_ids[start]} or its neighbours is not finite in float16")
+            raise ImageEmbeddingError(
+                f"embedding of film {image_ids[start]} or its neighbours is not finite in float16"
+            )
         out[start : start + len(chosen)] = encoded
         if (start // batch_size) % 16 == 15:
             out.flush()
@@ -127,7 +129,7 @@ def film_embeddings(
 
 
 def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[int, ...]) -> int:
-    """How many films a stopped run has left on the disk; 0 where what is there is damaged or for something else."""
+    """How many images a stopped run has left on the disk; 0 where what is there is damaged or for something else."""
     try:
         progress = read_json(progress_path)
         # Opened for writing, a file cut short would be filled up with zeros.

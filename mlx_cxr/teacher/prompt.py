@@ -1,6 +1,6 @@
 """The prompt: what the teacher reads of a study, then one line per finding, each with the position that is read.
 
-A study is read once. After the chat's opening and the instruction come the film's image tokens and the report's
+A study is read once. After the chat's opening and the instruction come the image's image tokens and the report's
 sections, as far as they are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer
 to a finding is read where its line ends. The model is causal, so an answer sees the input and the lines above it, and
 nothing that follows. The instruction comes first so that a batch computes it once.
@@ -52,13 +52,13 @@ class PromptFormat:
 
     Attributes:
         head: the chat's opening and the instruction.
-        image: the film's tokens, with their start and end; empty without a film.
+        image: the image's tokens, with their start and end; empty without an image.
         tail: end of the user's turn, opening of the assistant's.
         lines: per finding of `order`, the line's tokens up to the one that is read.
         order: labels of the lines, as they are written.
         yes: id of the answer "yes".
         no: id of the answer "no".
-        image_token: id that stands for a patch of the film.
+        image_token: id that stands for a patch of the image.
         max_tokens: longest prompt.
     """
 
@@ -81,7 +81,7 @@ class PromptFormat:
 
         Args:
             tokenizer: of the base, with its chat template.
-            image_tokens: patches of the film after the pixel unshuffle; 0 for none.
+            image_tokens: patches of the image after the pixel unshuffle; 0 for none.
             max_tokens: longest prompt, the 14 lines included.
             order: the 14 labels in the order of their lines.
 

@@ -83,13 +83,13 @@ def order_effect(
         raise ValueError(f"orders is {orders}: give at least 1")
     rng = np.random.default_rng(seed)
     chosen = [LABELS, *(tuple(LABELS[i] for i in rng.permutation(len(LABELS))) for _ in range(orders))]
-    logits, raw_labels, films = [], None, None
+    logits, raw_labels, images = [], None, None
     for number, order in enumerate(chosen):
         form = prompt_format(base, config, order)
         studies = material.studies(config, form, split)
         if number == 0:
-            raw_labels, films = studies.raw_labels, material.films(base, studies, config)
-        logits.append(score(base, form, studies.prompts, films, config.teacher).logits)
+            raw_labels, images = studies.raw_labels, material.images(base, studies, config)
+        logits.append(score(base, form, studies.prompts, images, config.teacher).logits)
     targets = SCORING_PROTOCOLS["empty_negative"].apply(raw_labels)
     return OrderEffect(tuple(chosen), np.stack(logits), targets)
 

@@ -37,29 +37,29 @@ class Answers:
 
 
 def prompt_embeddings(
-    language_model: nn.Module, form: PromptFormat, ids: mx.array, film: mx.array | None = None
+    language_model: nn.Module, form: PromptFormat, ids: mx.array, image: mx.array | None = None
 ) -> mx.array:
-    """(B, L, H): token embeddings, with the film's in the place of its tokens.
+    """(B, L, H): token embeddings, with the image's in the place of its tokens.
 
     Args:
         language_model: the decoder.
-        form: says where the film's tokens stand: at the same place in every prompt.
+        form: says where the image's tokens stand: at the same place in every prompt.
         ids: int (B, L).
-        film: (B, T, H), or None.
+        image: (B, T, H), or None.
     """
     embeddings = language_model.model.embed_tokens(ids)
-    if film is None:
+    if image is None:
         return embeddings
     start = len(form.head) + 1
-    stop = start + film.shape[1]
-    return mx.concatenate([embeddings[:, :start], film.astype(embeddings.dtype), embeddings[:, stop:]], axis=1)
+    stop = start + image.shape[1]
+    return mx.concatenate([embeddings[:, :start], image.astype(embeddings.dtype), embeddings[:, stop:]], axis=1)
 
 
 def score(
     base: Base,
     form: PromptFormat,
     prompts: Sequence[Prompt],
-    films: np.ndarray | None,
+    images: np.ndarray | None,
     config: TeacherConfig,
     done: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
     todo: np.ndarray | None = None,
@@ -70,7 +70,7 @@ def score(
         base: the model, with or without adapters; left in the mode that it was in.
         form: of its prompts.
         prompts: of the studies.
-        films: float16 (N, T, H), or None.
+        images: float16 (N, T, H), or None.
         config: `batch_size` and `training.bucket` are used.
         done: called after each batch with its rows, logits and features, as for a cache.
         todo: bool (N,), the studies that are still to be answered; batches with none of them are left out, and have
@@ -81,8 +81,8 @@ def score(
     base.model.eval()
     direction = answer_direction(language, form.yes, form.no)
 
-    def forward(ids: mx.array, read: mx.array, *film: mx.array) -> tuple[mx.array, mx.array]:
-        embeddings = prompt_embeddings(language, form, ids, *film)
+    def forward(ids: mx.array, read: mx.array, *image: mx.array) -> tuple[mx.array, mx.array]:
+        embeddings = prompt_embeddings(language, form, ids, *image)
         states = finding_states(language, embeddings, read, shared=form.shared(len(ids)))
         return answers(states, direction), mx.mean(states.astype(mx.float32), axis=1)
 
@@ -100,9 +100,9 @@ def score(
                 if todo is not None and not todo[rows].any():
                     continue
                 batch = padded([prompts[i] for i in rows], config.training.bucket)
-                film = () if films is None else (mx.array(films[rows]),)
+                image = () if images is None else (mx.array(images[rows]),)
                 begun = time.perf_counter()
-                answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *film)
+                answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *image)
                 mx.eval(answer, feature)
                 if batch.ids.shape in seen:
                     times.append((time.perf_counter() - begun) / len(rows))
@@ -135,7 +135,7 @@ def shared_score(
     base: Base,
     form: PromptFormat,
     prompts: Sequence[Prompt],
-    films: np.ndarray | None,
+    images: np.ndarray | None,
     config: TeacherConfig,
     world: World,
 ) -> Answers:
@@ -144,9 +144,9 @@ def shared_score(
     `seconds` is what one rank would take, by this rank's batches; NaN where it had none.
     """
     if world.size == 1:
-        return score(base, form, prompts, films, config)
+        return score(base, form, prompts, images, config)
     mine = own_rows(prompts, config.batch_size, world)
-    answers = score(base, form, prompts, films, config, todo=mine)
+    answers = score(base, form, prompts, images, config, todo=mine)
     return replace(
         answers,
         logits=world.rows_of_all(answers.logits, mine),

@@ -12,13 +12,13 @@ import numpy as np
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.study_reports import StudyReports, load_reports
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.dataset import Studies, read_studies
-from mlx_cxr.teacher.image_embeddings import film_embeddings, image_tokens
+from mlx_cxr.teacher.image_embeddings import image_embeddings, image_tokens
 from mlx_cxr.teacher.lora import WEIGHTS, load_adapter
 from mlx_cxr.teacher.prompt import PromptFormat
 
@@ -28,12 +28,12 @@ RECORD = "teacher.json"
 
 @dataclass(frozen=True)
 class Material:
-    """What a teacher of some modality reads: the manifest, and the reports and films beside it as far as it needs them.
+    """The manifest, and the reports and images beside it as far as a teacher of some modality reads them.
 
     Attributes:
         manifest: the cohort.
         reports: None for a teacher that reads no text.
-        store: None for one that looks at no films.
+        store: None for one that looks at no images.
         store_sha256: of the store's index.
     """
 
@@ -74,12 +74,12 @@ class Material:
         missing = frozenset(self.store.missing) if self.store is not None else frozenset()
         return read_studies(self.manifest, reports, config.teacher, form, splits, missing)
 
-    def films(self, base: Base, studies: Studies, config: Config) -> np.ndarray | None:
-        """float16 (N, T, H): film embeddings, computed where they are not on the disk yet; None for a text teacher."""
+    def images(self, base: Base, studies: Studies, config: Config) -> np.ndarray | None:
+        """float16 (N, T, H): image embeddings, computed where they are not on the disk yet; None for a text teacher."""
         if self.store is None or self.store_sha256 is None:
             return None
         size, images = config.teacher.image_size, studies.frame["image_id"].tolist()
-        return film_embeddings(base, self.store, self.store_sha256, images, size, config.data.work_dir)
+        return image_embeddings(base, self.store, self.store_sha256, images, size, config.data.work_dir)
 
 
 def prompt_format(base: Base, config: Config, order: Sequence[str] = LABELS) -> PromptFormat:
@@ -126,7 +126,7 @@ class TrainedTeacher:
 
         Args:
             folder: the run's.
-            vision: keep the vision tower where the teacher looks at films; without it films need stored embeddings.
+            vision: keep the vision tower where the teacher looks at images; without it images need stored embeddings.
 
         Raises:
             RunFormatError: there is no such run, it is not a teacher's, or its training was stopped.
@@ -162,7 +162,7 @@ class TrainedTeacher:
         """Refuse to be asked about other data than it was trained for.
 
         Raises:
-            RunFormatError: manifest, reports, films, labels or the synthetic flag differ; names each with both values.
+            RunFormatError: manifest, reports, images, labels or the synthetic flag differ; names each with both values.
         """
         now = {role: sha256_file(path) for role, path in material.inputs(self.config).items()}
         pairs = {f"{role} (SHA-256)": (self.inputs.get(role), sha256) for role, sha256 in now.items()}

@@ -3,7 +3,7 @@
 It has everything that the published folder has (configuration, tokenizer with the same special tokens and chat
 template, image processor, safetensors), so that nothing downstream knows the difference. Its language model is trained
 briefly on reports, in the chat's form: the user's turn holds the report up to the impression, the assistant's the
-impression. It is never shown a label. Its vision tower stays as initialized: random features, yet features of the film.
+impression. It is never shown a label. Its vision tower stays as initialized: random features, yet of the image.
 """
 
 from __future__ import annotations

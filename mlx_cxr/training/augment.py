@@ -12,19 +12,19 @@ import mlx.core as mx
 from mlx_cxr.core.config_schema import AugmentConfig
 
 
-def augment(films: mx.array, key: mx.array, config: AugmentConfig, part: tuple[int, int] = (0, 1)) -> mx.array:
-    """One random variant of each film.
+def augment(images: mx.array, key: mx.array, config: AugmentConfig, part: tuple[int, int] = (0, 1)) -> mx.array:
+    """One random variant of each image.
 
     Args:
-        films: uint8 or float (N, S, S); uint8 is scaled to [0, 1].
+        images: uint8 or float (N, S, S); uint8 is scaled to [0, 1].
         key: an `mx.random.key`; the same key gives the same variants.
         config: largest amounts; each is drawn uniformly from its symmetric range.
-        part: (i, n): the films are part i of n equal ones of a batch, and get the variants that they have in it.
+        part: (i, n): the images are part i of n equal ones of a batch, and get the variants that they have in it.
 
     Returns:
-        float32 (N, S, S) in [0, 1]; what comes in from outside the film is 0, as letterbox padding is.
+        float32 (N, S, S) in [0, 1]; what comes in from outside the image is 0, as letterbox padding is.
     """
-    x = films.astype(mx.float32) / 255.0 if films.dtype == mx.uint8 else films.astype(mx.float32)
+    x = images.astype(mx.float32) / 255.0 if images.dtype == mx.uint8 else images.astype(mx.float32)
     n, side, _ = x.shape
     angle, scale, shift, contrast, brightness = mx.random.split(key, 5)
 
@@ -46,7 +46,7 @@ def affine(x: mx.array, radians: mx.array, zoom: mx.array, offset: mx.array) -> 
 
     Args:
         x: float (N, S, S).
-        radians: (N, 1, 1), counter-clockwise on the displayed film.
+        radians: (N, 1, 1), counter-clockwise on the displayed image.
         zoom: (N, 1, 1), above 1 enlarges.
         offset: (N, 1, 1, 2), rows and columns in pixels; positive moves the content down and right.
 

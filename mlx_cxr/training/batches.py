@@ -1,4 +1,4 @@
-"""Films in batches: resident on the device where they fit, else read ahead from the memory-mapped store."""
+"""Images in batches: resident on the device where they fit, else read ahead from the memory-mapped store."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 _PIECE = 256
 
 
-class FilmSource:
+class ImageSource:
     """Rows of a pixel store, served as device arrays.
 
     Args:
-        films: uint8 (N, S, S), memory-mapped or not.
-        rows: int (M,), which of them belong here; item i of the source is `films[rows[i]]`.
-        budget_gb: films are held on the device when all of them take less than this (GB, 1e9 bytes).
+        images: uint8 (N, S, S), memory-mapped or not.
+        rows: int (M,), which of them belong here; item i of the source is `images[rows[i]]`.
+        budget_gb: images are held on the device when all of them take less than this (GB, 1e9 bytes).
     """
 
-    def __init__(self, films: np.ndarray, rows: np.ndarray, budget_gb: float) -> None:
-        if films.dtype != np.uint8 or films.ndim != 3:
-            raise ValueError(f"films are {films.dtype} {films.shape}; expected uint8 (N, S, S)")
-        self._films = films
+    def __init__(self, images: np.ndarray, rows: np.ndarray, budget_gb: float) -> None:
+        if images.dtype != np.uint8 or images.ndim != 3:
+            raise ValueError(f"films are {images.dtype} {images.shape}; expected uint8 (N, S, S)")
+        self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
-        size = len(self._rows) * films.shape[1] * films.shape[2]
-        self._resident = _on_device(films, np.sort(self._rows)) if size <= budget_gb * 1e9 else None
+        size = len(self._rows) * images.shape[1] * images.shape[2]
+        self._resident = _on_device(images, np.sort(self._rows)) if size <= budget_gb * 1e9 else None
         if self._resident is not None:
             self._place = np.argsort(np.argsort(self._rows, kind="stable"), kind="stable")
 
@@ -35,7 +35,7 @@ class FilmSource:
 
     @property
     def resident(self) -> bool:
-        """Whether the films are held on the device."""
+        """Whether the images are held on the device."""
         return self._resident is not None
 
     def batch(self, items: np.ndarray) -> mx.array:
@@ -63,17 +63,17 @@ class FilmSource:
     def _read(self, items: np.ndarray) -> np.ndarray:
         rows = self._rows[items]
         order = np.argsort(rows, kind="stable")  # forward through the file
-        out = np.empty((len(rows), *self._films.shape[1:]), dtype=np.uint8)
-        out[order] = self._films[rows[order]]
+        out = np.empty((len(rows), *self._images.shape[1:]), dtype=np.uint8)
+        out[order] = self._images[rows[order]]
         return out
 
 
-def _on_device(films: np.ndarray, rows: np.ndarray) -> mx.array:
-    """`films[rows]` on the device, filled piece by piece: a copy of all of it would double the memory taken."""
-    out = mx.zeros((len(rows), *films.shape[1:]), dtype=mx.uint8)
+def _on_device(images: np.ndarray, rows: np.ndarray) -> mx.array:
+    """`images[rows]` on the device, filled piece by piece: a copy of all of it would double the memory taken."""
+    out = mx.zeros((len(rows), *images.shape[1:]), dtype=mx.uint8)
     for start in range(0, len(rows), _PIECE):
         piece = rows[start : start + _PIECE]
-        out[start : start + len(piece)] = mx.array(films[piece])
+        out[start : start + len(piece)] = mx.array(images[piece])
         mx.eval(out)
     return out
 
@@ -81,7 +81,7 @@ def _on_device(films: np.ndarray, rows: np.ndarray) -> mx.array:
 def epoch_order(items: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """The items of an epoch in batches: int (steps, batch_size), a function of seed and epoch alone.
 
-    The last partial batch is dropped, so that shapes stay fixed; another order each epoch sees to it that no film
+    The last partial batch is dropped, so that shapes stay fixed; another order each epoch sees to it that no image
     is left out for good. A source smaller than one batch gives one batch of what there is.
     """
     order = np.random.default_rng([seed, epoch]).permutation(items)

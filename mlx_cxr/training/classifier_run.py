@@ -1,4 +1,4 @@
-"""What the stages that train a network on films share: its data, its start, its run's folder, and how it ends."""
+"""What the stages that train a network on images share: its data, its start, its run's folder, and how it ends."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from mlx_cxr.training.scoring import predict_logits
 log = logging.getLogger("mlx_cxr")
 
 
-def open_films(config: Config) -> tuple[Cohort, SplitData, SplitData]:
-    """The cohort, and its training and validation films.
+def open_images(config: Config) -> tuple[Cohort, SplitData, SplitData]:
+    """The cohort, and its training and validation images.
 
     Raises:
         DataError: manifest or pixel store missing or not matching, or a patient in two splits.
@@ -42,7 +42,7 @@ def open_films(config: Config) -> tuple[Cohort, SplitData, SplitData]:
         "%d training and %d validation films%s",
         len(train_data),
         len(validation),
-        "" if train_data.films.resident else ", read from disk",
+        "" if train_data.images.resident else ", read from disk",
     )
     return cohort, train_data, validation
 
@@ -193,12 +193,12 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
 
 
 def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callable[[ResNet18], dict[str, float]]:
-    """What the loop calls after each epoch: loss and macro AUC of a split, per film, -1 and empty counted as 0.
+    """What the loop calls after each epoch: loss and macro AUC of a split, per image, -1 and empty counted as 0.
 
     Args:
         data: the split.
-        batch_size: films per forward pass.
-        world: the ranks that share the films.
+        batch_size: images per forward pass.
+        world: the ranks that share the images.
 
     Raises:
         TrainingDataError: no label of the split has both classes, so no epoch could be told from another.
@@ -211,7 +211,7 @@ def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callabl
         )
 
     def validate(model: ResNet18) -> dict[str, float]:
-        logits = predict_logits(model, data.films, batch_size, world)
+        logits = predict_logits(model, data.images, batch_size, world)
         if not np.isfinite(logits).all():
             raise TrainingDivergedError(
                 "logits of validation films are not finite; lower the learning rate. "

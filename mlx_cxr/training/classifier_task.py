@@ -1,4 +1,4 @@
-"""Training of a network that reads films: batches from the pixel store, augmentation, and reduced precision."""
+"""Training of a network that reads images: batches from the pixel store, augmentation, and reduced precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.ops import batch_norm, conv
 from mlx_cxr.training.augment import augment
-from mlx_cxr.training.batches import FilmSource, epoch_order
+from mlx_cxr.training.batches import ImageSource, epoch_order
 from mlx_cxr.training.distributed import ALONE, World, share_dropout
 from mlx_cxr.training.loop import Task, TrainingDataError
 from mlx_cxr.training.losses import Loss
@@ -29,19 +29,19 @@ _FLOAT16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on: the films, and as many rows of targets as the loss takes, in the films' order."""
+    """What is trained on: the images, and as many rows of targets as the loss takes, in the images' order."""
 
-    films: FilmSource
+    images: ImageSource
     targets: np.ndarray
 
     def __post_init__(self) -> None:
-        if len(self.films) != len(self.targets):
-            raise ValueError(f"{len(self.films)} films but {len(self.targets)} rows of targets")
-        if len(self.films) == 0:
+        if len(self.images) != len(self.targets):
+            raise ValueError(f"{len(self.images)} films but {len(self.targets)} rows of targets")
+        if len(self.images) == 0:
             raise TrainingDataError("no training films; look at the manifest's summary for what was dropped and why")
 
 
-def film_task(
+def classifier_task(
     model: nn.Module,
     loss: Loss,
     data: TrainingData,
@@ -54,17 +54,17 @@ def film_task(
     keep: Callable[[Path], object] | None = None,
     world: World = ALONE,
 ) -> Task:
-    """The task of training `model` on films.
+    """The task of training `model` on images.
 
     Args:
-        model: initialized, frozen where wanted; takes preprocessed films with `model.config.in_channels` channels.
+        model: initialized, frozen where wanted; takes preprocessed images with `model.config.in_channels` channels.
         loss: logits and target rows to a scalar; told of `world`.
-        data: training films and targets.
+        data: training images and targets.
         validate: as `Task.validate`.
-        training: epochs, batch size, learning rate and the rest. A step counts `batch_size` films, or all of
+        training: epochs, batch size, learning rate and the rest. A step counts `batch_size` images, or all of
             them where there are fewer; the last partial batch of an epoch is left out.
         augmentation: largest amounts of each random change.
-        seed: fixes the order of the films.
+        seed: fixes the order of the images.
         best_name: file name of the best weights.
         keep: writes them; None saves `model`, a ResNet-18, with its running statistics.
         world: the ranks that share each batch. On any number of them the same steps are taken, with BatchNorm's
@@ -75,12 +75,12 @@ def film_task(
     """
 
     def order(epoch: int, skip: int) -> np.ndarray:
-        return epoch_order(len(data.films), training.batch_size, seed, epoch)[skip:]
+        return epoch_order(len(data.images), training.batch_size, seed, epoch)[skip:]
 
     def batches(epoch: int, skip: int) -> Iterator[tuple[mx.array, mx.array]]:
         chosen = order(epoch, skip)[:, part]
-        for items, films in zip(chosen, data.films.batches(chosen), strict=True):
-            yield films, targets[mx.array(items)]
+        for items, images in zip(chosen, data.images.batches(chosen), strict=True):
+            yield images, targets[mx.array(items)]
 
     targets = mx.array(data.targets.astype(np.float32))
     steps_per_epoch, width = order(0, 0).shape
@@ -130,18 +130,18 @@ def _step(
     def lower(weight: mx.array) -> mx.array:
         return weight.astype(precision) if weight.ndim > 1 else weight
 
-    def objective(parameters: dict, films: mx.array, targets: mx.array) -> mx.array:
+    def objective(parameters: dict, images: mx.array, targets: mx.array) -> mx.array:
         model.update(tree_map(lower, parameters))
-        return scale * loss(model(films.astype(precision)), targets)
+        return scale * loss(model(images.astype(precision)), targets)
 
-    def gradient(films: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
-        films = augment(films, mx.random.split(mx.random.state[0])[0], augmentation, (world.rank, world.size))
-        films = preprocess(films, model.config.in_channels)
+    def gradient(images: mx.array, targets: mx.array) -> tuple[mx.array, dict]:
+        images = augment(images, mx.random.split(mx.random.state[0])[0], augmentation, (world.rank, world.size))
+        images = preprocess(images, model.config.in_channels)
         parameters = model.trainable_parameters()
         # Frozen kernels are lowered too: one of them in float32 would lift all that follows it.
         kernels = tree_unflatten([(name, w) for name, w in tree_flatten(model.parameters()) if w.ndim > 1])
         model.update(tree_map(lower, kernels))
-        value, gradients = mx.value_and_grad(objective)(parameters, films, targets)
+        value, gradients = mx.value_and_grad(objective)(parameters, images, targets)
         # The objective left the lowered weights in the model; the update is made to the float32 ones.
         model.update(kernels)
         model.update(parameters)
@@ -155,8 +155,8 @@ def _step(
         optimizer.update(model, gradients)
         return norm
 
-    def step(films: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        value, gradients = gradient(films, targets)
+    def step(images: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        value, gradients = gradient(images, targets)
         return value, descend(gradients)
 
     if conv.fast():

@@ -8,27 +8,27 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """One split of a cohort, a row per film.
+    """One split of a cohort, a row per image.
 
     Attributes:
         name: `train`, `validate` or `test`.
         frame: the manifest's rows.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
-        films: the films, in the same order.
+        images: the images, in the same order.
     """
 
     name: str
     frame: pd.DataFrame
     raw_labels: np.ndarray
-    films: FilmSource
+    images: ImageSource
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -56,12 +56,12 @@ class Cohort:
         return cls(manifest, store, config.training.pixel_budget_gb)
 
     def split(self, name: str) -> SplitData:
-        """The films of a split; those that could not be read are left out (the store lists them)."""
+        """The images of a split; those that could not be read are left out (the store lists them)."""
         frame = self.manifest.frame
         wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
         chosen = np.flatnonzero(wanted)
         rows = self.store.rows(frame["image_id"].iloc[chosen])
         # The splits share one budget: what does not fit as a whole is read from disk.
         fits = self.store.images.nbytes <= self.budget_gb * 1e9
-        films = FilmSource(self.store.images, rows, self.budget_gb if fits else 0.0)
-        return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], films)
+        images = ImageSource(self.store.images, rows, self.budget_gb if fits else 0.0)
+        return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], images)

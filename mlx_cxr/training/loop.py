@@ -1,10 +1,10 @@
 """The training loop: one compiled step, validated each epoch, resumable to the same weights.
 
-What is trained is a `Task`: `film_task` makes one of a network that reads films, the teacher one of its adapters. What
-a step does depends on the seed and the step's number only (order, augmentation, dropout), so a run that was killed and
-resumed ends where an unbroken one does. A step is evaluated once; the loss is added up on the device and read once per
-logging interval. A GPU is given the next step while it is at one; on the CPU backend, where the host has nothing else
-to do, that gains nothing. On several ranks each does its part of the step, and rank 0 writes.
+What is trained is a `Task`: `classifier_task` makes one of a network that reads images, the teacher one of its
+adapters. What a step does depends on the seed and the step's number only (order, augmentation, dropout), so a run that
+was killed and resumed ends where an unbroken one does. A step is evaluated once; the loss is added up on the device and
+read once per logging interval. A GPU is given the next step while it is at one; on the CPU backend, where the host has
+nothing else to do, that gains nothing. On several ranks each does its part of the step, and rank 0 writes.
 """
 
 from __future__ import annotations

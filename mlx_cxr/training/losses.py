@@ -136,9 +136,9 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
 
 
 def prior_logits(targets: np.ndarray, positive_weight: np.ndarray | None = None) -> np.ndarray:
-    """The logits that minimize `masked_bce` when nothing is known of the film: where a fresh head's bias starts.
+    """The logits that minimize `masked_bce` when nothing is known of the image: where a fresh head's bias starts.
 
-    A head that starts at 0 learns to say "rare" through its weights, which makes the evidence of most films negative
+    A head that starts at 0 learns to say "rare" through its weights, which makes the evidence of most images negative
     and their class-activation maps empty; with the prior in the bias the weights hold what speaks for and against
     (Lin et al., Focal Loss, arXiv:1708.02002, section 4.1, start a rare class's bias so).
 

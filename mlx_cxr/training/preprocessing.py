@@ -7,19 +7,19 @@ from typing import Any
 
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import RunFormatError
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
 
 DICOM_RECIPE = "mimic"
-"""How a DICOM becomes a film like those that were trained on; see `data.dicom`."""
+"""How a DICOM becomes an image like those that were trained on; see `data.dicom`."""
 
 
 def preprocessing_record(config: Config) -> dict[str, Any]:
-    """What this version does to a film of this experiment, from file to network input, JSON-ready.
+    """What this version does to an image of this experiment, from file to network input, JSON-ready.
 
     Returns:
-        `transform` (as `Transform.plain`), `normalization` (`in_channels`, and `mean` and `std` per channel of films in
-        [0, 1]) and `dicom_recipe`.
+        `transform` (as `Transform.plain`), `normalization` (`in_channels`, and `mean` and `std` per channel of images
+        in [0, 1]) and `dicom_recipe`.
     """
     channels = config.model.in_channels
     mean, std = ([GRAY_MEAN], [GRAY_STD]) if channels == 1 else (list(RGB_MEAN), list(RGB_STD))

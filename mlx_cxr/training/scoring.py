@@ -1,4 +1,4 @@
-"""Logits of many films, in evaluation mode and fixed shapes."""
+"""Logits of many images, in evaluation mode and fixed shapes."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import numpy as np
 
 from mlx_cxr.models.folded import FoldedResNet18, evaluated
 from mlx_cxr.models.resnet import ResNet18, preprocess
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.distributed import ALONE, World
 
 
-def film_features(network: FoldedResNet18) -> Callable[[mx.array], mx.array]:
-    """Films (B, S, S) as the pixel store has them -> the last feature map, float32 (B, h, w, 512), evaluated."""
+def image_features(network: FoldedResNet18) -> Callable[[mx.array], mx.array]:
+    """Images (B, S, S) as the pixel store has them -> the last feature map, float32 (B, h, w, 512), evaluated."""
     channels = network.config.in_channels
-    return evaluated(lambda films: network.features(preprocess(films, channels)).astype(mx.float32))
+    return evaluated(lambda images: network.features(preprocess(images, channels)).astype(mx.float32))
 
 
-def film_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
-    """Films (B, S, S) as the pixel store has them -> float32 logits (B, 14), evaluated, by the weights of this moment.
+def image_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
+    """Images (B, S, S) as the pixel store has them -> float32 logits (B, 14), evaluated, by the weights of this moment.
 
     A ResNet-18 is folded for it (`models.folded`), and scores as it does in evaluation, whatever mode it is in.
     """
     network = FoldedResNet18.of(model) if isinstance(model, ResNet18) else model
     channels = model.config.in_channels
-    return evaluated(lambda films: network(preprocess(films, channels)).astype(mx.float32))
+    return evaluated(lambda images: network(preprocess(images, channels)).astype(mx.float32))
 
 
-def predict_logits(model: ResNet18, source: FilmSource, batch_size: int, world: World = ALONE) -> np.ndarray:
-    """Score every film of a source.
+def predict_logits(model: ResNet18, source: ImageSource, batch_size: int, world: World = ALONE) -> np.ndarray:
+    """Score every image of a source.
 
     Args:
         model: put into evaluation mode for the call, and back into the mode it was in.
-        source: the films.
-        batch_size: films per forward pass; the last batch is filled up with repeats, so that the graph is built once.
-        world: the ranks, each of which scores its share of the films.
+        source: the images.
+        batch_size: images per forward pass; the last batch is filled up with repeats, so that the graph is built once.
+        world: the ranks, each of which scores its share of the images.
 
     Returns:
         float32 (len(source), 14), in the source's order; the same on every rank.
     """
     was_training = model.training
     model.eval()
-    forward = film_forward(model)
+    forward = image_forward(model)
     items = np.array_split(np.arange(len(source)), world.size)[world.rank]
     starts = range(0, len(items), batch_size)
     filled = [np.resize(items[i : i + batch_size], min(batch_size, len(items))) for i in starts]
     logits = []
     try:
-        for films in source.batches(filled):
-            logits.append(np.array(forward(films)))
+        for images in source.batches(filled):
+            logits.append(np.array(forward(images)))
     finally:
         model.train(was_training)
     answers = np.zeros((len(source), 14), dtype=np.float32)

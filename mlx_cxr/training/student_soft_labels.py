@@ -1,6 +1,6 @@
 """What a student's loss has beside the hard labels: the teacher's soft labels, or what a control has in their place.
 
-A student may do better than one of hard labels alone without learning anything that its teacher knows of a film:
+A student may do better than one of hard labels alone without learning anything that its teacher knows of an image:
 because soft targets of any kind regularize (Szegedy et al., arXiv:1512.00567, section 7; Yuan et al.,
 arXiv:1909.11723), or because the teacher's answers tell which findings are common and go together. The control
 `smoothed` has the first without the rest, `shuffled` both.
@@ -37,7 +37,7 @@ _LARGEST_LOGIT = 30.0
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """The second part of the targets of `distillation_loss`, a row per training film.
+    """The second part of the targets of `distillation_loss`, a row per training image.
 
     Attributes:
         logits: float32 (M, 14), NaN where there is none.
@@ -58,7 +58,7 @@ def read_soft_targets(
     Args:
         config: the experiment; `distillation.targets` is not `hard`.
         manifest: its manifest.
-        study_ids: (M,), the study of each training film.
+        study_ids: (M,), the study of each training image.
         hard: as `make_soft_targets`.
 
     Returns:
@@ -114,7 +114,7 @@ def make_soft_targets(
     seed: int,
     with_features: bool = False,
 ) -> SoftTargets:
-    """Soft targets of training films; films of one study share theirs, and a study without a soft label has none.
+    """Soft targets of training images; images of one study share theirs, and a study without a soft label has none.
 
     Kinds:
         teacher: the teacher's logits.
@@ -126,8 +126,8 @@ def make_soft_targets(
     Args:
         kind: as above.
         soft: the teacher's soft labels.
-        study_ids: (M,), the study of each training film.
-        hard: float (M, 14) in [0, 1], NaN where unknown; the same for all films of a study.
+        study_ids: (M,), the study of each training image.
+        hard: float (M, 14) in [0, 1], NaN where unknown; the same for all images of a study.
         calibrated: divide the teacher's logits by its temperatures first.
         seed: of the shuffling.
         with_features: whether features are asked for; only the teacher's own or shuffled ones are.
@@ -142,7 +142,7 @@ def make_soft_targets(
         SoftLabelError: no training study has a soft label (two are needed to shuffle), or features are asked for and
             there are none.
     """
-    studies, first, study_of_film = np.unique(np.asarray(study_ids, dtype=str), return_index=True, return_inverse=True)
+    studies, first, study_of_image = np.unique(np.asarray(study_ids, dtype=str), return_index=True, return_inverse=True)
     y, place = hard[first].astype(np.float64), soft.place(studies.tolist())
     has = place >= 0
     if has.sum() < (2 if kind == "shuffled" else 1):
@@ -181,7 +181,7 @@ def make_soft_targets(
     if with_features:
         features = np.full((len(studies), soft.features.shape[1]), np.nan, dtype=np.float32)
         features[has] = soft.features[place[has]]
-        features = features[study_of_film]
+        features = features[study_of_image]
     summary = {
         "targets": kind,
         "studies": len(studies),
@@ -192,7 +192,7 @@ def make_soft_targets(
         **figures,
         **summary,
     }
-    return SoftTargets(logits[study_of_film].astype(np.float32), features, summary)
+    return SoftTargets(logits[study_of_image].astype(np.float32), features, summary)
 
 
 def _distance(p: np.ndarray, y: np.ndarray, known: np.ndarray) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import toy_teacher
+from mlx_cxr.synthetic.image import render_image
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -30,7 +31,6 @@ from mlx_cxr.models.convert import load_model, save_model
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.synthetic.anatomy import sample_patient
 from mlx_cxr.synthetic.canvas import Finding
-from mlx_cxr.synthetic.film import render_film
 
 PATIENTS = 8
 OVERRIDES = (
@@ -54,7 +54,7 @@ def make_page_cohort(folder: Path) -> Config:
     """All runs in `folder/outputs`; returns the configuration they were made with."""
     toy_teacher.make_cohort(folder)
     config = load_config(folder / "trial.yaml", OVERRIDES)
-    _draw_films(folder)
+    _draw_images(folder)
     config.pixels_path.unlink()
     prepare_images.run(config)
     train_cnn.run(config)
@@ -74,10 +74,10 @@ def chest(patient: int, edema: bool, heart: bool) -> np.ndarray:
     findings = {"Edema": Finding("Edema", 0.95, 0, "", 5)} if edema else {}
     findings |= {"Cardiomegaly": Finding("Cardiomegaly", 0.95, 0, "", 5)} if heart else {}
     person = sample_patient(10_000_000 + patient, np.random.default_rng(patient), patient)
-    return render_film(person, findings, "PA", 96, patient).pixels
+    return render_image(person, findings, "PA", 96, patient).pixels
 
 
-def _draw_films(folder: Path) -> None:
+def _draw_images(folder: Path) -> None:
     """Chests in the place of the toy's squares: the quality gate would refuse those."""
     facts, rng, drawn = toy_teacher.toy_reports()[1].astype(bool), np.random.default_rng(2), {}
     for i, (edema, heart) in enumerate(facts.tolist()):
@@ -93,8 +93,8 @@ def _fit_head(config: Config) -> None:
     path = config.run_dir() / "best_model.safetensors"
     manifest, model = load_manifest(config.manifest_path), load_model(path)
     rows = np.flatnonzero(manifest.frame["split"] == "train")
-    films = mx.array(np.load(config.pixels_path, allow_pickle=False)[rows])
-    pooled = np.array(mx.mean(model.features(preprocess(films, model.config.in_channels)), axis=(1, 2)))
+    images = mx.array(np.load(config.pixels_path, allow_pickle=False)[rows])
+    pooled = np.array(mx.mean(model.features(preprocess(images, model.config.in_channels)), axis=(1, 2)))
     weight, bias, scale = np.array(model.fc.weight), np.array(model.fc.bias), pooled.std()
     for k in (toy_teacher.EDEMA, toy_teacher.HEART):
         fit = LogisticRegression(C=0.1).fit(pooled / scale, manifest.raw_labels[rows, k])

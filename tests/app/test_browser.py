@@ -113,14 +113,14 @@ def upload(page, name: str, content: bytes) -> None:
     settled(page)
 
 
-def png_of(film: np.ndarray) -> bytes:
+def png_of(image: np.ndarray) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(film).save(out, "PNG")
+    Image.fromarray(image).save(out, "PNG")
     return out.getvalue()
 
 
-def film_pixels(page) -> np.ndarray:
-    """The film on the page as the browser got it."""
+def image_pixels(page) -> np.ndarray:
+    """The image on the page as the browser got it."""
     address = page.locator("[data-testid=stImage] img").first.get_attribute("src")
     with urllib.request.urlopen(f"{page.url.rstrip('/')}{urlparse(address).path}") as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")).astype(int)
@@ -148,26 +148,26 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
     assert shown(page, "Fracture")[1] == "abstains"
 
     finding = called(answer)
-    before, calls = film_pixels(page), server.model_calls()
+    before, calls = image_pixels(page), server.model_calls()
     slider = page.get_by_role("slider", name="Map opacity")
     slider.focus()
     for _ in range(12):
         slider.press("ArrowLeft")
     settled(page)
-    fainter = film_pixels(page)
+    fainter = image_pixels(page)
     assert np.ptp(before, axis=2).mean() > np.ptp(fainter, axis=2).mean() > 0
     slider.press("Home")
     settled(page)
-    assert np.ptp(film_pixels(page), axis=2).max() == 0
+    assert np.ptp(image_pixels(page), axis=2).max() == 0
     slider.press("End")
     settled(page)
     assert server.model_calls() == calls, "moving the slider ran a model"
 
-    grad_cam = film_pixels(page)
+    grad_cam = image_pixels(page)
     page.get_by_role("radio", name="HiResCAM").click()
     settled(page)
     # The same map up to rounding, which may decide between two neighbours of the 256 colours: two gray levels apart.
-    np.testing.assert_allclose(film_pixels(page), grad_cam, atol=2)
+    np.testing.assert_allclose(image_pixels(page), grad_cam, atol=2)
     page.get_by_role("radio", name="Grad-CAM++").click()
     settled(page)
     assert page.get_by_text(f"{finding}: Grad-CAM++; peak").count() == 1
@@ -175,7 +175,7 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
 
     choose(page, "Finding on the map", "Fracture")
     assert page.get_by_text("Fracture: no map is shown.").is_visible()
-    assert np.ptp(film_pixels(page), axis=2).max() == 0
+    assert np.ptp(image_pixels(page), axis=2).max() == 0
     page.get_by_text("Show withheld maps", exact=True).click()
     settled(page)
     assert page.get_by_text("Shown on request.").is_visible()
@@ -196,10 +196,10 @@ def test_uploads_good_and_bad(visit, predictor):
     page = visit()
     page.get_by_role("radio", name="Upload").click()
     settled(page)
-    film = chest(3, True, False)
+    image = chest(3, True, False)
     data = io.BytesIO()
-    dicom_files.dicom_dataset(film, "MONOCHROME1", 16).save_as(data, enforce_file_format=True)
-    files = {"chest.png": png_of(film), "detector.dcm": data.getvalue(), "lies.gif": png_of(chest(4, False, True))}
+    dicom_files.dicom_dataset(image, "MONOCHROME1", 16).save_as(data, enforce_file_format=True)
+    files = {"chest.png": png_of(image), "detector.dcm": data.getvalue(), "lies.gif": png_of(chest(4, False, True))}
     for name, content in files.items():
         upload(page, name, content)
         answer = predictor.predict([predictor.read(content)])[0]

@@ -41,7 +41,7 @@ def test_a_run_without_masks_or_with_a_damaged_table_says_no_more_than_it_knows(
     assert "not tested" in verdict(run.model.trained.folder)
 
 
-def test_the_verdict_names_the_findings_whose_maps_beat_those_of_other_films(run):
+def test_the_verdict_names_the_findings_whose_maps_beat_those_of_other_images(run):
     said = verdict(run.model.trained.folder)
     better, rest = said.split(". That they do")
     assert better.endswith("for: Edema")

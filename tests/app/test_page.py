@@ -141,7 +141,7 @@ class TestWithRuns:
             assert report == ("not mentioned" if np.isnan(raw) else ["absent", "present"][int(raw)])
         assert f"{said.probabilities[EDEMA]:.2f}" in html_of(page)
 
-    def test_samples_are_test_films_and_every_one_of_them_opens(self, cohort, page):
+    def test_samples_are_test_images_and_every_one_of_them_opens(self, cohort, page):
         manifest = load_manifest(cohort.manifest_path).frame.set_index("image_id")
         titles = page.selectbox(key="sample").options
         assert len(titles) == len(set(titles)) > 3
@@ -152,7 +152,7 @@ class TestWithRuns:
             assert f"study {manifest.loc[image_id, 'study_id']}" in title
             assert not page.error
 
-    def test_switching_the_model_keeps_the_finding_and_another_film_resets_it(self, page):
+    def test_switching_the_model_keeps_the_finding_and_another_image_resets_it(self, page):
         page.selectbox(key="finding").set_value("Cardiomegaly").run()
         page.segmented_control(key="model").set_value("Student").run()
         assert page.selectbox(key="finding").value == "Cardiomegaly"
@@ -200,7 +200,7 @@ class TestWithRuns:
         assert 'class="cxr-words"' in html_of(page)
         assert "Checked against leave-one-out" in text_of(page) or "failed the check" in text_of(page)
 
-    def test_a_report_that_says_the_other_thing_is_set_against_the_film_in_words(self, cohort, page):
+    def test_a_report_that_says_the_other_thing_is_set_against_the_image_in_words(self, cohort, page):
         reader = ReportReader.from_run(cohort.run_dir("teacher"))
         hearts = ("Normal. Normal. Normal.", "Cardiomegaly. Cardiomegaly. Cardiomegaly.")
         lungs = ("", "Clear. Clear. Clear. Clear.", "Edema. Edema. Edema. Edema.")
@@ -255,8 +255,8 @@ class TestWithRuns:
         gif, good = io.BytesIO(), io.BytesIO()
         frames = [Image.new("L", (64, 64), level) for level in (0, 90)]
         frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
-        film = chest(1, True, False)
-        Image.fromarray(film).save(good, "PNG")
+        image = chest(1, True, False)
+        Image.fromarray(image).save(good, "PNG")
         predictor = Predictor.from_run(cohort.run_dir("cnn"))
         bad = {"empty.png": b"", "paper.png": b"%PDF-1.7 x", "a.gif": gif.getvalue(), "cut.png": good.getvalue()[:900]}
         for name, content in bad.items():
@@ -269,7 +269,7 @@ class TestWithRuns:
         said = predictor.predict([predictor.read(good.getvalue())])[0]
         assert float(rows_shown(page, "cnn")["Edema"][0]) == pytest.approx(said.probabilities[EDEMA], abs=5.1e-4)
 
-    def test_a_film_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
+    def test_a_image_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
         page.segmented_control(key="film_from").set_value("Upload").run()
         photo = io.BytesIO()
         ramp = np.linspace(0, 255, 128).astype(np.uint8)

@@ -14,12 +14,12 @@ from mlx_cxr.bench.results import full_page, lora_entry, ratio_entry, ratios, re
 from mlx_cxr.bench.timing import summary
 
 
-def row(section: str, name: str, films: int, ms: float | None, **facts: object) -> Row:
-    """A row whose median is `ms` per film."""
+def row(section: str, name: str, images: int, ms: float | None, **facts: object) -> Row:
+    """A row whose median is `ms` per image."""
     framework = "torch" if "PyTorch" in name else "mlx"
-    timing = None if ms is None else summary([ms * films / 1000 * share for share in (0.9, 1.0, 1.3)], 10)
+    timing = None if ms is None else summary([ms * images / 1000 * share for share in (0.9, 1.0, 1.3)], 10)
     given = {"device": "cpu", "precision": "float32", "status": "wrong" if ms is None else "timed"}
-    return Row(section, name, framework, samples=films, timing=timing, **{**given, **facts})
+    return Row(section, name, framework, samples=images, timing=timing, **{**given, **facts})
 
 
 ROWS = [

@@ -1,4 +1,4 @@
-"""Each section on small films: what is compared is what it says, and what is wrong is found."""
+"""Each section on small images: what is compared is what it says, and what is wrong is found."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ def test_intervals_as_computed_and_as_read_from_json(nothing):
 def test_every_page_and_picture_says_what_it_is():
     assert footer(False) == "Research only, not for clinical use."
     assert footer(True) == "Synthetic cohort. Research only, not for clinical use."
-    assert footer(True, own_film=True) == "Model trained on a synthetic cohort. Research only, not for clinical use."
-    assert footer(False, own_film=True) == footer(False)
+    assert footer(True, own_image=True) == "Model trained on a synthetic cohort. Research only, not for clinical use."
+    assert footer(False, own_image=True) == footer(False)
     assert len(notice_lines(False)) == 2
     assert "Synthetic cohort" in "".join(notice_lines(True))
     assert all(line.startswith(">") for line in notice_lines(True)[:-1])

@@ -1,15 +1,15 @@
 """What the tests of the pixel store build it from."""
 
 import pytest
-from few_films import film, manifest_of
+from few_images import image, manifest_of
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Twelve small films of random content in `films/`."""
+    """Twelve small images of random content in `images/`."""
     (tmp_path / "films").mkdir()
     for number in range(12):
-        film(number).save(tmp_path / "films" / f"f{number:02d}.jpg", quality=95)
+        image(number).save(tmp_path / "films" / f"f{number:02d}.jpg", quality=95)
     return tmp_path
 
 

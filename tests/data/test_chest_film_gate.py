@@ -5,12 +5,12 @@ from collections import Counter
 import matplotlib
 import numpy as np
 import pytest
-from chest_views import TEST_SEED, drawn_films, fitted_tables, patterns, real_films
+from chest_views import TEST_SEED, drawn_images, fitted_tables, patterns, real_images
 from PIL import Image, ImageDraw, ImageOps
 
-from mlx_cxr.data import chest_film_gate
+from mlx_cxr.data import chest_image_gate
 from mlx_cxr.data.decoding import Transform, decode_bytes
-from mlx_cxr.data.chest_film_gate import coloured_part, concerns_about, distance, lateral_likeness, pattern
+from mlx_cxr.data.chest_image_gate import coloured_part, concerns_about, distance, lateral_likeness, pattern
 
 LEFT, RIGHT, DOWN = (
     f"may be {turn}, or is no chest film"
@@ -22,16 +22,16 @@ UNLIKE = "does not look like a frontal chest film"
 
 @pytest.fixture
 def frontal():
-    return drawn_films(TEST_SEED, patients=5)["PA"][0]
+    return drawn_images(TEST_SEED, patients=5)["PA"][0]
 
 
 @pytest.fixture
 def held_out():
-    """Real frontal films of patients that the tables did not see."""
-    films = [film.image for film in real_films() if not film.fitted]
-    if not films:
+    """Real frontal images of patients that the tables did not see."""
+    images = [image.image for image in real_images() if not image.fitted]
+    if not images:
         pytest.skip("the real films (shared/realcxr) are not on this machine")
-    return films
+    return images
 
 
 def counts(images):
@@ -61,28 +61,28 @@ def photographs():
 
 class TestTables:
     def test_components_are_unit_vectors_at_right_angles(self):
-        assert pytest.approx(np.eye(5), abs=0.005) == chest_film_gate.COMPONENTS @ chest_film_gate.COMPONENTS.T
-        assert np.abs(chest_film_gate.COMPONENTS.sum(axis=1)).max() < 0.02
+        assert pytest.approx(np.eye(5), abs=0.005) == chest_image_gate.COMPONENTS @ chest_image_gate.COMPONENTS.T
+        assert np.abs(chest_image_gate.COMPONENTS.sum(axis=1)).max() < 0.02
 
     def test_distance_is_mahalanobis_of_the_full_covariance(self):
-        axes = np.linalg.qr(chest_film_gate.COMPONENTS.T)[0]
-        within = axes @ np.diag(chest_film_gate.VARIANCES) @ axes.T
-        covariance = within + chest_film_gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
-        films = patterns(drawn_films(TEST_SEED, patients=5)["AP"])
-        centred = films - chest_film_gate.MEAN
+        axes = np.linalg.qr(chest_image_gate.COMPONENTS.T)[0]
+        within = axes @ np.diag(chest_image_gate.VARIANCES) @ axes.T
+        covariance = within + chest_image_gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
+        images = patterns(drawn_images(TEST_SEED, patients=5)["AP"])
+        centred = images - chest_image_gate.MEAN
         expected = np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.inv(covariance), centred) / 64)
-        assert distance(films) == pytest.approx(expected, rel=0.01)
+        assert distance(images) == pytest.approx(expected, rel=0.01)
 
     @pytest.mark.slow
     def test_the_fit_gives_these_tables(self):
-        if not real_films():
+        if not real_images():
             pytest.skip("the real films (shared/realcxr) are not on this machine")
         tables = fitted_tables()
-        assert pytest.approx(tables["MEAN"], abs=0.006) == chest_film_gate.MEAN
-        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == chest_film_gate.COMPONENTS
-        assert pytest.approx(tables["VARIANCES"], abs=0.006) == chest_film_gate.VARIANCES
-        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == chest_film_gate.RESIDUAL_VARIANCE
-        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == chest_film_gate.LATERAL_PATTERN
+        assert pytest.approx(tables["MEAN"], abs=0.006) == chest_image_gate.MEAN
+        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == chest_image_gate.COMPONENTS
+        assert pytest.approx(tables["VARIANCES"], abs=0.006) == chest_image_gate.VARIANCES
+        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == chest_image_gate.RESIDUAL_VARIANCE
+        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == chest_image_gate.LATERAL_PATTERN
 
 
 class TestPattern:
@@ -102,25 +102,25 @@ class TestPattern:
         assert pattern(frontal) @ pattern(ImageOps.equalize(frontal)) / 64 > 0.97
 
     def test_lateral_likeness_is_a_correlation(self, frontal):
-        film = pattern(frontal)
-        assert lateral_likeness(film) == pytest.approx(np.corrcoef(film, chest_film_gate.LATERAL_PATTERN)[0, 1], abs=0.01)
+        image = pattern(frontal)
+        assert lateral_likeness(image) == pytest.approx(np.corrcoef(image, chest_image_gate.LATERAL_PATTERN)[0, 1], abs=0.01)
 
 
-class TestRealFilms:
-    """Rates on films that had no part in the fit, and by source on all."""
+class TestRealImages:
+    """Rates on images that had no part in the fit, and by source on all."""
 
-    def test_false_alarms_on_frontal_films(self, held_out):
+    def test_false_alarms_on_frontal_images(self, held_out):
         found = counts(held_out)
         assert len(held_out) == 265
         assert len(held_out) - found["fine"] <= 3
 
-    @pytest.mark.parametrize(("source", "films", "alarms"), [("nih", 381, 2), ("mhh", 108, 2), ("cohen", 78, 2)])
-    def test_false_alarms_by_source(self, held_out, source, films, alarms):
-        found = counts(film.image for film in real_films() if film.source == source)
-        assert films - found["fine"] <= alarms
+    @pytest.mark.parametrize(("source", "images", "alarms"), [("nih", 381, 2), ("mhh", 108, 2), ("cohen", 78, 2)])
+    def test_false_alarms_by_source(self, held_out, source, images, alarms):
+        found = counts(image.image for image in real_images() if image.source == source)
+        assert images - found["fine"] <= alarms
 
     def test_negatives(self, held_out):
-        found = counts(ImageOps.invert(film) for film in held_out)
+        found = counts(ImageOps.invert(image) for image in held_out)
         assert found["fine"] == 0
         assert found[NEGATIVE] >= 0.95 * len(held_out)
 
@@ -133,24 +133,24 @@ class TestRealFilms:
             (Image.Transpose.FLIP_TOP_BOTTOM, DOWN, 0.01, 0.93),
         ],
     )
-    def test_turned_films(self, held_out, turn, reason, missed, named):
-        found = counts(film.transpose(turn) for film in held_out)
+    def test_turned_images(self, held_out, turn, reason, missed, named):
+        found = counts(image.transpose(turn) for image in held_out)
         assert found["fine"] <= missed * len(held_out)
         assert found[reason] >= named * len(held_out)
 
-    def test_a_mirrored_film_goes_unnoticed(self, held_out):
+    def test_a_mirrored_image_goes_unnoticed(self, held_out):
         # A limit that the module states.
-        assert counts(ImageOps.mirror(film) for film in held_out)["fine"] >= 0.98 * len(held_out)
+        assert counts(ImageOps.mirror(image) for image in held_out)["fine"] >= 0.98 * len(held_out)
 
 
 @pytest.mark.slow
 class TestPhantom:
-    def test_frontal_films_pass(self):
-        films = drawn_films(TEST_SEED)
-        assert counts(films["PA"] + films["AP"]) == {"fine": 188}
+    def test_frontal_images_pass(self):
+        images = drawn_images(TEST_SEED)
+        assert counts(images["PA"] + images["AP"]) == {"fine": 188}
 
-    def test_lateral_films(self):
-        laterals = drawn_films(TEST_SEED)["LATERAL"]
+    def test_lateral_images(self):
+        laterals = drawn_images(TEST_SEED)["LATERAL"]
         found = counts(laterals)
         assert found[LATERAL] >= 0.9 * len(laterals)
         assert set(found) == {LATERAL, "fine"}
@@ -160,7 +160,7 @@ class TestOtherImages:
     def test_photographs(self):
         images = photographs()
         fine = sum(not concerns_about(image.convert("L"), image) for image in images)
-        coloured = sum(coloured_part(image) > chest_film_gate.MOST_COLOURED for image in images)
+        coloured = sum(coloured_part(image) > chest_image_gate.MOST_COLOURED for image in images)
         in_gray = counts(image.convert("L") for image in images)
         assert len(images) == 63
         assert fine <= 2
@@ -169,8 +169,8 @@ class TestOtherImages:
 
     def test_noise(self):
         rng = np.random.default_rng(0)
-        films = [Image.fromarray(rng.integers(0, 256, (300, 300), np.uint8)) for _ in range(20)]
-        assert counts(films) == {UNLIKE: 20}
+        images = [Image.fromarray(rng.integers(0, 256, (300, 300), np.uint8)) for _ in range(20)]
+        assert counts(images) == {UNLIKE: 20}
 
     def test_a_page_of_text(self):
         page = Image.new("L", (850, 1100), 255)
@@ -181,10 +181,10 @@ class TestOtherImages:
 
     @pytest.mark.parametrize("level", [0, 120, 254])
     def test_almost_blank(self, level):
-        film = np.full((200, 200), level, np.uint8)
-        film[90:96, 90:140] = 255 - level
-        film += np.random.default_rng(0).integers(0, 2, film.shape, np.uint8)
-        assert concerns_about(Image.fromarray(film)) == ("is almost blank",)
+        image = np.full((200, 200), level, np.uint8)
+        image[90:96, 90:140] = 255 - level
+        image += np.random.default_rng(0).integers(0, 2, image.shape, np.uint8)
+        assert concerns_about(Image.fromarray(image)) == ("is almost blank",)
 
     def test_a_narrow_strip(self, frontal):
         strip = frontal.resize((300, 100))
@@ -197,7 +197,7 @@ class TestOtherImages:
 
 
 class TestColour:
-    def test_a_gray_film_saved_in_colour_passes(self, frontal):
+    def test_a_gray_image_saved_in_colour_passes(self, frontal):
         assert coloured_part(frontal.convert("RGB")) == 0
         assert concerns_about(frontal, frontal.convert("RGB")) == ()
 
@@ -206,24 +206,24 @@ class TestColour:
         draw = ImageDraw.Draw(marked)
         draw.rectangle((60, 200, 120, 300), outline=(255, 0, 0), width=4)
         draw.text((10, 10), "RIGHT LUNG", fill=(0, 255, 0))
-        assert 0 < coloured_part(marked) < chest_film_gate.MOST_COLOURED
+        assert 0 < coloured_part(marked) < chest_image_gate.MOST_COLOURED
         assert concerns_about(frontal, marked) == ()
 
     def test_a_blue_cast_passes(self, frontal):
         gray = np.asarray(frontal, np.float64)
         blue = np.stack([0.85 * gray, 0.9 * gray, np.minimum(gray + 20, 255)], axis=-1).astype(np.uint8)
-        assert coloured_part(Image.fromarray(blue)) < chest_film_gate.MOST_COLOURED
+        assert coloured_part(Image.fromarray(blue)) < chest_image_gate.MOST_COLOURED
 
-    def test_a_colour_map_over_a_film_is_seen(self, frontal):
+    def test_a_colour_map_over_a_image_is_seen(self, frontal):
         heat = Image.fromarray((matplotlib.colormaps["jet"](np.asarray(frontal))[..., :3] * 255).astype(np.uint8))
         assert concerns_about(frontal, heat)[0] == "is in colour, like a photograph"
 
     @pytest.mark.parametrize("name", ["JPEG", "PNG"])
-    def test_colours_are_seen_though_films_are_decoded_in_gray(self, name):
+    def test_colours_are_seen_though_images_are_decoded_in_gray(self, name):
         photo = photographs()[0]
         content = io.BytesIO()
         photo.save(content, name)
-        film = decode_bytes(content.getvalue(), Transform(64))
-        assert "is in colour, like a photograph" in film.concerns
+        image = decode_bytes(content.getvalue(), Transform(64))
+        assert "is in colour, like a photograph" in image.concerns
         assert decode_bytes(content.getvalue(), Transform(64), inspect=False).concerns == ()
-        assert np.array_equal(film.image, decode_bytes(content.getvalue(), Transform(64), inspect=False).image)
+        assert np.array_equal(image.image, decode_bytes(content.getvalue(), Transform(64), inspect=False).image)

@@ -122,7 +122,7 @@ def test_ids_keep_their_zeros_and_may_not_repeat_or_be_blank(tmp_path):
         read_csv_source(source(tmp_path, content.replace("\n007,1.0,b", "\n,1.0,b"), **dict.fromkeys(COLUMNS)))
 
 
-def test_films_of_a_study_that_disagree(tmp_path):
+def test_images_of_a_study_that_disagree(tmp_path):
     content = "patient_id,study_id,image_file,findings\np,s,a.jpg,Edema\np,s,b.jpg,No Finding\n"
     with pytest.raises(DataError, match=r"study 's' disagree in Edema: \[1\.0, 0\.0\]; set data\.csv\.study: null"):
         read_csv_source(source(tmp_path, content, **dict.fromkeys(COLUMNS)))
@@ -181,7 +181,7 @@ def json_lines(tmp_path, records, **csv):
     return config.model_copy(update={"csv": config.csv.model_copy(update={"table": table.with_suffix(".jsonl")})})
 
 
-def test_json_lines_of_reports_without_films(tmp_path):
+def test_json_lines_of_reports_without_images(tmp_path):
     rows = read_csv_source(json_lines(tmp_path, RECORDS))
     frame = rows.frame
     assert (rows.read, rows.dropped) == (5, {"no findings given": 2})
@@ -197,7 +197,7 @@ def test_json_lines_of_reports_without_films(tmp_path):
     assert rows.notes == {"finding not mapped: Hernia": 1}
 
 
-def test_a_json_line_per_film_and_a_key_per_label(tmp_path):
+def test_a_json_line_per_image_and_a_key_per_label(tmp_path):
     records = [{"uid": "p", "film": "a.jpg", "edema": 1.0}, {"uid": "q", "film": "b.jpg", "edema": -1, "note": "x"}]
     rows = read_csv_source(json_lines(tmp_path, records, image="film", findings=None, label_map={}, sex=None))
     assert labels(rows, "Edema") == [1, -1]
@@ -213,7 +213,7 @@ def test_lists_can_be_filtered_by(tmp_path):
     assert rows.frame["image_id"].tolist() == ["1", "2"]
 
 
-def test_reports_without_films_are_told_apart_by_their_study(tmp_path):
+def test_reports_without_images_are_told_apart_by_their_study(tmp_path):
     with pytest.raises(DataError, match=r"films\.jsonl: study '1' appears twice, in rows 1 and 2"):
         read_csv_source(json_lines(tmp_path, [RECORDS[0], RECORDS[0]]))
     with pytest.raises(DataError, match=r"films\.jsonl, row 2: column 'uid' is empty"):
@@ -284,8 +284,8 @@ def test_the_real_reports(monkeypatch):
     assert rows.notes["finding not mapped: Infiltration"] == 43
 
 
-def test_the_real_films():
-    """381 films of 348 patients of ChestX-ray14, counted from the table's own list of findings."""
+def test_the_real_images():
+    """381 images of 348 patients of ChestX-ray14, counted from the table's own list of findings."""
     root = real_data()
     mapping = {"Effusion": "Pleural Effusion", "Infiltration": "Lung Opacity", "Pleural_Thickening": "Pleural Other"}
     csv = CsvSource(

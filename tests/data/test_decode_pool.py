@@ -6,25 +6,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_cxr.data.decode_pool import Decoded, WorkerDiedError, decode_films
-from mlx_cxr.data.image_arrays import Transform, read_film
+from mlx_cxr.data.decode_pool import Decoded, WorkerDiedError, decode_images
+from mlx_cxr.data.decoding import Transform
+from prepared_images import read_image
 
 TRANSFORM = Transform(32)
 
 
 @pytest.fixture
-def large_film(tmp_path):
+def large_image(tmp_path):
     grain = np.random.default_rng(0).integers(0, 256, (300, 240), dtype=np.uint8)
     Image.fromarray(grain).resize((1200, 1500), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg")
     return tmp_path / "large.jpg"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_film_comes_back_once_under_its_row(large_film, workers):
-    missing = large_film.with_name("none.jpg")
-    jobs = [(row, missing if row == 103 else large_film) for row in range(100, 130)]
-    results = sorted(decode_films(jobs, TRANSFORM, workers), key=lambda result: result.row)
-    pixels = read_film(large_film, TRANSFORM).tobytes()
+def test_each_image_comes_back_once_under_its_row(large_image, workers):
+    missing = large_image.with_name("none.jpg")
+    jobs = [(row, missing if row == 103 else large_image) for row in range(100, 130)]
+    results = sorted(decode_images(jobs, TRANSFORM, workers), key=lambda result: result.row)
+    pixels = read_image(large_image, TRANSFORM).tobytes()
     expected = [Decoded(row, pixels) for row in range(100, 130)]
     expected[3] = Decoded(103, None, "no such file")
     assert [(r.row, r.pixels, r.reason) for r in results] == [(r.row, r.pixels, r.reason) for r in expected]
@@ -40,9 +41,9 @@ class WatchedList(list):
         return super().__getitem__(key)
 
 
-def test_films_are_handed_out_as_they_are_needed(large_film):
-    jobs = WatchedList((row, large_film) for row in range(10_000))
-    results = decode_films(jobs, TRANSFORM, 2)
+def test_images_are_handed_out_as_they_are_needed(large_image):
+    jobs = WatchedList((row, large_image) for row in range(10_000))
+    results = decode_images(jobs, TRANSFORM, 2)
     for _ in range(20):
         next(results)
     results.close()
@@ -50,8 +51,8 @@ def test_films_are_handed_out_as_they_are_needed(large_film):
     assert not multiprocessing.active_children()
 
 
-def test_a_killed_worker_is_named_as_such(large_film):
-    results = decode_films([(row, large_film) for row in range(200)], TRANSFORM, 2)
+def test_a_killed_worker_is_named_as_such(large_image):
+    results = decode_images([(row, large_image) for row in range(200)], TRANSFORM, 2)
     next(results)
     multiprocessing.active_children()[0].kill()
     with pytest.raises(WorkerDiedError, match=r"large\.jpg.*pixels\.workers=1"):
@@ -64,7 +65,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import mlx_cxr.data.decode_pool as pool
 import mlx_cxr.core.workers as workers
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 
 print("main module runs")
 LOADED = "__import__('mlx_cxr.data.decode_pool') and print(*__import__('sys').modules, flush=True) or []"
@@ -74,7 +75,7 @@ class Watched(ProcessPoolExecutor):
         return super().submit(eval, LOADED)
 
 workers.ProcessPoolExecutor = Watched
-list(pool.decode_films([(0, Path("x"))] * 8, Transform(32), 2))
+list(pool.decode_images([(0, Path("x"))] * 8, Transform(32), 2))
 """
 
 

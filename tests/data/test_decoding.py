@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
-from mlx_cxr.data.decoding import INVERTED, FilmError, Transform, decode_bytes, looks_inverted
-from mlx_cxr.data.image_arrays import apply, read_film
+from mlx_cxr.data.decoding import INVERTED, ImageError, Transform, decode_bytes, looks_inverted
+from prepared_images import apply, read_image
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 
@@ -47,8 +47,8 @@ def saved(tmp_path):
 
 def decode(path, transform):
     """uint8 (S, S) and notes."""
-    film = decoding.decode(path, transform)
-    return Decoded(np.asarray(film.image), film.notes)
+    radiograph = decoding.decode(path, transform)
+    return Decoded(np.asarray(radiograph.image), radiograph.notes)
 
 
 class Decoded(NamedTuple):
@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def real_films(step):
+def real_images(step):
     found = sorted(REAL.glob("*.jpg"))[::step] if REAL.is_dir() else []
     if not found:
         pytest.skip(f"no real films in {REAL}")
@@ -91,7 +91,7 @@ class TestGeometry:
         rows, columns = np.mgrid[:height, :width]
         disc = (np.hypot(rows + 0.5 - y, columns + 0.5 - x) < 200).astype(np.uint8) * 200
         transform = Transform(64, fit)
-        result = read_film(saved(disc, name), transform).astype(float)
+        result = read_image(saved(disc, name), transform).astype(float)
         left, top, right, bottom = transform.shown(width, height)
         at_left, at_top, across, down = transform.placed(width, height)
         found_y, found_x = ndimage.center_of_mass(np.where(result > 20, result, 0))
@@ -130,32 +130,32 @@ class TestReducedDecoding:
         assert Transform(size, "center_crop").reduction(width, height) == crop
 
     @pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
-    def test_loses_nothing_that_matters_on_a_grainy_film(self, saved, picture, fit):
-        # Measured: mean 0.15 and at most 3 gray levels on real films enlarged to 2500 x 3000, at 224 px.
-        film = saved(picture(1500, 1250, noise=8), "film.jpg", quality=95)
+    def test_loses_nothing_that_matters_on_a_grainy_image(self, saved, picture, fit):
+        # Measured: mean 0.15 and at most 3 gray levels on real images enlarged to 2500 x 3000, at 224 px.
+        radiograph = saved(picture(1500, 1250, noise=8), "film.jpg", quality=95)
         transform = Transform(112, fit)
         assert transform.reduction(1250, 1500) >= 4
-        full = apply(np.asarray(Image.open(film)), transform)
-        difference = np.abs(read_film(film, transform).astype(int) - full)
+        full = apply(np.asarray(Image.open(radiograph)), transform)
+        difference = np.abs(read_image(radiograph, transform).astype(int) - full)
         assert difference.mean() < 0.5
         assert difference.max() <= 5
 
-    def test_loses_nothing_that_matters_on_real_films(self):
+    def test_loses_nothing_that_matters_on_real_images(self):
         transform = Transform(64)
         means = []
-        for film in real_films(30):
-            image = Image.open(film).convert("L")
+        for radiograph in real_images(30):
+            image = Image.open(radiograph).convert("L")
             assert transform.reduction(*image.size) == 4
-            means.append(np.abs(read_film(film, transform).astype(int) - apply(np.asarray(image), transform)).mean())
+            means.append(np.abs(read_image(radiograph, transform).astype(int) - apply(np.asarray(image), transform)).mean())
         assert np.mean(means) < 0.5
         assert max(means) < 1
 
     def test_colour_jpeg_gives_its_luma(self, saved, picture):
         gray = picture(400, 400)
         image = Image.merge("RGB", [Image.fromarray(c) for c in (gray, gray // 2, 255 - gray)])
-        film = saved(image, "colour.jpg", quality=95)
-        expected = apply(np.asarray(Image.open(film).convert("L")), Transform(64))
-        result = decode(film, Transform(64))
+        radiograph = saved(image, "colour.jpg", quality=95)
+        expected = apply(np.asarray(Image.open(radiograph).convert("L")), Transform(64))
+        result = decode(radiograph, Transform(64))
         assert np.abs(result.pixels.astype(int) - expected).mean() < 0.5
         assert "RGB" in result.notes
 
@@ -170,10 +170,10 @@ class TestReducedDecoding:
 
 class TestGrayLevels:
     def test_8_bit_is_taken_as_it_is(self, saved):
-        film = np.full((64, 64), 90, np.uint8)
-        film[:, 32:] = 130
-        result = decode(saved(film, "film.png"), Transform(64))
-        assert (result.pixels == film).all()
+        radiograph = np.full((64, 64), 90, np.uint8)
+        radiograph[:, 32:] = 130
+        result = decode(saved(radiograph, "film.png"), Transform(64))
+        assert (result.pixels == radiograph).all()
         assert not set(result.notes) - {INVERTED}
 
     @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -218,8 +218,8 @@ class TestGrayLevels:
 
     def test_cmyk_jpeg(self, saved, picture):
         gray = picture(256, 256)
-        film = saved(Image.fromarray(gray).convert("RGB").convert("CMYK"), "film.jpg", quality=95)
-        result = decode(film, Transform(64))
+        radiograph = saved(Image.fromarray(gray).convert("RGB").convert("CMYK"), "film.jpg", quality=95)
+        result = decode(radiograph, Transform(64))
         assert np.abs(result.pixels.astype(int) - apply(gray, Transform(64))).mean() < 1.5
         assert "CMYK" in result.notes
 
@@ -258,7 +258,7 @@ class TestGrayLevels:
         stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
         exif = Image.Exif()
         exif[274] = orientation
-        result = read_film(saved(stored, name, exif=exif), Transform(64)).astype(int)
+        result = read_image(saved(stored, name, exif=exif), Transform(64)).astype(int)
         assert np.abs(result - apply(np.asarray(upright), Transform(64))).mean() < 1
 
 
@@ -270,13 +270,13 @@ def png_with_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def jpeg(film):
+def jpeg(radiograph):
     out = io.BytesIO()
-    Image.fromarray(film).save(out, "JPEG", quality=95)
+    Image.fromarray(radiograph).save(out, "JPEG", quality=95)
     return out.getvalue()
 
 
-class TestFilmsThatCannotBeUsed:
+class TestImagesThatCannotBeUsed:
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
@@ -298,16 +298,16 @@ class TestFilmsThatCannotBeUsed:
     )
     def test_the_reason_is_given(self, tmp_path, content, reason):
         (tmp_path / "film.jpg").write_bytes(content)
-        with pytest.raises(FilmError, match=reason):
+        with pytest.raises(ImageError, match=reason):
             decode(tmp_path / "film.jpg", Transform(64))
-        with pytest.raises(FilmError, match=r"film\.jpg: "):
-            read_film(tmp_path / "film.jpg", Transform(64))
+        with pytest.raises(ImageError, match=r"film\.jpg: "):
+            read_image(tmp_path / "film.jpg", Transform(64))
 
     @pytest.mark.parametrize("keep", [0.02, 0.5, 0.999])
     def test_a_cut_jpeg(self, tmp_path, picture, keep):
         content = jpeg(picture(500, 500, noise=10))
         (tmp_path / "film.jpg").write_bytes(content[: int(keep * len(content))])
-        with pytest.raises(FilmError, match=r"cut short|damaged"):
+        with pytest.raises(ImageError, match=r"cut short|damaged"):
             decode(tmp_path / "film.jpg", Transform(64))
 
     def test_a_jpeg_with_a_tail_of_zeros(self, tmp_path, picture):
@@ -315,67 +315,67 @@ class TestFilmsThatCannotBeUsed:
         content = jpeg(picture(500, 500, noise=10))
         half = len(content) // 2
         (tmp_path / "film.jpg").write_bytes(content[:half] + bytes(half))
-        with pytest.raises(FilmError, match="cut short"):
+        with pytest.raises(ImageError, match="cut short"):
             decode(tmp_path / "film.jpg", Transform(64))
 
     def test_a_few_bytes_after_the_jpeg_do_no_harm(self, tmp_path, picture):
-        film = picture(200, 200)
-        (tmp_path / "film.jpg").write_bytes(jpeg(film) + b"\n\0\0")
+        radiograph = picture(200, 200)
+        (tmp_path / "film.jpg").write_bytes(jpeg(radiograph) + b"\n\0\0")
         assert decode(tmp_path / "film.jpg", Transform(64)).pixels.max() > 100
 
     @pytest.mark.parametrize("suffix", ["png", "tif"])
     def test_cut_files_of_other_formats(self, saved, picture, suffix):
-        film = saved(picture(300, 300, noise=10), f"film.{suffix}")
-        film.write_bytes(film.read_bytes()[:-20_000])
-        with pytest.raises(FilmError, match=r"damaged"):
-            decode(film, Transform(64))
+        radiograph = saved(picture(300, 300, noise=10), f"film.{suffix}")
+        radiograph.write_bytes(radiograph.read_bytes()[:-20_000])
+        with pytest.raises(ImageError, match=r"damaged"):
+            decode(radiograph, Transform(64))
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-    def test_a_blank_film(self, saved, dtype):
-        with pytest.raises(FilmError, match=r"blank: every pixel is .*77"):
+    def test_a_blank_image(self, saved, dtype):
+        with pytest.raises(ImageError, match=r"blank: every pixel is .*77"):
             decode(saved(np.full((100, 100), 77, dtype), "film.png"), Transform(64))
 
     def test_a_blank_jpeg_with_its_noise(self, saved):
         grain = np.random.default_rng(0).integers(127, 129, (256, 256)).astype(np.uint8)
-        with pytest.raises(FilmError, match="blank"):
+        with pytest.raises(ImageError, match="blank"):
             decode(saved(grain, "film.jpg"), Transform(64))
 
     def test_not_a_number(self, saved):
         values = np.full((64, 64), 0.5, np.float32)
         values[3, 4] = np.nan
-        with pytest.raises(FilmError, match="NaN"):
+        with pytest.raises(ImageError, match="NaN"):
             decode(saved(values, "film.tif"), Transform(64))
 
     def test_no_file_and_a_folder(self, tmp_path):
-        with pytest.raises(FilmError, match="no such file"):
+        with pytest.raises(ImageError, match="no such file"):
             decode(tmp_path / "none.jpg", Transform(64))
-        with pytest.raises(FilmError, match="a folder, not a file"):
+        with pytest.raises(ImageError, match="a folder, not a file"):
             decode(tmp_path, Transform(64))
 
     def test_a_pipe_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "film.jpg")
-        with pytest.raises(FilmError, match="no ordinary file"):
+        with pytest.raises(ImageError, match="no ordinary file"):
             decode(tmp_path / "film.jpg", Transform(64))
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
     def test_a_file_that_may_not_be_read(self, tmp_path):
         (tmp_path / "film.jpg").write_bytes(b"x")
         (tmp_path / "film.jpg").chmod(0)
-        with pytest.raises(FilmError, match="cannot be read: Permission denied"):
+        with pytest.raises(ImageError, match="cannot be read: Permission denied"):
             decode(tmp_path / "film.jpg", Transform(64))
 
-    def test_more_bytes_than_any_film(self, tmp_path, monkeypatch):
+    def test_more_bytes_than_any_image(self, tmp_path, monkeypatch):
         monkeypatch.setattr(decoding, "MAX_BYTES", 1000)
         (tmp_path / "film.jpg").write_bytes(bytes(1001))
         for call in (
             lambda: decode(tmp_path / "film.jpg", Transform(64)),
             lambda: decode_bytes(bytes(1001), Transform(64)),
         ):
-            with pytest.raises(FilmError, match="1,001 bytes; no film is larger than 1,000"):
+            with pytest.raises(ImageError, match="1,001 bytes; no film is larger than 1,000"):
                 call()
 
     def test_120_million_bytes_of_nothing(self):
-        with pytest.raises(FilmError, match="begins with zeros"):
+        with pytest.raises(ImageError, match="begins with zeros"):
             decode_bytes(bytes(120_000_000), Transform(64))
 
 
@@ -389,7 +389,7 @@ class TestContentDecides:
             (tmp_path / f"film.{suffix}").write_bytes(data)
             found = decode(tmp_path / f"film.{suffix}", Transform(64))
             assert np.array_equal(found.pixels, decode_bytes(data, Transform(64)).image)
-            assert np.array_equal(found.pixels, read_film(tmp_path / f"film.{suffix}", Transform(64)))
+            assert np.array_equal(found.pixels, read_image(tmp_path / f"film.{suffix}", Transform(64)))
 
     def test_bytes_and_file_agree(self, saved, picture):
         path = saved(picture(300, 200, noise=5), "film.jpg")
@@ -399,15 +399,15 @@ class TestContentDecides:
 def undecided(content):
     """Its pixels or its reason; anything else that is raised goes through."""
     try:
-        film = decode_bytes(content, Transform(48))
-    except FilmError as error:
+        radiograph = decode_bytes(content, Transform(48))
+    except ImageError as error:
         return str(error)
-    assert film.image.size == (48, 48)
+    assert radiograph.image.size == (48, 48)
     return None
 
 
 class TestDamagedFiles:
-    """More than 300 damaged films: each decodes or gives a reason, in silence."""
+    """More than 300 damaged images: each decodes or gives a reason, in silence."""
 
     def test_whole_files_decode(self, picture):
         for name, content in whole_files(picture(120, 100, noise=4)).items():
@@ -446,19 +446,19 @@ class TestDamagedFiles:
 
 class TestNotes:
     def test_a_negative_is_noted_and_left_as_it_is(self, saved, picture):
-        film = picture(128, 128)
-        assert decode(saved(film, "film.png"), Transform(64)).notes == ()
-        negative = decode(saved(255 - film, "negative.png"), Transform(64))
+        radiograph = picture(128, 128)
+        assert decode(saved(radiograph, "film.png"), Transform(64)).notes == ()
+        negative = decode(saved(255 - radiograph, "negative.png"), Transform(64))
         assert negative.notes == (INVERTED,)
-        assert (negative.pixels == apply(255 - film, Transform(64))).all()
+        assert (negative.pixels == apply(255 - radiograph, Transform(64))).all()
 
-    def test_a_film_smaller_than_the_store(self, saved, picture):
+    def test_a_image_smaller_than_the_store(self, saved, picture):
         assert decode(saved(picture(60, 50), "film.png"), Transform(64)).notes == ("smaller than the store, enlarged",)
         assert decode(saved(picture(64, 50), "film.png"), Transform(64)).notes == ()
 
-    def test_error_rate_of_the_negative_check_on_real_films(self):
-        found = real_films(1)
-        images = {film.name: Image.open(film).convert("L") for film in found}
+    def test_error_rate_of_the_negative_check_on_real_images(self):
+        found = real_images(1)
+        images = {radiograph.name: Image.open(radiograph).convert("L") for radiograph in found}
         wrong = [name for name, image in images.items() if looks_inverted(image)]
         missed = [name for name, image in images.items() if not looks_inverted(ImageOps.invert(image))]
         assert wrong == missed == ["mhh_17ad0a56.jpg"]

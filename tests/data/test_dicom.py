@@ -29,7 +29,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from mlx_cxr.data.decoding import FilmError, Transform, decode_bytes
+from mlx_cxr.data.decoding import ImageError, Transform, decode_bytes
 from mlx_cxr.data.dicom import equalize, read_dicom
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
 
@@ -39,7 +39,7 @@ KINDS = [(photometric, bits) for photometric in ("MONOCHROME1", "MONOCHROME2") f
 
 
 @pytest.fixture
-def film():
+def radiograph():
     """uint8 (H, W) of smooth content from 0 to 255, an odd number of pixels, unlike its negative."""
     grain = np.random.default_rng(0).integers(0, 256, (9, 7), dtype=np.uint8)
     levels = np.asarray(Image.fromarray(grain).resize((75, 91), Image.Resampling.BICUBIC)).copy() // 2
@@ -108,16 +108,16 @@ class TestMimicRecipe:
         assert np.array_equal(gray(as_bytes(dataset)), mimic_cxr_jpg(stored, photometric))
 
     @pytest.mark.parametrize(("photometric", "bits"), KINDS)
-    def test_every_kind_of_file_gives_the_pixels_and_logits_of_the_png(self, film, network, photometric, bits):
-        png = decode_bytes(as_png(mimic_cxr_jpg(film, "MONOCHROME2")), TRANSFORM)
-        dicom = decode_bytes(dicom_bytes(film, photometric, bits), TRANSFORM)
+    def test_every_kind_of_file_gives_the_pixels_and_logits_of_the_png(self, radiograph, network, photometric, bits):
+        png = decode_bytes(as_png(mimic_cxr_jpg(radiograph, "MONOCHROME2")), TRANSFORM)
+        dicom = decode_bytes(dicom_bytes(radiograph, photometric, bits), TRANSFORM)
         assert np.array_equal(dicom.image, png.image)
         logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
         assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
         assert np.abs(np.array(logits[0])).max() > 0.01
 
     @pytest.mark.parametrize(("photometric", "bits"), KINDS)
-    def test_on_a_real_film(self, network, photometric, bits):
+    def test_on_a_real_image(self, network, photometric, bits):
         path = REAL / "nih_00000061_012.jpg"
         if not path.exists():
             pytest.skip(f"no real films in {REAL}")
@@ -130,100 +130,100 @@ class TestMimicRecipe:
         logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
         assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
 
-    def test_32_bit_and_floating_point_values(self, film):
-        values = film.astype(np.int64) * 3_000_017 - 5
-        wide = dicom_dataset(film, BitsAllocated=32, BitsStored=32, HighBit=31, PixelRepresentation=1)
+    def test_32_bit_and_floating_point_values(self, radiograph):
+        values = radiograph.astype(np.int64) * 3_000_017 - 5
+        wide = dicom_dataset(radiograph, BitsAllocated=32, BitsStored=32, HighBit=31, PixelRepresentation=1)
         wide.PixelData = values.astype(np.int32).tobytes()
         assert np.array_equal(gray(as_bytes(wide)), mimic_cxr_jpg(values, "MONOCHROME2"))
-        real = dicom_dataset(film, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
-        real.FloatPixelData = (film / np.float32(7)).astype(np.float32).tobytes()
-        assert np.array_equal(gray(as_bytes(real)), mimic_cxr_jpg(film / np.float32(7), "MONOCHROME2"))
+        real = dicom_dataset(radiograph, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
+        real.FloatPixelData = (radiograph / np.float32(7)).astype(np.float32).tobytes()
+        assert np.array_equal(gray(as_bytes(real)), mimic_cxr_jpg(radiograph / np.float32(7), "MONOCHROME2"))
 
-    def test_bits_above_the_stored_ones_are_no_pixels(self, film):
+    def test_bits_above_the_stored_ones_are_no_pixels(self, radiograph):
         # An overlay kept in the upper bits, as before 2004.
-        dataset = dicom_dataset(film, bits=12)
-        overlay = np.random.default_rng(0).integers(0, 16, film.shape, dtype=np.uint16) << 12
+        dataset = dicom_dataset(radiograph, bits=12)
+        overlay = np.random.default_rng(0).integers(0, 16, radiograph.shape, dtype=np.uint16) << 12
         dataset.PixelData = (np.frombuffer(dataset.PixelData, np.uint16) | overlay.ravel()).tobytes()
-        assert np.array_equal(gray(as_bytes(dataset)), gray(dicom_bytes(film, bits=12)))
+        assert np.array_equal(gray(as_bytes(dataset)), gray(dicom_bytes(radiograph, bits=12)))
 
-    def test_window_rescale_and_padding_change_nothing(self, film):
+    def test_window_rescale_and_padding_change_nothing(self, radiograph):
         more = {"WindowCenter": 900, "WindowWidth": 300, "RescaleSlope": 2, "RescaleIntercept": -1000}
-        changed = dicom_bytes(film, bits=12, PixelPaddingValue=0, **more)
-        assert np.array_equal(gray(changed), gray(dicom_bytes(film, bits=12)))
+        changed = dicom_bytes(radiograph, bits=12, PixelPaddingValue=0, **more)
+        assert np.array_equal(gray(changed), gray(dicom_bytes(radiograph, bits=12)))
 
-    def test_a_negative_slope_turns_the_gray_scale_round(self, film):
-        falling = dicom_bytes(film, "MONOCHROME1", 12, RescaleSlope=-1, RescaleIntercept=4095)
-        assert np.array_equal(gray(falling), mimic_cxr_jpg(255 - film, "MONOCHROME2"))
+    def test_a_negative_slope_turns_the_gray_scale_round(self, radiograph):
+        falling = dicom_bytes(radiograph, "MONOCHROME1", 12, RescaleSlope=-1, RescaleIntercept=4095)
+        assert np.array_equal(gray(falling), mimic_cxr_jpg(255 - radiograph, "MONOCHROME2"))
 
     @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-    def test_the_presentation_lut_shape_does_not_invert_again(self, film, photometric):
-        data = dicom_bytes(film, photometric, PresentationLUTShape="INVERSE")
+    def test_the_presentation_lut_shape_does_not_invert_again(self, radiograph, photometric):
+        data = dicom_bytes(radiograph, photometric, PresentationLUTShape="INVERSE")
         result = read_dicom(data)
-        assert np.array_equal(result.gray, gray(dicom_bytes(film)))
+        assert np.array_equal(result.gray, gray(dicom_bytes(radiograph)))
         assert any("INVERSE" in note for note in result.notes) == (photometric == "MONOCHROME2")
 
-    def test_an_extreme_value_that_takes_up_the_range_is_a_concern(self, film):
-        dataset = dicom_dataset(film, bits=16)
-        values = film.astype(np.uint16)
+    def test_an_extreme_value_that_takes_up_the_range_is_a_concern(self, radiograph):
+        dataset = dicom_dataset(radiograph, bits=16)
+        values = radiograph.astype(np.uint16)
         values[0, 0] = 65_535
         dataset.PixelData = values.tobytes()
         assert "gray levels left" in read_dicom(as_bytes(dataset)).concerns[0]
 
 
 class TestWindow:
-    def test_linear_window_by_hand(self, film):
+    def test_linear_window_by_hand(self, radiograph):
         # PS3.3 C.11.2.1.2: y = ((x - (c - 0.5)) / (w - 1) + 0.5), cut to 0..1.
-        stored = film.astype(np.float64) * 16
+        stored = radiograph.astype(np.float64) * 16
         expected = (np.clip((stored - 1999.5) / 999 + 0.5, 0, 1) * 255).astype(np.uint8)
-        data = dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=1000)
+        data = dicom_bytes(radiograph, bits=12, WindowCenter=2000, WindowWidth=1000)
         assert np.abs(gray(data, "window").astype(int) - expected).max() <= 1
         assert {0, 255} <= set(np.unique(gray(data, "window")).tolist())
 
     @pytest.mark.parametrize("empty", [{"WindowCenter": "", "WindowWidth": ""}, {"WindowWidth": ""}])
-    def test_a_window_without_values_is_none(self, film, empty):
+    def test_a_window_without_values_is_none(self, radiograph, empty):
         more = {"WindowCenter": 2000, "WindowWidth": 1001} | empty
-        none = gray(dicom_bytes(film, bits=12), "window")
-        np.testing.assert_array_equal(gray(dicom_bytes(film, bits=12, **more), "window"), none)
+        none = gray(dicom_bytes(radiograph, bits=12), "window")
+        np.testing.assert_array_equal(gray(dicom_bytes(radiograph, bits=12, **more), "window"), none)
 
-    def test_a_window_that_cannot_be_is_named(self, film):
-        with pytest.raises(FilmError, match="window cannot be used; try the recipe 'mimic'"):
-            gray(dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=0), "window")
+    def test_a_window_that_cannot_be_is_named(self, radiograph):
+        with pytest.raises(ImageError, match="window cannot be used; try the recipe 'mimic'"):
+            gray(dicom_bytes(radiograph, bits=12, WindowCenter=2000, WindowWidth=0), "window")
 
-    def test_the_first_of_several_windows_after_rescale_of_signed_values(self, film):
-        measured = (film.astype(np.float64) * 16 - 2048) * 0.5 + 10
+    def test_the_first_of_several_windows_after_rescale_of_signed_values(self, radiograph):
+        measured = (radiograph.astype(np.float64) * 16 - 2048) * 0.5 + 10
         expected = (np.clip((measured - 99.5) / 799 + 0.5, 0, 1) * 255).astype(np.uint8)
         more = {"RescaleSlope": 0.5, "RescaleIntercept": 10, "WindowCenter": [100, 5], "WindowWidth": [800, 9]}
-        result = gray(dicom_bytes(film, bits=12, signed=True, **more), "window")
+        result = gray(dicom_bytes(radiograph, bits=12, signed=True, **more), "window")
         assert np.abs(result.astype(int) - expected).max() <= 1
 
-    def test_monochrome1_is_inverted_after_the_window(self, film):
+    def test_monochrome1_is_inverted_after_the_window(self, radiograph):
         # Stored reversed, so the window that shows the same lies at the other end.
-        plain = gray(dicom_bytes(film, bits=12, WindowCenter=2000, WindowWidth=1001), "window")
-        reverse = dicom_bytes(film, "MONOCHROME1", 12, WindowCenter=4095 - 2000 + 1, WindowWidth=1001)
+        plain = gray(dicom_bytes(radiograph, bits=12, WindowCenter=2000, WindowWidth=1001), "window")
+        reverse = dicom_bytes(radiograph, "MONOCHROME1", 12, WindowCenter=4095 - 2000 + 1, WindowWidth=1001)
         assert np.abs(gray(reverse, "window").astype(int) - plain).max() <= 1
 
-    def test_voi_lut(self, film):
+    def test_voi_lut(self, radiograph):
         item = Dataset()
         table = np.linspace(0, 1, 256) ** 3 * 1023
         item.add_new("LUTDescriptor", "US", [256, 0, 10])
         item.add_new("LUTData", "US", table.astype(np.uint16).tolist())
-        result = gray(dicom_bytes(film, VOILUTSequence=[item]), "window")
-        assert np.array_equal(result, (table.astype(np.uint16)[film] / 1023 * 255).astype(np.uint8))
+        result = gray(dicom_bytes(radiograph, VOILUTSequence=[item]), "window")
+        assert np.array_equal(result, (table.astype(np.uint16)[radiograph] / 1023 * 255).astype(np.uint8))
 
-    def test_without_a_window_lowest_to_highest(self, film):
-        assert np.array_equal(gray(dicom_bytes(film, bits=16), "window"), film)
+    def test_without_a_window_lowest_to_highest(self, radiograph):
+        assert np.array_equal(gray(dicom_bytes(radiograph, bits=16), "window"), radiograph)
 
     @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-    def test_padding_is_black(self, film, photometric):
-        dataset = dicom_dataset(film, photometric, 12, PixelPaddingValue=4000, PixelPaddingRangeLimit=4090)
-        values = np.frombuffer(dataset.PixelData, np.uint16).reshape(film.shape).copy()
+    def test_padding_is_black(self, radiograph, photometric):
+        dataset = dicom_dataset(radiograph, photometric, 12, PixelPaddingValue=4000, PixelPaddingRangeLimit=4090)
+        values = np.frombuffer(dataset.PixelData, np.uint16).reshape(radiograph.shape).copy()
         values[:10] = 4050
         dataset.PixelData = values.tobytes()
         assert (gray(as_bytes(dataset), "window")[:10] == 0).all()
 
-    def test_a_window_of_nothing(self, film):
-        with pytest.raises(FilmError, match=r"cannot be used|shows nothing"):
-            decode_bytes(dicom_bytes(film, WindowCenter=10, WindowWidth=0), TRANSFORM, "window")
+    def test_a_window_of_nothing(self, radiograph):
+        with pytest.raises(ImageError, match=r"cannot be used|shows nothing"):
+            decode_bytes(dicom_bytes(radiograph, WindowCenter=10, WindowWidth=0), TRANSFORM, "window")
 
 
 class TestEncodings:
@@ -231,22 +231,22 @@ class TestEncodings:
         "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
     )
     @pytest.mark.parametrize("bits", [8, 16])
-    def test_lossless_ones_give_the_same(self, film, syntax, bits):
-        data = dicom_bytes(film, bits=bits, syntax=syntax)
-        assert np.array_equal(gray(data), gray(dicom_bytes(film)))
+    def test_lossless_ones_give_the_same(self, radiograph, syntax, bits):
+        data = dicom_bytes(radiograph, bits=bits, syntax=syntax)
+        assert np.array_equal(gray(data), gray(dicom_bytes(radiograph)))
 
     @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
-    def test_without_preamble(self, film, syntax):
-        data = as_bytes(dicom_dataset(film, bits=16, syntax=syntax), preamble=False)
+    def test_without_preamble(self, radiograph, syntax):
+        data = as_bytes(dicom_dataset(radiograph, bits=16, syntax=syntax), preamble=False)
         assert data[128:132] != b"DICM"
         assert np.array_equal(np.asarray(decode_bytes(data, TRANSFORM).image).max(), 255)
-        assert np.array_equal(gray(data), gray(dicom_bytes(film)))
+        assert np.array_equal(gray(data), gray(dicom_bytes(radiograph)))
 
-    def test_jpeg(self, film):
+    def test_jpeg(self, radiograph):
         content = io.BytesIO()
-        Image.fromarray(film).save(content, "JPEG", quality=95)
+        Image.fromarray(radiograph).save(content, "JPEG", quality=95)
         expected = mimic_cxr_jpg(np.asarray(Image.open(content)), "MONOCHROME2")
-        assert np.array_equal(gray(dicom_bytes(film, syntax=JPEGBaseline8Bit)), expected)
+        assert np.array_equal(gray(dicom_bytes(radiograph, syntax=JPEGBaseline8Bit)), expected)
 
     @pytest.mark.parametrize(
         ("syntax", "said", "package"),
@@ -256,21 +256,21 @@ class TestEncodings:
             (JPEGExtended12Bit, "JPEG Extended", "pip install pylibjpeg pylibjpeg-libjpeg"),
         ],
     )
-    def test_no_decoder(self, film, monkeypatch, syntax, said, package):
+    def test_no_decoder(self, radiograph, monkeypatch, syntax, said, package):
         from pydicom.pixels.common import CoderBase
 
         installed = ("pillow",) if syntax == JPEGExtended12Bit else ()
         monkeypatch.setattr(CoderBase, "available_plugins", property(lambda self: installed))
-        dataset = dicom_dataset(film, bits=12)
+        dataset = dicom_dataset(radiograph, bits=12)
         dataset.PixelData = encapsulate([b"\xff\xd8 compressed \xff\xd9"])
         dataset["PixelData"].VR = "OB"
         dataset.file_meta.TransferSyntaxUID = syntax
-        with pytest.raises(FilmError, match=f"compressed as {said}.*no decoder here: {package}"):
+        with pytest.raises(ImageError, match=f"compressed as {said}.*no decoder here: {package}"):
             decode_bytes(as_bytes(dataset), TRANSFORM)
 
-    def test_an_unknown_transfer_syntax(self, film):
-        data = dicom_bytes(film).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0")
-        with pytest.raises(FilmError, match=r"unknown transfer syntax \(1\.2\.840\.10008\.9\.9\.9\)"):
+    def test_an_unknown_transfer_syntax(self, radiograph):
+        data = dicom_bytes(radiograph).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0")
+        with pytest.raises(ImageError, match=r"unknown transfer syntax \(1\.2\.840\.10008\.9\.9\.9\)"):
             decode_bytes(data, TRANSFORM)
 
 
@@ -295,49 +295,49 @@ class TestRefusals:
             ({"BitsAllocated": 4}, "damaged or cut short"),
         ],
     )
-    def test_the_reason_is_given(self, film, elements, reason):
-        with pytest.raises(FilmError, match=reason):
-            decode_bytes(dicom_bytes(film, **elements), TRANSFORM)
+    def test_the_reason_is_given(self, radiograph, elements, reason):
+        with pytest.raises(ImageError, match=reason):
+            decode_bytes(dicom_bytes(radiograph, **elements), TRANSFORM)
 
-    def test_a_report(self, film):
-        dataset = dicom_dataset(film, PixelData=None)
+    def test_a_report(self, radiograph):
+        dataset = dicom_dataset(radiograph, PixelData=None)
         dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
-        with pytest.raises(FilmError, match=r"without pixels \(Basic Text SR Storage\)"):
+        with pytest.raises(ImageError, match=r"without pixels \(Basic Text SR Storage\)"):
             decode_bytes(as_bytes(dataset), TRANSFORM)
 
-    def test_nan(self, film):
-        values = film.astype(np.float32)
+    def test_nan(self, radiograph):
+        values = radiograph.astype(np.float32)
         values[3, 4] = np.nan
-        dataset = dicom_dataset(film, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
+        dataset = dicom_dataset(radiograph, PixelData=None, BitsAllocated=32, BitsStored=32, HighBit=31)
         dataset.FloatPixelData = values.tobytes()
-        with pytest.raises(FilmError, match="NaN or infinite"):
+        with pytest.raises(ImageError, match="NaN or infinite"):
             decode_bytes(as_bytes(dataset), TRANSFORM)
 
-    def test_pixel_representation_may_be_missing(self, film):
-        assert np.array_equal(gray(dicom_bytes(film, PixelRepresentation=None)), gray(dicom_bytes(film)))
+    def test_pixel_representation_may_be_missing(self, radiograph):
+        assert np.array_equal(gray(dicom_bytes(radiograph, PixelRepresentation=None)), gray(dicom_bytes(radiograph)))
 
     @pytest.mark.parametrize("keep", [0.01, 0.05, 0.3, 0.9, 0.999])
-    def test_a_cut_file(self, film, keep):
-        data = dicom_bytes(film, bits=16)
-        with pytest.raises(FilmError, match=r"cut short|no known kind|stopped download"):
+    def test_a_cut_file(self, radiograph, keep):
+        data = dicom_bytes(radiograph, bits=16)
+        with pytest.raises(ImageError, match=r"cut short|no known kind|stopped download"):
             decode_bytes(data[: int(keep * len(data))], TRANSFORM)
 
-    def test_a_deflated_bomb(self, film, monkeypatch):
+    def test_a_deflated_bomb(self, radiograph, monkeypatch):
         monkeypatch.setattr("mlx_cxr.data.dicom.MAX_BYTES", 1_000_000)
-        dataset = dicom_dataset(film, syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(50_000_000))
+        dataset = dicom_dataset(radiograph, syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(50_000_000))
         data = as_bytes(dataset)
         assert len(data) < 100_000
-        with pytest.raises(FilmError, match="unpacks to more than 1,000,000 bytes"):
+        with pytest.raises(ImageError, match="unpacks to more than 1,000,000 bytes"):
             decode_bytes(data, TRANSFORM)
 
-    def test_a_run_length_bomb(self, film):
-        dataset = dicom_dataset(film, syntax=RLELossless)
+    def test_a_run_length_bomb(self, radiograph):
+        dataset = dicom_dataset(radiograph, syntax=RLELossless)
         segment = b"\x81\0" * 200_000
         dataset.PixelData = encapsulate([(1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56) + segment])
-        with pytest.raises(FilmError, match="more than its header says"):
+        with pytest.raises(ImageError, match="more than its header says"):
             decode_bytes(as_bytes(dataset), TRANSFORM)
 
-    def test_without_pydicom(self, film, monkeypatch):
+    def test_without_pydicom(self, radiograph, monkeypatch):
         real_import = builtins.__import__
 
         def without(name, *args, **kwargs):
@@ -345,14 +345,14 @@ class TestRefusals:
                 raise ImportError(name)
             return real_import(name, *args, **kwargs)
 
-        data = dicom_bytes(film)
+        data = dicom_bytes(radiograph)
         monkeypatch.setattr(builtins, "__import__", without)
-        with pytest.raises(FilmError, match=r'needs pydicom.*pip install "mlx-cxr\[dicom\]"'):
+        with pytest.raises(ImageError, match=r'needs pydicom.*pip install "mlx-cxr\[dicom\]"'):
             decode_bytes(data, TRANSFORM)
 
-    def test_an_unknown_recipe(self, film):
+    def test_an_unknown_recipe(self, radiograph):
         with pytest.raises(ValueError, match="'viewer' is not one of mimic, window"):
-            read_dicom(dicom_bytes(film), "viewer")
+            read_dicom(dicom_bytes(radiograph), "viewer")
 
 
 class TestHeader:
@@ -367,8 +367,8 @@ class TestHeader:
             ({"PresentationIntentType": "FOR PROCESSING"}, "a detector's raw image"),
         ],
     )
-    def test_what_speaks_against_a_frontal_film(self, film, elements, concern):
-        concerns = read_dicom(dicom_bytes(film, **elements)).concerns
+    def test_what_speaks_against_a_frontal_image(self, radiograph, elements, concern):
+        concerns = read_dicom(dicom_bytes(radiograph, **elements)).concerns
         assert len(concerns) == 1
         assert re.search(f"^says in its header that it (is|shows) {concern}", concerns[0])
 
@@ -381,19 +381,19 @@ class TestHeader:
             {"Modality": "RG", "BodyPartExamined": "THORAX", "PresentationIntentType": "FOR PRESENTATION"},
         ],
     )
-    def test_what_does_not(self, film, elements):
-        assert read_dicom(dicom_bytes(film, **elements)).concerns == ()
+    def test_what_does_not(self, radiograph, elements):
+        assert read_dicom(dicom_bytes(radiograph, **elements)).concerns == ()
 
-    def test_nobody_is_named(self, film, caplog, capfd):
+    def test_nobody_is_named(self, radiograph, caplog, capfd):
         caplog.set_level(logging.DEBUG)
         for elements in ({}, {"Rows": 92}, {"PatientBirthDate": "not a date", "BodyPartExamined": "SKULL"}):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                data = dicom_bytes(film, PatientComments="SECRET", **elements)
+                data = dicom_bytes(radiograph, PatientComments="SECRET", **elements)
             caplog.clear()
             try:
                 told = repr(decode_bytes(data, TRANSFORM))
-            except FilmError as error:
+            except ImageError as error:
                 told = str(error)
             out, err = capfd.readouterr()
             assert "SECRET" not in (told + caplog.text + out + err).upper()

@@ -8,7 +8,7 @@ from dicom_files import as_bytes, dicom_bytes, dicom_dataset
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from mlx_cxr.data.decoding import FilmError, Transform, decode_bytes
+from mlx_cxr.data.decoding import ImageError, Transform, decode_bytes
 from mlx_cxr.data.file_types import describe, is_dicom
 
 
@@ -56,19 +56,19 @@ def zipped(name):
 )
 def test_what_a_file_is(content, said):
     assert said in describe(content)
-    with pytest.raises(FilmError) as raised:
+    with pytest.raises(ImageError) as raised:
         decode_bytes(content, Transform(32))
     assert said in str(raised.value)
 
 
-def film():
+def image():
     return np.arange(1600, dtype=np.uint32).reshape(40, 40).astype(np.uint8)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
 def test_dicoms_are_known_with_and_without_preamble(syntax):
-    assert is_dicom(dicom_bytes(film(), syntax=syntax))
-    assert is_dicom(as_bytes(dicom_dataset(film(), syntax=syntax), preamble=False))
+    assert is_dicom(dicom_bytes(image(), syntax=syntax))
+    assert is_dicom(as_bytes(dicom_dataset(image(), syntax=syntax), preamble=False))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_patient_in_two_splits_is_not_written(tmp_path):
     assert not (tmp_path / "manifest.csv").exists()
 
 
-def test_reports_without_films(tmp_path):
+def test_reports_without_images(tmp_path):
     path = tmp_path / "manifest.csv"
     write_manifest(path, cohort().assign(path=""))
     manifest = load_manifest(path)

@@ -2,16 +2,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_cxr.data.image_arrays import Transform, apply
+from mlx_cxr.data.decoding import Transform
+from prepared_images import apply
 from mlx_cxr.data.masks import has_masks, load_masks, mask_folder
 from mlx_cxr.data.tables import DataError
 
-FILM = "files/p10/p10000032/s50414267/abc-1.jpg"
+IMAGE = "files/p10/p10000032/s50414267/abc-1.jpg"
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a film, or a mask of it, under the data root."""
+    """Write an image, or a mask of it, under the data root."""
 
     def make(relative, array, **options):
         path = tmp_path / relative
@@ -31,7 +32,7 @@ class TestWhereMasksLie:
     @pytest.mark.parametrize(
         ("image", "folder"),
         [
-            (FILM, "masks/p10/p10000032/s50414267/abc-1"),
+            (IMAGE, "masks/p10/p10000032/s50414267/abc-1"),
             ("a/b/x.png", "masks/a/b/x"),
             ("x.v2.jpg", "masks/x.v2"),
             ("other/files/x.jpg", "masks/other/files/x"),
@@ -41,27 +42,27 @@ class TestWhereMasksLie:
         assert mask_folder(tmp_path, image) == tmp_path / folder
 
     def test_none_at_all(self, tmp_path, write):
-        write(FILM, np.zeros((40, 40)))
+        write(IMAGE, np.zeros((40, 40)))
         assert not has_masks(tmp_path)
-        assert load_masks(tmp_path, FILM, Transform(32)) == {}
+        assert load_masks(tmp_path, IMAGE, Transform(32)) == {}
         write("masks/p11/x/y/Edema.png", np.zeros((40, 40)))
         assert has_masks(tmp_path)
-        assert load_masks(tmp_path, FILM, Transform(32)) == {}
+        assert load_masks(tmp_path, IMAGE, Transform(32)) == {}
 
 
 class TestLoadMasks:
     @pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
     def test_a_mask_lies_on_its_finding(self, tmp_path, write, fit):
-        # The film shows nothing but the finding, so the mask has to be where the prepared film is bright.
+        # The image shows nothing but the finding, so the mask has to be where the prepared image is bright.
         finding = disc(700, 500, 300, 260, 90)
-        write(FILM, finding * 255, quality=95)
+        write(IMAGE, finding * 255, quality=95)
         write("masks/p10/p10000032/s50414267/abc-1/Pleural_Effusion.png", finding * 255)
         transform = Transform(64, fit)
-        (label, mask), *others = load_masks(tmp_path, FILM, transform).items()
+        (label, mask), *others = load_masks(tmp_path, IMAGE, transform).items()
         assert (label, others) == ("Pleural Effusion", [])
         assert (mask.dtype, mask.shape) == (np.bool_, (64, 64))
-        film = apply(np.asarray(Image.open(tmp_path / FILM)), transform)
-        assert (mask == (film > 127)).mean() > 0.999
+        image = apply(np.asarray(Image.open(tmp_path / IMAGE)), transform)
+        assert (mask == (image > 127)).mean() > 0.999
         assert mask.sum() == pytest.approx(finding.sum() * (64 / (700 if fit == "letterbox" else 500)) ** 2, rel=0.03)
 
     def test_labels_come_in_their_order_and_only_those_asked_for(self, tmp_path, write):
@@ -88,14 +89,14 @@ class TestLoadMasks:
         assert load_masks(tmp_path, "x.png", Transform(32))["Edema"].any()
 
     def test_a_mask_of_another_size_names_both(self, tmp_path, write):
-        film = write("x.png", np.eye(50) * 255)
+        image = write("x.png", np.eye(50) * 255)
         mask = write("masks/x/Edema.png", np.zeros((50, 51)))
         with pytest.raises(DataError, match=r"51 x 50 px.*50 x 50") as caught:
             load_masks(tmp_path, "x.png", Transform(32))
-        assert str(film) in str(caught.value)
+        assert str(image) in str(caught.value)
         assert str(mask) in str(caught.value)
 
-    def test_the_size_is_that_of_the_upright_film(self, tmp_path, write):
+    def test_the_size_is_that_of_the_upright_image(self, tmp_path, write):
         exif = Image.Exif()
         exif[274] = 6
         write("x.jpg", np.eye(60, 90) * 255, exif=exif)
@@ -109,11 +110,11 @@ class TestLoadMasks:
             load_masks(tmp_path, "x.png", Transform(32))
 
     def test_damaged_files(self, tmp_path, write):
-        film = write("x.png", np.eye(50) * 255)
+        image = write("x.png", np.eye(50) * 255)
         mask = write("masks/x/Edema.png", np.eye(50) * 255)
         mask.write_bytes(mask.read_bytes()[:60])
         with pytest.raises(DataError, match=r"Edema\.png cannot be read"):
             load_masks(tmp_path, "x.png", Transform(32))
-        film.unlink()
+        image.unlink()
         with pytest.raises(DataError, match=r"x\.png, whose masks are asked for"):
             load_masks(tmp_path, "x.png", Transform(32))

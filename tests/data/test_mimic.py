@@ -59,14 +59,14 @@ def test_missing_views_on_request(root):
 
 def test_partial_download(root):
     (root / "files/p10/p10000032/s53189527/53189527-1.jpg").unlink()
-    for film in (root / "files/p11").rglob("*.jpg"):
-        film.unlink()
+    for image in (root / "files/p11").rglob("*.jpg"):
+        image.unlink()
     rows = read_mimic(data(root)).on_disk(root)
     assert rows.dropped["no film on disk"] == 2
     assert rows.frame["image_id"].tolist() == ["50414267-0", "53189527-0"]
 
 
-def test_no_film_at_all_names_the_first_looked_for(root):
+def test_no_image_at_all_names_the_first_looked_for(root):
     (root / "files").rename(root / "elsewhere")
     with pytest.raises(DataError, match=r"none of 4 films is on disk.*files/p10/p10000032/s50414267/50414267-0\.jpg"):
         read_mimic(data(root)).on_disk(root)
@@ -147,7 +147,7 @@ def test_tables_that_disagree_about_a_patient(root):
         read_mimic(data(root))
 
 
-def test_films_without_a_split_row_are_counted(root):
+def test_images_without_a_split_row_are_counted(root):
     path = root / "mimic-cxr-2.0.0-split.csv.gz"
     write_table(path, [line for line in read_lines(path) if not line.startswith("50000001-0")])
     assert read_mimic(data(root)).dropped["no split row"] == 1

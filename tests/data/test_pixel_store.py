@@ -2,10 +2,11 @@ import os
 
 import numpy as np
 import pytest
-from few_films import TRANSFORM, film, manifest_of
+from few_images import TRANSFORM, image, manifest_of
 from PIL import Image
 
-from mlx_cxr.data.image_arrays import Transform, read_film
+from mlx_cxr.data.decoding import Transform
+from prepared_images import read_image
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store
@@ -14,11 +15,11 @@ from mlx_cxr.data.tables import DataError
 
 class TestBuiltStore:
     @pytest.mark.parametrize("workers", [1, 3])
-    def test_each_row_is_the_film_of_its_manifest_row(self, root, manifest, store_path, workers):
+    def test_each_row_is_the_image_of_its_manifest_row(self, root, manifest, store_path, workers):
         report = build_store(store_path, manifest, TRANSFORM, root, workers)
-        assert (report.films, report.decoded, report.unreadable) == (12, 12, {})
+        assert (report.images, report.decoded, report.unreadable) == (12, 12, {})
         store = PixelStore.open(store_path, manifest, TRANSFORM)
-        expected = np.stack([read_film(root / path, TRANSFORM) for path in manifest.frame["path"]])
+        expected = np.stack([read_image(root / path, TRANSFORM) for path in manifest.frame["path"]])
         assert store.images.dtype == np.uint8
         assert (store.images == expected).all()
         assert isinstance(store.images, np.memmap)
@@ -39,7 +40,7 @@ class TestBuiltStore:
         with pytest.raises(DataError, match="'other' is not in the pixel store"):
             store.rows(["id0001", "other"])
 
-    def test_a_bad_film_is_listed_and_the_others_are_kept(self, root, manifest, store_path):
+    def test_a_bad_image_is_listed_and_the_others_are_kept(self, root, manifest, store_path):
         (root / "films/f07.jpg").write_bytes(b"")
         (root / "films/f03.jpg").unlink()
         report = build_store(store_path, manifest, TRANSFORM, root, 1)
@@ -56,13 +57,13 @@ class TestBuiltStore:
         with pytest.raises(DataError, match=r"id0002.*0 bytes"):
             store.rows(["id0000", "id0002"])
 
-    def test_the_last_films_may_be_the_bad_ones(self, root, manifest, store_path):
+    def test_the_last_images_may_be_the_bad_ones(self, root, manifest, store_path):
         (root / "films/f09.jpg").write_bytes(b"GIF89a")
         build_store(store_path, manifest, TRANSFORM, root, 1)
         assert PixelStore.open(store_path, manifest, TRANSFORM).images.shape == (12, 32, 32)
 
     def test_notes_are_kept_with_the_store(self, root, manifest, store_path):
-        values = np.asarray(film(0, 64, 64)).astype(np.uint16) * 200
+        values = np.asarray(image(0, 64, 64)).astype(np.uint16) * 200
         Image.fromarray(values).save(root / "films/f05.jpg", "PNG")
         report = build_store(store_path, manifest, TRANSFORM, root, 1)
         assert "16-bit" in report.notes["id0000"]

@@ -1,4 +1,4 @@
-"""Where reports are found: beside the films, in a folder, in a zip; and what is missing or in another encoding."""
+"""Where reports are found: beside the images, in a folder, in a zip; and what is missing or in another encoding."""
 
 import zipfile
 from collections import Counter
@@ -166,9 +166,9 @@ def test_a_text_column_is_cut_where_it_is_a_report_and_cleaned_anyway(tmp_path):
     assert reports.sections == {"1": section_texts(REPORT), "2": section_texts(note)}
 
 
-def test_the_report_of_a_study_is_what_stands_at_its_films(tmp_path):
-    films = table(("a", "1", "Old tube."), ("b", "1", "New tube."), ("c", "1", "Old tube."), ("d", "2", ""))
-    reports = reports_of_table(data(tmp_path), films)
+def test_the_report_of_a_study_is_what_stands_at_its_images(tmp_path):
+    images = table(("a", "1", "Old tube."), ("b", "1", "New tube."), ("c", "1", "Old tube."), ("d", "2", ""))
+    reports = reports_of_table(data(tmp_path), images)
     assert reports.texts == {"a": "Old tube.", "b": "New tube.", "c": "Old tube.", "d": ""}
     assert {study: report["whole"] for study, report in reports.sections.items()} == {"1": "Old tube. New tube."}
 

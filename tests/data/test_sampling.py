@@ -11,7 +11,7 @@ from mlx_cxr.core.labels import LABELS
 
 
 def cohort(patients: int, seed: int, split: bool = False) -> pd.DataFrame:
-    """Studies of `patients`, one film each, label rates from 30 % down to 0.5 %, more films for some patients."""
+    """Studies of `patients`, one image each, label rates from 30 % down to 0.5 %, more images for some patients."""
     rng = np.random.default_rng(seed)
     sizes = np.minimum(1 + rng.geometric(0.5, patients), 12)
     of = np.repeat(np.arange(patients), sizes)
@@ -113,7 +113,7 @@ def test_sample_is_closer_than_chance():
     assert np.mean(ours) < np.mean(chance) / 5
 
 
-def test_films_of_a_study_count_once():
+def test_images_of_a_study_count_once():
     frame = cohort(300, 2, split=True)
     more = pd.concat([frame, frame[frame["Edema"] == 1], frame[:99]], ignore_index=True)
     chosen = sample_studies(more, 200, 0.1, 0.1, 0)

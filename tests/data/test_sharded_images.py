@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_cxr.data.pixel_store import ShardedImages
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 
 WHOLE = np.random.default_rng(0).integers(0, 256, (23, 4, 4), dtype=np.uint8)
 
@@ -59,9 +59,9 @@ def test_forms_that_differ_are_refused():
 
 
 @pytest.mark.parametrize("budget_gb", [0.0, 1.0])
-def test_films_are_served_to_training(images, budget_gb):
+def test_images_are_served_to_training(images, budget_gb):
     rows = np.array([22, 3, 10, 9, 11, 0])
     items = np.array([4, 0, 5])
-    source = FilmSource(images, rows, budget_gb)
+    source = ImageSource(images, rows, budget_gb)
     assert source.resident is bool(budget_gb)
     assert (np.array(source.batch(items)) == WHOLE[rows[items]]).all()

@@ -4,17 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlx_cxr.data.source_rows import SourceRows, films_on_disk, normalized_ages, normalized_sexes, normalized_splits
+from mlx_cxr.data.source_rows import SourceRows, images_on_disk, normalized_ages, normalized_sexes, normalized_splits
 from mlx_cxr.data.tables import DataError
 
 
-def test_films_on_disk_against_asking_for_each(tmp_path):
+def test_images_on_disk_against_asking_for_each(tmp_path):
     there = ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/y/d e.jpg"]
     for name in there:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     asked = [*there, "b.jpg", "x/a.jpg", "x/y/z/c.jpg", "w/y/c.jpg", "x/b.jpg/c.jpg", "./a.jpg", "x/../a.jpg"]
-    np.testing.assert_array_equal(films_on_disk(tmp_path, asked), [(tmp_path / name).is_file() for name in asked])
+    np.testing.assert_array_equal(images_on_disk(tmp_path, asked), [(tmp_path / name).is_file() for name in asked])
 
 
 def test_dropped_images_are_counted_by_reason():

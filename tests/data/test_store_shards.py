@@ -1,4 +1,4 @@
-"""A store in several files: the same films as in one, made by one process or several, whichever dies."""
+"""A store in several files: the same images as in one, made by one process or several, whichever dies."""
 
 import json
 import os
@@ -10,12 +10,13 @@ import time
 
 import numpy as np
 import pytest
-from few_films import TRANSFORM, film, manifest_of
+from few_images import TRANSFORM, image, manifest_of
 from PIL import Image
 
 from mlx_cxr.data import partial_store, store_writer
-from mlx_cxr.data.decode_pool import decode_films
-from mlx_cxr.data.image_arrays import Transform, read_film
+from mlx_cxr.data.decode_pool import decode_images
+from mlx_cxr.data.decoding import Transform
+from prepared_images import read_image
 from mlx_cxr.data.partial_store import StoreBusyError, claimed
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths, shard_paths, store_files
 from mlx_cxr.data.pixel_store import ShardedImages
@@ -37,12 +38,12 @@ SHARDS = [f"images_32-{k}-of-3.{suffix}" for k in (1, 2, 3) for suffix in ("json
 class TestTheWhole:
     def test_it_holds_what_one_file_holds(self, root, manifest, store_path):
         (root / "films/f07.jpg").write_bytes(b"")
-        values = np.asarray(film(0, 64, 64)).astype(np.uint16) * 200
+        values = np.asarray(image(0, 64, 64)).astype(np.uint16) * 200
         Image.fromarray(values).save(root / "films/f09.jpg", "PNG")
         one = root / "one" / store_path.name
         in_one = build(one, manifest, root, 12)
         in_three = build(store_path, manifest, root)
-        assert (in_three.films, in_three.decoded, in_three.lacking) == (12, 12, ())
+        assert (in_three.images, in_three.decoded, in_three.lacking) == (12, 12, ())
         assert (in_three.unreadable, in_three.notes) == (in_one.unreadable, in_one.notes)
         assert list(in_three.unreadable) == ["id0002"]
         assert "16-bit" in in_three.notes["id0011"]
@@ -58,7 +59,7 @@ class TestTheWhole:
         build(store_path, manifest, root)
         arrays = [np.load(path, allow_pickle=False) for path in shard_paths(store_path, 3)]
         assert [len(array) for array in arrays] == [5, 5, 2]
-        assert (arrays[1][2] == read_film(root / manifest.frame["path"][7], TRANSFORM)).all()
+        assert (arrays[1][2] == read_image(root / manifest.frame["path"][7], TRANSFORM)).all()
         index = json.loads(store_path.with_name("images_32-2-of-3.json").read_text())
         assert index["image_ids"] == manifest.frame["image_id"].tolist()[5:10]
 
@@ -69,7 +70,7 @@ class TestTheWhole:
         assert {path: path.stat().st_mtime_ns for path in store_path.parent.iterdir()} == before
         assert build(store_path, manifest, root, rebuild=True).decoded == 12
 
-    def test_a_mended_film_makes_its_shard_anew(self, root, manifest, store_path):
+    def test_a_mended_image_makes_its_shard_anew(self, root, manifest, store_path):
         good = (root / "films/f03.jpg").read_bytes()
         (root / "films/f03.jpg").write_bytes(good[:-30])
         assert list(build(store_path, manifest, root).unreadable) == ["id0006"]
@@ -77,7 +78,7 @@ class TestTheWhole:
         report = build(store_path, manifest, root)
         assert (report.decoded, report.unreadable) == (5, {})
         store = PixelStore.open(store_path, manifest, TRANSFORM)
-        assert (store.images[6] == read_film(root / "films/f03.jpg", TRANSFORM)).all()
+        assert (store.images[6] == read_image(root / "films/f03.jpg", TRANSFORM)).all()
 
     def test_more_than_half_of_a_shard(self, root, manifest, store_path):
         for name in ("f10", "f09"):
@@ -95,7 +96,7 @@ class TestTheWhole:
         assert names(store_path) == sorted(
             {"images_32.json"} | {path.with_suffix(suffix).name for path in wanted for suffix in (".npy", ".json")}
         )
-        expected = np.stack([read_film(root / path, TRANSFORM) for path in manifest.frame["path"]])
+        expected = np.stack([read_image(root / path, TRANSFORM) for path in manifest.frame["path"]])
         assert (PixelStore.open(store_path, manifest, TRANSFORM).images[:] == expected).all()
 
     def test_shards_replace_one_file(self, root, manifest, store_path):
@@ -121,9 +122,9 @@ class TestStopped:
             for number, job in enumerate(jobs):
                 if "f03" in str(job[1]) and number:
                     raise KeyboardInterrupt
-                yield from decode_films([job], transform, 1)
+                yield from decode_images([job], transform, 1)
 
-        monkeypatch.setattr(store_writer, "decode_films", stop_in_the_second)
+        monkeypatch.setattr(store_writer, "decode_images", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             build(store_path, manifest, root)
         monkeypatch.undo()
@@ -131,7 +132,7 @@ class TestStopped:
             PixelStore.open(store_path, manifest, TRANSFORM)
         report = build(store_path, manifest, root)
         assert report.decoded == 12 - 5 - 1
-        expected = np.stack([read_film(root / path, TRANSFORM) for path in manifest.frame["path"]])
+        expected = np.stack([read_image(root / path, TRANSFORM) for path in manifest.frame["path"]])
         assert (PixelStore.open(store_path, manifest, TRANSFORM).images[:] == expected).all()
         assert names(store_path) == [*SHARDS, "images_32.json"]
 
@@ -182,11 +183,11 @@ class TestStopped:
 class TestTogether:
     def test_shares_make_the_whole_and_the_last_writes_the_index(self, root, manifest, store_path):
         first = build(store_path, manifest, root, share=(2, 2))
-        assert (first.films, first.decoded) == (5, 5)
+        assert (first.images, first.decoded) == (5, 5)
         assert [path.name for path in first.lacking] == ["images_32-1-of-3.npy", "images_32-3-of-3.npy"]
         assert not store_path.with_suffix(".json").exists()
         last = build(store_path, manifest, root, share=(1, 2))
-        assert (last.films, last.decoded, last.lacking) == (12, 7, ())
+        assert (last.images, last.decoded, last.lacking) == (12, 7, ())
         alone = root / "alone" / store_path.name
         build(alone, manifest, root)
         assert {p.name: p.read_bytes() for p in store_path.parent.iterdir()} == {
@@ -195,7 +196,7 @@ class TestTogether:
 
     def test_a_share_without_a_shard_does_nothing(self, root, manifest, store_path):
         report = build(store_path, manifest, root, 12, share=(3, 3))
-        assert (report.films, report.decoded, len(report.lacking)) == (0, 0, 1)
+        assert (report.images, report.decoded, len(report.lacking)) == (0, 0, 1)
         build(store_path, manifest, root, 12)
         assert build(store_path, manifest, root, 12, share=(3, 3)).lacking == ()
         assert names(store_path) == ["images_32.json", "images_32.npy"]
@@ -214,9 +215,9 @@ class TestTogether:
 
         def count(jobs, transform, workers):
             decoded.extend(jobs)
-            yield from decode_films(jobs, transform, 1)
+            yield from decode_images(jobs, transform, 1)
 
-        monkeypatch.setattr(store_writer, "decode_films", count)
+        monkeypatch.setattr(store_writer, "decode_images", count)
         monkeypatch.setattr(store_writer.time, "sleep", lambda seconds: waiting.set() or time.monotonic())
         with claimed(shard_paths(store_path, 3)[0]):
             helper = threading.Thread(target=build, args=(store_path, manifest, root), daemon=True)
@@ -229,11 +230,11 @@ class TestTogether:
         PixelStore.open(store_path, manifest, TRANSFORM)
 
     def test_three_processes_at_once(self, root, manifest, store_path):
-        """Each film is decoded once, whoever does it, and all three end when the store is there."""
+        """Each image is decoded once, whoever does it, and all three end when the store is there."""
         (root / "frame.json").write_text(json.dumps(manifest.frame["path"].tolist()))
         code = (
             "import json, sys; sys.path.insert(0, sys.argv[2])\n"
-            "from pathlib import Path; from few_films import TRANSFORM, manifest_of\n"
+            "from pathlib import Path; from few_images import TRANSFORM, manifest_of\n"
             "from mlx_cxr.data import store_writer; store_writer._POLL_SECONDS = 0.05\n"
             "root = Path(sys.argv[1]); manifest = manifest_of(json.loads((root / 'frame.json').read_text()))\n"
             "path = root / 'work' / 'images_32.npy'\n"
@@ -247,7 +248,7 @@ class TestTogether:
         assert sum(int(decoded) for decoded, *_ in said) == 12
         assert all(rest == ["0", "True"] for _, *rest in said)
         store = PixelStore.open(store_path, manifest, TRANSFORM)
-        expected = np.stack([read_film(root / path, TRANSFORM) for path in manifest.frame["path"]])
+        expected = np.stack([read_image(root / path, TRANSFORM) for path in manifest.frame["path"]])
         assert (store.images[:] == expected).all()
         assert not list(store_path.parent.glob("*partial*"))
 

@@ -12,11 +12,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from few_films import TRANSFORM, film, manifest_of
+from few_images import TRANSFORM, image, manifest_of
 
 from mlx_cxr.data import partial_store, store_writer
-from mlx_cxr.data.decode_pool import decode_films
-from mlx_cxr.data.image_arrays import Transform, read_film
+from mlx_cxr.data.decode_pool import decode_images
+from mlx_cxr.data.decoding import Transform
+from prepared_images import read_image
 from mlx_cxr.data.partial_store import StoreBusyError
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store
@@ -24,7 +25,7 @@ from mlx_cxr.data.tables import DataError
 from mlx_cxr.core.labels import LABELS
 
 
-class TestMostFilmsFail:
+class TestMostImagesFail:
     def test_a_wrong_root_is_seen_before_anything_is_written(self, root, manifest, store_path):
         with pytest.raises(DataError, match=r"12 of 12 films cannot be used.*no such file") as caught:
             build_store(store_path, manifest, TRANSFORM, root / "elsewhere", 1)
@@ -42,7 +43,7 @@ class TestMostFilmsFail:
             build_store(store_path, manifest, TRANSFORM, root, 1)
         assert (store_path.read_bytes(), store_path.with_suffix(".json").read_bytes()) == before
 
-    def test_no_films_at_all(self, root, store_path):
+    def test_no_images_at_all(self, root, store_path):
         with pytest.raises(DataError, match="no films"):
             build_store(store_path, manifest_of([]), TRANSFORM, root, 1)
 
@@ -51,11 +52,11 @@ class TestMostFilmsFail:
             for number, job in enumerate(jobs):
                 if number == 4:
                     (root / "disk").rename(root / "unplugged")
-                yield from decode_films([job], transform, 1)
+                yield from decode_images([job], transform, 1)
 
         (root / "disk").mkdir()
         shutil.move(root / "films", root / "disk" / "films")
-        monkeypatch.setattr(store_writer, "decode_films", decode_then_unplug)
+        monkeypatch.setattr(store_writer, "decode_images", decode_then_unplug)
         with pytest.raises(DataError, match=r"data\.root .*disk is gone"):
             build_store(store_path, manifest, TRANSFORM, root / "disk")
         monkeypatch.undo()
@@ -68,25 +69,25 @@ class TestUpToDate:
         build_store(store_path, manifest, TRANSFORM, root, 1)
         before = store_path.stat().st_mtime_ns
         report = build_store(store_path, manifest, TRANSFORM, root, 1)
-        assert (report.films, report.decoded) == (12, 0)
+        assert (report.images, report.decoded) == (12, 0)
         assert store_path.stat().st_mtime_ns == before
         assert build_store(store_path, manifest, TRANSFORM, root, 1, rebuild=True).decoded == 12
 
-    def test_what_is_known_of_bad_films_is_still_told(self, root, manifest, store_path):
+    def test_what_is_known_of_bad_images_is_still_told(self, root, manifest, store_path):
         (root / "films/f03.jpg").write_bytes(b"")
         first = build_store(store_path, manifest, TRANSFORM, root, 1)
         again = build_store(store_path, manifest, TRANSFORM, root, 1)
         assert again.decoded == 0
         assert again.unreadable == first.unreadable != {}
 
-    def test_a_mended_film_makes_it_anew(self, root, manifest, store_path):
+    def test_a_mended_image_makes_it_anew(self, root, manifest, store_path):
         good = (root / "films/f03.jpg").read_bytes()
         (root / "films/f03.jpg").write_bytes(good[:-30])
         assert list(build_store(store_path, manifest, TRANSFORM, root, 1).unreadable) == ["id0006"]
         (root / "films/f03.jpg").write_bytes(good)
         assert build_store(store_path, manifest, TRANSFORM, root, 1).unreadable == {}
         store = PixelStore.open(store_path, manifest, TRANSFORM)
-        assert (store.images[6] == read_film(root / "films/f03.jpg", TRANSFORM)).all()
+        assert (store.images[6] == read_image(root / "films/f03.jpg", TRANSFORM)).all()
 
     def test_another_manifest_transform_or_a_damaged_store_make_it_anew(self, root, manifest, store_path):
         build_store(store_path, manifest, TRANSFORM, root, 1)
@@ -110,9 +111,9 @@ main(sys.argv[1:])
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A configuration with a manifest of 240 rows over 8 films that take a few milliseconds each."""
+    """A configuration with a manifest of 240 rows over 8 images that take a few milliseconds each."""
     for number in range(8):
-        film(number, 1200, 1000).save(tmp_path / f"big{number}.jpg", quality=95)
+        image(number, 1200, 1000).save(tmp_path / f"big{number}.jpg", quality=95)
     frame = pd.DataFrame({"image_id": [f"i{row:03d}" for row in range(240)]})
     frame["patient_id"] = frame["study_id"] = frame["image_id"]
     frame["path"] = [f"big{row % 8}.jpg" for row in range(240)]

@@ -4,13 +4,13 @@ import math
 import numpy as np
 import pytest
 
-from mlx_cxr.evaluation.localization_table import FilmScores, localization_markdown, localization_table
+from mlx_cxr.evaluation.localization_table import ImageScores, localization_markdown, localization_table
 
 PATIENTS = np.array(["a", "a", "b", "c", "d", "e"])
 
 
 def scores(label, patients, hit, random):
-    return FilmScores(label, patients, {"hit": np.asarray(hit, float)}, {"random": {"hit": np.asarray(random, float)}})
+    return ImageScores(label, patients, {"hit": np.asarray(hit, float)}, {"random": {"hit": np.asarray(random, float)}})
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_means_and_paired_differences_by_hand(table):
 
 
 def test_intervals_draw_a_patient_for_all_labels_at_once():
-    """Two labels that are each other's complement on the same films: their mean is 1/2 in every resample."""
+    """Two labels that are each other's complement on the same images: their mean is 1/2 in every resample."""
     hit = np.array([1.0, 0, 1, 1, 0, 1])
     findings = [scores("Edema", PATIENTS, hit, hit * 0), scores("Fracture", PATIENTS, 1 - hit, hit * 0)]
     macro = localization_table(findings, 300, 0, False, "grad_cam")["macro"]["hit"]["maps"]
@@ -73,8 +73,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"Edema, random, hit: shape \(1,\), expected \(2,\)"):
         scores("Edema", PATIENTS[:2], [1, 0], [1])
     with pytest.raises(ValueError, match=r"Edema, random: scores \['iou'\], but the maps have \['hit'\]"):
-        FilmScores("Edema", PATIENTS[:1], {"hit": np.ones(1)}, {"random": {"iou": np.ones(1)}})
+        ImageScores("Edema", PATIENTS[:1], {"hit": np.ones(1)}, {"random": {"iou": np.ones(1)}})
     one = scores("Edema", PATIENTS[:1], [1], [1])
-    other = FilmScores("Fracture", PATIENTS[:1], {"hit": np.ones(1)}, {"centre": {"hit": np.ones(1)}})
+    other = ImageScores("Fracture", PATIENTS[:1], {"hit": np.ones(1)}, {"centre": {"hit": np.ones(1)}})
     with pytest.raises(ValueError, match="Fracture: other scores or controls than Edema has"):
         localization_table([one, other], 10, 0, False, "grad_cam")

@@ -33,7 +33,7 @@ def frame(rows):
     return pd.DataFrame(rows, columns=["split", "patient_id", "study_id", "view"])
 
 
-FILMS = frame(
+IMAGES = frame(
     [
         ("test", "p1", "s2", "PA"),
         ("test", "p1", "s1", "AP"),
@@ -58,12 +58,12 @@ def points_at(cut=0.4, temperature=2.0, lower=0.2, upper=0.5) -> OperatingPoints
     )
 
 
-def test_films_of_a_study_are_averaged_in_logit_space_in_order_of_appearance():
+def test_images_of_a_study_are_averaged_in_logit_space_in_order_of_appearance():
     logits = np.arange(5.0)[:, None] * np.ones(K)
     raw = np.zeros((5, K))
     raw[[0, 2, 4], 3] = NAN
     raw[1, 3] = 1
-    got = study_level(FILMS, raw, logits)
+    got = study_level(IMAGES, raw, logits)
     assert got.study_ids.tolist() == ["s2", "s1", "s3"]
     assert got.patient_ids.tolist() == ["p1", "p1", "p2"]
     assert got.views.tolist() == ["AP+PA", "AP", "missing"]
@@ -72,12 +72,12 @@ def test_films_of_a_study_are_averaged_in_logit_space_in_order_of_appearance():
     np.testing.assert_array_equal(got.raw_labels[:, 3], [NAN, 1, 0])
 
 
-def test_view_groups_look_at_the_frontal_films():
+def test_view_groups_look_at_the_frontal_images():
     part = simulated(4, "test", 0)
     views = np.resize(["AP+LATERAL", "LATERAL+PA", "LATERAL", "missing", "AP+PA", "AP+missing"], len(part))
     groups = replace(part, views=views).view_groups()
     assert groups[:6].tolist() == ["AP", "PA", "other", "other", "mixed", "AP"][: len(groups)]
-    assert study_views(FILMS.assign(study_id="s")).tolist() == ["AP+PA+missing"]
+    assert study_views(IMAGES.assign(study_id="s")).tolist() == ["AP+PA+missing"]
 
 
 @pytest.mark.parametrize(
@@ -88,21 +88,21 @@ def test_view_groups_look_at_the_frontal_films():
         ({}, "study s2: its films disagree in labels"),
     ],
 )
-def test_films_of_a_study_must_agree(change, message):
-    films, raw = FILMS.copy(), np.zeros((5, K))
+def test_images_of_a_study_must_agree(change, message):
+    images, raw = IMAGES.copy(), np.zeros((5, K))
     for column, value in change.items():
-        films.loc[2, column] = value
+        images.loc[2, column] = value
     if not change:
         raw[2, 5] = NAN
     with pytest.raises(PredictionsError, match=message):
-        study_level(films, raw, np.zeros((5, K)))
+        study_level(images, raw, np.zeros((5, K)))
 
 
 def test_study_level_names_what_lacks():
     with pytest.raises(PredictionsError, match=r"lack the column\(s\) view"):
-        study_level(FILMS.drop(columns="view"), np.zeros((5, K)), np.zeros((5, K)))
+        study_level(IMAGES.drop(columns="view"), np.zeros((5, K)), np.zeros((5, K)))
     with pytest.raises(PredictionsError, match="5 manifest rows, 5 labels and 4 logits"):
-        study_level(FILMS, np.zeros((5, K)), np.zeros((4, K)))
+        study_level(IMAGES, np.zeros((5, K)), np.zeros((4, K)))
 
 
 def test_a_patient_in_two_splits_is_refused_and_named():

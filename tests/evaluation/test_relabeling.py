@@ -9,12 +9,12 @@ from mlx_cxr.evaluation.relabeling import QUESTIONS, SHEET_COLUMNS, question, re
 
 
 def sheet_of(studies, count=40, seed=0):
-    films = {study: [f"files/{study}/a.jpg", f"files/{study}/b.jpg"] for study in studies.study_ids.tolist()}
+    images = {study: [f"files/{study}/a.jpg", f"files/{study}/b.jpg"] for study in studies.study_ids.tolist()}
     category = np.full(studies.targets.shape, "other", dtype=object)
-    return relabel_sheet(studies, category, films, count, seed)
+    return relabel_sheet(studies, category, images, count, seed)
 
 
-def test_the_sheet_shows_films_and_questions_and_nothing_else():
+def test_the_sheet_shows_images_and_questions_and_nothing_else():
     studies = random_judged(60, 0)
     sheet, key = sheet_of(studies)
     assert tuple(sheet) == SHEET_COLUMNS

@@ -25,7 +25,7 @@ from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 
 class QuarterNet(nn.Module):
-    """The logit of Edema is the mean brightness of the upper left quarter of the film."""
+    """The logit of Edema is the mean brightness of the upper left quarter of the image."""
 
     def features(self, x: mx.array) -> mx.array:
         return x
@@ -57,7 +57,7 @@ def quarter_map(corner: str, n: int = 2) -> np.ndarray:
 
 
 def test_deletion_of_the_true_region_falls_as_computed_by_hand(quarter):
-    """All-ones films: a quarter of the pixels holds the whole score, and the map names that quarter."""
+    """All-ones images: a quarter of the pixels holds the whole score, and the map names that quarter."""
     x = mx.ones((2, 16, 16, 1))
     maps = np.zeros((2, 16, 16), dtype=np.float32)
     maps[:, :8, :8] = 1
@@ -80,17 +80,17 @@ def test_the_true_region_beats_random_and_the_wrong_one_does_not(quarter):
     json.dumps(summary)
 
 
-def test_insertion_rises_where_the_film_differs_from_its_blur(quarter):
-    film = np.zeros((1, 32, 32, 1), dtype=np.float32)
-    film[:, 4:12, 4:12] = 1
+def test_insertion_rises_where_the_image_differs_from_its_blur(quarter):
+    image = np.zeros((1, 32, 32, 1), dtype=np.float32)
+    image[:, 4:12, 4:12] = 1
     curves = faithfulness_curves(
-        quarter, mx.array(film), film[..., 0], LabelLogit("Edema"), steps=16, random_draws=4, blur=0.2
+        quarter, mx.array(image), image[..., 0], LabelLogit("Edema"), steps=16, random_draws=4, blur=0.2
     )
     assert curves.insertion[0, 0] < curves.insertion[-1, 0] == pytest.approx(0.25)
     assert curves.areas()["insertion"][0] > curves.areas()["random_insertion"][0]
 
 
-def test_ends_of_the_curves_are_the_film_and_the_blank(resnet):
+def test_ends_of_the_curves_are_the_image_and_the_blank(resnet):
     x = mx.array(np.random.default_rng(1).normal(size=(2, 32, 32, 1)).astype(np.float32))
     target = LabelLogit("Pneumonia")
     raw = class_activation_maps(resnet, x, [target]).raw[0]

@@ -51,7 +51,7 @@ def conv_head() -> ConvHeadNet:
     return model
 
 
-def films(n: int, size: int = 64, seed: int = 0) -> np.ndarray:
+def images(n: int, size: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, size, size, 1)).astype(np.float32)
 
 
@@ -106,7 +106,7 @@ def test_other_heads_equal_torch_autograd(torch, conv_head):
     def head(a):
         return torch.tanh(torch.nn.functional.conv2d(a, weight, padding=1)).mean((2, 3)) @ fc
 
-    x = films(2, 9)
+    x = images(2, 9)
     a = torch.from_numpy(np.array(conv_head.features(mx.array(x))).transpose(0, 3, 1, 2).copy())
     expected = torch_maps(torch, a, head, range(14))
     raw = {method: class_activation_maps(conv_head, mx.array(x), LABELS, method).raw for method in METHODS}
@@ -116,7 +116,7 @@ def test_other_heads_equal_torch_autograd(torch, conv_head):
 
 
 def test_average_pool_and_linear_has_the_closed_form(resnet):
-    x = mx.array(films(3))
+    x = mx.array(images(3))
     a = np.array(resnet.features(x)).astype(np.float64)
     weight, bias = np.array(resnet.fc.weight).astype(np.float64), np.array(resnet.fc.bias)
     signed = np.einsum("kc,nhwc->knhw", weight, a) / (a.shape[1] * a.shape[2])
@@ -128,7 +128,7 @@ def test_average_pool_and_linear_has_the_closed_form(resnet):
 
 
 def test_grad_cam_pp_has_the_closed_form_of_a_linear_head(resnet):
-    x = mx.array(films(2))
+    x = mx.array(images(2))
     a = np.array(resnet.features(x)).astype(np.float64)
     g = np.maximum(np.array(resnet.fc.weight).astype(np.float64) / (a.shape[1] * a.shape[2]), 0)
     total = a.sum(axis=(1, 2))
@@ -138,8 +138,8 @@ def test_grad_cam_pp_has_the_closed_form_of_a_linear_head(resnet):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_pass_equals_single_labels_and_single_films(conv_head, method):
-    x = films(3, 8)
+def test_one_pass_equals_single_labels_and_single_images(conv_head, method):
+    x = images(3, 8)
     together = class_activation_maps(conv_head, mx.array(x), LABELS, method).raw
     for k, label in enumerate(LABELS):
         alone = class_activation_maps(conv_head, mx.array(x), [label], method).raw
@@ -150,7 +150,7 @@ def test_one_pass_equals_single_labels_and_single_films(conv_head, method):
 
 
 def test_targets_are_any_callable(resnet):
-    x = mx.array(films(2))
+    x = mx.array(images(2))
     edema, pneumonia = label_index("Edema"), label_index("Pneumonia")
 
     def doubled(logits: mx.array) -> mx.array:
@@ -172,7 +172,7 @@ def test_targets_are_any_callable(resnet):
 
 def test_a_network_that_looks_at_one_corner_is_seen_to():
     class CornerNet(nn.Module):
-        """Mean of the film's brightness within its upper right quarter is the logit of Edema."""
+        """Mean of the image's brightness within its upper right quarter is the logit of Edema."""
 
         def features(self, x: mx.array) -> mx.array:
             return nn.relu(x)
@@ -192,7 +192,7 @@ def test_a_network_that_looks_at_one_corner_is_seen_to():
     assert not maps.raw[1].any()
     corner = np.zeros((64, 64))
     corner[:32, 32:] = 1
-    heat = upsample(maps.raw[0, 0], 64, film=8)
+    heat = upsample(maps.raw[0, 0], 64, image=8)
     assert pointing_game(heat, corner) == 1.0
     assert iou_at_mask_area(heat, corner) > 0.9
 
@@ -202,7 +202,7 @@ def test_half_precision_weights_give_float32_maps(resnet):
     model.load_weights(list(tree_flatten(resnet.parameters())))
     model.set_dtype(mx.float16)
     model.eval()
-    x = mx.array(films(2))
+    x = mx.array(images(2))
     full = class_activation_maps(resnet, x, LABELS).raw
     half = class_activation_maps(model, x.astype(mx.float16), LABELS)
     assert half.raw.dtype == half.logits.dtype == np.float32
@@ -211,7 +211,7 @@ def test_half_precision_weights_give_float32_maps(resnet):
 
 def test_the_model_is_left_as_it_was(resnet):
     before = {name: np.array(value) for name, value in tree_flatten(resnet.parameters())}
-    maps = class_activation_maps(resnet, mx.array(films(2)), LABELS)
+    maps = class_activation_maps(resnet, mx.array(images(2)), LABELS)
     for name, value in tree_flatten(resnet.parameters()):
         np.testing.assert_array_equal(before[name], np.array(value), err_msg=name)
     assert not resnet.training
@@ -221,7 +221,7 @@ def test_the_model_is_left_as_it_was(resnet):
 
 def test_training_mode_is_refused_in_the_whole_and_in_a_part():
     model = ResNet18(ResNetConfig())
-    x = mx.array(films(1))
+    x = mx.array(images(1))
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         class_activation_maps(model, x, ["Edema"])
     model.eval()
@@ -232,7 +232,7 @@ def test_training_mode_is_refused_in_the_whole_and_in_a_part():
 
 
 def test_bad_input_is_named(resnet, conv_head):
-    x = films(2)
+    x = images(2)
     with pytest.raises(KeyError, match="score_cam"):
         class_activation_maps(resnet, mx.array(x), ["Edema"], "score_cam")
     with pytest.raises(ValueError, match="preprocess"):
@@ -250,4 +250,4 @@ def test_bad_input_is_named(resnet, conv_head):
     signed = Signed()
     signed.eval()
     with pytest.raises(ValueError, match="nowhere negative"):
-        class_activation_maps(signed, mx.array(films(1, 8)), ["Edema"], "grad_cam_pp")
+        class_activation_maps(signed, mx.array(images(1, 8)), ["Edema"], "grad_cam_pp")

@@ -84,16 +84,16 @@ def test_scores_are_shares_and_do_not_depend_on_the_scale(heat, mask, fraction, 
 
 
 def planted(n: int = 12, cells: int = 8, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Maps that peak on a blob of 2 x 2 cells, somewhere else on each film, and its mask."""
+    """Maps that peak on a blob of 2 x 2 cells, somewhere else on each image, and its mask."""
     rng = np.random.default_rng(seed)
     raw = rng.random((n, cells, cells)).astype(np.float32)
     masks = np.zeros((n, size, size), dtype=np.uint8)
     step = size // cells
-    for film, (y, x) in enumerate(rng.integers(1, cells - 2, (n, 2))):
-        raw[film, y : y + 2, x : x + 2] += 3
+    for image, (y, x) in enumerate(rng.integers(1, cells - 2, (n, 2))):
+        raw[image, y : y + 2, x : x + 2] += 3
         # Cell i is centred on pixel step * i.
         top, left = y * step - step // 2, x * step - step // 2
-        masks[film, top : top + 2 * step, left : left + 2 * step] = 255
+        masks[image, top : top + 2 * step, left : left + 2 * step] = 255
     return raw, masks
 
 
@@ -115,14 +115,14 @@ def test_each_arm_is_what_its_name_says():
     raw, masks = planted(n=3)
     result = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
     heats = upsample(raw, 64)
-    for film in range(3):
-        mask = masks[film]
-        assert result.maps.hit[film] == pointing_game(heats[film], mask, 2.0)
-        assert result.maps.iou[film] == pytest.approx(iou_at_fraction(heats[film], mask, 0.1))
-        assert result.maps.iou_area[film] == pytest.approx(iou_at_mask_area(heats[film], mask))
-        assert result.maps.mass[film] == pytest.approx(mass_in_mask(heats[film], mask))
-        others = [mass_in_mask(heats[other], mask) for other in range(3) if other != film]
-        assert result.swapped.mass[film] == pytest.approx(np.mean(others))
+    for image in range(3):
+        mask = masks[image]
+        assert result.maps.hit[image] == pointing_game(heats[image], mask, 2.0)
+        assert result.maps.iou[image] == pytest.approx(iou_at_fraction(heats[image], mask, 0.1))
+        assert result.maps.iou_area[image] == pytest.approx(iou_at_mask_area(heats[image], mask))
+        assert result.maps.mass[image] == pytest.approx(mass_in_mask(heats[image], mask))
+        others = [mass_in_mask(heats[other], mask) for other in range(3) if other != image]
+        assert result.swapped.mass[image] == pytest.approx(np.mean(others))
     again = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
     np.testing.assert_array_equal(result.random.mass, again.random.mass)
 
@@ -147,7 +147,7 @@ def test_centre_guess_hits_the_centre_only():
     assert result.centre.mass[1] == 0.0
 
 
-def test_summary_is_plain_json_and_one_film_has_no_swap():
+def test_summary_is_plain_json_and_one_image_has_no_swap():
     raw, masks = planted(n=1)
     summary = localize(raw, masks).summary()
     assert summary["n"] == 1

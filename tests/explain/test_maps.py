@@ -9,18 +9,18 @@ from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "film"),
+    ("old", "new", "image"),
     [((7, 7), 224, None), ((6, 8), (96, 128), None), ((1, 1), 4, None), ((7, 7), 448, 224), ((14, 14), (10, 9), 224)],
 )
-def test_upsample_equals_scipy_sampling_at_stride_times_cell(old, new, film):
+def test_upsample_equals_scipy_sampling_at_stride_times_cell(old, new, image):
     maps = np.random.default_rng(1).random(old, dtype=np.float32)
     height, width = (new, new) if isinstance(new, int) else new
-    film_height, film_width = (height, width) if film is None else (film, film)
-    rows = ((np.arange(height) + 0.5) * film_height / height - 0.5) / (film_height / old[0])
-    columns = ((np.arange(width) + 0.5) * film_width / width - 0.5) / (film_width / old[1])
+    image_height, image_width = (height, width) if image is None else (image, image)
+    rows = ((np.arange(height) + 0.5) * image_height / height - 0.5) / (image_height / old[0])
+    columns = ((np.arange(width) + 0.5) * image_width / width - 0.5) / (image_width / old[1])
     at = np.meshgrid(rows, columns, indexing="ij")
     expected = scipy.ndimage.map_coordinates(maps, at, order=1, mode="nearest")
-    np.testing.assert_allclose(upsample(maps, new, film), expected, atol=1e-5)
+    np.testing.assert_allclose(upsample(maps, new, image), expected, atol=1e-5)
 
 
 def test_upsample_by_hand_and_its_errors():
@@ -41,7 +41,7 @@ def test_a_cell_looks_at_the_pixel_where_its_peak_is_drawn(output_stride):
     model.load_weights(ones, strict=False)
     seen = mx.grad(lambda x: model.features(x)[0, row, column].sum())(mx.ones((1, side, side, 1)))
     weight = np.array(seen)[0, :, :, 0].astype(np.float64)
-    # Max pooling of a constant film hands each window's gradient to some of its pixels: a bias of up to 2 pixels.
+    # Max pooling of a constant image hands each window's gradient to some of its pixels: a bias of up to 2 pixels.
     middle = [float((weight.sum(axis=1 - k) * np.arange(side)).sum() / weight.sum()) for k in (0, 1)]
     one = np.zeros((32, 32), np.float32)
     one[row, column] = 1
@@ -60,7 +60,7 @@ def test_random_maps_are_uniform_and_repeatable():
     assert maps.mean() == pytest.approx(0.5, abs=0.01)
 
 
-def test_scale_is_common_to_all_films():
+def test_scale_is_common_to_all_images():
     raw = np.zeros((2, 101, 2, 2), dtype=np.float32)
     raw[0, :, 1, 0] = np.arange(101)
     reference = fit_reference(raw)

@@ -19,15 +19,15 @@ FINDINGS = (("Edema", 1.5), ("Pneumonia", -1.5))
 
 
 def draw(n: int, rng: np.random.Generator) -> tuple[mx.array, np.ndarray, np.ndarray]:
-    """Films (n, 64, 64, 1), labels (n, 2), masks (n, 2, 64, 64); each disc is there on half of the films."""
+    """Images (n, 64, 64, 1), labels (n, 2), masks (n, 2, 64, 64); each disc is there on half of the images."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    films = rng.normal(0, 0.4, (n, SIZE, SIZE))
+    images = rng.normal(0, 0.4, (n, SIZE, SIZE))
     centres = rng.uniform(10, SIZE - 10, (n, 2, 2, 1, 1))
     labels = rng.random((n, 2)) < 0.5
     masks = (np.hypot(y - centres[:, :, 0], x - centres[:, :, 1]) < 8) & labels[..., None, None]
     for k, (_, brightness) in enumerate(FINDINGS):
-        films += brightness * masks[:, k]
-    return mx.array(films[..., None].astype(np.float32)), labels, masks
+        images += brightness * masks[:, k]
+    return mx.array(images[..., None].astype(np.float32)), labels, masks
 
 
 @pytest.fixture(scope="module")

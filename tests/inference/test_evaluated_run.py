@@ -97,7 +97,7 @@ def test_the_records_are_those_of_the_folder(cnn):
     ("synthetic", "source", "credentialed"),
     [(False, "mimic-cxr-jpg", True), (True, "mimic-cxr-jpg", False), (False, "csv", False)],
 )
-def test_only_weights_of_real_mimic_films_are_credentialed(cnn, synthetic, source, credentialed):
+def test_only_weights_of_real_mimic_images_are_credentialed(cnn, synthetic, source, credentialed):
     change(cnn / "config.json", "config", "data", "synthetic", value=synthetic)
     change(cnn / "config.json", "config", "data", "source", value=source)
     if source != "csv":

@@ -13,9 +13,9 @@ from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.inference import explanation
 from mlx_cxr.inference.explanation import TestMaps
-from mlx_cxr.inference.trained_run import film_maps, study_predictions
+from mlx_cxr.inference.trained_run import image_maps, study_predictions
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
 POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1", 0.1)
@@ -28,20 +28,20 @@ def model():
     return model.eval()
 
 
-def split_of(test, films_per_study=2, cells=4):
-    """Films of each study in turn, their maps and the logits of each film."""
+def split_of(test, images_per_study=2, cells=4):
+    """Images of each study in turn, their maps and the logits of each image."""
     rng = np.random.default_rng(0)
-    studies = np.repeat(test.study_ids, films_per_study)
+    studies = np.repeat(test.study_ids, images_per_study)
     n = len(studies)
     frame = pd.DataFrame(
         {
             "study_id": studies,
-            "patient_id": np.repeat(test.patient_ids, films_per_study),
+            "patient_id": np.repeat(test.patient_ids, images_per_study),
             "image_id": [f"i{k}" for k in range(n)],
             "text": [f"report of {study}" for study in studies],
         }
     )
-    films = FilmSource(rng.integers(0, 255, (n, 32, 32), dtype=np.uint8), np.arange(n), 4.0)
+    images = ImageSource(rng.integers(0, 255, (n, 32, 32), dtype=np.uint8), np.arange(n), 4.0)
     labels = ("Edema", "Fracture")
     maps = TestMaps(
         labels,
@@ -50,13 +50,13 @@ def split_of(test, films_per_study=2, cells=4):
         np.ones(2, np.float32),
         "grad_cam",
     )
-    return SplitData("test", frame, np.repeat(test.raw_labels, films_per_study, axis=0), films), maps
+    return SplitData("test", frame, np.repeat(test.raw_labels, images_per_study, axis=0), images), maps
 
 
-def test_maps_do_not_depend_on_how_films_are_batched(model):
+def test_maps_do_not_depend_on_how_images_are_batched(model):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 64, 64), dtype=np.uint8)
-    source = FilmSource(pixels, np.array([4, 0, 2, 1, 3]), 4.0)
-    raw, logits = film_maps(model, source, ["Edema", "Fracture"], "grad_cam", batch_size=2)
+    source = ImageSource(pixels, np.array([4, 0, 2, 1, 3]), 4.0)
+    raw, logits = image_maps(model, source, ["Edema", "Fracture"], "grad_cam", batch_size=2)
     direct = class_activation_maps(model, preprocess(mx.array(pixels[[4, 0, 2, 1, 3]]), 1), ["Edema", "Fracture"])
     np.testing.assert_allclose(raw, direct.raw, atol=1e-4 * max(1.0, direct.raw.max()))
     np.testing.assert_allclose(logits, direct.logits, rtol=1e-4, atol=1e-4)
@@ -66,18 +66,18 @@ def test_maps_do_not_depend_on_how_films_are_batched(model):
     np.testing.assert_allclose(maps.raw[row], raw[0], atol=1e-4 * max(1.0, raw.max()))
 
 
-def test_study_predictions_average_their_films(model):
+def test_study_predictions_average_their_images(model):
     pixels = np.random.default_rng(1).integers(0, 255, (3, 64, 64), dtype=np.uint8)
     frame = pd.DataFrame(
         {"study_id": ["a", "b", "a"], "patient_id": ["p", "q", "p"], "split": "test", "view": ["AP", "PA", "PA"]}
     )
-    data = SplitData("test", frame, np.zeros((3, len(LABELS)), np.float32), FilmSource(pixels, np.arange(3), 4.0))
-    films = np.array(model(preprocess(mx.array(pixels), 1)))
+    data = SplitData("test", frame, np.zeros((3, len(LABELS)), np.float32), ImageSource(pixels, np.arange(3), 4.0))
+    images = np.array(model(preprocess(mx.array(pixels), 1)))
     got = study_predictions(model, data, batch_size=2)
-    np.testing.assert_allclose(got.logits, [(films[0] + films[2]) / 2, films[1]], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got.logits, [(images[0] + images[2]) / 2, images[1]], rtol=1e-3, atol=1e-4)
 
 
-def test_cases_show_the_film_with_the_highest_score_of_the_finding():
+def test_cases_show_the_image_with_the_highest_score_of_the_finding():
     test = simulated(25, "test", 1)
     data, maps = split_of(test)
     masks = [{"Edema": np.full((32, 32), True)} for _ in range(len(data))]
@@ -94,14 +94,14 @@ def test_cases_show_the_film_with_the_highest_score_of_the_finding():
         for case in summary.cases:
             row = test.study_ids.tolist().index(case.study_id)
             both = maps.logits[2 * row : 2 * row + 2, column]
-            film = 2 * row + int(np.argmax(both))
-            assert case.reading.film == f"i{film}"
+            image = 2 * row + int(np.argmax(both))
+            assert case.reading.image == f"i{image}"
             assert case.reading.probability == pytest.approx(probabilities[row, column])
             assert case.reading.abstention == POINTS.reason(column, probabilities[row, column])
             assert bool(case.reading.abstention) == (decided.states[row, column] == ABSTAIN)
             assert case.text == f"report of {case.study_id}"
-            np.testing.assert_array_equal(case.heat, maps.raw[k, film])
-            np.testing.assert_array_equal(case.film, np.array(data.films.batch(np.array([film])))[0])
+            np.testing.assert_array_equal(case.heat, maps.raw[k, image])
+            np.testing.assert_array_equal(case.image, np.array(data.images.batch(np.array([image])))[0])
             assert (case.mask is None) == (summary.finding == "Fracture")
             positive = test.raw_labels[row, column] == 1
             called = probabilities[row, column] >= POINTS.thresholds.values[column]
@@ -120,16 +120,16 @@ def test_a_finding_without_a_threshold_has_no_cases():
     assert fracture.cases
 
 
-def test_localization_scores_films_that_have_both_mask_and_label():
+def test_localization_scores_images_that_have_both_mask_and_label():
     test = simulated(25, "test", 2)
     data, maps = split_of(test)
     rng = np.random.default_rng(0)
     masks = []
-    for film in range(len(data)):
+    for image in range(len(data)):
         mask = np.zeros((32, 32), bool)
         y, x = rng.integers(0, 24, 2)
         mask[y : y + 8, x : x + 8] = True
-        masks.append([{"Edema": mask}, {}, {"Edema": np.zeros((32, 32), bool)}][film % 3])
+        masks.append([{"Edema": mask}, {}, {"Edema": np.zeros((32, 32), bool)}][image % 3])
     settings = {"fraction": 0.1, "half_cell": 4.0, "samples": 50, "seed": 3, "synthetic": True}
     table = explanation.localization(maps, data, masks, test, POINTS, **settings)
     column = label_index("Edema")
@@ -143,9 +143,9 @@ def test_localization_scores_films_that_have_both_mask_and_label():
     assert entry["hit_half_cell"]["maps"]["value"] == pytest.approx(near.maps.hit.mean())
     assert entry["iou"]["swapped"]["mean"]["value"] == pytest.approx(direct.swapped.iou.mean())
     called = POINTS.calibration.probabilities(test.logits)[:, column] >= POINTS.thresholds.values[column]
-    of_films = np.repeat(called, 2)[rows]
-    assert entry["called"] == of_films.sum()
-    assert entry["hit_when_called"] == pytest.approx(direct.maps.hit[of_films].mean())
+    of_images = np.repeat(called, 2)[rows]
+    assert entry["called"] == of_images.sum()
+    assert entry["hit_when_called"] == pytest.approx(direct.maps.hit[of_images].mean())
     assert entry["empty_maps"] == 0
     section = "\n".join(explanation.localization_section(table))
     assert f"| Edema | {len(rows)} | " in section
@@ -155,7 +155,7 @@ def test_localization_scores_films_that_have_both_mask_and_label():
 
 def test_randomization_section_has_a_row_per_finding(model):
     pixels = np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8)
-    source = FilmSource(pixels, np.arange(3), 4.0)
+    source = ImageSource(pixels, np.arange(3), 4.0)
     maps = explanation.map_test(model, source, source, ExplainConfig(labels=("Edema", "Fracture")), batch_size=3)
     before = np.array(model.fc.weight)
     lines = explanation.randomization_section(model, maps, source, seed=0)

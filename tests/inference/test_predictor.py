@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pandas as pd
 import pytest
-from chest_films import chest_film
+from chest_images import chest_image
 from dicom_files import dicom_bytes
 from PIL import Image
+from prepared_images import read_image
 from toy_cohort import make_cohort
 
 from mlx_cxr import evaluate_cnn, train_cnn
@@ -20,8 +21,8 @@ from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, write_json
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.dicom import equalize
-from mlx_cxr.data.image_arrays import Transform, read_film
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.maps import fit_reference
@@ -61,19 +62,19 @@ def copied(run_dir, tmp_path) -> Path:
     return Path(shutil.copytree(run_dir, tmp_path / "outputs" / "first"))
 
 
-def png(film: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(film).save(content, "PNG")
+    Image.fromarray(image).save(content, "PNG")
     return content.getvalue()
 
 
 def test_files_get_the_answers_of_the_evaluation(predictor, cohort, run_dir):
-    """`predictions.csv`, whose studies are of one film each, made through manifest and pixel store."""
+    """`predictions.csv`, whose studies are of one image each, made through manifest and pixel store."""
     table = pd.read_csv(run_dir / "predictions.csv", dtype={"study_id": str})
     studies = table["study_id"].unique()
     files = [cohort / "films" / f"film{study[1:]}.png" for study in studies]
     answers = list(predictor.predict_files(files))
-    assert [answer.film.name for answer in answers] == [str(path) for path in files]
+    assert [answer.image.name for answer in answers] == [str(path) for path in files]
     for key, ours in (("logit", "logits"), ("probability", "probabilities")):
         theirs = table[key].to_numpy().reshape(len(studies), 14)
         np.testing.assert_allclose(np.stack([getattr(a, ours) for a in answers]), theirs, rtol=1e-5, atol=1e-6)
@@ -88,40 +89,40 @@ def test_files_get_the_answers_of_the_evaluation(predictor, cohort, run_dir):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_how_films_are_batched_changes_nothing(predictor, cohort, run_dir, batch_size):
+def test_how_images_are_batched_changes_nothing(predictor, cohort, run_dir, batch_size):
     files = sorted((cohort / "films").glob("*.png"))[:12]
     whole = np.stack([a.logits for a in predictor.predict_files(files)])
     parts = np.stack([a.logits for a in Predictor.from_run(run_dir, batch_size).predict_files(files)])
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_film_is_the_same_in_every_wrapping(predictor, tmp_path):
-    film = chest_film()
+def test_a_image_is_the_same_in_every_wrapping(predictor, tmp_path):
+    image = chest_image()
     path = tmp_path / "film.dat"
-    path.write_bytes(png(film))
+    path.write_bytes(png(image))
     wide = io.BytesIO()
-    Image.fromarray(film.astype(np.uint16) * 257).save(wide, "PNG")
-    stretched = np.clip((film.astype(int) - film.min()) * 255 // (int(film.max()) - int(film.min())), 0, 255)
-    given = [path, str(path), png(film), film, np.repeat(film[..., None], 3, axis=2)]
+    Image.fromarray(image.astype(np.uint16) * 257).save(wide, "PNG")
+    stretched = np.clip((image.astype(int) - image.min()) * 255 // (int(image.max()) - int(image.min())), 0, 255)
+    given = [path, str(path), png(image), image, np.repeat(image[..., None], 3, axis=2)]
     answers = predictor.predict([predictor.read(source) for source in given])
     for answer in answers:
-        assert answer.status == "answered", answer.film
-        np.testing.assert_array_equal(answer.film.pixels, answers[0].film.pixels)
+        assert answer.status == "answered", answer.image
+        np.testing.assert_array_equal(answer.image.pixels, answers[0].image.pixels)
         np.testing.assert_allclose(answer.logits, answers[0].logits, rtol=1e-5)
-    assert [a.film.name for a in answers[:3]] == [str(path), str(path), "film"]
+    assert [a.image.name for a in answers[:3]] == [str(path), str(path), "film"]
     sixteen, eight = (predictor.read(source).pixels for source in (wide.getvalue(), stretched.astype(np.uint8)))
     np.testing.assert_array_equal(sixteen, eight)
 
 
 def test_dicoms_of_every_kind_get_one_answer(predictor):
-    """That of a PNG of what the recipe makes of the film, within 1e-3."""
-    film = chest_film(1)
+    """That of a PNG of what the recipe makes of the image, within 1e-3."""
+    image = chest_image(1)
     files = {
-        (photometric, bits): dicom_bytes(film, photometric, bits)
+        (photometric, bits): dicom_bytes(image, photometric, bits)
         for photometric in ("MONOCHROME1", "MONOCHROME2")
         for bits in (8, 12, 16)
     }
-    levels = (film.astype(int) - film.min()) * 255 // (int(film.max()) - int(film.min()))
+    levels = (image.astype(int) - image.min()) * 255 // (int(image.max()) - int(image.min()))
     reference = predictor.read(png(equalize(levels.astype(np.uint8))))
     answers = predictor.predict([reference, *(predictor.read(content) for content in files.values())])
     for kind, answer in zip(files, answers[1:], strict=True):
@@ -134,9 +135,9 @@ def test_what_cannot_be_read_is_answered_with_the_reason(predictor, cohort, tmp_
     (tmp_path / "empty.png").write_bytes(b"")
     files = [good[0], tmp_path / "empty.png", good[1], tmp_path / "nowhere.png", good[2], tmp_path]
     answers = list(predictor.predict_files(files))
-    assert [a.film.error is None for a in answers] == [True, False, True, False, True, False]
-    assert "0 bytes" in answers[1].film.error
-    assert "no such file" in answers[3].film.error
+    assert [a.image.error is None for a in answers] == [True, False, True, False, True, False]
+    assert "0 bytes" in answers[1].image.error
+    assert "no such file" in answers[3].image.error
     assert answers[1].status == "unreadable"
     assert answers[1].logits is None
     assert not answers[1].answered
@@ -149,7 +150,7 @@ def test_what_cannot_be_read_is_answered_with_the_reason(predictor, cohort, tmp_
 
 
 def test_a_negative_is_questionable_and_answered_on_request_only(predictor):
-    negative = predictor.read(png(255 - chest_film()))
+    negative = predictor.read(png(255 - chest_image()))
     assert any("inverted" in concern for concern in negative.concerns)
     (answer,) = predictor.predict([negative])
     assert (answer.status, answer.answered) == ("questionable", False)
@@ -161,8 +162,8 @@ def test_a_negative_is_questionable_and_answered_on_request_only(predictor):
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_are_shares_of_the_reference_on_validation(predictor, cohort, run_dir, method):
     model, transform = load_model(run_dir / "best_model.safetensors"), Transform(32)
-    films = np.stack([read_film(cohort / "films" / f"film{i:02}.png", transform) for i in range(12, 21)])
-    raw = class_activation_maps(model, preprocess(mx.array(films), 1), MAPPED, method).raw
+    images = np.stack([read_image(cohort / "films" / f"film{i:02}.png", transform) for i in range(12, 21)])
+    raw = class_activation_maps(model, preprocess(mx.array(images), 1), MAPPED, method).raw
     reference = fit_reference(raw[:, :8])
     labels = ["Cardiomegaly", "Edema"]
     maps = predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], labels, method)
@@ -178,8 +179,8 @@ def test_a_network_in_half_precision_answers_and_maps_like_the_other(predictor, 
     half = Predictor.from_run(run_dir, batch_size=2, precision="auto")
     half._take(FoldedResNet18.of(half.trained.model, mx.float16))
     assert half.computed_in == "float16"
-    films = [predictor.read(cohort / "films" / f"film{i:02}.png") for i in (12, 15, 20)]
-    for ours, wanted in zip(half.predict(films), predictor.predict(films), strict=True):
+    images = [predictor.read(cohort / "films" / f"film{i:02}.png") for i in (12, 15, 20)]
+    for ours, wanted in zip(half.predict(images), predictor.predict(images), strict=True):
         assert ours.features.dtype == np.float32
         np.testing.assert_allclose(ours.logits, wanted.logits, atol=0.02)
         assert (ours.logits != wanted.logits).any(), "computed in the other precision"
@@ -187,17 +188,17 @@ def test_a_network_in_half_precision_answers_and_maps_like_the_other(predictor, 
         np.testing.assert_allclose(half.maps(ours), predictor.maps(wanted), atol=0.02 * max(scale, 1))
 
 
-def test_a_film_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
+def test_a_image_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
     other = Predictor.from_run(run_dir, batch_size=2, precision="auto")
     network = FoldedResNet18.of(other.trained.model, mx.float16)
     network.stem.bias = network.stem.bias + mx.inf
     other._take(network)
-    film = predictor.read(cohort / "films" / "film20.png")
-    np.testing.assert_allclose(other.predict([film])[0].logits, predictor.predict([film])[0].logits, atol=1e-5)
+    image = predictor.read(cohort / "films" / "film20.png")
+    np.testing.assert_allclose(other.predict([image])[0].logits, predictor.predict([image])[0].logits, atol=1e-5)
     assert other.computed_in == "float32"
 
 
-def test_the_record_says_how_films_are_prepared(run_dir):
+def test_the_record_says_how_images_are_prepared(run_dir):
     """The figures that the network normalizes by, as `models.resnet` documents them."""
     record = read_json(run_dir / "inference.json")
     assert record["preprocessing"]["transform"] == {"version": 1, "size": 32, "fit": "letterbox"}
@@ -266,5 +267,5 @@ def test_a_run_evaluated_without_maps_has_none(cohort):
     bare = Predictor.from_run(cohort / "outputs" / "bare")
     assert bare.methods == ()
     with pytest.raises(KeyError):
-        bare.maps(bare.predict([bare.read(chest_film())])[0], ["Edema"])
-    assert len(LABELS) == len(bare.predict([bare.read(chest_film())])[0].probabilities)
+        bare.maps(bare.predict([bare.read(chest_image())])[0], ["Edema"])
+    assert len(LABELS) == len(bare.predict([bare.read(chest_image())])[0].probabilities)

@@ -14,7 +14,7 @@ from mlx_cxr import cache_teacher_outputs, lfm_finetune
 from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.report_reader import LONGEST, ReportReader, ReportReadingError
-from mlx_cxr.teacher.image_embeddings import encode_films
+from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.scoring import score
 
 SICK = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread words."
@@ -61,7 +61,7 @@ def test_it_reads_what_it_may_and_nothing_else(reader):
     np.testing.assert_array_equal(bare.logits, plain.logits)
     assert "no headings" in bare.note
     assert reader.reads == "findings"
-    assert not reader.needs_film
+    assert not reader.needs_image
     assert reader.synthetic
 
 
@@ -72,7 +72,7 @@ def test_the_words_that_moved_it_add_up_to_its_answer(reader):
     assert told.probability == answer.probabilities[EDEMA]
     assert told.scores.logit == pytest.approx(float(answer.logits[EDEMA]), abs=2e-3)
     assert told.abstention == reader.points.reason(EDEMA, told.probability)
-    total = told.scores.blank + told.scores.report + told.scores.film + told.scores.left_over
+    total = told.scores.blank + told.scores.report + told.scores.image + told.scores.left_over
     assert total == pytest.approx(told.scores.logit, abs=1e-6)
 
 
@@ -97,24 +97,24 @@ def test_a_report_with_strange_characters_is_read(reader):
         assert np.isfinite(answer.logits).all()
 
 
-def test_a_teacher_of_film_and_report_asks_for_the_film(toy):
+def test_a_teacher_of_image_and_report_asks_for_the_image(toy):
     overrides = ["teacher.modality=image_text", "teacher.training.epochs=1", "teacher.run_name=both"]
     folder = toy.folder / "outputs" / "both"
     if not folder.exists():
         lfm_finetune.run(toy.config(*overrides), "both")
         cache_teacher_outputs.run(toy.config(*overrides), "both")
     reader = ReportReader.from_run(folder)
-    assert reader.needs_film
+    assert reader.needs_image
     with pytest.raises(ReportReadingError, match="looks at the film too"):
         reader.read(SICK)
-    film = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
-    answer = reader.read(SICK, film)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    answer = reader.read(SICK, image)
     settings = reader.teacher.config.teacher
-    tokens = np.array(encode_films(reader.teacher.base, film[None], settings.image_size).astype(mx.float16))
+    tokens = np.array(encode_images(reader.teacher.base, image[None], settings.image_size).astype(mx.float16))
     prompt = reader.teacher.form.prompt(list(answer.sections))
     theirs = score(reader.teacher.base, reader.teacher.form, [prompt], tokens, settings).logits[0]
     np.testing.assert_allclose(answer.logits, theirs, atol=1e-5)
-    assert np.abs(reader.read(SICK, 255 - film).logits - answer.logits).max() > 1e-6
+    assert np.abs(reader.read(SICK, 255 - image).logits - answer.logits).max() > 1e-6
 
 
 def test_runs_that_cannot_answer_are_refused(toy, run_dir, tmp_path):

@@ -33,15 +33,15 @@ RECORD = {"stage": "test", "inputs": {"checkpoint": {"path": "best_model.safeten
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """240 studies, some of two films; age decides the labels, so that a model of age alone ranks well."""
+    """240 studies, some of two images; age decides the labels, so that a model of age alone ranks well."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(240):
         age = int(rng.integers(20, 90))
         labels = (age + rng.normal(0, 12, len(LABELS)) > 55).astype(float)
-        for film in range(1 + i % 3 // 2):
-            row = {"image_id": f"i{i:03}-{film}", "patient_id": f"p{i:03}", "study_id": f"s{i * 7 % 240:03}"}
-            row |= {"split": ("train", "validate", "test")[i % 3], "view": ("AP", "PA")[film], "age": str(age)}
+        for image in range(1 + i % 3 // 2):
+            row = {"image_id": f"i{i:03}-{image}", "patient_id": f"p{i:03}", "study_id": f"s{i * 7 % 240:03}"}
+            row |= {"split": ("train", "validate", "test")[i % 3], "view": ("AP", "PA")[image], "age": str(age)}
             rows.append(row | {"sex": "", "path": f"{i}.png", "text": ""} | dict(zip(LABELS, labels, strict=True)))
     path = tmp_path_factory.mktemp("made") / "manifest.csv"
     write_manifest(path, pd.DataFrame(rows))

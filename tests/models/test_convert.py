@@ -161,7 +161,7 @@ def test_half_precision_file_becomes_float32(tmp_path):
     np.testing.assert_array_equal(np.array(weights["fc.bias"]), arrays["fc.bias"].astype(np.float32))
 
 
-def test_gray_stem_sees_a_gray_film_as_three_channels_do(imagenet_like):
+def test_gray_stem_sees_a_gray_image_as_three_channels_do(imagenet_like):
     """stem + BatchNorm: equal where no tap falls on padding, and only there."""
     weights = load_torchvision(imagenet_like)
     stems = []
@@ -178,7 +178,7 @@ def test_gray_stem_sees_a_gray_film_as_three_channels_do(imagenet_like):
 
 
 def test_gray_logits_are_close_to_three_channel_logits():
-    """Whole network, at the size films have: what is left is the stem's border."""
+    """Whole network, at the size images have: what is left is the stem's border."""
     rgb = ResNet18(ResNetConfig(in_channels=3))
     initialize(rgb, 2)
     rgb.eval()

@@ -30,7 +30,7 @@ def network(channels: int = 1, stride: int = 32, seed: int = 3) -> ResNet18:
     return model.eval()
 
 
-def films(count: int, size: int, channels: int = 1) -> mx.array:
+def images(count: int, size: int, channels: int = 1) -> mx.array:
     return mx.array(np.random.default_rng(0).normal(size=(count, size, size - 7, channels)).astype(np.float32))
 
 
@@ -41,7 +41,7 @@ def relative_error(got: mx.array, wanted: mx.array) -> float:
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize(("channels", "stride"), [(1, 32), (3, 16)])
 def test_logits_and_maps_are_those_of_the_network(channels, stride, fast):
-    model, x = network(channels, stride), films(3, 71, channels)
+    model, x = network(channels, stride), images(3, 71, channels)
     use_fast_ops(fast)
     try:
         net = FoldedResNet18.of(model)
@@ -55,7 +55,7 @@ def test_logits_and_maps_are_those_of_the_network(channels, stride, fast):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float16, 5e-3), (mx.bfloat16, 5e-2)])
 def test_half_precision_is_that_precise(dtype, tolerance):
-    model, x = network(), films(2, 64)
+    model, x = network(), images(2, 64)
     net = FoldedResNet18.of(model, dtype)
     assert net(x).dtype == dtype
     assert 0 < relative_error(net(x), model(x)) < tolerance
@@ -63,19 +63,19 @@ def test_half_precision_is_that_precise(dtype, tolerance):
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 35])
 def test_large_batches_come_back_whole_and_in_order(count):
-    net, x = FoldedResNet18.of(network()), films(count, 39)
+    net, x = FoldedResNet18.of(network()), images(count, 39)
     wanted = mx.concatenate([net(x[i : i + 1]) for i in range(count)])
     assert relative_error(evaluated(net)(x), wanted) < 1e-4
 
 
 def test_maps_of_findings_are_those_of_the_network():
-    model, x = network(), films(2, 96)
+    model, x = network(), images(2, 96)
     ours, wanted = (class_activation_maps(net, x, LABELS) for net in (FoldedResNet18.of(model), model))
     np.testing.assert_allclose(ours.raw, wanted.raw, atol=1e-5 * wanted.raw.max())
 
 
 def test_it_is_a_copy_and_the_mode_of_the_network_does_not_matter():
-    model, x = network(), films(2, 64)
+    model, x = network(), images(2, 64)
     before = model(x)
     net = FoldedResNet18.of(model.train())
     assert relative_error(net(x), before) < 1e-5
@@ -92,7 +92,7 @@ def test_input_of_another_layout_is_refused():
 def test_float16_is_not_tried_where_it_cannot_be_faster():
     if mx.default_device().type != mx.DeviceType.cpu:
         pytest.skip("float16 may well be faster here")
-    assert inference_network(network(), films(2, 64)).dtype == mx.float32
+    assert inference_network(network(), images(2, 64)).dtype == mx.float32
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_float16_is_not_tried_where_it_cannot_be_faster():
 )
 def test_float16_is_taken_where_it_is_faster_and_says_the_same(monkeypatch, seconds_of_half, shift, taken):
     """The choice itself, with the device and the clock given; the outputs are computed."""
-    model, x = network(), films(2, 64)
+    model, x = network(), images(2, 64)
     half = {mx.float16: seconds_of_half, mx.float32: 1.0}
     monkeypatch.setattr(folded, "_computes_on_cpu", lambda: False)
     monkeypatch.setattr(folded, "_seconds", lambda net, _: half[net.dtype])
@@ -132,7 +132,7 @@ def test_a_folded_convolution_is_pytorchs():
             np.array(ours.weight).transpose(0, 3, 1, 2), fused.weight.detach().numpy(), rtol=1e-5, atol=1e-7
         )
         np.testing.assert_allclose(np.array(ours.bias), fused.bias.detach().numpy(), rtol=1e-4, atol=1e-6)
-    x = films(2, 64)
+    x = images(2, 64)
     with torch.no_grad():
         wanted = reference(torch.from_numpy(np.array(x).transpose(0, 3, 1, 2)))
     np.testing.assert_allclose(np.array(net(x)), wanted.numpy(), atol=1e-4 * np.abs(wanted.numpy()).max())

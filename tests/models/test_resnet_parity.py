@@ -37,7 +37,7 @@ def pair(channels: int, stride: int, seed: int = 3) -> tuple[ResNet18, TorchResN
     return model, reference
 
 
-def films(count: int, size: int, channels: int, seed: int = 0) -> np.ndarray:
+def radiographs(count: int, size: int, channels: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, size, size - 7, channels)).astype(np.float32)
 
 
@@ -54,7 +54,7 @@ def test_logits_and_maps_equal_in_evaluation(channels, stride, size, ops_choice)
     model, reference = pair(channels, stride)
     model.eval()
     reference.eval()
-    x = films(3, size, channels)
+    x = radiographs(3, size, channels)
     with torch.no_grad():
         wanted_map = reference.features(nchw(x))
         wanted = reference(nchw(x)).numpy()
@@ -72,7 +72,7 @@ def gradient_errors(channels: int, stride: int, size: int, seed: int) -> dict[st
     model, reference = pair(channels, stride)
     model.train()
     reference.double().train()
-    x = films(3, size, channels, seed)
+    x = radiographs(3, size, channels, seed)
     targets = np.random.default_rng(seed + 1).integers(0, 2, (3, 14)).astype(np.float32)
 
     def loss_of(network: ResNet18, images: mx.array) -> mx.array:
@@ -104,7 +104,7 @@ def test_training_step_equals_autograd(channels, stride, size, ops_choice):
 
     Where a unit lies within rounding of a ReLU's or pool's edge, float32 may take its other side: PyTorch's
     own float32 gradients are then up to 3e-2 from its float64 ones, and 1e-5 otherwise. That depends on the
-    film, a wrong gradient does not; so one of four draws has to agree closely, and all of them roughly.
+    image, a wrong gradient does not; so one of four draws has to agree closely, and all of them roughly.
     """
     worst = []
     for seed in range(4):
@@ -122,7 +122,7 @@ def test_three_steps_of_running_statistics_follow_torch():
     model.train()
     reference.train()
     for seed in range(3):
-        x = films(3, 64, 1, seed)
+        x = radiographs(3, 64, 1, seed)
         with torch.no_grad():
             reference(nchw(x))
         mx.eval(model(mx.array(x)), model.parameters())
@@ -135,7 +135,7 @@ def test_three_steps_of_running_statistics_follow_torch():
 def test_the_tolerance_has_teeth():
     """Another stride, or batch statistics at test time, is far outside it."""
     model, reference = pair(1, 32)
-    x = films(3, 97, 1)
+    x = radiographs(3, 97, 1)
     reference.eval()
     with torch.no_grad():
         wanted = reference(nchw(x)).numpy()
@@ -149,7 +149,7 @@ def test_the_tolerance_has_teeth():
 def test_bfloat16_forward_is_close_to_float32():
     model, _ = pair(1, 16)
     model.eval()
-    x = mx.array(films(2, 64, 1))
+    x = mx.array(radiographs(2, 64, 1))
     wanted = np.array(model(x))
     model.set_dtype(mx.bfloat16)
     got = model(x.astype(mx.bfloat16))

@@ -68,7 +68,7 @@ def test_conv3x3(size, stride, dilation, inside, outside):
 
 @pytest.mark.parametrize(("side", "slices"), [(24, 8), (20, 4), (40, 1)])
 def test_conv3x3_cut_into_batch_slices(side, slices):
-    """Batches whose patches do not fit the cache are cut, unless not even one film's do."""
+    """Batches whose patches do not fit the cache are cut, unless not even one image's do."""
     x, weight = normal(8, side, side, 64), normal(16, 3, 3, 64, seed=1)
     assert conv._slices(x) == slices
     assert_same(with_weight(conv.Conv3x3(64, 16)), [x, weight])

@@ -26,15 +26,15 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-def loss_and_gradients(parts: int, films: mx.array, stride: int) -> tuple[np.ndarray, dict, dict]:
+def loss_and_gradients(parts: int, images: mx.array, stride: int) -> tuple[np.ndarray, dict, dict]:
     """Logits, gradients and running statistics of one training pass of a fixed network."""
-    model = ResNet18(ResNetConfig(in_channels=films.shape[-1], output_stride=stride))
+    model = ResNet18(ResNetConfig(in_channels=images.shape[-1], output_stride=stride))
     initialize(model, seed=3)
-    weight = normal(len(films), 14, seed=9)
+    weight = normal(len(images), 14, seed=9)
 
     def objective(parameters: dict) -> tuple[mx.array, mx.array]:
         model.update(parameters)
-        logits = model(films)
+        logits = model(images)
         return (logits * weight).sum(), logits
 
     with streams.batch_parallel(parts) as count:
@@ -54,9 +54,9 @@ def assert_close(got: np.ndarray, wanted: np.ndarray, tolerance: float, name: st
 def test_a_training_pass_in_parts_is_that_of_the_whole_batch(batch, parts, stride, channels, monkeypatch):
     # With ReLU, rounding may turn a value near 0 round, which changes all gradients behind it: a smooth one cannot.
     monkeypatch.setattr(nn, "relu", nn.silu)
-    films = normal(batch, 64, 64, channels)
-    logits, gradients, statistics = loss_and_gradients(parts, films, stride)
-    wanted, wanted_gradients, wanted_statistics = loss_and_gradients(1, films, stride)
+    images = normal(batch, 64, 64, channels)
+    logits, gradients, statistics = loss_and_gradients(parts, images, stride)
+    wanted, wanted_gradients, wanted_statistics = loss_and_gradients(1, images, stride)
     assert_close(logits, wanted, 1e-4)
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():

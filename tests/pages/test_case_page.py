@@ -19,7 +19,7 @@ from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, WordScores
-from mlx_cxr.inference.predictor import FilmAnswer, FilmInput
+from mlx_cxr.inference.predictor import ImageAnswer, ImageInput
 from mlx_cxr.inference.report_reader import ReportAnswer
 from mlx_cxr.pages.case_page import CasePage, Disagreement, ModelReading, by_margin, disagreements, draw_case
 
@@ -39,19 +39,19 @@ def points(threshold: float = 0.3) -> OperatingPoints:
     )
 
 
-def answer(**probabilities: float) -> FilmAnswer:
+def answer(**probabilities: float) -> ImageAnswer:
     p = np.full(14, 0.05)
     for name, value in probabilities.items():
         p[label_index(name)] = value
     pixels = np.random.default_rng(0).integers(60, 200, (32, 32)).astype(np.uint8)
     states = points().states(p[None])[0]
-    return FilmAnswer(FilmInput("film 7.dcm", pixels), logit(p).astype(np.float32), p, states)
+    return ImageAnswer(ImageInput("film 7.dcm", pixels), logit(p).astype(np.float32), p, states)
 
 
 def report(**probabilities: float) -> ReportAnswer:
-    film = answer(**probabilities)
+    image = answer(**probabilities)
     text = (("findings", "The heart is large."),)
-    return ReportAnswer(text, 0, "", film.logits, film.probabilities, film.states, None, None)
+    return ReportAnswer(text, 0, "", image.logits, image.probabilities, image.states, None, None)
 
 
 @pytest.fixture
@@ -114,16 +114,16 @@ def test_a_report_s_answer_stands_beside_it_with_what_differs(case):
 
 
 def test_disagreements_are_calls_that_differ():
-    film = answer(Edema=0.9, Cardiomegaly=0.1, Fracture=0.9, Pneumonia=0.3)
+    image = answer(Edema=0.9, Cardiomegaly=0.1, Fracture=0.9, Pneumonia=0.3)
     text = report(Edema=0.1, Cardiomegaly=0.9, Fracture=0.1, Pneumonia=0.9)
-    assert [film.states[k] for k in (EDEMA, HEART, FRACTURE)] == [PRESENT, ABSENT, ABSTAIN]
-    found = disagreements(film, text)
+    assert [image.states[k] for k in (EDEMA, HEART, FRACTURE)] == [PRESENT, ABSENT, ABSTAIN]
+    found = disagreements(image, text)
     assert found == [
         Disagreement("Cardiomegaly", ABSENT, PRESENT, pytest.approx(0.1), pytest.approx(0.9)),
         Disagreement("Edema", PRESENT, ABSENT, pytest.approx(0.9), pytest.approx(0.1)),
     ]
     assert found[0].words() == "Cardiomegaly: film absent (p 0.10), report present (p 0.90)"
-    assert disagreements(FilmAnswer(FilmInput("x", None, error="gone")), text) == []
+    assert disagreements(ImageAnswer(ImageInput("x", None, error="gone")), text) == []
 
 
 def test_findings_are_ordered_by_odds_over_the_threshold():
@@ -165,8 +165,8 @@ def test_the_png_shows_the_map_where_it_is_hot_and_none_where_it_is_withheld(cas
 
 def test_dollar_signs_are_no_formulas_and_what_is_cut_is_said(case):
     model = case.models[0]
-    film = replace(model.answer.film, name="from $5 to $_6^.dcm")
-    odd = replace(case, models=(replace(model, answer=replace(model.answer, film=film)),))
+    image = replace(model.answer.image, name="from $5 to $_6^.dcm")
+    odd = replace(case, models=(replace(model, answer=replace(model.answer, image=image)),))
     assert "from $5 to $_6^.dcm" in words_of(draw_case(odd, "pdf", MADE))
     long = replace(report(), sections=(("findings", "Costs $x^$ and more. " * 80),))
     told = words_of(draw_case(replace(case, report=long, report_points=points(), reads="findings"), "pdf", MADE))
@@ -179,8 +179,8 @@ def test_dollar_signs_are_no_formulas_and_what_is_cut_is_said(case):
 
 def test_a_concern_is_on_the_page(case):
     model = case.models[0]
-    film = replace(model.answer.film, concerns=("looks inverted (like a negative)",))
-    odd = replace(case, models=(replace(model, answer=replace(model.answer, film=film)),))
+    image = replace(model.answer.image, concerns=("looks inverted (like a negative)",))
+    odd = replace(case, models=(replace(model, answer=replace(model.answer, image=image)),))
     assert "The film looks inverted (like a negative)." in words_of(draw_case(odd, "pdf", MADE))
 
 
@@ -192,7 +192,7 @@ def test_the_warning_is_in_the_file_too(case):
 def test_what_has_no_page_is_refused(case):
     with pytest.raises(ValueError, match="format 'svg'"):
         draw_case(case, "svg")
-    unread = ModelReading("demo_cnn", FilmAnswer(FilmInput("x", None, error="gone")), points())
+    unread = ModelReading("demo_cnn", ImageAnswer(ImageInput("x", None, error="gone")), points())
     with pytest.raises(ValueError, match="cannot be read"):
         replace(case, models=(unread,))
     with pytest.raises(ValueError, match="one or two"):

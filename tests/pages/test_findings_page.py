@@ -18,12 +18,12 @@ from mlx_cxr.pages.findings_page import (
 )
 from mlx_cxr.pages.overlay import Reading
 
-FILM = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
+IMAGE = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
 
 
 def case(outcome="true positive", rank=1, study="s1", probability=0.9, label=1.0, text="", synthetic=True, why=""):
     reading = Reading("Pleural Effusion", probability, 0.4, label, "film-1", "grad_cam", synthetic, why)
-    return Case(outcome, rank, study, reading, FILM, np.full((4, 4), 0.5, np.float32), FILM > 100, text)
+    return Case(outcome, rank, study, reading, IMAGE, np.full((4, 4), 0.5, np.float32), IMAGE > 100, text)
 
 
 def page(*cases, threshold=0.4, sections=(), synthetic=True):
@@ -118,7 +118,7 @@ def test_report_text_is_cut_between_words_and_cannot_become_markup():
 
 @pytest.mark.parametrize("synthetic", [True, False])
 def test_pictures_of_missed_findings_are_drawn_below_the_threshold(tmp_path, synthetic):
-    """A false negative's map is shown: the panel right of the film has colour."""
+    """A false negative's map is shown: the panel right of the image has colour."""
     (path,) = write_pictures(tmp_path, [case("false negative", probability=0.1, synthetic=synthetic)], side=256)
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)

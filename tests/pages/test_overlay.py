@@ -10,14 +10,14 @@ from mlx_cxr.pages.overlay import (
     Tile,
     _colours,
     draw_overlay,
-    film_tile,
+    image_tile,
     map_tile,
     mask_tile,
     montage,
     save_picture,
 )
 
-FILM = np.tile(np.linspace(30, 220, 64).astype(np.uint8), (64, 1))
+IMAGE = np.tile(np.linspace(30, 220, 64).astype(np.uint8), (64, 1))
 HEAT = np.zeros((8, 8), dtype=np.float32)
 HEAT[:4, 4:] = 1.0
 ABOVE = Reading("Edema", 0.8, 0.4, 1)
@@ -35,13 +35,15 @@ def saturation(pixels: np.ndarray) -> np.ndarray:
     return pixels.max(axis=-1) - pixels.min(axis=-1)
 
 
-def test_no_evidence_leaves_the_film_as_it_is():
-    np.testing.assert_array_equal(np.asarray(map_tile(FILM, np.zeros((4, 4)), 128)), np.asarray(film_tile(FILM, 128)))
+def test_no_evidence_leaves_the_image_as_it_is():
+    np.testing.assert_array_equal(
+        np.asarray(map_tile(IMAGE, np.zeros((4, 4)), 128)), np.asarray(image_tile(IMAGE, 128))
+    )
 
 
 def test_colour_lies_where_the_map_does_and_nowhere_else():
-    picture = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
-    np.testing.assert_array_equal(panel(picture, LEFT), np.asarray(film_tile(FILM, SIDE)))
+    picture = draw_overlay(IMAGE, HEAT, ABOVE, side=SIDE)
+    np.testing.assert_array_equal(panel(picture, LEFT), np.asarray(image_tile(IMAGE, SIDE)))
     colour = saturation(panel(picture, RIGHT))
     assert colour[:96, 160:].min() > 60
     assert colour[160:].max() == 0
@@ -49,13 +51,13 @@ def test_colour_lies_where_the_map_does_and_nowhere_else():
 
 
 def test_more_evidence_is_more_colour_and_over_one_clips():
-    film = np.full((32, 32), 110, np.uint8)
-    levels = [saturation(np.asarray(map_tile(film, np.full((2, 2), v), 32)).astype(int))[0, 0] for v in (0, 0.25, 1)]
+    image = np.full((32, 32), 110, np.uint8)
+    levels = [saturation(np.asarray(map_tile(image, np.full((2, 2), v), 32)).astype(int))[0, 0] for v in (0, 0.25, 1)]
     assert levels[0] == 0
     assert levels[0] < levels[1] < levels[2]
     np.testing.assert_array_equal(
-        np.asarray(map_tile(film, np.full((2, 2), 1.0), 32)),
-        np.asarray(map_tile(film, np.full((2, 2), 7.0), 32)),
+        np.asarray(map_tile(image, np.full((2, 2), 1.0), 32)),
+        np.asarray(map_tile(image, np.full((2, 2), 7.0), 32)),
     )
 
 
@@ -67,20 +69,20 @@ def test_the_palette_gets_lighter_all_the_way():
 
 
 def test_below_the_threshold_the_map_is_withheld_unless_asked_for():
-    withheld = panel(draw_overlay(FILM, HEAT, BELOW, side=SIDE), RIGHT)
+    withheld = panel(draw_overlay(IMAGE, HEAT, BELOW, side=SIDE), RIGHT)
     assert saturation(withheld).max() <= 8
     assert withheld[:40].max() < 0.35 * 256
-    asked = panel(draw_overlay(FILM, HEAT, BELOW, side=SIDE, show_withheld=True), RIGHT)
+    asked = panel(draw_overlay(IMAGE, HEAT, BELOW, side=SIDE, show_withheld=True), RIGHT)
     assert saturation(asked).max() > 60
 
 
 def test_a_map_without_scale_or_threshold_is_withheld_even_when_asked_for():
     nan = np.full((8, 8), np.nan, dtype=np.float32)
-    assert saturation(panel(draw_overlay(FILM, nan, ABOVE, side=SIDE, show_withheld=True), RIGHT)).max() <= 8
+    assert saturation(panel(draw_overlay(IMAGE, nan, ABOVE, side=SIDE, show_withheld=True), RIGHT)).max() <= 8
     untuned = Reading("Edema", 0.8, math.nan)
     assert "no threshold" in untuned.withheld(HEAT)
     assert "never" in ABOVE.withheld(nan)
-    assert saturation(panel(draw_overlay(FILM, HEAT, untuned, side=SIDE), RIGHT)).max() <= 8
+    assert saturation(panel(draw_overlay(IMAGE, HEAT, untuned, side=SIDE), RIGHT)).max() <= 8
 
 
 @pytest.mark.parametrize(
@@ -121,15 +123,15 @@ def test_the_outline_runs_along_the_mask():
     assert (pixels[:40] == 40).all()
 
 
-def test_synthetic_films_say_so_and_change_nothing_else():
-    real = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
-    synthetic = draw_overlay(FILM, HEAT, Reading("Edema", 0.8, 0.4, 1, synthetic=True), side=SIDE)
+def test_synthetic_images_say_so_and_change_nothing_else():
+    real = draw_overlay(IMAGE, HEAT, ABOVE, side=SIDE)
+    synthetic = draw_overlay(IMAGE, HEAT, Reading("Edema", 0.8, 0.4, 1, synthetic=True), side=SIDE)
     assert ImageChops.difference(real, synthetic).getbbox()[1] >= TOP + SIDE + 20
 
 
 def test_text_that_is_too_long_stays_inside_its_margin():
-    reading = Reading("Enlarged Cardiomediastinum", 0.05, 0.2, film="p10/" + "0123456789" * 30)
-    picture = np.asarray(draw_overlay(FILM, HEAT, reading, side=SIDE))
+    reading = Reading("Enlarged Cardiomediastinum", 0.05, 0.2, image="p10/" + "0123456789" * 30)
+    picture = np.asarray(draw_overlay(IMAGE, HEAT, reading, side=SIDE))
     assert (picture[:, -LEFT + 1 :] == picture[0, 0]).all()
 
 
@@ -148,7 +150,7 @@ def test_montage_places_every_tile_in_order():
 
 
 def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
-    picture = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
+    picture = draw_overlay(IMAGE, HEAT, ABOVE, side=SIDE)
     path = save_picture(tmp_path / "new" / "edema.png", picture)
     with Image.open(path) as read:
         assert read.text["Warning"] == "Research only, not for clinical use"
@@ -159,8 +161,8 @@ def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
 
 
 def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_same():
-    plain = draw_overlay(FILM, HEAT, ABOVE, side=SIDE)
-    abstains = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible"), side=SIDE)
+    plain = draw_overlay(IMAGE, HEAT, ABOVE, side=SIDE)
+    abstains = draw_overlay(IMAGE, HEAT, replace(ABOVE, abstention="both are plausible"), side=SIDE)
     assert (abstains.width, abstains.height) == (plain.width, plain.height + 26)
     header, line, rest = (
         (0, 0, plain.width, 80),
@@ -172,7 +174,7 @@ def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_sam
     assert ImageChops.difference(below, abstains.crop(rest)).getbbox() is None
     accent = np.all(np.asarray(abstains.crop(line)) == (255, 196, 61), axis=-1)
     assert accent.sum() > 20
-    longer = draw_overlay(FILM, HEAT, replace(ABOVE, abstention="both are plausible, and " * 20), side=SIDE)
+    longer = draw_overlay(IMAGE, HEAT, replace(ABOVE, abstention="both are plausible, and " * 20), side=SIDE)
     assert (np.asarray(longer)[:, -LEFT + 1 :] == np.asarray(longer)[0, 0]).all()
 
 
@@ -184,7 +186,7 @@ def test_abstention_does_not_lift_the_gate_nor_close_it():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"s50 Edema: probability is 1\.2"):
-        Reading("Edema", 1.2, 0.5, film="s50")
+        Reading("Edema", 1.2, 0.5, image="s50")
     with pytest.raises(ValueError, match="probability is nan"):
         Reading("Edema", math.nan, 0.5)
     with pytest.raises(ValueError, match="threshold is -1"):
@@ -194,10 +196,10 @@ def test_bad_input_is_named():
     with pytest.raises(KeyError, match="lime"):
         Reading("Edema", 0.5, 0.5, method="lime")
     with pytest.raises(ValueError, match="at least 256"):
-        draw_overlay(FILM, HEAT, ABOVE, side=100)
+        draw_overlay(IMAGE, HEAT, ABOVE, side=100)
     with pytest.raises(ValueError, match="uint8"):
-        film_tile(FILM.astype(np.float32), 64)
+        image_tile(IMAGE.astype(np.float32), 64)
     with pytest.raises(ValueError, match="expected finite"):
-        map_tile(FILM, np.full((2, 2), np.nan), 64)
+        map_tile(IMAGE, np.full((2, 2), np.nan), 64)
     with pytest.raises(ValueError, match="mask has shape"):
-        mask_tile(FILM, np.ones((1, 64, 64)), 64)
+        mask_tile(IMAGE, np.ones((1, 64, 64)), 64)

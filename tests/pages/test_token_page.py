@@ -81,7 +81,7 @@ class Page(HTMLParser):
 
 
 def test_the_parts_add_up_to_the_logit():
-    got = scores(film=0.75, logit=1.0)
+    got = scores(image=0.75, logit=1.0)
     assert got.report == pytest.approx(1.24)
     assert got.left_over == pytest.approx(1.0 + 0.5 - 0.75 - 1.24)
     account = explanation(of=got, reads="film + findings").account()

@@ -17,7 +17,7 @@ from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.comparison import compare
 from mlx_cxr.evaluation.failure_results import analyse
-from mlx_cxr.evaluation.localization_table import FilmScores, localization_table
+from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
 from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
 from mlx_cxr.evaluation.results import evaluate
 from mlx_cxr.evaluation.scored_runs import open_scored_run
@@ -462,14 +462,14 @@ def test_findings_without_calls_or_with_mostly_wrong_ones_are_named(run):
     assert "(fewer than 9 of a class), so no call is ever made: Edema." in said
 
 
-def test_maps_are_evidence_only_for_findings_on_which_they_beat_other_films_maps(run, tmp_path):
+def test_maps_are_evidence_only_for_findings_on_which_they_beat_other_images_maps(run, tmp_path):
     rng = np.random.default_rng(0)
 
     def scores(label, hits, others):
         control = {"hit": others.astype(float)}
         controls = dict.fromkeys(("random", "swapped", "centre", "chance"), control)
         patients = np.array([f"p{i}" for i in range(len(hits))])
-        return FilmScores(label, patients, {"hit": hits.astype(float)}, controls)
+        return ImageScores(label, patients, {"hit": hits.astype(float)}, controls)
 
     good, bad = rng.random(80) < 0.9, rng.random(80) < 0.3
     table = localization_table(

@@ -58,7 +58,7 @@ def test_size_and_views(cohort):
     studies = Counter(study.patient.subject_id for study in cohort.studies)
     assert len(studies) == 600
     assert sum(count > 1 for count in studies.values()) > 200
-    positions = Counter(film.view_position for study in cohort.studies for film in study.films)
+    positions = Counter(image.view_position for study in cohort.studies for image in study.images)
     assert set(positions) == {"AP", "PA", "LATERAL", "LL", ""}
     assert 0.02 < positions[""] / positions.total() < 0.06
     assert sum(positions[k] for k in ("AP", "PA")) > 1000
@@ -112,7 +112,7 @@ def test_drains_mark_pneumothoraces_and_devices_the_bedside(cohort):
     )
     devices, bedside = drawn(cohort, "Support Devices"), np.array([study.bedside for study in cohort.studies])
     assert devices[bedside].mean() > 1.8 * devices[~bedside].mean()
-    assert all(film.kind == "AP" for study in cohort.studies if study.bedside for film in study.films)
+    assert all(image.kind == "AP" for study in cohort.studies if study.bedside for image in study.images)
 
 
 def test_labels_are_the_reports_but_for_the_labelers_errors(cohort, raw):
@@ -187,9 +187,9 @@ def test_ids_look_like_mimics_and_are_unique(cohort):
     numbers = [s.study_id for s in cohort.studies]
     assert len(set(numbers)) == len(numbers)
     assert all(50_000_000 <= n < 60_000_000 for n in numbers)
-    films = [f.dicom_id for s in cohort.studies for f in s.films]
-    assert len(set(films)) == len(films)
-    assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", name) for name in films)
+    images = [f.dicom_id for s in cohort.studies for f in s.images]
+    assert len(set(images)) == len(images)
+    assert all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", name) for name in images)
 
 
 def test_a_seed_fixes_the_cohort_and_a_larger_one_begins_with_it():
@@ -199,4 +199,4 @@ def test_a_seed_fixes_the_cohort_and_a_larger_one_begins_with_it():
     assert [s.report.text for s in small.studies] != [s.report.text for s in other.studies]
     count = len(small.studies)
     assert [s.report.text for s in large.studies[:count]] == [s.report.text for s in small.studies]
-    assert [s.films for s in large.studies[:count]] == [s.films for s in small.studies]
+    assert [s.images for s in large.studies[:count]] == [s.images for s in small.studies]

@@ -1,4 +1,4 @@
-"""The two readings between film and label: radiologist and labeler."""
+"""The two readings between image and label: radiologist and labeler."""
 
 import numpy as np
 

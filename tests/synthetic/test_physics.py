@@ -45,11 +45,11 @@ def test_scatter_flattens_contrast_and_spares_the_open_beam():
 
 def test_display_is_monotone_and_blackens_the_shutter():
     ramp = np.tile(np.linspace(0.5, 5, 100, dtype=np.float32), (120, 1))
-    film = display(ramp, VIEW, replace(CLEAN, equalize=0.5, gamma=0.8, shutter=(3, 4, 5, 6)))
-    assert film.dtype == np.uint8
-    assert (np.diff(film[60, 3:95].astype(int)) >= 0).all()
-    assert not film[:4].any()
-    assert not film[-6:].any()
-    assert not film[:, :3].any()
-    assert not film[:, -5:].any()
-    assert film[4:-6, 3:-5].max() > 200
+    image = display(ramp, VIEW, replace(CLEAN, equalize=0.5, gamma=0.8, shutter=(3, 4, 5, 6)))
+    assert image.dtype == np.uint8
+    assert (np.diff(image[60, 3:95].astype(int)) >= 0).all()
+    assert not image[:4].any()
+    assert not image[-6:].any()
+    assert not image[:, :3].any()
+    assert not image[:, -5:].any()
+    assert image[4:-6, 3:-5].max() > 200

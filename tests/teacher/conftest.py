@@ -23,5 +23,5 @@ def base(toy) -> Base:
 
 @pytest.fixture(scope="module")
 def form(base) -> PromptFormat:
-    """Prompts without a film."""
+    """Prompts without an image."""
     return PromptFormat.of(base.tokenizer, max_tokens=320)

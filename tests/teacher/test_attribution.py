@@ -199,7 +199,7 @@ def test_contributions_add_up_to_what_the_report_does(lively, column):
     assert abs(scores.left_over) < 0.01 * abs(made)
     plain = score(base, form, [prompt], None, TeacherConfig()).logits[0, column]
     assert scores.logit == pytest.approx(plain, abs=SLACK)
-    assert scores.film == 0
+    assert scores.image == 0
 
 
 def test_gradients_are_those_of_small_steps(lively):
@@ -274,30 +274,30 @@ def test_a_report_that_was_cut_is_explained_as_it_was_read(form):
     assert len(report.without(5, form, prompt).ids) < len(again.ids) <= form.max_tokens + 2
 
 
-def test_only_report_and_film_are_blanked(base):
+def test_only_report_and_image_are_blanked(base):
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
     prompt = form.prompt([("findings", TEXT)])
     report = Report.of(form, prompt)
     embeddings = mx.zeros((len(prompt.ids), 3))
     moved = np.array(blanked(embeddings, mx.ones(3), form, report))[:, 0].astype(bool)
-    film = prompt.ids == form.image_token
-    assert film.sum() == 4
-    expected = film.copy()
+    image = prompt.ids == form.image_token
+    assert image.sum() == 4
+    expected = image.copy()
     expected[report.start : report.stop] = True
     np.testing.assert_array_equal(moved, expected)
     kept = base.tokenizer.decode(prompt.ids[~moved])
     assert not re.search("lungs|Findings", kept)
 
 
-def test_a_film_counts_as_one(lively):
+def test_a_image_counts_as_one(lively):
     (base, _), config = lively, TeacherConfig(modality="image_text")
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
     prompt = form.prompt([("findings", TEXT)])
-    film = np.random.default_rng(0).normal(0, 0.05, (4, base.hidden_size)).astype(np.float16)
-    (scores,) = explain(base, form, prompt, film, [EDEMA], config)
-    assert abs(scores.film) > 1e-4
+    image = np.random.default_rng(0).normal(0, 0.05, (4, base.hidden_size)).astype(np.float16)
+    (scores,) = explain(base, form, prompt, image, [EDEMA], config)
+    assert abs(scores.image) > 1e-4
     assert abs(scores.left_over) < 0.01 * max(abs(scores.logit - scores.blank), 0.1)
-    plain = score(base, form, [prompt], film[None], config).logits[0, EDEMA]
+    plain = score(base, form, [prompt], image[None], config).logits[0, EDEMA]
     assert scores.logit == pytest.approx(plain, abs=SLACK)
 
 

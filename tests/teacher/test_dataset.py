@@ -35,8 +35,8 @@ def manifest() -> Manifest:
     return Manifest(frame, raw, "m" * 64)
 
 
-def read(manifest: Manifest, form, *splits: str, without_film=frozenset(), **settings: object) -> Studies:
-    return read_studies(manifest, REPORTS, TeacherConfig(**settings), form, splits, frozenset(without_film))
+def read(manifest: Manifest, form, *splits: str, without_image=frozenset(), **settings: object) -> Studies:
+    return read_studies(manifest, REPORTS, TeacherConfig(**settings), form, splits, frozenset(without_image))
 
 
 def texts(studies: Studies, form) -> list[str]:
@@ -45,7 +45,7 @@ def texts(studies: Studies, form) -> list[str]:
     return [text.split(f"{INSTRUCTION}\n", 1)[1].split("<|im_end|>")[0] for text in shown]
 
 
-def test_a_study_is_asked_about_once_with_its_first_films_labels(manifest, form):
+def test_a_study_is_asked_about_once_with_its_first_images_labels(manifest, form):
     studies = read(manifest, form, "train", sections=("findings", "impression"))
     assert studies.study_ids == ["a", "b"]
     assert studies.frame["image_id"].tolist() == ["a1", "b1"]
@@ -81,13 +81,13 @@ def test_an_image_teacher_reads_no_text_and_needs_none(manifest, form):
     assert studies.counts["without_text"] == 0
 
 
-def test_a_study_without_film_is_left_out_where_films_are_looked_at(manifest, form):
-    studies = read(manifest, form, "train", modality="image", without_film={"a1", "b1"})
+def test_a_study_without_image_is_left_out_where_images_are_looked_at(manifest, form):
+    studies = read(manifest, form, "train", modality="image", without_image={"a1", "b1"})
     assert studies.frame["image_id"].tolist() == ["a2"], "the study's next film speaks for it"
     assert studies.counts == {"studies": 2, "read": 1, "without_text": 0, "cut": 0, "cut_tokens": 0}
     both = read(manifest, form, "train", modality="image_text", sections=("findings",))
     assert both.study_ids == ["a"]
-    text = read(manifest, form, "train", sections=("impression",), without_film={"a1", "b1"})
+    text = read(manifest, form, "train", sections=("impression",), without_image={"a1", "b1"})
     assert text.study_ids == ["a", "b"]
 
 
@@ -103,9 +103,9 @@ def test_no_study_to_read_is_an_error_that_names_the_sections(manifest, form):
         read(manifest, form, "validate", sections=("impression",))
 
 
-def test_films_that_cannot_be_read_are_not_blamed_on_the_report(manifest, form):
+def test_images_that_cannot_be_read_are_not_blamed_on_the_report(manifest, form):
     with pytest.raises(DataError, match="has a film that can be read"):
-        read(manifest, form, "test", modality="image", without_film={"e1"})
+        read(manifest, form, "test", modality="image", without_image={"e1"})
 
 
 def test_the_studies_of_one_split(manifest, form):

@@ -74,7 +74,7 @@ def test_reading_some_positions_is_reading_all_and_choosing(base, either, layers
     np.testing.assert_allclose(np.array(decode(tower, x, shared=shared)), whole[:, shared:], atol=2e-5)
 
 
-def slopes(base, form: PromptFormat, shared: int, checkpoint: bool, film: mx.array | None) -> dict[str, np.ndarray]:
+def slopes(base, form: PromptFormat, shared: int, checkpoint: bool, image: mx.array | None) -> dict[str, np.ndarray]:
     """Logits, and gradients of a weighted sum of them, by adapter."""
     batch = padded(prompts_of(form, TEXTS), 32)
     language = base.model.language_model
@@ -82,7 +82,7 @@ def slopes(base, form: PromptFormat, shared: int, checkpoint: bool, film: mx.arr
     weights = mx.array(np.random.default_rng(0).normal(size=(3, 14)).astype(np.float32))
 
     def logits() -> mx.array:
-        embeddings = prompt_embeddings(language, form, mx.array(batch.ids), film)
+        embeddings = prompt_embeddings(language, form, mx.array(batch.ids), image)
         return finding_logits(language, embeddings, mx.array(batch.read), direction, checkpoint, shared)
 
     _, gradients = nn.value_and_grad(base.model, lambda: mx.sum(logits() * weights))()
@@ -93,11 +93,11 @@ def slopes(base, form: PromptFormat, shared: int, checkpoint: bool, film: mx.arr
 @pytest.mark.parametrize("kind", ["float32", "4 bits", "film"])
 def test_a_shared_beginning_changes_neither_answers_nor_gradients(toy, tmp_path, kind, checkpoint):
     base = adapted(quantized_copy(tmp_path / "q", toy.base, 4) if kind == "4 bits" else toy.base)
-    film = mx.random.normal((3, 4, 64), key=mx.random.key(2)) if kind == "film" else None
+    image = mx.random.normal((3, 4, 64), key=mx.random.key(2)) if kind == "film" else None
     form = PromptFormat.of(base.tokenizer, image_tokens=4 if kind == "film" else 0, max_tokens=320)
     assert len(form.head) > 10
-    plain = slopes(base, form, 0, checkpoint, film)
-    shared = slopes(base, form, len(form.head), checkpoint, film)
+    plain = slopes(base, form, 0, checkpoint, image)
+    shared = slopes(base, form, len(form.head), checkpoint, image)
     assert set(shared) == set(plain)
     largest = max(np.abs(value).max() for value in plain.values())
     for name, value in plain.items():

@@ -1,4 +1,4 @@
-"""Films as the vision tower takes them, against the processor's own patches; stored embeddings and their resumption."""
+"""Images as the vision tower takes them, against the processor's own patches; stored embeddings, resumed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from PIL import Image
 from toy_teacher import opened
 
 from mlx_cxr.core.runs import read_json, write_json
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.teacher import image_embeddings as module
 from mlx_cxr.teacher.image_embeddings import (
-    FilmEmbeddingError,
-    encode_films,
-    film_embeddings,
-    film_patches,
+    ImageEmbeddingError,
+    encode_images,
+    image_embeddings,
+    image_patches,
     image_tokens,
 )
 
@@ -39,12 +39,12 @@ def noise(side: int, count: int = 2) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [256, 320, 512])
 def test_patches_are_those_of_the_processor(toy, size):
-    """One tile of a square film that needs no resizing; the processor pads to 1024 patches, which are left out here."""
+    """One tile of a square image that needs no resizing; the processor pads to 1024 patches, left out here."""
     from mlx_vlm import load
 
     processor = load(str(toy.base), lazy=True)[1].image_processor
     theirs = processor.preprocess([Image.fromarray(f) for f in noise(size)], do_image_splitting=False)
-    ours = film_patches(noise(size), size, (0.5, 0.5))
+    ours = image_patches(noise(size), size, (0.5, 0.5))
     side = size // 16
     assert theirs["spatial_shapes"].tolist() == [[side, side]] * 2
     np.testing.assert_allclose(ours, theirs["pixel_values"][:, : side * side], atol=1e-6)
@@ -52,49 +52,49 @@ def test_patches_are_those_of_the_processor(toy, size):
 
 
 def test_resizing_is_bilinear_as_the_processors(toy):
-    """A film of 100 px, which the processor brings to 256."""
+    """An image of 100 px, which the processor brings to 256."""
     from mlx_vlm import load
 
     processor = load(str(toy.base), lazy=True)[1].image_processor
     theirs = processor.preprocess([Image.fromarray(f) for f in noise(100)], do_image_splitting=False)
     assert theirs["spatial_shapes"].tolist() == [[16, 16]] * 2
-    np.testing.assert_allclose(film_patches(noise(100), 256, (0.5, 0.5)), theirs["pixel_values"][:, :256], atol=1e-6)
+    np.testing.assert_allclose(image_patches(noise(100), 256, (0.5, 0.5)), theirs["pixel_values"][:, :256], atol=1e-6)
 
 
 def test_patches_lie_in_rows_and_keep_the_grey_levels():
-    film = np.zeros((1, 64, 64), np.uint8)
-    film[0, 16:32, 48:64] = 255
-    patches = film_patches(film, 64, (0.5, 0.25))
+    image = np.zeros((1, 64, 64), np.uint8)
+    image[0, 16:32, 48:64] = 255
+    patches = image_patches(image, 64, (0.5, 0.25))
     assert patches.shape == (1, 16, 768)
     assert np.unique(np.delete(patches[0], 7, axis=0)).tolist() == [-2.0]
     assert np.unique(patches[0, 7]).tolist() == [2.0]
 
 
-def test_padding_a_film_changes_nothing(base):
+def test_padding_a_image_changes_nothing(base):
     """What the published processor does, 1024 patches with a mask, gives the embeddings of the bare patches."""
-    films = noise(64)
+    images = noise(64)
     padded = np.zeros((2, 1024, 768), np.float32)
-    padded[:, :16] = film_patches(films, 64, base.grey)
+    padded[:, :16] = image_patches(images, 64, base.grey)
     mask = mx.array((np.arange(1024) < 16)[None].repeat(2, axis=0).astype(np.int32))
     theirs = base.model.encode_images(
         mx.array(padded), spatial_shapes=mx.array([[4, 4]] * 2), pixel_attention_mask=mask
     )
-    ours = encode_films(base, films, 64)
+    ours = encode_images(base, images, 64)
     assert ours.shape == (2, image_tokens(64, base), base.hidden_size) == (2, 4, 64)
     np.testing.assert_allclose(np.array(ours), np.array(mx.stack(theirs)), atol=1e-5)
 
 
-def test_a_films_embedding_does_not_see_its_neighbours(base):
-    films = noise(64, 5)
-    together = np.array(encode_films(base, films, 64))
+def test_a_images_embedding_does_not_see_its_neighbours(base):
+    images = noise(64, 5)
+    together = np.array(encode_images(base, images, 64))
     for i in range(5):
-        np.testing.assert_allclose(together[i], np.array(encode_films(base, films[i : i + 1], 64))[0], atol=1e-5)
+        np.testing.assert_allclose(together[i], np.array(encode_images(base, images[i : i + 1], 64))[0], atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
 def test_embeddings_are_stored_once_and_gone_on_with(base, store, ids, tmp_path, monkeypatch):
-    wanted = np.array(encode_films(base, store.images[store.rows(ids)], 64)).astype(np.float16)
-    whole = film_embeddings(base, store, "s", ids, 64, tmp_path / "whole", batch_size=1)
+    wanted = np.array(encode_images(base, store.images[store.rows(ids)], 64)).astype(np.float16)
+    whole = image_embeddings(base, store, "s", ids, 64, tmp_path / "whole", batch_size=1)
     np.testing.assert_allclose(whole, wanted, atol=2e-3)
     assert whole.dtype == np.float16
     assert not whole.flags.writeable
@@ -104,48 +104,48 @@ def test_embeddings_are_stored_once_and_gone_on_with(base, store, ids, tmp_path,
         calls.append(1)
         if len(calls) == 19:
             raise KeyboardInterrupt
-        return encode_films(*arguments)
+        return encode_images(*arguments)
 
-    monkeypatch.setattr(module, "encode_films", counting)
-    film_embeddings(base, store, "s", ids, 64, tmp_path / "whole", batch_size=1)
+    monkeypatch.setattr(module, "encode_images", counting)
+    image_embeddings(base, store, "s", ids, 64, tmp_path / "whole", batch_size=1)
     assert not calls, "computed again what was on the disk"
     with pytest.raises(KeyboardInterrupt):
-        film_embeddings(base, store, "s", ids, 64, tmp_path / "stopped", batch_size=1)
-    resumed = film_embeddings(base, store, "s", ids, 64, tmp_path / "stopped", batch_size=1)
+        image_embeddings(base, store, "s", ids, 64, tmp_path / "stopped", batch_size=1)
+    resumed = image_embeddings(base, store, "s", ids, 64, tmp_path / "stopped", batch_size=1)
     # 16 were on the disk, two more done and lost, the 19th stopped it; the five others are done now.
     assert len(calls) == 19 + 5
     np.testing.assert_array_equal(resumed, whole)
 
 
 def test_another_base_store_size_or_list_has_embeddings_of_its_own(toy, base, store, ids, tmp_path):
-    film_embeddings(base, store, "s", ids[:2], 64, tmp_path)
-    film_embeddings(base, store, "other", ids[:2], 64, tmp_path)
-    film_embeddings(base, store, "s", ids[1::-1], 64, tmp_path)
-    film_embeddings(base, store, "s", ids[:2], 128, tmp_path)
+    image_embeddings(base, store, "s", ids[:2], 64, tmp_path)
+    image_embeddings(base, store, "other", ids[:2], 64, tmp_path)
+    image_embeddings(base, store, "s", ids[1::-1], 64, tmp_path)
+    image_embeddings(base, store, "s", ids[:2], 128, tmp_path)
     assert len(list(tmp_path.glob("film_embeddings_*.npy"))) == 4
-    turned = film_embeddings(base, store, "s", ids[1::-1], 64, tmp_path)
-    straight = np.array(film_embeddings(base, store, "s", ids[:2], 64, tmp_path))
+    turned = image_embeddings(base, store, "s", ids[1::-1], 64, tmp_path)
+    straight = np.array(image_embeddings(base, store, "s", ids[:2], 64, tmp_path))
     np.testing.assert_allclose(turned[::-1], straight, atol=1e-3)
     assert np.abs(straight[0] - straight[1]).max() > 0.05
 
 
 def test_a_file_cut_short_is_made_again(base, store, ids, tmp_path):
-    whole = np.array(film_embeddings(base, store, "s", ids, 64, tmp_path))
+    whole = np.array(image_embeddings(base, store, "s", ids, 64, tmp_path))
     (path,) = tmp_path.glob("*.npy")
     path.write_bytes(path.read_bytes()[:-100])
-    np.testing.assert_array_equal(film_embeddings(base, store, "s", ids, 64, tmp_path), whole)
+    np.testing.assert_array_equal(image_embeddings(base, store, "s", ids, 64, tmp_path), whole)
     path.write_bytes(b"nothing")
-    np.testing.assert_array_equal(film_embeddings(base, store, "s", ids, 64, tmp_path), whole)
+    np.testing.assert_array_equal(image_embeddings(base, store, "s", ids, 64, tmp_path), whole)
     record = next(tmp_path.glob("*.json"))
     write_json(record, {**read_json(record), "header": {}})
-    np.testing.assert_array_equal(film_embeddings(base, store, "s", ids, 64, tmp_path), whole)
+    np.testing.assert_array_equal(image_embeddings(base, store, "s", ids, 64, tmp_path), whole)
 
 
 def test_embeddings_too_large_for_float16_are_refused(toy, store, ids, tmp_path):
     base = opened(toy.base, vision=True)
     base.model.multi_modal_projector.linear_2.bias = mx.full((64,), 1e6)
-    with pytest.raises(FilmEmbeddingError, match=f"film {ids[0]} or its neighbours is not finite in float16"):
-        film_embeddings(base, store, "s", ids, 64, tmp_path)
+    with pytest.raises(ImageEmbeddingError, match=f"film {ids[0]} or its neighbours is not finite in float16"):
+        image_embeddings(base, store, "s", ids, 64, tmp_path)
     base.release_vision()
     assert "vision_tower" not in base.model
     base.release_vision()

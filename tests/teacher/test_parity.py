@@ -15,7 +15,7 @@ from toy_teacher import opened, perturbed_adapters, prompts_of
 from mlx_cxr.core.config_schema import LoraConfig
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.decoder import decode
-from mlx_cxr.teacher.image_embeddings import encode_films, film_patches
+from mlx_cxr.teacher.image_embeddings import encode_images, image_patches
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
@@ -93,9 +93,9 @@ def test_answers_are_those_of_mlx_vlm_itself(base, form):
 
 @pytest.mark.parametrize("size", [64, 128, 192])
 def test_image_embeddings_equal_transformers(base, reference, size):
-    films = np.random.default_rng(1).integers(0, 256, (2, 70, 70)).astype(np.uint8)
-    ours = np.array(encode_films(base, films, size))
-    patches = torch.from_numpy(film_patches(films, size, base.grey))
+    images = np.random.default_rng(1).integers(0, 256, (2, 70, 70)).astype(np.uint8)
+    ours = np.array(encode_images(base, images, size))
+    patches = torch.from_numpy(image_patches(images, size, base.grey))
     side = size // 16
     with torch.no_grad():
         wanted = reference.model.get_image_features(
@@ -112,13 +112,13 @@ def test_image_embeddings_equal_transformers(base, reference, size):
 def test_image_and_text_together_equal_transformers(base, reference):
     """One padded batch through the whole model, images as the published processor pads them."""
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
-    films = np.random.default_rng(2).integers(0, 256, (3, 64, 64)).astype(np.uint8)
+    images = np.random.default_rng(2).integers(0, 256, (3, 64, 64)).astype(np.uint8)
     batch = padded(prompts_of(form, TEXTS), 32)
     language = base.model.language_model
-    embeddings = prompt_embeddings(language, form, mx.array(batch.ids), encode_films(base, films, 64))
+    embeddings = prompt_embeddings(language, form, mx.array(batch.ids), encode_images(base, images, 64))
     ours = finding_logits(language, embeddings, mx.array(batch.read), answer_direction(language, form.yes, form.no))
     patches = np.zeros((3, 1024, 768), np.float32)
-    patches[:, :16] = film_patches(films, 64, base.grey)
+    patches[:, :16] = image_patches(images, 64, base.grey)
     mask = np.zeros((3, 1024), np.int64)
     mask[:, :16] = 1
     with torch.no_grad():

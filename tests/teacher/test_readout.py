@@ -19,9 +19,9 @@ TEXTS = ("Edema. Clear lungs.", "The heart is enlarged " * 5)
 SLACK = 2e-5
 
 
-def answers(base, form: PromptFormat, batch: PromptBatch, film: mx.array | None = None) -> np.ndarray:
+def answers(base, form: PromptFormat, batch: PromptBatch, image: mx.array | None = None) -> np.ndarray:
     language = base.model.language_model
-    embeddings = prompt_embeddings(language, form, mx.array(batch.ids), film)
+    embeddings = prompt_embeddings(language, form, mx.array(batch.ids), image)
     direction = answer_direction(language, form.yes, form.no)
     return np.array(finding_logits(language, embeddings, mx.array(batch.read), direction))
 
@@ -59,17 +59,17 @@ def test_padding_and_neighbours_change_nothing(base, form, bucket):
     np.testing.assert_allclose(together[:2], alone, atol=SLACK)
 
 
-def test_the_film_stands_in_the_place_of_its_tokens_only(base):
+def test_the_image_stands_in_the_place_of_its_tokens_only(base):
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
     batch = padded(prompts_of(form, TEXTS), 32)
     language = base.model.language_model
-    film = mx.random.normal((2, 4, 64), key=mx.random.key(0)).astype(mx.float16)
+    image = mx.random.normal((2, 4, 64), key=mx.random.key(0)).astype(mx.float16)
     plain = np.array(prompt_embeddings(language, form, mx.array(batch.ids)))
-    with_film = np.array(prompt_embeddings(language, form, mx.array(batch.ids), film))
+    with_image = np.array(prompt_embeddings(language, form, mx.array(batch.ids), image))
     places = batch.ids == form.image_token
     assert places.sum() == 8
-    np.testing.assert_array_equal(with_film[places], np.array(film.astype(mx.float32)).reshape(8, 64))
-    np.testing.assert_array_equal(with_film[~places], plain[~places])
+    np.testing.assert_array_equal(with_image[places], np.array(image.astype(mx.float32)).reshape(8, 64))
+    np.testing.assert_array_equal(with_image[~places], plain[~places])
 
 
 def test_a_head_of_its_own_is_read_and_not_the_embedding():

@@ -1,4 +1,4 @@
-"""Scoring many studies: each as if alone, in the order asked; the film is seen where one is given, and only there."""
+"""Scoring many studies: each as if alone, in the order asked; the image is seen where one is given, and only there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from toy_teacher import opened, prompts_of
 
 from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
-from mlx_cxr.teacher.image_embeddings import encode_films
+from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
 from mlx_cxr.teacher.readout import finding_states
@@ -72,24 +72,24 @@ def test_the_time_of_a_batch_leaves_out_the_first_of_its_shape(base, form):
     assert 0 < often.seconds < 60
 
 
-def test_the_film_is_seen_and_another_one_gives_other_answers(base):
+def test_the_image_is_seen_and_another_one_gives_other_answers(base):
     """Image and image + text; a text teacher has no place for it."""
     config = TeacherConfig(batch_size=4)
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
     rng = np.random.default_rng(0)
-    films = np.array(encode_films(base, rng.integers(0, 256, (4, 64, 64)).astype(np.uint8), 64).astype(mx.float16))
-    for prompts in ([form.prompt() for _ in films], prompts_of(form, ["The lungs are clear."] * 4)):
-        straight = score(base, form, prompts, films, config).logits
-        swapped = score(base, form, prompts, films[[1, 0, 2, 3]], config).logits
+    images = np.array(encode_images(base, rng.integers(0, 256, (4, 64, 64)).astype(np.uint8), 64).astype(mx.float16))
+    for prompts in ([form.prompt() for _ in images], prompts_of(form, ["The lungs are clear."] * 4)):
+        straight = score(base, form, prompts, images, config).logits
+        swapped = score(base, form, prompts, images[[1, 0, 2, 3]], config).logits
         np.testing.assert_allclose(swapped[[1, 0, 2, 3]], straight, atol=2e-5)
         assert np.abs(swapped[0] - straight[0]).max() > 1e-4
         assert np.abs(straight - straight[0]).max() > 1e-4
-    # Without text, the film is all that studies differ by.
-    same = score(base, form, [form.prompt()] * 2, films[[0, 0]], config).logits
+    # Without text, the image is all that studies differ by.
+    same = score(base, form, [form.prompt()] * 2, images[[0, 0]], config).logits
     np.testing.assert_allclose(same[0], same[1], atol=1e-6)
     other_text = prompts_of(form, ["The lungs are clear."] * 3 + ["Edema."])
-    changed = score(base, form, other_text, films, config).logits
-    straight = score(base, form, prompts_of(form, ["The lungs are clear."] * 4), films, config).logits
+    changed = score(base, form, other_text, images, config).logits
+    straight = score(base, form, prompts_of(form, ["The lungs are clear."] * 4), images, config).logits
     np.testing.assert_allclose(changed[:3], straight[:3], atol=2e-5)
     assert np.abs(changed[3] - straight[3]).max() > 1e-3
 

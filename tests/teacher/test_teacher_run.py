@@ -26,7 +26,7 @@ def test_what_it_reads_is_said_in_words(toy, overrides, said):
 
 
 @pytest.mark.parametrize(("modality", "tokens"), [("text", 0), ("image", 4), ("image_text", 4)])
-def test_the_prompt_has_a_place_for_the_film_where_there_is_one(toy, base, modality, tokens):
+def test_the_prompt_has_a_place_for_the_image_where_there_is_one(toy, base, modality, tokens):
     config = toy.config(f"teacher.modality={modality}")
     form = prompt_format(base, config)
     assert form.image.count(form.image_token) == tokens
@@ -50,7 +50,7 @@ def test_material_is_what_the_modality_needs(toy, modality, files):
     assert (material.reports is not None, material.store is not None) == (modality != "image", modality != "text")
 
 
-def test_a_text_teacher_needs_no_films_and_an_image_teacher_no_reports(toy):
+def test_a_text_teacher_needs_no_images_and_an_image_teacher_no_reports(toy):
     assert Material.open(toy.config("pixels.size=128")).store is None
     with pytest.raises(DataError, match="images_128"):
         Material.open(toy.config("pixels.size=128", "teacher.modality=image"))
@@ -96,6 +96,6 @@ def test_where_the_tower_is_left_out_stored_embeddings_are_enough(toy):
     run_dir = toy.tuned("image", "teacher.modality=image", "teacher.training.epochs=1")
     teacher = TrainedTeacher.open(run_dir, vision=False)
     material = Material.open(teacher.config)
-    films = material.films(teacher.base, material.studies(teacher.config, teacher.form, "train"), teacher.config)
-    assert films.dtype == np.float16
-    assert films.shape == (64, 4, 64)
+    images = material.images(teacher.base, material.studies(teacher.config, teacher.form, "train"), teacher.config)
+    assert images.dtype == np.float16
+    assert images.shape == (64, 4, 64)

@@ -46,7 +46,7 @@ def test_the_folder_is_complete_and_mlx_vlm_opens_it(made):
     assert about["parameters"] == sum(array.size for array in arrays.values())
 
 
-def test_mlx_vlm_generates_from_a_film(made):
+def test_mlx_vlm_generates_from_a_image(made):
     from mlx_vlm import generate, load
     from mlx_vlm.prompt_utils import apply_chat_template
     from PIL import Image
@@ -54,8 +54,8 @@ def test_mlx_vlm_generates_from_a_film(made):
     folder, _ = made
     model, processor = load(str(folder), do_image_splitting=False)
     prompt = apply_chat_template(processor, model.config, "Edema?", num_images=1)
-    film = Image.fromarray(np.full((256, 256, 3), 90, np.uint8))
-    said = generate(model, processor, prompt, image=[film], max_tokens=2, temperature=0.0)
+    image = Image.fromarray(np.full((256, 256, 3), 90, np.uint8))
+    said = generate(model, processor, prompt, image=[image], max_tokens=2, temperature=0.0)
     assert said.generation_tokens == 2
     assert said.prompt_tokens > 64, "the film has a token for each 32 x 32 px"
 

@@ -15,13 +15,13 @@ from mlx_cxr.training.augment import affine, augment
 IDENTITY = AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0)
 
 
-def films(count: int = 3, side: int = 24, seed: int = 0) -> np.ndarray:
+def images(count: int = 3, side: int = 24, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side)).astype(np.uint8)
 
 
-def moved(film: np.ndarray, degrees: float = 0, zoom: float = 1, down: float = 0, right: float = 0) -> np.ndarray:
+def moved(image: np.ndarray, degrees: float = 0, zoom: float = 1, down: float = 0, right: float = 0) -> np.ndarray:
     out = affine(
-        mx.array(film[None].astype(np.float32)),
+        mx.array(image[None].astype(np.float32)),
         mx.full((1, 1, 1), math.radians(degrees)),
         mx.full((1, 1, 1), zoom),
         mx.array([down, right]).reshape(1, 1, 1, 2),
@@ -30,22 +30,22 @@ def moved(film: np.ndarray, degrees: float = 0, zoom: float = 1, down: float = 0
 
 
 def spot(row: int, column: int, side: int = 25) -> np.ndarray:
-    film = np.zeros((side, side), dtype=np.float32)
-    film[row, column] = 1
-    return film
+    image = np.zeros((side, side), dtype=np.float32)
+    image[row, column] = 1
+    return image
 
 
-def brightest(film: np.ndarray) -> tuple[int, int]:
-    return tuple(int(i) for i in np.unravel_index(film.argmax(), film.shape))
+def brightest(image: np.ndarray) -> tuple[int, int]:
+    return tuple(int(i) for i in np.unravel_index(image.argmax(), image.shape))
 
 
-def test_no_amounts_give_the_film():
-    film = films()
-    out = augment(mx.array(film), mx.random.key(0), IDENTITY)
+def test_no_amounts_give_the_image():
+    image = images()
+    out = augment(mx.array(image), mx.random.key(0), IDENTITY)
     assert out.dtype == mx.float32
-    np.testing.assert_allclose(np.array(out), film / 255, atol=1e-6)
+    np.testing.assert_allclose(np.array(out), image / 255, atol=1e-6)
     np.testing.assert_allclose(
-        np.array(augment(mx.array(film / 255), mx.random.key(0), IDENTITY)), film / 255, atol=1e-6
+        np.array(augment(mx.array(image / 255), mx.random.key(0), IDENTITY)), image / 255, atol=1e-6
     )
 
 
@@ -69,13 +69,13 @@ def test_zoom_above_one_enlarges():
     ("degrees", "zoom", "down", "right"), [(7, 1.1, 1.3, -2.6), (-45, 0.7, 0, 5), (0, 1, 0.5, 0.25)]
 )
 def test_values_are_those_of_scipy(side, degrees, zoom, down, right):
-    film = films(1, side)[0].astype(np.float32)
+    image = images(1, side)[0].astype(np.float32)
     angle, middle = math.radians(degrees), (side - 1) / 2
     # Output to input, as SciPy wants it: undo the shift, the rotation and the zoom about the centre.
     matrix = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]) / zoom
     offset = middle - matrix @ (middle + np.array([down, right]))
-    wanted = ndimage.affine_transform(film, matrix, offset, order=1, mode="grid-constant", cval=0.0)
-    got = moved(film, degrees, zoom, down, right)
+    wanted = ndimage.affine_transform(image, matrix, offset, order=1, mode="grid-constant", cval=0.0)
+    got = moved(image, degrees, zoom, down, right)
     # Bilinear weights in float32, times 255.
     np.testing.assert_allclose(got, wanted, atol=255 * side * 1e-6 * 4)
 
@@ -91,15 +91,15 @@ def test_nothing_comes_in_from_outside():
 
 
 def test_the_same_key_gives_the_same_variants():
-    film, config = mx.array(films()), AugmentConfig()
-    first = np.array(augment(film, mx.random.key(1), config))
-    np.testing.assert_array_equal(first, np.array(augment(film, mx.random.key(1), config)))
-    assert np.abs(first - np.array(augment(film, mx.random.key(2), config))).max() > 0.05
+    image, config = mx.array(images()), AugmentConfig()
+    first = np.array(augment(image, mx.random.key(1), config))
+    np.testing.assert_array_equal(first, np.array(augment(image, mx.random.key(1), config)))
+    assert np.abs(first - np.array(augment(image, mx.random.key(2), config))).max() > 0.05
 
 
-def test_films_of_a_batch_vary_independently():
-    film = np.repeat(films(1), 4, axis=0)
-    out = np.array(augment(mx.array(film), mx.random.key(0), AugmentConfig()))
+def test_images_of_a_batch_vary_independently():
+    image = np.repeat(images(1), 4, axis=0)
+    out = np.array(augment(mx.array(image), mx.random.key(0), AugmentConfig()))
     for i in range(3):
         assert np.abs(out[i] - out[i + 1]).max() > 0.05
 
@@ -107,18 +107,18 @@ def test_films_of_a_batch_vary_independently():
 @pytest.mark.parametrize("seed", range(3))
 def test_values_stay_in_range_at_the_largest_amounts(seed):
     strongest = AugmentConfig(shift=1, scale=0.9, rotate=45, brightness=1, contrast=0.9)
-    out = np.array(augment(mx.array(films(16)), mx.random.key(seed), strongest))
+    out = np.array(augment(mx.array(images(16)), mx.random.key(seed), strongest))
     assert out.min() >= 0
     assert out.max() <= 1
     assert np.isfinite(out).all()
 
 
 def test_left_stays_left_and_up_stays_up():
-    """No draw at the default amounts moves a mark across the midline or turns the film over."""
+    """No draw at the default amounts moves a mark across the midline or turns the image over."""
     side, config = 96, AugmentConfig(brightness=0, contrast=0)
-    film = np.zeros((side, side), dtype=np.uint8)
-    film[20:28, 14:22] = 255  # upper left
-    out = np.array(augment(mx.array(np.repeat(film[None], 256, axis=0)), mx.random.key(7), config))
+    image = np.zeros((side, side), dtype=np.uint8)
+    image[20:28, 14:22] = 255  # upper left
+    out = np.array(augment(mx.array(np.repeat(image[None], 256, axis=0)), mx.random.key(7), config))
     total = out.sum(axis=(1, 2))
     assert (total > 0).all()
     rows = (out.sum(axis=2) @ np.arange(side)) / total
@@ -130,10 +130,10 @@ def test_left_stays_left_and_up_stays_up():
 
 def test_amounts_reach_but_do_not_pass_their_limits():
     side = 64
-    film = np.zeros((side, side), dtype=np.uint8)
-    film[32, 32] = 255
+    image = np.zeros((side, side), dtype=np.uint8)
+    image[32, 32] = 255
     config = AugmentConfig(shift=0.25, scale=0, rotate=0, brightness=0, contrast=0)
-    out = np.array(augment(mx.array(np.repeat(film[None], 500, axis=0)), mx.random.key(0), config))
+    out = np.array(augment(mx.array(np.repeat(image[None], 500, axis=0)), mx.random.key(0), config))
     rows = (out.sum(axis=2) @ np.arange(side)) / out.sum(axis=(1, 2)) - 32
     assert np.abs(rows).max() <= 16 + 1e-3
     assert rows.min() < -14
@@ -142,15 +142,15 @@ def test_amounts_reach_but_do_not_pass_their_limits():
 
 
 def test_brightness_and_contrast_by_hand():
-    film = mx.full((400, 2, 2), 0.75)
+    image = mx.full((400, 2, 2), 0.75)
     lifted = np.array(
-        augment(film, mx.random.key(0), AugmentConfig(shift=0, scale=0, rotate=0, contrast=0, brightness=0.1))
+        augment(image, mx.random.key(0), AugmentConfig(shift=0, scale=0, rotate=0, contrast=0, brightness=0.1))
     )
     assert 0.65 - 1e-6 <= lifted.min() < 0.66
     assert 0.84 < lifted.max() <= 0.85 + 1e-6
     # (x - 0.5) * gain + 0.5, gain within 1 +- 0.2.
     gained = np.array(
-        augment(film, mx.random.key(0), AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0.2))
+        augment(image, mx.random.key(0), AugmentConfig(shift=0, scale=0, rotate=0, brightness=0, contrast=0.2))
     )
     assert 0.70 - 1e-6 <= gained.min() < 0.705
     assert 0.795 < gained.max() <= 0.80 + 1e-6

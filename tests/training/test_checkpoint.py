@@ -24,9 +24,9 @@ def trained(steps: int = 3) -> tuple[TinyNet, optim.MultiOptimizer]:
     model = TinyNet()
     optimizer = fresh_optimizer()
     optimizer.init(model.trainable_parameters())
-    films = mx.random.normal((4, 16, 16, 1))
+    images = mx.random.normal((4, 16, 16, 1))
     for _ in range(steps):
-        _, gradients = nn.value_and_grad(model, lambda m: (m(films) ** 2).mean())(model)
+        _, gradients = nn.value_and_grad(model, lambda m: (m(images) ** 2).mean())(model)
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state)
     return model, optimizer

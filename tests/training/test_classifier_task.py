@@ -1,4 +1,4 @@
-"""Training on films: PyTorch's optimizer and gradients, what is frozen, reduced precision, and what is learned."""
+"""Training on images: PyTorch's optimizer and gradients, what is frozen, reduced precision, and what is learned."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from toy_training import (
     metrics,
     run_tiny,
     source,
-    square_films,
-    train_films,
+    square_images,
+    train_images,
     validator,
 )
 
 from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
 from mlx_cxr.models.convert import freeze, load_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
-from mlx_cxr.training.batches import FilmSource, epoch_order
+from mlx_cxr.training.batches import ImageSource, epoch_order
 from mlx_cxr.training.classifier_task import TrainingData
 from mlx_cxr.training.loop import TrainingDataError
 from mlx_cxr.training.losses import masked_bce
@@ -52,10 +52,10 @@ def test_dropout_and_augmentation_take_part(plain, tmp_path):
         assert np.abs(np.array(other.fc.weight) - np.array(wanted.fc.weight)).max() > 1e-4
 
 
-def test_films_from_disk_train_to_the_same_weights(plain, tmp_path, monkeypatch):
+def test_images_from_disk_train_to_the_same_weights(plain, tmp_path, monkeypatch):
     _, wanted = plain
-    real = FilmSource.__init__
-    monkeypatch.setattr(FilmSource, "__init__", lambda self, films, rows, _: real(self, films, rows, 0.0))
+    real = ImageSource.__init__
+    monkeypatch.setattr(ImageSource, "__init__", lambda self, images, rows, _: real(self, images, rows, 0.0))
     assert_same_weights(run_tiny(tmp_path)[0], wanted)
 
 
@@ -102,7 +102,7 @@ def test_twenty_steps_of_adamw_are_those_of_torch(torch, tmp_path, clip_norm):
         def __call__(self, x: mx.array) -> mx.array:
             return self.fc(x.reshape(x.shape[0], -1))
 
-    films, targets = square_films(20, 8, 0)
+    images, targets = square_images(20, 8, 0)
     rng = np.random.default_rng(0)
     targets[rng.random(targets.shape) < 0.2] = np.nan
     model = Linear()
@@ -119,10 +119,10 @@ def test_twenty_steps_of_adamw_are_those_of_torch(torch, tmp_path, clip_norm):
         clip_norm=clip_norm,
         log_every=1,
     )
-    train_films(
+    train_images(
         model,
         masked_bce(),
-        TrainingData(source(films), targets),
+        TrainingData(source(images), targets),
         lambda _: {"loss": 0.0, "macro_auc": 0.5},
         training=config,
         augmentation=NO_AUGMENTATION,
@@ -135,7 +135,7 @@ def test_twenty_steps_of_adamw_are_those_of_torch(torch, tmp_path, clip_norm):
     b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
     groups = [{"params": [w], "weight_decay": 0.3}, {"params": [b], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
-    inputs = torch.tensor((films / 255 - 0.449) / 0.226).reshape(20, 64)
+    inputs = torch.tensor((images / 255 - 0.449) / 0.226).reshape(20, 64)
     wanted, norms = torch.tensor(targets, dtype=torch.float64), []
     order = np.concatenate([epoch_order(20, 4, 1, epoch) for epoch in range(4)])
     assert len(order) == 20
@@ -189,10 +189,10 @@ def test_frozen_parts_do_not_move(tmp_path, stages, batchnorm, precision):
     initialize(model, 0)
     freeze(model, stages, batchnorm)
     before = arrays(model)
-    films, targets = square_films(8, 32, 0)
+    images, targets = square_images(8, 32, 0)
     options = {"augmentation": AugmentConfig(), "seed": 0, "run_dir": tmp_path, "settings": ""}
     config = TrainingConfig(epochs=1, batch_size=4, precision=precision, learning_rate=1e-3, save_every=1)
-    fit(model, films, targets, lambda _: {"loss": 0.0, "macro_auc": 0.5}, training=config, **options)
+    fit(model, images, targets, lambda _: {"loss": 0.0, "macro_auc": 0.5}, training=config, **options)
     for name, value in arrays(model).items():
         assert value.dtype == np.float32
         in_stage = name.startswith(("conv1", "bn1", "layer1", "layer2")) and stages == 3
@@ -202,25 +202,25 @@ def test_frozen_parts_do_not_move(tmp_path, stages, batchnorm, precision):
     # And such a run can be resumed, although the optimizer knows only a part of the network.
     longer = config.model_copy(update={"epochs": 2})
     result = fit(
-        model, films, targets, lambda _: {"loss": 0.0, "macro_auc": 0.6}, training=longer, resume=True, **options
+        model, images, targets, lambda _: {"loss": 0.0, "macro_auc": 0.6}, training=longer, resume=True, **options
     )
     assert (result.steps, result.best_epoch) == (4, 2)
 
 
-def fit(model, films, targets, validate, **options):
-    return train_films(model, masked_bce(), TrainingData(source(films), targets), validate, **options)
+def fit(model, images, targets, validate, **options):
+    return train_images(model, masked_bce(), TrainingData(source(images), targets), validate, **options)
 
 
 def test_the_resnet_learns_left_from_right(tmp_path):
     """Held-out AUC above 0.95 after 5 epochs of 6 steps, by the weights that were saved as the best."""
-    films, targets = square_films(96, 32, 0)
+    images, targets = square_images(96, 32, 0)
     model = ResNet18(ResNetConfig())
     initialize(model, 0)
     result = fit(
         model,
-        films,
+        images,
         targets,
-        validator(*square_films(64, 32, 1)),
+        validator(*square_images(64, 32, 1)),
         training=TrainingConfig(epochs=5, batch_size=16, learning_rate=1e-3, log_every=1),
         augmentation=AugmentConfig(),
         seed=0,
@@ -232,7 +232,7 @@ def test_the_resnet_learns_left_from_right(tmp_path):
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
     assert result.best_auc > 0.95
     best = load_model(tmp_path / "best_model.safetensors")
-    again = validator(*square_films(64, 32, 1))(best)
+    again = validator(*square_images(64, 32, 1))(best)
     assert again["macro_auc"] == pytest.approx(result.best_auc, abs=1e-9)
 
 
@@ -276,17 +276,17 @@ def step_against_torch(torch, run_dir: Path, seed: int) -> dict[str, float]:
     """
     from torch_reference import TorchResNet18, to_torch_state
 
-    films, targets = square_films(4, 48, seed)
+    images, targets = square_images(4, 48, seed)
     targets[0, 3:6] = np.nan
     model = ResNet18(ResNetConfig())
     initialize(model, seed)
     reference = TorchResNet18(1, 14).double()
     reference.load_state_dict(to_torch_state(model))
     weight = np.linspace(1, 5, 14)
-    train_films(
+    train_images(
         model,
         masked_bce(weight),
-        TrainingData(source(films), targets),
+        TrainingData(source(images), targets),
         lambda _: {"loss": 0.0, "macro_auc": 0.5},
         training=TrainingConfig(epochs=1, batch_size=4, clip_norm=1e9, log_every=1),
         augmentation=NO_AUGMENTATION,
@@ -294,7 +294,7 @@ def step_against_torch(torch, run_dir: Path, seed: int) -> dict[str, float]:
         run_dir=run_dir,
         settings="",
     )
-    pixels = torch.tensor((films[:, None] / 255.0 - 0.449) / 0.226)
+    pixels = torch.tensor((images[:, None] / 255.0 - 0.449) / 0.226)
     wanted = torch.tensor(targets, dtype=torch.float64)
     each = torch.nn.functional.binary_cross_entropy_with_logits(
         reference.train()(pixels), torch.nan_to_num(wanted), pos_weight=torch.tensor(weight), reduction="none"

@@ -18,8 +18,8 @@ from mlx_cxr.ops import streams
 from mlx_cxr.teacher.scoring import own_rows
 from mlx_cxr.training import classifier_run, distributed
 from mlx_cxr.training.augment import augment
-from mlx_cxr.training.batches import FilmSource
-from mlx_cxr.training.classifier_task import TrainingData, film_task
+from mlx_cxr.training.batches import ImageSource
+from mlx_cxr.training.classifier_task import TrainingData, classifier_task
 from mlx_cxr.training.distributed import ALONE, PartialDropout, World, share_dropout
 from mlx_cxr.training.loop import TrainingResult
 from mlx_cxr.training.losses import distillation_loss, masked_bce
@@ -89,11 +89,11 @@ def test_the_mean_of_the_ranks_losses_is_the_loss_of_the_whole_batch():
     assert mean_of_halves(loss_for, *given) == pytest.approx(loss_for(ALONE)(*given).item(), rel=1e-6)
 
 
-def test_films_are_changed_as_they_are_in_the_whole_batch():
-    films = mx.random.uniform(shape=(6, 20, 20))
+def test_images_are_changed_as_they_are_in_the_whole_batch():
+    images = mx.random.uniform(shape=(6, 20, 20))
     key, config = mx.random.key(3), AugmentConfig(shift=0.1, scale=0.1, rotate=8, brightness=0.1, contrast=0.1)
-    whole = augment(films, key, config)
-    parts = [augment(films[2 * i : 2 * i + 2], key, config, (i, 3)) for i in range(3)]
+    whole = augment(images, key, config)
+    parts = [augment(images[2 * i : 2 * i + 2], key, config, (i, 3)) for i in range(3)]
     np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
 
 
@@ -112,13 +112,13 @@ def test_dropout_is_drawn_for_the_whole_batch():
     np.testing.assert_allclose(np.array(mx.concatenate(parts)), np.array(whole), rtol=1e-6)
 
 
-def test_each_rank_reads_its_films_only_and_they_make_the_batches(tmp_path):
+def test_each_rank_reads_its_images_only_and_they_make_the_batches(tmp_path):
     """From disk: what is read is what the rank's part of each batch has."""
     from toy_training import NO_AUGMENTATION, TINY, TinyNet, TrainingConfig, source
 
     read: list[np.ndarray] = []
 
-    class Recorder(FilmSource):
+    class Recorder(ImageSource):
         def _read(self, items):
             read.append(items)
             return super()._read(items)
@@ -126,12 +126,12 @@ def test_each_rank_reads_its_films_only_and_they_make_the_batches(tmp_path):
     seen = []
     for world in (ALONE, World(0, 2), World(1, 2)):
         read.clear()
-        films = Recorder(TINY[0], np.arange(20), 0.0)
+        images = Recorder(TINY[0], np.arange(20), 0.0)
         model = TinyNet(dropout=0.0)
-        task = film_task(
+        task = classifier_task(
             model,
             masked_bce(),
-            TrainingData(films, TINY[1]),
+            TrainingData(images, TINY[1]),
             lambda _: {},
             training=TrainingConfig(batch_size=4),
             augmentation=NO_AUGMENTATION,

@@ -1,4 +1,4 @@
-"""The training loop: kills and resumption, what it logs and keeps, what stops it; on films and on adapters."""
+"""The training loop: kills and resumption, what it logs and keeps, what stops it; on images and on adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from toy_training import (
 from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.training import classifier_task, loop
-from mlx_cxr.training.batches import FilmSource
+from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.checkpoint import Progress, load_state
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, train
 from mlx_cxr.training.optimizer import make_optimizer
@@ -48,7 +48,7 @@ class Killed(BaseException):
 
 
 def count_moments(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> list[str]:
-    """Note every moment at which a run reads films, validates or writes, and end it at one of them.
+    """Note every moment at which a run reads images, validates or writes, and end it at one of them.
 
     Before and after each write of the loop counts as a moment of its own. Returns the list that fills up.
     """
@@ -70,14 +70,14 @@ def count_moments(monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -
 
     for module, name in ((loop, "save_state"), (classifier_task, "save_model"), (loop, "append_jsonl")):
         monkeypatch.setattr(module, name, surrounded(name, getattr(module, name)))
-    real_batches = FilmSource.batches
+    real_batches = ImageSource.batches
 
     def batches(self, batches_of_items):
-        for films in real_batches(self, batches_of_items):
+        for images in real_batches(self, batches_of_items):
             moment("film batch")
-            yield films
+            yield images
 
-    monkeypatch.setattr(FilmSource, "batches", batches)
+    monkeypatch.setattr(ImageSource, "batches", batches)
     return moments
 
 
@@ -351,7 +351,7 @@ def test_undefined_validation_auc_ends_the_first_epoch(tmp_path):
 
 
 class Adapter(nn.Module):
-    """A frozen linear base and a low-rank update of it: no film, no BatchNorm, no weight of one dimension."""
+    """A frozen linear base and a low-rank update of it: no image, no BatchNorm, no weight of one dimension."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

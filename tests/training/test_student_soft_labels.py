@@ -24,7 +24,7 @@ def labels_of(count: int = STUDIES, seed: int = 0) -> np.ndarray:
 
 
 def teacher(hard: np.ndarray, ids=IDS, features: int | None = None) -> SoftLabels:
-    """Mostly right; its rows lie in another order than the films, with studies among them that are not trained on."""
+    """Mostly right; its rows lie in another order than the images, with studies among them that are not trained on."""
     rng = np.random.default_rng(1)
     logits = np.nan_to_num(hard, nan=0.5) * 4 - 2 + rng.normal(0, 1, hard.shape)
     order = rng.permutation(len(ids))
@@ -44,10 +44,10 @@ def made(kind: str, soft: SoftLabels, ids=IDS, hard=None, **options):
 def test_the_teachers_logits_are_looked_up_by_study_and_calibrated():
     hard = labels_of()
     soft = teacher(hard)
-    films = [3, 3, 0, 39, 17, 17, 17]
-    got = made("teacher", soft, [IDS[i] for i in films], hard[films])
-    plain = made("teacher", soft, [IDS[i] for i in films], hard[films], calibrated=False)
-    for row, study in enumerate(films):
+    images = [3, 3, 0, 39, 17, 17, 17]
+    got = made("teacher", soft, [IDS[i] for i in images], hard[images])
+    plain = made("teacher", soft, [IDS[i] for i in images], hard[images], calibrated=False)
+    for row, study in enumerate(images):
         theirs = soft.logits[soft.study_ids.index(IDS[study])]
         np.testing.assert_allclose(got.logits[row], theirs / TEMPERATURES, rtol=1e-6)
         np.testing.assert_array_equal(plain.logits[row], theirs)
@@ -67,11 +67,11 @@ def test_studies_without_a_soft_label_are_counted_and_have_none():
 
 
 def test_agreement_by_hand_and_by_scikit_learn():
-    """Per study, however many films each has: films of a study weigh no more than one film."""
+    """Per study, however many images each has: images of a study weigh no more than one image."""
     hard = labels_of()
     soft = teacher(hard)
-    films = [*range(STUDIES), *[5] * 50]
-    summary = made("teacher", soft, [IDS[i] for i in films], hard[films]).summary
+    images = [*range(STUDIES), *[5] * 50]
+    summary = made("teacher", soft, [IDS[i] for i in images], hard[images]).summary
     p = expit(soft.rows(IDS) / TEMPERATURES)
     known = ~np.isnan(hard)
     assert summary["teacher_distance"] == pytest.approx(np.abs(p - hard)[known].mean(), rel=1e-6)
@@ -119,8 +119,10 @@ def test_smoothing_of_a_perfect_teacher_is_finite():
 def test_shuffling_gives_each_study_one_other_studys_label(seed):
     hard = labels_of()
     soft = teacher(hard, features=3)
-    films = [*range(STUDIES), 7, 7]
-    got = made("shuffled", soft, [IDS[i] for i in films], hard[films], seed=seed, calibrated=False, with_features=True)
+    images = [*range(STUDIES), 7, 7]
+    got = made(
+        "shuffled", soft, [IDS[i] for i in images], hard[images], seed=seed, calibrated=False, with_features=True
+    )
     own = soft.rows(IDS)
     source = [int(np.flatnonzero((own == row).all(axis=1))[0]) for row in got.logits[:STUDIES]]
     assert sorted(source) == list(range(STUDIES)), "each is given once; none of a study that is not trained on"
@@ -129,9 +131,9 @@ def test_shuffling_gives_each_study_one_other_studys_label(seed):
     wanted = soft.features[soft.place([IDS[i] for i in source])]
     np.testing.assert_array_equal(got.features[:STUDIES], wanted.astype(np.float32))
     assert got.summary["target_distance"] > 1.5 * got.summary["teacher_distance"]
-    again = made("shuffled", soft, [IDS[i] for i in films], hard[films], seed=seed, calibrated=False)
+    again = made("shuffled", soft, [IDS[i] for i in images], hard[images], seed=seed, calibrated=False)
     np.testing.assert_array_equal(again.logits, got.logits)
-    other = made("shuffled", soft, [IDS[i] for i in films], hard[films], seed=seed + 1, calibrated=False)
+    other = made("shuffled", soft, [IDS[i] for i in images], hard[images], seed=seed + 1, calibrated=False)
     assert not np.array_equal(other.logits, got.logits)
 
 

@@ -1,4 +1,4 @@
-"""A dozen small films of random content, and manifests of them."""
+"""A dozen small images of random content, and manifests of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pandas as pd
 from PIL import Image
 
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.image_arrays import Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 
 TRANSFORM = Transform(32)
 
 
-def film(number: int, height: int = 70, width: int = 50) -> Image.Image:
-    """A film whose content is drawn from its number."""
+def image(number: int, height: int = 70, width: int = 50) -> Image.Image:
+    """An image whose content is drawn from its number."""
     grain = np.random.default_rng(number).integers(0, 256, (height // 5, width // 5), dtype=np.uint8)
     return Image.fromarray(grain).resize((width, height), Image.Resampling.BICUBIC)
 

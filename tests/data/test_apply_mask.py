@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from mlx_cxr.data.image_arrays import FilmError, Transform, apply, apply_mask, read_film
+from mlx_cxr.data.decoding import ImageError, Transform
+from mlx_cxr.data.masks import apply_mask
+from prepared_images import apply, read_image
 
 
 def grain(height, width):
@@ -17,38 +19,17 @@ def disc(height, width, y, x, radius):
     return np.hypot(rows + 0.5 - y, columns + 0.5 - x) < radius
 
 
-def test_apply_is_pillows_antialiased_resize():
-    film = grain(400, 400)
-    expected = np.asarray(Image.fromarray(film).resize((50, 50), Image.Resampling.BICUBIC))
-    assert (apply(film, Transform(50)) == expected).all()
-
-
-@pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
-def test_file_and_array_agree(tmp_path, fit):
-    film = grain(333, 222)
-    Image.fromarray(film).save(tmp_path / "film.png")
-    result = read_film(tmp_path / "film.png", Transform(64, fit))
-    assert (result.dtype, result.shape) == (np.uint8, (64, 64))
-    assert (result == apply(film, Transform(64, fit))).all()
-
-
-def test_an_unusable_film_is_named(tmp_path):
-    (tmp_path / "film.jpg").touch()
-    with pytest.raises(FilmError, match=r"film\.jpg: empty"):
-        read_film(tmp_path / "film.jpg", Transform(64))
-
-
-@pytest.mark.parametrize("film", [np.zeros((4, 4)), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.uint8)])
-def test_apply_refuses_other_arrays(film):
-    with pytest.raises(ValueError, match=r"expected uint8 \(H, W\), got"):
-        apply(film, Transform(8))
+@pytest.mark.parametrize("mask", [np.zeros(4), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.uint8)])
+def test_refuses_what_is_no_mask(mask):
+    with pytest.raises(ValueError, match=r"expected a mask \(H, W\), got"):
+        apply_mask(mask, Transform(8))
 
 
 class TestThinFindings:
     @pytest.mark.parametrize("width", [1, 3, 8, 14])
     @pytest.mark.parametrize("offset", [0, 5, 9])
     def test_a_line_thinner_than_a_pixel_stays_whole(self, width, offset):
-        # 20 px of the film make one of the result: half the area alone would lose or break it.
+        # 20 px of the image make one of the result: half the area alone would lose or break it.
         mask = np.zeros((1000, 1000), bool)
         mask[100:900, 500 + offset : 500 + offset + width] = True
         result = apply_mask(mask, Transform(50))
@@ -85,7 +66,7 @@ class TestThinFindings:
 
     @pytest.mark.parametrize("fit", ["letterbox", "center_crop"])
     def test_uneven_sizes_follow_the_area(self, fit):
-        # The area by brute force: each pixel of the film split into 7 x 7, each of the result made of 11 x 11 of them.
+        # The area by brute force: each pixel of the image split into 7 x 7, each of the result made of 11 x 11 of them.
         finding = disc(77, 77, 40, 35, 25)
         fine = np.kron(finding, np.ones((7, 7)))
         area = fine.reshape(49, 11, 49, 11).mean((1, 3))

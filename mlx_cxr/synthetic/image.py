@@ -1,4 +1,4 @@
-"""One film of one patient: posture and view, anatomy, findings, exposure, display, side marker."""
+"""One image of one patient: posture and view, anatomy, findings, exposure, display, side marker."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia", "Edema", "Atelectasis
 
 
 @dataclass(frozen=True)
-class Film:
-    """A rendered film.
+class SyntheticImage:
+    """A rendered image.
 
     Attributes:
         pixels: uint8 (rows, columns), bone white, patient's right at image left on frontal views.
@@ -38,24 +38,24 @@ class Film:
     ratio: float
 
 
-def render_film(
+def render_image(
     patient: Patient, findings: Mapping[str, Finding], kind: Kind, size: int, seed: int, supine: bool = False
-) -> Film:
+) -> SyntheticImage:
     """Render one exposure.
 
     Every part draws from its own stream of `seed`, so two calls that differ in one finding differ in nothing
-    else but that finding (and the grey scale that is fitted to the film).
+    else but that finding (and the grey scale that is fitted to the image).
 
     Args:
         patient: who.
         findings: what is wrong, by label.
         kind: `PA`, `AP` or `LATERAL`.
         size: short side in pixels.
-        seed: position, inspiration, exposure and noise of this film.
+        seed: position, inspiration, exposure and noise of this image.
         supine: lying or half lying (bedside AP); an upright AP is False.
 
     Returns:
-        The film with its masks.
+        The image with its masks.
 
     Raises:
         ValueError: an unknown view or a size under 64.
@@ -79,7 +79,7 @@ def render_film(
     density = physics.expose(attenuation, view, exposure, quantum)
     pixels = physics.display(density, view, exposure)
     _mark_side(pixels, view, supine, marker)
-    return Film(pixels, _finished_masks(canvas, findings), view, shape.ratio)
+    return SyntheticImage(pixels, _finished_masks(canvas, findings), view, shape.ratio)
 
 
 def _shape(
@@ -119,7 +119,7 @@ def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.
     landscape = kind != "LATERAL" and rng.random() < (0.6 if supine else 0.25)
     long = round(size * 43 / 35.5 / 2) * 2
     rows, columns = (size, long) if landscape else (long, size)
-    # Lateral cassettes are filled more tightly; a film is collimated to the patient, small or large.
+    # Lateral cassettes are filled more tightly; an image is collimated to the patient, small or large.
     build = patient.width / 13.4 * (1 + 0.012 * patient.fat)
     field = (40.5 if landscape else 34.5) * build * rng.uniform(0.92, 1.06) * (1.03 if supine else 1.0)
     if kind == "LATERAL":

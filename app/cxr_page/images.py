@@ -1,0 +1,87 @@
+"""The image of a case: where it comes from, what the models see of it, and what is shown of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cxr_page.models import Opened, kept
+from cxr_page.samples import Sample
+from mlx_cxr.data.decoding import ImageError, Transform, decode, decode_bytes
+from mlx_cxr.inference.predictor import ImageInput
+
+SHOWN_SIDE = 768
+"""Pixels per side of the image on the page, whatever the models see of it."""
+MOST_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class CaseImage:
+    """An image that was chosen.
+
+    Attributes:
+        key: the same for the same content.
+        name: to tell it by.
+        source: its file on this machine, or the content of an upload.
+        sample: the test image that it is, or None.
+    """
+
+    key: str
+    name: str
+    source: Path | bytes
+    sample: Sample | None = None
+
+    @classmethod
+    def of_sample(cls, sample: Sample) -> CaseImage:
+        """A test image."""
+        file = sample.path.stat() if sample.path.exists() else None
+        stamp = f"{file.st_mtime_ns} {file.st_size}" if file else ""
+        key = hashlib.sha256(f"{sample.path} {stamp}".encode()).hexdigest()[:16]
+        return cls(f"film {key}", f"study {sample.study_id}, film {sample.image_id}", sample.path, sample)
+
+    @classmethod
+    def of_upload(cls, name: str, content: bytes) -> CaseImage:
+        """An uploaded file; of its name the first 80 characters are kept, and no folder."""
+        shown = name.replace("\\", "/").rsplit("/", 1)[-1][:80] or "upload"
+        return cls(f"upload {hashlib.sha256(content).hexdigest()[:16]}", shown, content)
+
+
+def input_of(opened: Opened, image: CaseImage) -> ImageInput:
+    """The image as a model sees it; its `error` says why it cannot be read."""
+    if isinstance(image.source, bytes) and len(image.source) > MOST_BYTES:
+        return ImageInput(
+            image.name, None, error=f"{len(image.source):,} bytes; films of up to {MOST_BYTES:,} are read here"
+        )
+    key = ("input", str(opened.model.transform), image.key)
+    # The same file may come back under another name.
+    return replace(kept(key, lambda: opened.model.read(image.source, image.name)), name=image.name)
+
+
+def pixels_of(image: CaseImage, transform: Transform) -> np.ndarray | None:
+    """uint8 (S, S): the image by a transform, or None where it cannot be read so."""
+
+    def read() -> np.ndarray | None:
+        try:
+            made = (decode_bytes if isinstance(image.source, bytes) else decode)(image.source, transform)
+        except ImageError:
+            return None
+        return np.asarray(made.image)
+
+    return kept(("pixels", str(transform), image.key), read)
+
+
+def shown_pixels(opened: Opened, image: CaseImage, seen: ImageInput) -> np.ndarray:
+    """uint8 (S, S): the image in the frame that the model sees, at `SHOWN_SIDE`."""
+    made = pixels_of(image, Transform(SHOWN_SIDE, opened.model.transform.fit))
+    return seen.pixels if made is None else made
+
+
+def png(picture) -> bytes:
+    """A picture's file, written for speed: it goes no further than this machine's browser."""
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return out.getvalue()
