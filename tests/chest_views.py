@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mlx_cxr.data.chest_image_gate import SIDE, pattern
+from mlx_cxr.data.chest_film_gate import SIDE, pattern
 from mlx_cxr.synthetic.image import render_image
 from PIL import Image
 

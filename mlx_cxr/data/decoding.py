@@ -270,7 +270,7 @@ def _finished(image: _Opened, transform: Transform, inspect: bool) -> DecodedIma
     if looks_inverted(content):
         notes.append(INVERTED)
     if inspect:
-        from mlx_cxr.data.chest_image_gate import concerns_about
+        from mlx_cxr.data.chest_film_gate import concerns_about
 
         concerns += concerns_about(image.gray, image.colour)
     return DecodedImage(square, tuple(dict.fromkeys(notes)), tuple(concerns))

@@ -8,9 +8,9 @@ import pytest
 from chest_views import TEST_SEED, drawn_images, fitted_tables, patterns, real_images
 from PIL import Image, ImageDraw, ImageOps
 
-from mlx_cxr.data import chest_image_gate
+from mlx_cxr.data import chest_film_gate
 from mlx_cxr.data.decoding import Transform, decode_bytes
-from mlx_cxr.data.chest_image_gate import coloured_part, concerns_about, distance, lateral_likeness, pattern
+from mlx_cxr.data.chest_film_gate import coloured_part, concerns_about, distance, lateral_likeness, pattern
 
 LEFT, RIGHT, DOWN = (
     f"may be {turn}, or is no chest film"
@@ -61,15 +61,15 @@ def photographs():
 
 class TestTables:
     def test_components_are_unit_vectors_at_right_angles(self):
-        assert pytest.approx(np.eye(5), abs=0.005) == chest_image_gate.COMPONENTS @ chest_image_gate.COMPONENTS.T
-        assert np.abs(chest_image_gate.COMPONENTS.sum(axis=1)).max() < 0.02
+        assert pytest.approx(np.eye(5), abs=0.005) == chest_film_gate.COMPONENTS @ chest_film_gate.COMPONENTS.T
+        assert np.abs(chest_film_gate.COMPONENTS.sum(axis=1)).max() < 0.02
 
     def test_distance_is_mahalanobis_of_the_full_covariance(self):
-        axes = np.linalg.qr(chest_image_gate.COMPONENTS.T)[0]
-        within = axes @ np.diag(chest_image_gate.VARIANCES) @ axes.T
-        covariance = within + chest_image_gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
+        axes = np.linalg.qr(chest_film_gate.COMPONENTS.T)[0]
+        within = axes @ np.diag(chest_film_gate.VARIANCES) @ axes.T
+        covariance = within + chest_film_gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
         images = patterns(drawn_images(TEST_SEED, patients=5)["AP"])
-        centred = images - chest_image_gate.MEAN
+        centred = images - chest_film_gate.MEAN
         expected = np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.inv(covariance), centred) / 64)
         assert distance(images) == pytest.approx(expected, rel=0.01)
 
@@ -78,11 +78,11 @@ class TestTables:
         if not real_images():
             pytest.skip("the real films (shared/realcxr) are not on this machine")
         tables = fitted_tables()
-        assert pytest.approx(tables["MEAN"], abs=0.006) == chest_image_gate.MEAN
-        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == chest_image_gate.COMPONENTS
-        assert pytest.approx(tables["VARIANCES"], abs=0.006) == chest_image_gate.VARIANCES
-        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == chest_image_gate.RESIDUAL_VARIANCE
-        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == chest_image_gate.LATERAL_PATTERN
+        assert pytest.approx(tables["MEAN"], abs=0.006) == chest_film_gate.MEAN
+        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == chest_film_gate.COMPONENTS
+        assert pytest.approx(tables["VARIANCES"], abs=0.006) == chest_film_gate.VARIANCES
+        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == chest_film_gate.RESIDUAL_VARIANCE
+        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == chest_film_gate.LATERAL_PATTERN
 
 
 class TestPattern:
@@ -103,7 +103,7 @@ class TestPattern:
 
     def test_lateral_likeness_is_a_correlation(self, frontal):
         image = pattern(frontal)
-        assert lateral_likeness(image) == pytest.approx(np.corrcoef(image, chest_image_gate.LATERAL_PATTERN)[0, 1], abs=0.01)
+        assert lateral_likeness(image) == pytest.approx(np.corrcoef(image, chest_film_gate.LATERAL_PATTERN)[0, 1], abs=0.01)
 
 
 class TestRealImages:
@@ -160,7 +160,7 @@ class TestOtherImages:
     def test_photographs(self):
         images = photographs()
         fine = sum(not concerns_about(image.convert("L"), image) for image in images)
-        coloured = sum(coloured_part(image) > chest_image_gate.MOST_COLOURED for image in images)
+        coloured = sum(coloured_part(image) > chest_film_gate.MOST_COLOURED for image in images)
         in_gray = counts(image.convert("L") for image in images)
         assert len(images) == 63
         assert fine <= 2
@@ -206,13 +206,13 @@ class TestColour:
         draw = ImageDraw.Draw(marked)
         draw.rectangle((60, 200, 120, 300), outline=(255, 0, 0), width=4)
         draw.text((10, 10), "RIGHT LUNG", fill=(0, 255, 0))
-        assert 0 < coloured_part(marked) < chest_image_gate.MOST_COLOURED
+        assert 0 < coloured_part(marked) < chest_film_gate.MOST_COLOURED
         assert concerns_about(frontal, marked) == ()
 
     def test_a_blue_cast_passes(self, frontal):
         gray = np.asarray(frontal, np.float64)
         blue = np.stack([0.85 * gray, 0.9 * gray, np.minimum(gray + 20, 255)], axis=-1).astype(np.uint8)
-        assert coloured_part(Image.fromarray(blue)) < chest_image_gate.MOST_COLOURED
+        assert coloured_part(Image.fromarray(blue)) < chest_film_gate.MOST_COLOURED
 
     def test_a_colour_map_over_a_image_is_seen(self, frontal):
         heat = Image.fromarray((matplotlib.colormaps["jet"](np.asarray(frontal))[..., :3] * 255).astype(np.uint8))
