@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file, write_json, write_text
+from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.models.convert import export_torchvision, load_model
@@ -153,7 +154,7 @@ def _sibling(target: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.export", description=__doc__.splitlines()[0])
+    parser = stage_parser("export", __doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="outputs/RUN", help="folder of an evaluated run")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
@@ -162,8 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(args.run, args.to, args.overwrite)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from mlx_cxr import compare_models, failure_analysis
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.ledger import Ledger, fingerprint
 from mlx_cxr.core.runs import RunExistsError, read_json
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.pages.comparison_statement import gate_lines
 from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
 from mlx_cxr.pages.readme import replace_block, update_readme
@@ -189,7 +190,7 @@ def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.pipeline", description=__doc__.splitlines()[0])
+    parser = stage_parser("pipeline", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--run_name", help="folder under outputs/; default: run_name of the configuration")
     parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies")
@@ -205,9 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; status 2 for an error, 3 for a gate that is not met."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        config = load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies)
+    with started(build_parser(), argv) as args:
+        config = configuration(args, seed=args.seed, data__n_studies=args.n_studies)
         try:
             run(
                 config,

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 from mlx_cxr.models.resnet import parameter_counts
 from mlx_cxr.training import classifier_run
 from mlx_cxr.training.classifier_task import TrainingData, classifier_task
@@ -74,7 +74,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.train_cnn", description=__doc__.splitlines()[0])
+    parser = stage_parser("train_cnn", __doc__)
     add_config_arguments(parser)
     add_training_arguments(parser, "run_name")
     return parser
@@ -82,9 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed), args.run_name, args.resume, args.overwrite)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed), args.run_name, args.resume, args.overwrite)
 
 
 if __name__ == "__main__":
