@@ -12,21 +12,16 @@ import argparse
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import compare_models, failure_analysis
-from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.ledger import Ledger, fingerprint
 from mlx_cxr.core.runs import RunExistsError, read_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.pages.comparison_statement import gate_lines
-from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
-from mlx_cxr.pages.readme import replace_block, update_readme
-from mlx_cxr.pages.results_page import closing_table
 from mlx_cxr.pipeline_steps import steps
-from mlx_cxr.teacher.base_model import BaseUnavailableError, find_base
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -63,6 +58,11 @@ def run(
         BaseUnavailableError: the teacher's base is not on this machine; said before anything runs.
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
+    from mlx_cxr.core import device
+    from mlx_cxr.core.ledger import Ledger, fingerprint
+    from mlx_cxr.pages.readme import update_readme
+    from mlx_cxr.pages.results_page import closing_table
+
     device.start("pipeline")
     if run_name is not None:
         config = config.model_copy(update={"run_name": run_name})
@@ -112,6 +112,8 @@ def run(
 
 def _refuse_a_missing_base(config: Config) -> None:
     """Before hours of training, not after."""
+    from mlx_cxr.teacher.base_model import BaseUnavailableError, find_base
+
     try:
         find_base(config.teacher.base, config.weights_dir)
     except BaseUnavailableError as error:
@@ -119,6 +121,10 @@ def _refuse_a_missing_base(config: Config) -> None:
 
 
 def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, readme: Path | None) -> None:
+    from mlx_cxr.pages.comparison_statement import gate_lines
+    from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
+    from mlx_cxr.pages.readme import replace_block
+
     folder, student = compare_models.comparison_dir(config), config.run_dir(config.distillation.run_name)
     comparison = read_json(folder / "final_comparison.json")
     if readme is not None:
