@@ -214,7 +214,7 @@ class TestColour:
         blue = np.stack([0.85 * gray, 0.9 * gray, np.minimum(gray + 20, 255)], axis=-1).astype(np.uint8)
         assert coloured_part(Image.fromarray(blue)) < chest_film_gate.MOST_COLOURED
 
-    def test_a_colour_map_over_a_image_is_seen(self, frontal):
+    def test_a_colour_map_over_an_image_is_seen(self, frontal):
         heat = Image.fromarray((matplotlib.colormaps["jet"](np.asarray(frontal))[..., :3] * 255).astype(np.uint8))
         assert concerns_about(frontal, heat)[0] == "is in colour, like a photograph"
 

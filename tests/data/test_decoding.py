@@ -452,7 +452,7 @@ class TestNotes:
         assert negative.notes == (INVERTED,)
         assert (negative.pixels == apply(255 - radiograph, Transform(64))).all()
 
-    def test_a_image_smaller_than_the_store(self, saved, picture):
+    def test_an_image_smaller_than_the_store(self, saved, picture):
         assert decode(saved(picture(60, 50), "film.png"), Transform(64)).notes == ("smaller than the store, enlarged",)
         assert decode(saved(picture(64, 50), "film.png"), Transform(64)).notes == ()
 
