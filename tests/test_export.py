@@ -395,7 +395,7 @@ export.main(["--run", sys.argv[3], "--to", sys.argv[4], "--overwrite"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "at"), [("write_json", 2), ("write_text", 3)])
+@pytest.mark.parametrize(("name", "at"), [("write_json", 2), ("write_text", 2)])
 def test_a_killed_export_leaves_the_old_one_or_none(cnn, tmp_path, name, at):
     folder = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, name, str(at), str(cnn), str(folder)]
