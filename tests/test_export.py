@@ -72,6 +72,7 @@ def test_the_folder_holds_what_it_promises_and_its_sums_are_right(cnn, tmp_path)
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert sha256_file(folder / "model.safetensors") == sha256_file(cnn / "best_model.safetensors")
     assert read_json(folder / "operating_points.json") == read_json(cnn / "operating_points.json")
+    assert (folder / "use_with_pytorch.py").read_bytes() == export.PYTORCH_SCRIPT.read_bytes()
 
 
 @pytest.mark.parametrize("output_stride", [16, 32])

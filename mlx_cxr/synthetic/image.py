@@ -138,6 +138,7 @@ def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.
 def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random.Generator) -> np.ndarray:
     """Line integral of µ along each ray: float32 (rows, columns)."""
     anatomy, view = canvas.anatomy, canvas.view
+    # On the half grid: body, lung, gas, fat and the spine.
     body = anatomy.body()
     air = canvas.air
     lung = np.maximum(np.minimum(canvas.lung() - canvas.opacity - air, body - 1.5), 0)
@@ -153,6 +154,7 @@ def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random
     age = np.float32(1.08 - 0.004 * max(canvas.patient.age - 50, 0) * (1.6 if canvas.patient.sex == "F" else 0.8))
     fine, coarse = bones(anatomy, canvas.breaks)
     half = half + cortical * age * coarse
+    # On the image's grid: vessels, ribs, girdle, airways and metal.
     trees = draw(anatomy, (tree := grow(anatomy)), _gain(canvas, findings, tree.points))
     aerated = view.full((smoothstep(lung, 0.0, 3.0) * canvas.vessel_gain).astype(np.float32))
     full = view.full(half.astype(np.float32))
