@@ -61,13 +61,8 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
         return root
     cohort = plan_cohort(config.demo.patients, config.seed)
     images = sum(len(study.images) for study in cohort.studies)
-    log.info(
-        "rendering %d films of %d studies of %d patients into %s",
-        images,
-        len(cohort.studies),
-        config.demo.patients,
-        root,
-    )
+    counts = (images, len(cohort.studies), config.demo.patients)
+    log.info("rendering %d films of %d studies of %d patients into %s", *counts, root)
     # Built beside its place and moved there at the end: a killed run leaves the old cohort or none.
     fresh = root.with_name(f".{root.name}-being-made")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -96,7 +91,7 @@ def code_hash() -> str:
 
 
 def _room_for(root: Path, wanted: str, settings: dict[str, int], overwrite: bool) -> bool:
-    """Whether to make the cohort; False when it is there."""
+    """True if the cohort is to be made, False if it is there already."""
     if not root.exists() or not any(root.iterdir()):
         return True
     marker = root / MARKER

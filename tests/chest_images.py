@@ -1,4 +1,4 @@
-"""Images of the phantom, which look like chests, for tests that need to pass the quality gate."""
+"""Images of the synthetic cohort, which look like chests, for tests that need to pass the quality gate."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def real_images() -> tuple[RealImage, ...]:
 
 @functools.cache
 def drawn_images(seed: int, patients: int = 90, size: int = 96) -> dict[str, list[Image.Image]]:
-    """Images of the phantom with all its findings and devices: PA, AP and LATERAL."""
+    """Images of a synthetic cohort with all its findings and devices: PA, AP and LATERAL."""
     images = {"PA": [], "AP": [], "LATERAL": []}
     for study in plan_cohort(patients, seed).studies:
         for plan in study.images:

@@ -4,7 +4,7 @@ r"""MIMIC-CXR-JPG as large as it is, with nothing of it in it: what a run on the
 
 writes tables, reports and images: 377,110 images of 227,835 studies of 65,379 patients in the splits of MIMIC-CXR-JPG
 2.0.0, or a scale model with about IMAGES images. Ids, labels and views are drawn at about the frequencies of the
-original (Johnson et al., arXiv:1901.07042); the reports are the phantom's, each made unlike all others. An image is a
+original (Johnson et al., arXiv:1901.07042); the reports are synthetic, each made unlike all others. An image is a
 link to one of a few JPEGs: 377,110 files of their own would take hours to write. The tree has 287,000 folders, which
 take 1.2 GB and a minute.
 

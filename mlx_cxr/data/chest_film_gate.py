@@ -7,16 +7,16 @@ J R Stat Soc B 1999;61:611-622), per pixel, so that a typical image is at about 
 whose negative or turned copy is not, is told as such.
 
 The tables were fitted on half of the patients of three public sources that weigh alike (302 images of NIH ChestX-ray14,
-the Hannover and the Cohen COVID-19 collections) and, for `LATERAL_PATTERN`, on 90 patients of this package's phantom;
+the Hannover and the Cohen COVID-19 collections) and, for `LATERAL_PATTERN`, on 90 patients of the synthetic cohort;
 `tests/chest_views.py` fits them again. On the 265 images of the other half it objects to 3 (1 %), which have broad
 black bands or show much of the abdomen, and on 55 images of a fourth source to none. It objects to all negatives of the
-265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the phantom's laterals and
+265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the synthetic laterals and
 none of its frontal images; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in gray.
 `tests/data/test_quality.py` measures most of these rates.
 
 What it does not see: an image that is mirrored left to right, turned by less than about 30 degrees, or of a child's or an
 animal's chest; a missing part (half an image passes as often as not); poor exposure; and a lateral view of a kind that
-the phantom does not draw: no real lateral was there to try. It says what an image is like, not what it is.
+the synthetic cohort lacks: no real lateral was there to try. It says what an image is like, not what it is.
 """
 
 from __future__ import annotations
@@ -149,8 +149,7 @@ LATERAL_PATTERN = _table(
     ),
     scale=1000,
 )
-"""What sets the phantom's lateral images apart from its frontal ones and from real ones (linear discriminant, without a
-side)."""
+"""Linear discriminant, without a side, of synthetic lateral images against synthetic frontal and real ones."""
 
 
 def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tuple[str, ...]:
