@@ -1,8 +1,8 @@
 """Make a small base for the teacher: `python -m mlx_cxr.make_tiny_teacher --config configs/demo.yaml`.
 
 Writes a complete checkpoint of LFM2.5-VL's architecture (about a million parameters) to `teacher.base`, its language
-model trained on the reports of the training split: for machines and tests without the published base. Nothing that a
-teacher on it says carries over to the published one.
+model trained on the reports of the training split: for machines and tests without the published base. No result of a
+teacher on it carries over to the published one.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Contender:
             where there is nothing to compare.
         tolerance: largest difference that is accepted.
         samples: images or studies of one call.
-        note: what has to be known of it.
+        note: remark for the table.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a contender.
+    """A contender's result.
 
     Attributes:
         status: `timed`; `wrong`, its output is off and it was not timed; `failed`, it raised; `left out`, it would have
             taken too long.
-        note: why, or what has to be known of it.
+        note: the reason, or the contender's remark.
         flops: floating-point operations of one call, None where they are not counted.
         peak_gflops: measured peak of the same framework and precision.
         bound_seconds: least time of one call by the measured peak and bandwidth.
@@ -119,7 +119,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of a section's contenders is made of, for rates and bounds.
+    """The work in one call of a section's contenders, for rates and bounds.
 
     Attributes:
         flops: floating-point operations of one call; None where they are not counted.

@@ -1,4 +1,4 @@
-"""How fast images come: from JPEG files into the pixel store, and from the store into a training step."""
+"""Speed of the training input: from JPEG files into the pixel store, and from the store into a training step."""
 
 from __future__ import annotations
 

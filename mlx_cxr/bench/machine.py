@@ -65,27 +65,25 @@ def memory_bandwidth(torch_device: str | None, seconds: float) -> dict[str, floa
     return found
 
 
-def load_average() -> float | None:
-    """Processes that ran or waited to run over the last minute; None where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def machine_state() -> dict[str, Any]:
+    """Load average, heat and a reference product at this moment, as `load_average`, `thermal`, `reference_gflops`.
+
+    The load is None where the system does not say. The product is MLX's float32 one of side 1024: its drift from the
+    start of a run to its end tells of heat, of which only macOS says more.
+    """
+    return {
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "thermal": _thermal_note(),
+        "reference_gflops": _gflops(_mlx_product(1024, "float32"), 1024, 1.0),
+    }
 
 
-def thermal_note() -> str | None:
-    """What macOS says about heat (`pmset -g therm`); None elsewhere, where the drift of the peak has to do."""
+def _thermal_note() -> str | None:
+    """Heat as macOS reports it (`pmset -g therm`); None elsewhere."""
     if platform.system() != "Darwin" or shutil.which("pmset") is None:
         return None
     done = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True, timeout=10, check=False)
     return " ".join(done.stdout.split()) or None
-
-
-def reference_gflops(seconds: float = 1.0) -> float:
-    """GFLOP/s of MLX's float32 product of side 1024: timed at the start and end of a run, its drift tells of heat."""
-    return _gflops(_mlx_product(1024, "float32"), 1024, seconds)
-
-
-def machine_state() -> dict[str, Any]:
-    """Load, heat and the reference product, at this moment."""
-    return {"load_average": load_average(), "thermal": thermal_note(), "reference_gflops": reference_gflops()}
 
 
 def _best_gflops(product: Callable[[int], Callable[[], object]], seconds: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,10 +26,6 @@ class Timing:
     upper: float
     rounds: int
     warmups: int
-
-    def plain(self) -> dict[str, float | int]:
-        """As JSON-ready data."""
-        return asdict(self)
 
 
 def summary(seconds: list[float] | np.ndarray, warmups: int = 0) -> Timing:

@@ -1,4 +1,4 @@
-"""A whole training step, MLX against PyTorch from the same weights, and what the loop adds to it."""
+"""A whole training step, MLX against PyTorch from the same weights, and the overhead of the loop."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _epoch_seconds(task: Task, folder: Path, images: int, seed: int) -> float:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What an optimizer step did.
+    """Effect of the first optimizer step.
 
     Attributes:
         loss: before it.
@@ -198,7 +198,7 @@ class _MlxStep:
         return loss
 
     def first_step(self) -> FirstStep:
-        """What the first step did; the model is no longer where it started."""
+        """Take the first step; the model is no longer where it started."""
         before = _arrays(self.model)
         loss, after = self.call().item(), _arrays(self.model)
         moments = {
@@ -227,7 +227,7 @@ def _mlx_contender(name: str, precision: str, step: _MlxStep, reference: FirstSt
 
 
 def step_difference(step: FirstStep, reference: FirstStep) -> float:
-    """How far a first step is from another: the largest of four relative differences.
+    """Distance of a first step from another: the largest of four relative differences.
 
     These are the loss's, the clipped gradient's, the update's and the running statistics', the last three as the root
     of summed squares over that of the reference. Adam's first update is the gradient's sign, so that where the gradient

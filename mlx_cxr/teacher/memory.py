@@ -1,4 +1,4 @@
-"""What fine-tuning and scoring take of memory, said before they start, and the setting that would fit if they don't.
+"""Memory of fine-tuning and scoring, estimated before they start, and a setting that would fit where they don't.
 
 The count follows what each decoder layer keeps for the backward pass. For the 1.6B model on the CPU backend it is
 0.3 % above MLX's peak in bfloat16 (one study of 128 tokens) and 2 % in float32 (one of 512);
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -19,26 +20,25 @@ from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
 
 _FEED_FORWARD, _SCORES = 12, 6
-"""What a layer's backward pass holds at once beside what was kept: so many arrays of the feed-forward width, or of the
-attention's scores, whichever is more."""
+"""Arrays that a layer's backward pass holds at once beside those kept: of the feed-forward width, or of the attention's
+scores, whichever is more."""
 _COPIES = 5
-"""Of each adapter weight in float32: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
+"""Float32 numbers per adapter weight: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
 _SHARE = 0.7
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MemoryLimitError(UserError, MemoryError):
-    """What was asked for does not fit; the message names the setting that would."""
+    """The estimate is above the limit; the message names a setting that would fit."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what holds them.
+    """Bytes by purpose.
 
     Attributes:
         weights: the base as it is in memory.
         adapters: LoRA weights, gradients and optimizer.
-        activations: of one forward pass and what its backward pass needs.
+        activations: of one forward pass and its backward pass.
     """
 
     weights: int
@@ -47,7 +47,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all three."""
         return self.weights + self.adapters + self.activations
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Decoder:
 def training_estimate(
     decoder: Decoder, adapted: Sequence[tuple[int, int]], config: TeacherConfig, longest: int, precision: str
 ) -> MemoryEstimate:
-    """Of one step of fine-tuning.
+    """Memory of one step of fine-tuning.
 
     Args:
         decoder: of the base.
@@ -109,12 +109,12 @@ def training_estimate(
         precision: of the base's activations, such as `float32`.
     """
     tokens, length = _tokens(config.training.batch_size, longest, config.training.bucket)
-    size = _BYTES[precision]
+    size = getattr(mx, precision).size
     layers = len(decoder.attention)
     dropped = config.lora.dropout > 0 and bool(adapted)
     kept = [_kept_bytes(decoder, attention, length, size, dropped) for attention in decoder.attention]
     backward = [_backward_bytes(decoder, attention, length, size) for attention in decoder.attention]
-    # Of the last layer, all that follows its keys or its convolution is computed for the tokens that are read only.
+    # In the last layer, all that follows its keys or its convolution is computed only for the tokens that are read.
     kept[-1] -= _feed_forward_bytes(decoder, size, dropped)
     backward[-1] = 0
     before = [sum(kept[:i]) for i in range(layers)]
@@ -126,13 +126,13 @@ def training_estimate(
 
 
 def scoring_estimate(decoder: Decoder, config: TeacherConfig, longest: int, precision: str) -> MemoryEstimate:
-    """Of one batch of scoring: the widest moment of one layer, as nothing is kept."""
+    """Memory of one batch of scoring: the widest moment of one layer, as nothing is kept."""
     tokens, length = _tokens(config.batch_size, longest, config.training.bucket)
-    # Gate and up, and what becomes of them; or the scores, and in float32 the exponential's polynomial beside them.
+    # Gate and up, and their products; or the scores, and in float32 the exponential's polynomial beside them.
     widest = 3 * decoder.hidden + 9 * decoder.inner
     if any(decoder.attention):
         widest = max(widest, 4 * decoder.hidden + (10 if precision == "float32" else 3) * decoder.heads * length)
-    return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * _BYTES[precision]))
+    return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * getattr(mx, precision).size))
 
 
 def adapted_widths(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
@@ -203,7 +203,7 @@ def _tokens(batch_size: int, longest: int, bucket: int) -> tuple[int, int]:
 
 
 def _kept_bytes(decoder: Decoder, attention: bool, length: int, size: int, dropped: bool) -> int:
-    """Per token, what a layer keeps for its backward pass; a dropout's mask is a byte for each of its inputs."""
+    """Bytes per token that a layer keeps for its backward pass; a dropout's mask takes one for each of its inputs."""
     hidden, keys = decoder.hidden, decoder.keys
     # The layer's input and its norm's output; three gates in one projection; convolved; the output.
     kept = 7 * hidden

@@ -1,4 +1,4 @@
-"""The prompt: what the teacher reads of a study, then one line per finding, each with the position that is read.
+"""The prompt: a study's image and report, then one line per finding, each with the position that is read.
 
 A study is read once. After the chat's opening and the instruction come the image's image tokens and the report's
 sections, as far as they are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer
@@ -132,21 +132,21 @@ class PromptFormat:
         return sum(map(len, (self.head, self.image, self.tail, *self.lines)))
 
     def shared(self, studies: int) -> int:
-        """So many first tokens of a batch of `studies` prompts are worth computing once: the head's, or 0."""
+        """Number of first tokens of a batch of `studies` prompts that are worth computing once: the head's, or 0."""
         return len(self.head) if (studies - 1) * len(self.head) >= _WORTH_SHARING else 0
 
     def tokens_one_by_one(self, prompt: Prompt) -> int:
-        """Tokens that 14 prompts of one line each would take for the same study, everything else the same."""
+        """Tokens that 14 prompts of one line each would take for the same study."""
         lines = sum(map(len, self.lines))
         return len(self.lines) * (len(prompt.ids) - lines) + lines
 
     def sha256(self) -> str:
-        """Hash of all that decides a prompt but the study: a cache of answers is good for this one only."""
+        """Hash of all that decides a prompt but the study: a cache of answers is valid for this one only."""
         parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
         return hash_of({name: getattr(self, name) for name in parts})
 
     def section_ids(self, name: str, text: str) -> list[int]:
-        """Token ids of a section. A special token that is spelt out in a report is text: it cannot end the turn."""
+        """Token ids of a section. A special token spelt out in a report is text: it cannot end the turn."""
         title = name.replace("_", " ").capitalize()
         return self.tokenizer.encode(f"{title}: {text}\n", add_special_tokens=False, split_special_tokens=True)
 

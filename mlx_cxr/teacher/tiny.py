@@ -86,7 +86,7 @@ def make_tiny_teacher(
 def new_model(
     config: Mapping[str, Any], seed: int, dtype: mx.Dtype = mx.float32, *, vision: bool = True, made: bool = True
 ) -> nn.Module:
-    """A model with random weights: normal of deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0.
+    """A model with random weights: normal with deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0.
 
     Args:
         config: as `config.json`.
