@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.bench.contenders import PRECISIONS
+from mlx_cxr.bench.timing import seconds_of
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype
 from mlx_cxr.core import device
 
@@ -91,9 +92,7 @@ def _best_gflops(product: Callable[[int], Callable[[], object]], seconds: float)
     for side in _SIDES:
         call = product(side)
         call()
-        began = perf_counter()
-        call()
-        once = perf_counter() - began
+        once = seconds_of(call)
         best = max(best, _gflops(call, side, seconds / 3))
         if once > _LONG_ENOUGH:
             break
@@ -112,9 +111,7 @@ def _median_seconds(call: Callable[[], object], seconds: float) -> float:
     call()
     taken, until = [], perf_counter() + seconds
     while len(taken) < 3 or perf_counter() < until:
-        began = perf_counter()
-        call()
-        taken.append(perf_counter() - began)
+        taken.append(seconds_of(call))
     return float(np.median(taken))
 
 

@@ -93,14 +93,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
 def write_results(
     folder: Path, result: Mapping[str, Any], rows: Sequence[Row], record: Mapping[str, Any], update_readme: Path | None
 ) -> Path:
-    """Write `benchmark.json`, `.csv`, `.md` and `.png`, and log which targets are met.
-
-    Args:
-        folder: gets the files.
-        result: all that was found beside the rows.
-        rows: one at least.
-        record: provenance of the run.
-        update_readme: a Markdown file whose block `benchmark` gets the short table.
+    """Write `benchmark.json`, `.csv`, `.md`, `.png` and the README's block, and log which targets are met.
 
     Returns:
         The path of `benchmark.json`.
@@ -110,9 +103,8 @@ def write_results(
     write_text(folder / "benchmark.csv", table_csv(rows))
     write_text(folder / "benchmark.md", full_page(result, rows))
     plot.plot(folder / "benchmark.png", result, rows)
-    every = [*targets, *([lora] if lora else [])]
-    plain = {**result, "ratios": every, "rows": [row.plain() for row in rows], "provenance": record}
-    path = write_json(folder / "benchmark.json", plain)
+    found = {"ratios": [*targets, *([lora] if lora else [])], "rows": [row.plain() for row in rows]}
+    path = write_json(folder / "benchmark.json", {**result, **found, "provenance": record})
     if update_readme is not None:
         replace_block(update_readme, "benchmark", readme_block(result, rows))
     for entry in targets:

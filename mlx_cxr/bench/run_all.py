@@ -78,13 +78,7 @@ def random_network(config: ResNetConfig, seed: int) -> ResNet18:
 def network_of(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
     """The network to measure, the side of its images in pixels, and the file that it is from.
 
-    Args:
-        config: image size, network and seed where there is no run.
-        run_name: name or folder of a trained run; None draws random weights.
-        size: another side of the images.
-
-    Raises:
-        RunFormatError: no such run.
+    Arguments are those of the stage; raises RunFormatError where there is no such run.
     """
     if run_name is None:
         model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)
@@ -112,83 +106,56 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
     def seconds(part: str) -> float:
         return 60 * settings.minutes * _SHARES[part]
 
-    def section(name: str, work: Callable[[], list[Row]]) -> None:
+    def section(name: str, measure: Callable[..., list[Row]], *arguments: object) -> None:
         log.info("%s …", name)
-        made = work()
-        rows.extend(made)
-        for row in made:
-            if row.timing is None:
-                continue
-            log.info(
-                "  %-52s batch %3d  %9.3f ms each, %d rounds%s%s",
-                row.name,
-                row.samples,
-                row.ms_per_sample,
-                row.timing.rounds,
-                "" if row.gflops is None else f", {row.gflops:.0f} GFLOP/s",
-                f"  ({row.note})" if row.note else "",
-            )
+        for row in measure(*arguments):
+            rows.append(row)
+            if row.timing is not None:
+                rate = "" if row.gflops is None else f", {row.gflops:.0f} GFLOP/s"
+                note = f"  ({row.note})" if row.note else ""
+                figures = row.name, row.samples, row.ms_per_sample, row.timing.rounds, rate, note
+                log.info("  %-52s batch %3d  %9.3f ms each, %d rounds%s%s", *figures)
 
-    # The peaks of the machine are the yardstick of the forward pass.
+    size, seed, torch_device = settings.size, settings.seed, settings.torch_device
     if "inference" in settings.only:
+        # The machine's peaks are the yardstick of the forward pass.
         log.info("peak …")
         each = seconds("peak") / 8
-        peaks = machine.matrix_product_peaks(settings.torch_device, each)
-        bandwidth = machine.memory_bandwidth(settings.torch_device, each)
+        peaks = machine.matrix_product_peaks(torch_device, each)
+        bandwidth = machine.memory_bandwidth(torch_device, each)
         found["peak"] = {
             "gflops": {f"{framework}, {precision}": value for (framework, precision), value in peaks.items()},
             "bandwidth_gbs": bandwidth,
         }
         section(
             "inference",
-            lambda: inference.measure(
-                model,
-                settings.size,
-                settings.batch_sizes,
-                settings.torch_device,
-                peaks,
-                max(bandwidth.values()),
-                seconds("inference"),
-                settings.compile_seconds,
-                settings.seed,
-            ),
+            inference.measure,
+            model,
+            size,
+            settings.batch_sizes,
+            torch_device,
+            peaks,
+            max(bandwidth.values()),
+            seconds("inference"),
+            settings.compile_seconds,
+            seed,
         )
     if "training" in settings.only:
         batches = tuple(n for n in settings.batch_sizes if n in _TRAINING_BATCHES) or settings.batch_sizes[-1:]
-        section(
-            "training",
-            lambda: training.measure_steps(
-                model, settings.size, batches, settings.torch_device, seconds("training"), settings.seed
-            ),
-        )
-        section(
-            "epoch",
-            lambda: training.measure_epoch(model, settings.size, _EPOCH_BATCH, seconds("epoch"), settings.seed),
-        )
+        section("training", training.measure_steps, model, size, batches, torch_device, seconds("training"), seed)
+        section("epoch", training.measure_epoch, model, size, _EPOCH_BATCH, seconds("epoch"), seed)
     if "grad_cam" in settings.only:
-        section(
-            "grad_cam",
-            lambda: grad_cam.measure(model, settings.size, _CAM_BATCHES, seconds("grad_cam"), settings.seed),
-        )
+        section("grad_cam", grad_cam.measure, model, size, _CAM_BATCHES, seconds("grad_cam"), seed)
     if "data" in settings.only:
         images = max(8, int(60 * settings.minutes / _SECONDS_PER_STORED_IMAGE))
-        section("store", lambda: [input_data.measure_store(settings.size, images, settings.seed)])
-        section(
-            "pipeline",
-            lambda: input_data.measure_pipeline(
-                settings.size,
-                _PIPELINE_BATCH,
-                _PIPELINE_IMAGES,
-                model.config.in_channels,
-                seconds("data"),
-                settings.seed,
-            ),
-        )
+        section("store", lambda: [input_data.measure_store(size, images, seed)])
+        shape = (size, _PIPELINE_BATCH, _PIPELINE_IMAGES, model.config.in_channels)
+        section("pipeline", input_data.measure_pipeline, *shape, seconds("data"), seed)
     if "teacher" in settings.only and settings.teacher_size is not None:
 
         def teacher_rows() -> list[Row]:
             made, found["teacher"] = teacher.measure(
-                settings.teacher_size, config, settings.tokens, settings.seed, settings.bits
+                settings.teacher_size, config, settings.tokens, seed, settings.bits
             )
             return made
 

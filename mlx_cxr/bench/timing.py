@@ -28,6 +28,13 @@ class Timing:
     warmups: int
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def summary(seconds: list[float] | np.ndarray, warmups: int = 0) -> Timing:
     """Median and quartiles (linear interpolation) of timed calls."""
     lower, median, upper = np.percentile(np.asarray(seconds), [25, 50, 75])

@@ -150,16 +150,9 @@ class FineTuning:
         return record
 
     def fit(self, run_dir: Path, images: np.ndarray | None, validate: Validate, resume: bool) -> dict[str, Any]:
-        """Put adapters on the base and train them.
+        """Put adapters on the base and train them; returns the entries of `training.json`.
 
-        Args:
-            run_dir: the run's folder.
-            images: of the training studies.
-            validate: of the validation studies.
-            resume: go on from the saved state.
-
-        Returns:
-            The entries of `training.json`.
+        `images` and `validate` are those of `embed_images`.
         """
         config, teacher, base, training = self.config, self.config.teacher, self.base, self.config.teacher.training
         targets = config.labels.policy().apply(self.training.raw_labels)
@@ -169,10 +162,11 @@ class FineTuning:
             base.model.load_weights(list(self.first_adapter.items()), strict=False)
         mx.reset_peak_memory()
         with batch_parallel(rows=training.batch_size):
+            task = lora_task(
+                base, self.form, self.training, targets, images, loss, validate, teacher, config.seed, self.world
+            )
             result = train(
-                lora_task(
-                    base, self.form, self.training, targets, images, loss, validate, teacher, config.seed, self.world
-                ),
+                task,
                 epochs=training.epochs,
                 seed=config.seed,
                 patience=training.patience,

@@ -78,6 +78,13 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
+def linear_widths(linear: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer, quantized or not, with an adapter or without."""
+    linear = linear.linear if "linear" in linear else linear
+    outputs, inputs = linear.weight.shape
+    return inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs, outputs
+
+
 def adapter_parameters(model: nn.Module) -> int:
     """Weights of all adapters, the only ones that are not frozen."""
     return sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
@@ -194,9 +201,7 @@ def _check_arrays(path: Path, model: nn.Module, arrays: dict[str, mx.array], key
     for name in keys:
         if name not in modules:
             raise AdapterError(f"{path}: the base has no layer {name}; it was made for another base")
-        outputs, inputs = modules[name].weight.shape
-        if isinstance(modules[name], nn.QuantizedLinear):
-            inputs = inputs * 32 // modules[name].bits
+        inputs, outputs = linear_widths(modules[name])
         expected |= {f"{name}.lora_a": (inputs, rank), f"{name}.lora_b": (rank, outputs)}
     faults = [f"{name} is missing" for name in expected if name not in arrays]
     faults += [f"{name} is not expected" for name in arrays if name not in expected]

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.teacher.lora import linear_widths
 
 _FEED_FORWARD, _SCORES = 12, 6
 """Arrays that a layer's backward pass holds at once beside those kept: of the feed-forward width, or of the attention's
@@ -51,15 +52,10 @@ class MemoryEstimate:
         return self.weights + self.adapters + self.activations
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name} {value / 1e9:.2f}"
-            for name, value in (
-                ("weights", self.weights),
-                ("adapters and optimizer", self.adapters),
-                ("activations", self.activations),
-            )
+        return (
+            f"{self.total / 1e9:.2f} GB (weights {self.weights / 1e9:.2f}, adapters and optimizer "
+            f"{self.adapters / 1e9:.2f}, activations {self.activations / 1e9:.2f})"
         )
-        return f"{self.total / 1e9:.2f} GB ({parts})"
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Decoder:
         return cls(
             attention=tuple(bool(layer.is_attention_layer) for layer in layers),
             hidden=text.hidden_size,
-            inner=_outputs(layers[0].feed_forward.w1),
+            inner=linear_widths(layers[0].feed_forward.w1)[1],
             keys=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
             heads=text.num_attention_heads,
             weight_bytes=sum(value.nbytes for name, value in tree_flatten(model.parameters()) if "lora_" not in name),
@@ -113,7 +109,8 @@ def training_estimate(
     layers = len(decoder.attention)
     dropped = config.lora.dropout > 0 and bool(adapted)
     kept = [_kept_bytes(decoder, attention, length, size, dropped) for attention in decoder.attention]
-    backward = [_backward_bytes(decoder, attention, length, size) for attention in decoder.attention]
+    scores = _SCORES * decoder.heads * length
+    backward = [size * max(_FEED_FORWARD * decoder.inner, scores * attention) for attention in decoder.attention]
     # In the last layer, all that follows its keys or its convolution is computed only for the tokens that are read.
     kept[-1] -= _feed_forward_bytes(decoder, size, dropped)
     backward[-1] = 0
@@ -138,7 +135,7 @@ def scoring_estimate(decoder: Decoder, config: TeacherConfig, longest: int, prec
 def adapted_widths(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
     """(inputs, outputs) of linear layers by their full names."""
     modules = dict(model.named_modules())
-    return [(_inputs(modules[name]), _outputs(modules[name])) for name in names]
+    return [linear_widths(modules[name]) for name in names]
 
 
 def memory_limit(config: TeacherConfig) -> int:
@@ -214,25 +211,7 @@ def _kept_bytes(decoder: Decoder, attention: bool, length: int, size: int, dropp
     return kept * size + 2 * hidden * dropped + _feed_forward_bytes(decoder, size, dropped)
 
 
-def _backward_bytes(decoder: Decoder, attention: bool, length: int, size: int) -> int:
-    return size * max(_FEED_FORWARD * decoder.inner, _SCORES * decoder.heads * length * attention)
-
-
 def _feed_forward_bytes(decoder: Decoder, size: int, dropped: bool) -> int:
     # The residual and its norm's output; gate, up and their product.
     inputs = decoder.hidden + decoder.inner
     return (decoder.hidden + inputs + 2 * decoder.inner) * size + inputs * dropped
-
-
-def _outputs(linear: nn.Module) -> int:
-    return int(_without_adapter(linear).weight.shape[0])
-
-
-def _inputs(linear: nn.Module) -> int:
-    linear = _without_adapter(linear)
-    packed = int(linear.weight.shape[1])
-    return packed * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else packed
-
-
-def _without_adapter(linear: nn.Module) -> nn.Module:
-    return linear.linear if "linear" in linear else linear

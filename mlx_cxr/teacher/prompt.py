@@ -212,14 +212,15 @@ class PromptBatch:
     tokens: int
 
 
-def padded(prompts: Sequence[Prompt], bucket: int, pad: int = 0) -> PromptBatch:
-    """Stack prompts; the length is the longest one's, up to a multiple of `bucket`.
-
-    Padding follows all that is read, and the model is causal: it changes nothing.
-    """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = -(-longest // bucket) * bucket
-    ids = np.full((len(prompts), length), pad, dtype=np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt.ids)] = prompt.ids
+def padded(prompts: Sequence[Prompt], bucket: int) -> PromptBatch:
+    """Stack prompts as `padded_ids`; padding follows all that is read and the model is causal: it changes nothing."""
+    ids = padded_ids([prompt.ids for prompt in prompts], bucket)
     return PromptBatch(ids, np.stack([prompt.read for prompt in prompts]), sum(len(p.ids) for p in prompts))
+
+
+def padded_ids(rows: Sequence[Sequence[int]], bucket: int, pad: int = 0) -> np.ndarray:
+    """int32 (B, L): token ids padded on the right to the longest row, up to a multiple of `bucket`."""
+    ids = np.full((len(rows), -(-max(map(len, rows)) // bucket) * bucket), pad, dtype=np.int32)
+    for padded_row, row in zip(ids, rows, strict=True):
+        padded_row[: len(row)] = row
+    return ids
