@@ -79,6 +79,7 @@ def run(
     _check(only, batch_sizes, size, tokens)
     if minutes is not None and not minutes > 0:
         raise BenchmarkError(f"--minutes {minutes:g}: give more than 0")
+
     torch_device = best_device() if against == "torch" else None
     config = config or Config(name="benchmark", data=DataConfig(root=Path(), work_dir=Path()))
     machine = device.start("benchmark")
@@ -97,6 +98,8 @@ def run(
     )
     torch = describe_torch(torch_device) if torch_device else None
     record = provenance("benchmark", config.plain(), inputs, machine)
+
+    # Load and heat before and after say how far the figures can be trusted.
     before = machine_state()
     if (before["load_average"] or 0.0) > _BUSY * machine["cores"]:
         log.warning(

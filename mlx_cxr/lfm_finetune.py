@@ -59,13 +59,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     if world.writes:
         write_json(run_dir / RECORD, {**record, "tuned_auc": summary["best_auc"]})
         write_json(run_dir / "training.json", summary)
-    log.info(
-        "validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s",
-        record["zero_shot_auc"],
-        summary["best_auc"],
-        summary["best_epoch"],
-        run_dir / ADAPTER,
-    )
+    aucs = record["zero_shot_auc"], summary["best_auc"], summary["best_epoch"]
+    log.info("validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s", *aucs, run_dir / ADAPTER)
     return run_dir
 
 

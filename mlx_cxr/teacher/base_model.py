@@ -95,13 +95,8 @@ class Base:
             min(quantized, default=None),
             parameters,
         )
-        log.info(
-            "base %s: %s parameters, %s%s",
-            folder,
-            f"{base.parameters:,}",
-            precision,
-            f", {base.bits} bits" if base.bits else "",
-        )
+        bits = f", {base.bits} bits" if base.bits else ""
+        log.info("base %s: %s parameters, %s%s", folder, f"{base.parameters:,}", precision, bits)
         return base
 
     @property

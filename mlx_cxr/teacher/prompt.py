@@ -159,15 +159,10 @@ class PromptFormat:
         Raises:
             PromptError: `max_tokens` leaves no room for the report.
         """
-        cut = 0
-        texts: list[list[int]] = []
-        if sections:
-            room = self.max_tokens - self.fixed
-            texts = [self.section_ids(name, text) for name, text in sections]
-            whole = sum(map(len, texts))
-            texts = _fitted([name for name, _ in sections], texts, room)
-            cut = whole - sum(map(len, texts))
-        ids = [*self.head, *self.image, *(token for text in texts for token in text), *self.tail]
+        texts = [self.section_ids(name, text) for name, text in sections]
+        kept = _fitted([name for name, _ in sections], texts, self.max_tokens - self.fixed)
+        cut = sum(map(len, texts)) - sum(map(len, kept))
+        ids = [*self.head, *self.image, *(token for text in kept for token in text), *self.tail]
         read = np.empty(len(LABELS), dtype=np.int32)
         for name, line in zip(self.order, self.lines, strict=True):
             ids += line

@@ -107,7 +107,7 @@ def score(
                     continue
                 batch = padded([prompts[i] for i in rows], config.training.bucket)
                 image = () if images is None else (mx.array(images[rows]),)
-                # The first batch of a shape compiles: its time says nothing of the others.
+                # The first batch of a shape compiles, and is not timed.
                 begun = time.perf_counter()
                 answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *image)
                 mx.eval(answer, feature)
