@@ -14,20 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_cxr.bench import plot, results
+from mlx_cxr.bench import results, run_all
 from mlx_cxr.bench.machine import machine_state
-from mlx_cxr.bench.run_all import SECTIONS, Settings, measure_all, random_network
+from mlx_cxr.bench.run_all import SECTIONS
 from mlx_cxr.bench.torch_side import best_device, describe_torch
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import DataConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import provenance, run_folder, write_json, write_text
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import configuration, stage_parser, started
-from mlx_cxr.inference.trained_run import TrainedRun
-from mlx_cxr.models.resnet import ResNet18, ResNetConfig
-from mlx_cxr.pages.readme import replace_block
 
 log = logging.getLogger("mlx_cxr")
 
@@ -39,7 +36,7 @@ _BUSY = 0.5
 
 
 class BenchmarkError(UserError, ValueError):
-    """Options that ask for what there is not."""
+    """Options that cannot be met."""
 
 
 def run(
@@ -83,11 +80,12 @@ def run(
     _check(only, batch_sizes, size, tokens)
     if minutes is not None and not minutes > 0:
         raise BenchmarkError(f"--minutes {minutes:g}: give more than 0")
+
     torch_device = best_device() if against == "torch" else None
     config = config or Config(name="benchmark", data=DataConfig(root=Path(), work_dir=Path()))
     machine = device.start("benchmark")
-    model, size, inputs = _network(config, run_name, size)
-    settings = Settings(
+    model, size, inputs = run_all.network_of(config, run_name, size)
+    settings = run_all.Settings(
         size=size,
         batch_sizes=batch_sizes,
         torch_device=torch_device,
@@ -101,6 +99,8 @@ def run(
     )
     torch = describe_torch(torch_device) if torch_device else None
     record = provenance("benchmark", config.plain(), inputs, machine)
+
+    # Load and heat before and after say how far the figures can be trusted.
     before = machine_state()
     if (before["load_average"] or 0.0) > _BUSY * machine["cores"]:
         log.warning(
@@ -109,7 +109,7 @@ def run(
             before["load_average"],
             machine["cores"],
         )
-    rows, found = measure_all(model, config.teacher, settings)
+    rows, found = run_all.measure_all(model, config.teacher, settings)
     result: dict[str, Any] = {
         "schema": 1,
         "machine": machine,
@@ -121,7 +121,7 @@ def run(
     }
     if not rows:
         raise BenchmarkError("nothing was measured: --only teacher and --teacher_size none exclude each other")
-    return _write(config.outputs / "benchmark", result, rows, record, update_readme)
+    return results.write_results(config.outputs / "benchmark", result, rows, record, update_readme)
 
 
 def _check(only: Sequence[str], batch_sizes: Sequence[int], size: int | None, tokens: int) -> None:
@@ -133,46 +133,6 @@ def _check(only: Sequence[str], batch_sizes: Sequence[int], size: int | None, to
         raise BenchmarkError(f"--size {size}: films have 32 px at least")
     if tokens < len(LABELS):
         raise BenchmarkError(f"--tokens {tokens}: a prompt has a position for each of {len(LABELS)} findings")
-
-
-def _network(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
-    """The network, the side of its images, and the file that it is from."""
-    if run_name is None:
-        model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)
-        return random_network(model, config.seed), size or config.pixels.size, {}
-    folder = Path(run_name) if Path(run_name).is_dir() else run_folder(config.outputs, str(run_name))
-    trained = TrainedRun.open(folder)
-    return trained.model, size or trained.config.pixels.size, {"weights": trained.checkpoint}
-
-
-def _write(
-    folder: Path, result: dict[str, Any], rows: list, record: dict[str, Any], update_readme: Path | None
-) -> Path:
-    targets = [results.ratio_entry(line) for line in results.ratios(rows)]
-    lora = results.lora_entry(result["teacher"])
-    write_text(folder / "benchmark.csv", results.table_csv(rows))
-    write_text(folder / "benchmark.md", results.full_page(result, rows))
-    plot.plot(folder / "benchmark.png", result, rows)
-    path = write_json(
-        folder / "benchmark.json",
-        {
-            **result,
-            "ratios": [*targets, *([lora] if lora else [])],
-            "rows": [row.plain() for row in rows],
-            "provenance": record,
-        },
-    )
-    if update_readme is not None:
-        replace_block(update_readme, "benchmark", results.readme_block(result, rows))
-    for entry in targets:
-        if entry["met"] is not None:
-            log.info(
-                "%s: %.2f of %s, at most %g wanted: %s",
-                *(entry[key] for key in ("what", "ratio", "against", "at_most")),
-                "met" if entry["met"] else "NOT MET",
-            )
-    log.info("tables in %s", folder / "benchmark.md")
-    return path
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
 """Make a small base for the teacher: `python -m mlx_cxr.make_tiny_teacher --config configs/demo.yaml`.
 
 Writes a complete checkpoint of LFM2.5-VL's architecture (about a million parameters) to `teacher.base`, its language
-model trained on the reports of the training split: for machines and tests without the published base. Nothing that a
-teacher on it says carries over to the published one.
+model trained on the reports of the training split: for machines and tests without the published base. No result of a
+teacher on it carries over to the published one.
 """
 
 from __future__ import annotations
@@ -43,26 +43,23 @@ def run(config: Config) -> Path:
         )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
         raise UserError(f"{folder} holds something that was not made here; name another folder as teacher.base")
+
     manifest = load_manifest(config.manifest_path)
     reports = load_reports(config.reports_path, manifest)
     training = manifest.frame.loc[manifest.frame["split"] == "train", "study_id"].drop_duplicates()
     texts = [reports.sections[study] for study in training if study in reports.sections]
     if not texts:
         raise DataError(f"{config.reports_path}: no training study has a report to train the language model on")
+
+    # The record comes first: it marks a folder that may be written again, should this be stopped.
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {"manifest": config.manifest_path, "reports": config.reports_path}
     record = provenance("make_tiny_teacher", config.plain(), inputs, machine)
     write_json(folder / RECORD, record)
     made = make_tiny_teacher(folder, texts, config.teacher.tiny or TinyTeacherConfig(), config.seed)
     write_json(folder / RECORD, {**record, "made": made})
-    log.info(
-        "%s: %s parameters, %d reports, %.3f nats per token, %.0f s",
-        folder,
-        f"{made['parameters']:,}",
-        made["reports"],
-        made["loss"],
-        made["seconds"],
-    )
+    figures = f"{made['parameters']:,}", made["reports"], made["loss"], made["seconds"]
+    log.info("%s: %s parameters, %d reports, %.3f nats per token, %.0f s", folder, *figures)
     return folder
 
 

@@ -101,10 +101,10 @@ def test_a_run_gives_weights_and_size(config, monkeypatch, tmp_path):
     weights.write_bytes(b"weights")
     opened = []
     trained = SimpleNamespace(model=model, config=config, checkpoint=weights)
-    monkeypatch.setattr(benchmark.TrainedRun, "open", lambda folder: opened.append(folder) or trained)
+    monkeypatch.setattr(run_all.TrainedRun, "open", lambda folder: opened.append(folder) or trained)
     seen = []
     monkeypatch.setattr(
-        benchmark, "measure_all", lambda network, *rest: seen.append((network, rest[1].size)) or ([], {"teacher": None})
+        run_all, "measure_all", lambda network, *rest: seen.append((network, rest[1].size)) or ([], {"teacher": None})
     )
     for name, size in (("some_run", None), (tmp_path, 64)):
         with pytest.raises(benchmark.BenchmarkError, match="nothing was measured"):

@@ -19,6 +19,7 @@ from mlx_cxr import lfm_finetune
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import read_json, sha256_file, write_json
 from mlx_cxr.evaluation.metrics import roc_auc_per_label
+from mlx_cxr.teacher import fine_tuning_run
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.scoring import score
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher, what_it_reads
@@ -221,7 +222,7 @@ def test_overwriting_leaves_nothing_of_the_old_run_to_be_taken_for_the_new(toy, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(lfm_finetune, "validator", stopped)
+        patched.setattr(fine_tuning_run, "validator", stopped)
         with pytest.raises(KeyboardInterrupt):
             lfm_finetune.run(toy.config(*SHORT), "replaced", overwrite=True)
     left = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
@@ -272,7 +273,7 @@ def test_only_what_decides_the_adapter_forbids_a_resumption(toy):
     base = Base.open(config.teacher, config.weights_dir, vision=False)
 
     def hashed(*overrides: str) -> str:
-        return lfm_finetune.settings_hash(toy.config(*overrides), base, inputs)
+        return fine_tuning_run.settings_hash(toy.config(*overrides), base, inputs)
 
     same = ("teacher.batch_size=3", "teacher.memory_limit_gb=9", "outputs=o", "evaluation.bootstrap_samples=3")
     other = (
@@ -282,7 +283,7 @@ def test_only_what_decides_the_adapter_forbids_a_resumption(toy):
     assert {hashed(override) for override in same} == {hashed()}
     assert len({hashed(override) for override in other} | {hashed()}) == len(other) + 1
     other_inputs = inputs | {"first_adapter": config.manifest_path}
-    assert lfm_finetune.settings_hash(config, base, other_inputs) != hashed()
+    assert fine_tuning_run.settings_hash(config, base, other_inputs) != hashed()
 
 
 def test_a_second_phase_begins_where_the_first_ended(toy, tuned):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_cxr.bench.timing import LEAST_ROUNDS, Timing, alternate
+from mlx_cxr.bench.timing import LEAST_ROUNDS, Timing, alternate, seconds_of
 from mlx_cxr.ops import conv
 
 log = logging.getLogger("mlx_cxr")
@@ -34,7 +34,7 @@ class Contender:
             where there is nothing to compare.
         tolerance: largest difference that is accepted.
         samples: images or studies of one call.
-        note: what has to be known of it.
+        note: remark for the table.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a contender.
+    """A contender's result.
 
     Attributes:
         status: `timed`; `wrong`, its output is off and it was not timed; `failed`, it raised; `left out`, it would have
             taken too long.
-        note: why, or what has to be known of it.
+        note: the reason, or the contender's remark.
         flops: floating-point operations of one call, None where they are not counted.
         peak_gflops: measured peak of the same framework and precision.
         bound_seconds: least time of one call by the measured peak and bandwidth.
@@ -119,7 +119,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of a section's contenders is made of, for rates and bounds.
+    """The work in one call of a section's contenders, for rates and bounds.
 
     Attributes:
         flops: floating-point operations of one call; None where they are not counted.
@@ -192,16 +192,15 @@ def _checked(section: str, contender: Contender, budget: float, work: Work, know
         else:
             difference = contender.difference()
     except Exception as error:  # one that does not work here must not take the others' figures with it
-        return Row(**facts, status="failed", note=f"{type(error).__name__}: {_first_line(error)}")
+        message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        return Row(**facts, status="failed", note=f"{type(error).__name__}: {message[:200]}")
     once = perf_counter() - began
     if difference is not None and not difference <= contender.tolerance:
         note = f"differs by {difference:.2g}, more than {contender.tolerance:.2g}: not timed"
         return Row(**facts, status="wrong", note=note, difference=difference)
     if _too_slow(once, budget):
         # The first run may have compiled for longer than the work takes.
-        began = perf_counter()
-        contender.call()
-        once = perf_counter() - began
+        once = seconds_of(contender.call)
     if reason := _too_slow(once, budget):
         return Row(**facts, status="left out", note=reason, difference=difference)
     return Row(**facts, status="timed", note=contender.note, difference=difference)
@@ -211,11 +210,6 @@ def _too_slow(seconds: float, budget: float) -> str:
     if _FEW_CALLS * seconds <= budget / 2:
         return ""
     return f"one call takes about {seconds:.1f} s; more time (--minutes) would let it in"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or ["no message"])[0][:200]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""How fast images come: from JPEG files into the pixel store, and from the store into a training step."""
+"""Speed of the training input: from JPEG files into the pixel store, and from the store into a training step."""
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,17 +83,7 @@ def measure_pipeline(size: int, batch_size: int, images: int, channels: int, bud
                 mx.eval(preprocess(x, channels))
 
         contenders = [
-            Contender(
-                name,
-                "mlx",
-                device.device_kind(),
-                "uint8",
-                lambda source=source: epoch(source),
-                None,
-                0.0,
-                order.size,
-                note,
-            )
+            Contender(name, "mlx", device.device_kind(), "uint8", partial(epoch, source), None, 0.0, order.size, note)
             for name, source, note in (
                 (RESIDENT, ImageSource(stored, rows, 1e9), ""),
                 (FROM_DISK, ImageSource(stored, rows, 0.0), "the system had the file in memory"),

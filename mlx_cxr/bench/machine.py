@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.bench.contenders import PRECISIONS
+from mlx_cxr.bench.timing import seconds_of
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype
 from mlx_cxr.core import device
 
@@ -65,27 +66,25 @@ def memory_bandwidth(torch_device: str | None, seconds: float) -> dict[str, floa
     return found
 
 
-def load_average() -> float | None:
-    """Processes that ran or waited to run over the last minute; None where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def machine_state() -> dict[str, Any]:
+    """Load average, heat and a reference product at this moment, as `load_average`, `thermal`, `reference_gflops`.
+
+    The load is None where the system does not say. The product is MLX's float32 one of side 1024: its drift from the
+    start of a run to its end tells of heat, of which only macOS says more.
+    """
+    return {
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "thermal": _thermal_note(),
+        "reference_gflops": _gflops(_mlx_product(1024, "float32"), 1024, 1.0),
+    }
 
 
-def thermal_note() -> str | None:
-    """What macOS says about heat (`pmset -g therm`); None elsewhere, where the drift of the peak has to do."""
+def _thermal_note() -> str | None:
+    """Heat as macOS reports it (`pmset -g therm`); None elsewhere."""
     if platform.system() != "Darwin" or shutil.which("pmset") is None:
         return None
     done = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True, timeout=10, check=False)
     return " ".join(done.stdout.split()) or None
-
-
-def reference_gflops(seconds: float = 1.0) -> float:
-    """GFLOP/s of MLX's float32 product of side 1024: timed at the start and end of a run, its drift tells of heat."""
-    return _gflops(_mlx_product(1024, "float32"), 1024, seconds)
-
-
-def machine_state() -> dict[str, Any]:
-    """Load, heat and the reference product, at this moment."""
-    return {"load_average": load_average(), "thermal": thermal_note(), "reference_gflops": reference_gflops()}
 
 
 def _best_gflops(product: Callable[[int], Callable[[], object]], seconds: float) -> float:
@@ -93,9 +92,7 @@ def _best_gflops(product: Callable[[int], Callable[[], object]], seconds: float)
     for side in _SIDES:
         call = product(side)
         call()
-        began = perf_counter()
-        call()
-        once = perf_counter() - began
+        once = seconds_of(call)
         best = max(best, _gflops(call, side, seconds / 3))
         if once > _LONG_ENOUGH:
             break
@@ -114,9 +111,7 @@ def _median_seconds(call: Callable[[], object], seconds: float) -> float:
     call()
     taken, until = [], perf_counter() + seconds
     while len(taken) < 3 or perf_counter() < until:
-        began = perf_counter()
-        call()
-        taken.append(perf_counter() - began)
+        taken.append(seconds_of(call))
     return float(np.median(taken))
 
 

@@ -1,16 +1,22 @@
-"""What a run of the benchmark found: ratios, targets, and the tables that are written of it."""
+"""Results of a benchmark run: ratios, targets, tables, and the files that hold them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mlx_cxr.bench import grad_cam, inference, training
+from mlx_cxr.bench import grad_cam, inference, plot, training
 from mlx_cxr.bench.contenders import Row, fastest
 from mlx_cxr.core.formatting import number
+from mlx_cxr.core.runs import write_json, write_text
+from mlx_cxr.pages.readme import replace_block
+
+log = logging.getLogger("mlx_cxr")
 
 TARGET_BATCH = 8
 """Images per call at which the targets are set."""
@@ -50,10 +56,10 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target, which is one of the CPU, is met; None without a target or a ratio, and elsewhere."""
-        return (
-            None if self.limit is None or self.value is None or self.mlx.device != "cpu" else self.value <= self.limit
-        )
+        """True where the target is met; None without one or without a ratio, and on a GPU, as targets are the CPU's."""
+        if self.limit is None or self.value is None or self.mlx.device != "cpu":
+            return None
+        return self.value <= self.limit
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
@@ -84,6 +90,34 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     return lines
 
 
+def write_results(
+    folder: Path, result: Mapping[str, Any], rows: Sequence[Row], record: Mapping[str, Any], update_readme: Path | None
+) -> Path:
+    """Write `benchmark.json`, `.csv`, `.md`, `.png` and the README's block, and log which targets are met.
+
+    Returns:
+        The path of `benchmark.json`.
+    """
+    targets = [ratio_entry(line) for line in ratios(rows)]
+    lora = lora_entry(result["teacher"])
+    write_text(folder / "benchmark.csv", table_csv(rows))
+    write_text(folder / "benchmark.md", full_page(result, rows))
+    plot.plot(folder / "benchmark.png", result, rows)
+    found = {"ratios": [*targets, *([lora] if lora else [])], "rows": [row.plain() for row in rows]}
+    path = write_json(folder / "benchmark.json", {**result, **found, "provenance": record})
+    if update_readme is not None:
+        replace_block(update_readme, "benchmark", readme_block(result, rows))
+    for entry in targets:
+        if entry["met"] is not None:
+            log.info(
+                "%s: %.2f of %s, at most %g wanted: %s",
+                *(entry[key] for key in ("what", "ratio", "against", "at_most")),
+                "met" if entry["met"] else "NOT MET",
+            )
+    log.info("tables in %s", folder / "benchmark.md")
+    return path
+
+
 def table_csv(rows: Sequence[Row]) -> str:
     """All rows as CSV."""
     out = io.StringIO()
@@ -111,7 +145,8 @@ def lora_entry(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     peak, estimate = (teacher["training"][key] / 1e9 for key in ("peak_bytes", "estimate_bytes"))
     return {
-        "what": f"LoRA step at full size, {teacher['precision']}" + _bits(teacher),
+        "what": f"LoRA step at full size, {teacher['precision']}"
+        + (f", {teacher['bits']}-bit base" if teacher["bits"] else ""),
         "peak_gb": peak,
         "estimate_gb": estimate,
         "at_most_gb": LARGEST_LORA_GB,
@@ -122,7 +157,7 @@ def lora_entry(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def readme_block(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The short table, with the machine it is of and the command that makes it on a Mac."""
     machine, torch = result["machine"], result["torch"]
-    cores = f"{machine['cores']} cores{_blas(machine)}"
+    cores = f"{machine['cores']} cores" + (f", {machine['blas']}" if machine["blas"] else "")
     against = f", against PyTorch {torch['version']} on {torch['device']}" if torch else ""
     load = " and ".join(number(result[when]["load_average"], 1) for when in ("before", "after"))
     lines = [
@@ -134,7 +169,11 @@ def readme_block(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "| --- | ---: | ---: | ---: | --- |",
     ]
     lines += [_ratio_line(line) for line in ratios(rows)]
-    lines += [_teacher_line(row) for row in rows if row.section == "teacher"]
+    lines += [
+        f"| {row.name}, batch {row.samples} | {_ms(row)} per study | {row.note} | | |"
+        for row in rows
+        if row.section == "teacher"
+    ]
     if entry := lora_entry(result["teacher"]):
         lines.append(
             f"| {entry['what']} | peak {entry['peak_gb']:.1f} GB | estimate {entry['estimate_gb']:.1f} GB | | "
@@ -208,31 +247,16 @@ def _ratio_line(line: Ratio) -> str:
     target = "" if line.limit is None else f"at most {line.limit:g}x"
     if line.met is not None:
         target += f": {_met(line.met)}"
-    return f"| {line.what} | {_ms(line.mlx)} ({line.mlx.name}) | {held} | {_times(line.value)} | {target} |"
-
-
-def _teacher_line(row: Row) -> str:
-    return f"| {row.name}, batch {row.samples} | {_ms(row)} per study | {row.note} | | |"
+    ratio = "" if line.value is None else f"{line.value:.2f}x"
+    return f"| {line.what} | {_ms(line.mlx)} ({line.mlx.name}) | {held} | {ratio} | {target} |"
 
 
 def _ms(row: Row) -> str:
     return f"{row.ms_per_sample:.3g}"
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
 def _met(met: bool) -> str:
     return "met" if met else "**not met**"
-
-
-def _bits(teacher: Mapping[str, Any]) -> str:
-    return f", {teacher['bits']}-bit base" if teacher["bits"] else ""
-
-
-def _blas(machine: Mapping[str, Any]) -> str:
-    return f", {machine['blas']}" if machine["blas"] else ""
 
 
 def _batches(rows: Sequence[Row], section: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -13,7 +14,10 @@ from mlx.utils import tree_flatten
 
 from mlx_cxr.bench import grad_cam, inference, input_data, machine, teacher, training
 from mlx_cxr.bench.contenders import Row
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.runs import run_folder
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 log = logging.getLogger("mlx_cxr")
@@ -27,7 +31,7 @@ _SECONDS_PER_STORED_IMAGE = 5.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how long.
+    """Sizes, sections and time of a benchmark run.
 
     Attributes:
         size: side of the images in pixels.
@@ -71,6 +75,19 @@ def random_network(config: ResNetConfig, seed: int) -> ResNet18:
     return model
 
 
+def network_of(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
+    """The network to measure, the side of its images in pixels, and the file that it is from.
+
+    Arguments are those of the stage; raises RunFormatError where there is no such run.
+    """
+    if run_name is None:
+        model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)
+        return random_network(model, config.seed), size or config.pixels.size, {}
+    folder = Path(run_name) if Path(run_name).is_dir() else run_folder(config.outputs, str(run_name))
+    trained = TrainedRun.open(folder)
+    return trained.model, size or trained.config.pixels.size, {"weights": trained.checkpoint}
+
+
 def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> tuple[list[Row], dict[str, Any]]:
     """Run the sections.
 
@@ -89,87 +106,58 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
     def seconds(part: str) -> float:
         return 60 * settings.minutes * _SHARES[part]
 
-    def section(name: str, work: Callable[[], list[Row]]) -> None:
+    def section(name: str, measure: Callable[..., list[Row]], *arguments: object) -> None:
         log.info("%s …", name)
-        made = work()
-        rows.extend(made)
-        for row in made:
-            _say(row)
+        for row in measure(*arguments):
+            rows.append(row)
+            if row.timing is not None:
+                rate = "" if row.gflops is None else f", {row.gflops:.0f} GFLOP/s"
+                note = f"  ({row.note})" if row.note else ""
+                figures = row.name, row.samples, row.ms_per_sample, row.timing.rounds, rate, note
+                log.info("  %-52s batch %3d  %9.3f ms each, %d rounds%s%s", *figures)
 
+    size, seed, torch_device = settings.size, settings.seed, settings.torch_device
     if "inference" in settings.only:
+        # The machine's peaks are the yardstick of the forward pass.
         log.info("peak …")
         each = seconds("peak") / 8
-        peaks = machine.matrix_product_peaks(settings.torch_device, each)
-        bandwidth = machine.memory_bandwidth(settings.torch_device, each)
+        peaks = machine.matrix_product_peaks(torch_device, each)
+        bandwidth = machine.memory_bandwidth(torch_device, each)
         found["peak"] = {
             "gflops": {f"{framework}, {precision}": value for (framework, precision), value in peaks.items()},
             "bandwidth_gbs": bandwidth,
         }
         section(
             "inference",
-            lambda: inference.measure(
-                model,
-                settings.size,
-                settings.batch_sizes,
-                settings.torch_device,
-                peaks,
-                max(bandwidth.values()),
-                seconds("inference"),
-                settings.compile_seconds,
-                settings.seed,
-            ),
+            inference.measure,
+            model,
+            size,
+            settings.batch_sizes,
+            torch_device,
+            peaks,
+            max(bandwidth.values()),
+            seconds("inference"),
+            settings.compile_seconds,
+            seed,
         )
     if "training" in settings.only:
         batches = tuple(n for n in settings.batch_sizes if n in _TRAINING_BATCHES) or settings.batch_sizes[-1:]
-        arguments = (model, settings.size)
-        section(
-            "training",
-            lambda: training.measure_steps(
-                *arguments, batches, settings.torch_device, seconds("training"), settings.seed
-            ),
-        )
-        section("epoch", lambda: training.measure_epoch(*arguments, _EPOCH_BATCH, seconds("epoch"), settings.seed))
+        section("training", training.measure_steps, model, size, batches, torch_device, seconds("training"), seed)
+        section("epoch", training.measure_epoch, model, size, _EPOCH_BATCH, seconds("epoch"), seed)
     if "grad_cam" in settings.only:
-        section(
-            "grad_cam",
-            lambda: grad_cam.measure(model, settings.size, _CAM_BATCHES, seconds("grad_cam"), settings.seed),
-        )
+        section("grad_cam", grad_cam.measure, model, size, _CAM_BATCHES, seconds("grad_cam"), seed)
     if "data" in settings.only:
         images = max(8, int(60 * settings.minutes / _SECONDS_PER_STORED_IMAGE))
-        section("store", lambda: [input_data.measure_store(settings.size, images, settings.seed)])
-        section(
-            "pipeline",
-            lambda: input_data.measure_pipeline(
-                settings.size,
-                _PIPELINE_BATCH,
-                _PIPELINE_IMAGES,
-                model.config.in_channels,
-                seconds("data"),
-                settings.seed,
-            ),
-        )
+        section("store", lambda: [input_data.measure_store(size, images, seed)])
+        shape = (size, _PIPELINE_BATCH, _PIPELINE_IMAGES, model.config.in_channels)
+        section("pipeline", input_data.measure_pipeline, *shape, seconds("data"), seed)
     if "teacher" in settings.only and settings.teacher_size is not None:
-        log.info("teacher …")
-        made, found["teacher"] = teacher.measure(
-            settings.teacher_size, config, settings.tokens, settings.seed, settings.bits
-        )
-        rows.extend(made)
-        for row in made:
-            _say(row)
+
+        def teacher_rows() -> list[Row]:
+            made, found["teacher"] = teacher.measure(
+                settings.teacher_size, config, settings.tokens, seed, settings.bits
+            )
+            return made
+
+        section("teacher", teacher_rows)
     return rows, found
-
-
-def _say(row: Row) -> None:
-    if row.timing is None:
-        return
-    rate = "" if row.gflops is None else f", {row.gflops:.0f} GFLOP/s"
-    note = f"  ({row.note})" if row.note else ""
-    log.info(
-        "  %-52s batch %3d  %9.3f ms each, %d rounds%s%s",
-        row.name,
-        row.samples,
-        row.ms_per_sample,
-        row.timing.rounds,
-        rate,
-        note,
-    )

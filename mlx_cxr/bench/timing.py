@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,9 +27,12 @@ class Timing:
     rounds: int
     warmups: int
 
-    def plain(self) -> dict[str, float | int]:
-        """As JSON-ready data."""
-        return asdict(self)
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def summary(seconds: list[float] | np.ndarray, warmups: int = 0) -> Timing:

@@ -1,4 +1,4 @@
-"""A whole training step, MLX against PyTorch from the same weights, and what the loop adds to it."""
+"""A whole training step, MLX against PyTorch from the same weights, and the overhead of the loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_cxr.bench.contenders import Contender, Row, compare, stock_operations
-from mlx_cxr.bench.timing import summary
+from mlx_cxr.bench.timing import seconds_of, summary
 from mlx_cxr.bench.torch_side import import_torch, synchronize, torch_dtype, torch_resnet18
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
@@ -117,13 +116,13 @@ def measure_epoch(model: ResNet18, size: int, batch_size: int, budget: float, se
 
     bare, looped = [], []
     probe = step_of(1)
-    once = min(_seconds(probe.call) for _ in range(3))
+    once = min(seconds_of(probe.call) for _ in range(3))
     steps = int(np.clip(budget / (2 * _EPOCHS * once), *_STEPS))
     step = step_of(steps)
     step.call()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(_EPOCHS):
-            bare += [_seconds(step.call) for _ in range(steps)]
+            bare += [seconds_of(step.call) for _ in range(steps)]
             looped.append(_epoch_seconds(step.task, Path(folder), steps * batch_size, seed) / steps)
     facts = {"framework": "mlx", "device": device.device_kind(), "precision": "float32", "samples": batch_size}
     note = f"{_EPOCHS} epochs of {steps} steps, with augmentation"
@@ -131,12 +130,6 @@ def measure_epoch(model: ResNet18, size: int, batch_size: int, budget: float, se
         Row(EPOCH, name, **facts, status="timed", note=note, timing=summary(seconds, 1))
         for name, seconds in ((BARE, bare), (LOOPED, looped))
     ]
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began = perf_counter()
-    call()
-    return perf_counter() - began
 
 
 def _epoch_seconds(task: Task, folder: Path, images: int, seed: int) -> float:
@@ -149,7 +142,7 @@ def _epoch_seconds(task: Task, folder: Path, images: int, seed: int) -> float:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What an optimizer step did.
+    """Effect of the first optimizer step.
 
     Attributes:
         loss: before it.
@@ -198,7 +191,7 @@ class _MlxStep:
         return loss
 
     def first_step(self) -> FirstStep:
-        """What the first step did; the model is no longer where it started."""
+        """Take the first step; the model is no longer where it started."""
         before = _arrays(self.model)
         loss, after = self.call().item(), _arrays(self.model)
         moments = {
@@ -227,7 +220,7 @@ def _mlx_contender(name: str, precision: str, step: _MlxStep, reference: FirstSt
 
 
 def step_difference(step: FirstStep, reference: FirstStep) -> float:
-    """How far a first step is from another: the largest of four relative differences.
+    """Distance of a first step from another: the largest of four relative differences.
 
     These are the loss's, the clipped gradient's, the update's and the running statistics', the last three as the root
     of summed squares over that of the reference. Adam's first update is the gradient's sign, so that where the gradient

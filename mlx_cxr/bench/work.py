@@ -14,8 +14,6 @@ import mlx.core as mx
 
 from mlx_cxr.models.resnet import BasicBlock, ResNet18
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
 
 @dataclass(frozen=True)
 class ForwardWork:
@@ -41,7 +39,7 @@ class ForwardWork:
             peak_gflops: GFLOP/s of a matrix product in that precision.
             bandwidth_gbs: GB/s (1e9) of the memory.
         """
-        moved = (images * self.activations + self.weights) * BYTES[precision]
+        moved = (images * self.activations + self.weights) * getattr(mx, precision).size
         return max(images * self.flops / (peak_gflops * 1e9), moved / (bandwidth_gbs * 1e9))
 
 

@@ -1,10 +1,9 @@
-"""Which words of a report moved an answer: gradients on the embeddings, and the answer without each word.
+"""Words of a report that moved an answer: gradients on the embeddings, and the answer without each word.
 
-The contributions shown are integrated gradients (Sundararajan et al., arXiv:1703.01365): the report's embeddings are
-led in a straight line from a blank to what they are, and the gradient is summed up on the way. They add up to the
-difference that the report makes, which gradient x input (Simonyan et al., arXiv:1312.6034; Shrikumar et al.,
-arXiv:1605.01713), the gradient at the end of that line times the embedding, does not. Leave-one-out is the check: the
-report is read again without each word.
+The contributions shown are integrated gradients (Sundararajan et al., arXiv:1703.01365): the gradient is summed along
+the straight line from a blank baseline to the report's embeddings. They add up to the difference that the report makes,
+which gradient x input (Simonyan et al., arXiv:1312.6034; Shrikumar et al., arXiv:1605.01713) does not. Leave-one-out
+is the check: the report is read again without each word.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ Answers = Callable[[mx.array], mx.array]
 """Embeddings (B, L, H) to logits (B, K), row by row."""
 
 STEPS, MOST_STEPS, TOLERANCE = 32, 256, 0.01
-"""Points on the line from the blank to the report: doubled until what is left over is 1 % of the difference at most."""
+"""Points on the line from the blank to the report: doubled until the sum misses at most 1 % of the difference."""
 _WORD = re.compile(r"\S+")
 
 
 class AttributionError(UserError, ValueError):
-    """A prompt whose words cannot be told or that has none."""
+    """A prompt that holds no report."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Report:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """As written."""
+        """The words as written."""
         return tuple(self.text[start:stop] for start, stop in self.spans.tolist())
 
     @property
@@ -122,9 +121,9 @@ def explain(
     columns: Sequence[int],
     config: TeacherConfig,
 ) -> list[WordScores]:
-    """What each word of a report did to some of its 14 logits.
+    """Score each word of a report for some of its 14 logits.
 
-    The image's tokens, where there are any, are led from the blank too, and counted as one. A pass holds
+    The image's tokens, where there are any, start from the blank too, and are counted as one. A pass holds
     `training.batch_size` rows, which the training had room for.
 
     Args:
@@ -147,6 +146,7 @@ def explain(
     blank = blanked(embeddings, blank_embedding(base), form, report)
     read = mx.array(prompt.read)[None]
 
+    # The function that is explained: embeddings of the whole prompt to its logits.
     def answers(points: mx.array) -> mx.array:
         reads = mx.broadcast_to(read, (len(points), read.shape[1]))
         checkpoint = config.training.gradient_checkpointing
@@ -176,7 +176,7 @@ def explain(
 
 
 def blank_embedding(base: Base) -> mx.array:
-    """float32 (H,): where the line begins, the embedding of the padding token.
+    """float32 (H,): the embedding of the padding token, where the line begins.
 
     It stands for no word. On a tiny base fine-tuned on the synthetic cohort, ranks agreed with leave-one-out at 0.45
     from there, at 0.41 from the vocabulary's mean, at 0.40 from the report's, and at 0.03 for gradient x input (mean
@@ -209,7 +209,7 @@ def integrated_gradients(
     """Integrated gradients of some logits, by Gauss-Legendre quadrature.
 
     Args:
-        answers: what is explained.
+        answers: the function that is explained.
         embeddings: float32 (L, H).
         blank: float32 (L, H), where the line begins; a token that is the same in both gets 0.
         columns: K of the logits.

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import TeacherConfig
@@ -18,8 +18,6 @@ from mlx_cxr.core.runs import hash_of, sha256_file
 from mlx_cxr.models.hub import LFM, WeightsCorruptError, check_language_model
 
 log = logging.getLogger("mlx_cxr")
-
-_PRECISIONS = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 class BaseUnavailableError(UserError, FileNotFoundError):
@@ -39,7 +37,7 @@ class Base:
         grey: (mean, deviation) that grey levels in [0, 1] are normalized by for the vision tower.
         precision: of its floating-point weights, such as `float32`.
         bits: of quantized weights; None where none is quantized.
-        parameters: of the whole base, vision too, adapters not; quantized weights count as what they stand for.
+        parameters: of the whole base, vision too, adapters not; quantized weights count unpacked.
     """
 
     name: str
@@ -77,7 +75,7 @@ class Base:
         if not vision:
             del model.vision_tower, model.multi_modal_projector
         precision = chosen_precision(config.training.precision, model)
-        model.update(tree_map(lambda w: _as(w, precision), model.parameters()))
+        model.set_dtype(getattr(mx, precision))
         model.freeze()
         model.eval()
         # One at a time: all at once would hold each weight as it is in the file beside its copy in this precision.
@@ -97,18 +95,13 @@ class Base:
             min(quantized, default=None),
             parameters,
         )
-        log.info(
-            "base %s: %s parameters, %s%s",
-            folder,
-            f"{base.parameters:,}",
-            precision,
-            f", {base.bits} bits" if base.bits else "",
-        )
+        bits = f", {base.bits} bits" if base.bits else ""
+        log.info("base %s: %s parameters, %s%s", folder, f"{base.parameters:,}", precision, bits)
         return base
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What an adapter or a cache must agree with to belong to this base."""
+        """Hash and bits, which an adapter or a cache must agree with to belong to this base."""
         return {"sha256": self.sha256, "bits": self.bits}
 
     def release_vision(self) -> None:
@@ -169,14 +162,10 @@ def chosen_precision(wanted: str, model: nn.Module) -> str:
     if device.device_kind() == "cpu":
         return "float32"
     stored = model.language_model.model.embedding_norm.weight.dtype
-    return next((name for name, dtype in _PRECISIONS.items() if dtype == stored), "bfloat16")
+    return next((name for name in ("float32", "float16") if getattr(mx, name) == stored), "bfloat16")
 
 
 def base_sha256(folder: Path) -> str:
     """Hex hash over what decides a base's answers: its weights, configuration and tokenizer."""
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
     return hash_of({path.name: sha256_file(path) for path in files})
-
-
-def _as(weight: mx.array, precision: str) -> mx.array:
-    return weight.astype(_PRECISIONS[precision]) if mx.issubdtype(weight.dtype, mx.floating) else weight

@@ -1,4 +1,4 @@
-"""What the teacher is asked about: the studies of a manifest that have what it may read, as prompts."""
+"""Studies of a manifest that have the text or image that a teacher reads, as prompts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Studies:
         return np.array([len(prompt.ids) for prompt in self.prompts])
 
     def of_split(self, name: str) -> Studies:
-        """The studies of one split; `counts` keeps only what can be told from them."""
+        """The studies of one split; `counts` keeps `read` and `cut` only."""
         rows = np.flatnonzero((self.frame["split"] == name).to_numpy())
         prompts = [self.prompts[i] for i in rows]
         counts = {"read": len(rows), "cut": sum(prompt.cut > 0 for prompt in prompts)}

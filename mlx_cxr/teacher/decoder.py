@@ -1,11 +1,11 @@
 """LFM2's decoder layers over the modules that mlx-vlm opens, for prompts that begin alike.
 
-The layers are mlx-vlm's, weights and all; what is computed here is their forward pass, for four things that theirs does
-not give: tokens that all prompts of a batch begin with are computed once and the batch goes on from there, with
-gradients; adapters work in the precision of the base, with one dropout mask for the projections of one input, which
-takes less memory; nothing is kept for the backward pass that is cheaper to compute again; and on the CPU backend the
-exponentials are those of `fast_ops`, and a batch is worked on by all cores inside `models.streams.batch_parallel`.
-`tests/teacher` holds it against mlx-vlm and against transformers.
+The layers are mlx-vlm's, weights and all; their forward pass is computed here for four things that theirs does not
+give: tokens that all prompts of a batch begin with are computed once, with gradients; adapters work in the precision of
+the base, with one dropout mask for the projections of one input, which takes less memory; nothing is kept for the
+backward pass that is cheaper to compute again; and on the CPU backend the exponentials are those of `ops.activations`,
+and all cores work on a batch inside `ops.streams.batch_parallel`. `tests/teacher` holds it against mlx-vlm and against
+transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_cxr.ops.activations import fast, softmax, swiglu
 from mlx_cxr.ops.streams import each, here, joined, split, with_gradient
 
 State = tuple[mx.array, ...]
-"""What a layer hands to the tokens that follow: keys and values (1, heads, P, D), or a short convolution's last inputs
+"""A layer's state for the tokens that follow: keys and values (1, heads, P, D), or a short convolution's last inputs
 (1, K - 1, H)."""
 
 _HIDDEN = -1e30
@@ -30,7 +30,7 @@ _HIDDEN = -1e30
 
 
 class Dropout(NamedTuple):
-    """Which inputs of the adapters are dropped: what a key draws for a batch, of which these may be some of the rows.
+    """Inputs of the adapters that are dropped: drawn by a key for a whole batch, of which some rows are at hand.
 
     So the same ones are dropped into however many parts a batch is cut.
     """
@@ -42,7 +42,7 @@ class Dropout(NamedTuple):
     """Of the batch."""
 
     def one_each(self, count: int) -> list[Dropout]:
-        """For so many layers."""
+        """Masks of their own for `count` layers."""
         return [self._replace(key=key) for key in mx.random.split(self.key, count)]
 
     def kept(self, x: mx.array, share: float) -> tuple[mx.array, float]:
@@ -106,12 +106,12 @@ def decoder_layer(
     Args:
         layer: mlx-vlm's `Lfm2DecoderLayer`.
         x: (B, L, H).
-        before: what it handed on from tokens that come before those of `x`; empty where none do.
+        before: its state from tokens that come before those of `x`; empty where none do.
         drop: inputs of the adapters; None drops nothing.
         read: int (B, R), positions along L whose states are wanted; None for all.
 
     Returns:
-        (B, R or L, H), and what it hands on.
+        (B, R or L, H), and its state.
     """
     drops = [None] * 4 if drop is None else drop.one_each(4)
     operator = _attention if layer.is_attention_layer else _short_convolution
@@ -238,11 +238,11 @@ def _drawn_keys(count: int) -> mx.array:
 
 
 def _checkpointed(layer: nn.Module) -> Callable[..., tuple[mx.array, State]]:
-    """`decoder_layer` of a layer, of which nothing is kept for the backward pass but what it is given.
+    """`decoder_layer` of a layer that keeps only its inputs for the backward pass.
 
-    Unlike `mx.checkpoint`'s, its activations are computed again only when the gradient has come down to it, and the
-    gradient goes on only when that of the adapters is taken: on several streams MLX's order would else have those of
-    all layers in memory.
+    Unlike `mx.checkpoint`'s, its activations are computed again only when the gradient has reached it, and the gradient
+    is passed on only when that of the adapters is taken: on several streams MLX's order would else have the activations
+    of all layers in memory.
     """
     stream, own = here(), tree_flatten(layer.trainable_parameters())
 

@@ -17,10 +17,11 @@ from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_labe
 from mlx_cxr.ops.activations import compiled
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.dataset import Studies
-from mlx_cxr.teacher.lora import save_adapter
+from mlx_cxr.teacher.lora import WEIGHTS, save_adapter
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings, shared_score
+from mlx_cxr.teacher.teacher_run import ADAPTER
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError
 from mlx_cxr.training.losses import Loss
@@ -62,14 +63,14 @@ def lora_task(
     """
     training = config.training
     plan = BatchPlan(studies.lengths(), training.batch_size, training.accumulate, seed)
-    steps_per_epoch = plan.steps
+    # Of the passes of a step, those of this rank.
     part = world.part(plan.accumulate, "teacher.training.accumulate")
     optimizer = make_optimizer(
         learning_rate=training.learning_rate,
         final_learning_rate=training.final_learning_rate,
         warmup_fraction=training.warmup_fraction,
         weight_decay=training.weight_decay,
-        total_steps=steps_per_epoch * training.epochs,
+        total_steps=plan.steps * training.epochs,
     )
     optimizer.init(base.model.trainable_parameters())
 
@@ -91,11 +92,11 @@ def lora_task(
         optimizer=optimizer,
         step=accumulating_step(base.model, form, optimizer, loss, config, arrays=3 + (images is not None), world=world),
         batches=batches,
-        steps_per_epoch=steps_per_epoch,
-        samples=lambda epoch, skip: (steps_per_epoch - skip) * plan.accumulate * plan.batch_size,
+        steps_per_epoch=plan.steps,
+        samples=lambda epoch, skip: (plan.steps - skip) * plan.accumulate * plan.batch_size,
         validate=validate,
         keep=lambda path: save_adapter(path.parent, base.model, base.identity),
-        best_name="adapter_weights/adapters.safetensors",
+        best_name=f"{ADAPTER}/{WEIGHTS}",
         trainable_only=True,
         tokens=tokens,
         unit="studies",
@@ -105,13 +106,13 @@ def lora_task(
 
 
 class BatchPlan:
-    """Which studies go into which forward pass and step: a function of seed and epoch alone.
+    """Studies of each forward pass and step, a function of seed and epoch alone.
 
     Attributes:
         lengths: int (N,), tokens of each study's prompt.
         batch_size: studies per forward pass; all of them where there are fewer.
         accumulate: forward passes per step; as many as there are where there are fewer.
-        steps: per epoch; what is left over is left out of this epoch.
+        steps: per epoch; the remainder is left out of this epoch.
 
     Raises:
         TrainingDataError: no studies.
@@ -214,7 +215,7 @@ def validator(
     config: TeacherConfig,
     world: World = ALONE,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """What the loop calls after each epoch: loss and macro AUC per study, -1 and empty counted as 0.
+    """The loop's validation: loss and macro AUC of the studies, -1 and empty counted as 0.
 
     Raises:
         TrainingDataError: no label of these studies has both classes.

@@ -1,4 +1,4 @@
-"""The image as the language model sees it: image embeddings from the frozen vision tower, computed once and stored."""
+"""Image embeddings from the frozen vision tower, computed once and stored."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def image_embeddings(
     folder: Path,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Embeddings of images from disk, computed there first as far as they are not; goes on where it was stopped.
+    """Embeddings of images from disk; those that are missing are computed first, resuming where a run was stopped.
 
     Args:
         base: the base.
@@ -86,7 +86,7 @@ def image_embeddings(
         store_sha256: of the store's index, which names manifest and transform.
         image_ids: which, in the order wanted.
         size: side in pixels that the tower sees.
-        folder: gets `image_embeddings_<size>_<key>.npy` (float16) and its JSON, a key for each base, store and list.
+        folder: gets `film_embeddings_<size>_<key>.npy` (float16) and its JSON, a key for each base, store and list.
         batch_size: images per pass.
 
     Returns:
@@ -120,6 +120,7 @@ def image_embeddings(
                 f"embedding of film {image_ids[start]} or its neighbours is not finite in float16"
             )
         out[start : start + len(chosen)] = encoded
+        # So far a stopped run resumes.
         if (start // batch_size) % 16 == 15:
             out.flush()
             write_json(progress_path, {"header": header, "done": start + len(chosen)})
@@ -129,7 +130,7 @@ def image_embeddings(
 
 
 def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[int, ...]) -> int:
-    """How many images a stopped run has left on the disk; 0 where what is there is damaged or for something else."""
+    """Number of images that a stopped run has left on the disk; 0 where the file is damaged or of something else."""
     try:
         progress = read_json(progress_path)
         # Opened for writing, a file cut short would be filled up with zeros.

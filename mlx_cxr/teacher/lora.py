@@ -78,13 +78,25 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
+def linear_widths(linear: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer, quantized or not, with an adapter or without."""
+    linear = linear.linear if "linear" in linear else linear
+    outputs, inputs = linear.weight.shape
+    return inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs, outputs
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Weights of all adapters, the only ones that are not frozen."""
+    return sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+
+
 def save_adapter(folder: Path, model: nn.Module, base: dict[str, Any]) -> None:
     """Write `adapters.safetensors` and `adapter_config.json`, each atomically; `mlx_vlm` loads the folder as it is.
 
     Args:
         folder: made where it is not.
         model: with adapters.
-        base: what says which base they belong to; stands under `base` in the settings, which mlx-vlm passes over.
+        base: identity of the base they belong to; stands under `base` in the settings, which mlx-vlm ignores.
     """
     settings = model._vlm_adapter_config
     write_safetensors(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())), {"format": "mlx"})
@@ -144,7 +156,7 @@ def read_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> dict[s
 
 
 def read_first_adapter(model: nn.Module, folder: Path, base: dict[str, Any], config: LoraConfig) -> dict[str, mx.array]:
-    """The arrays of the adapter that fresh ones are to begin with, as the second phase does where the first ended.
+    """The arrays of another adapter that fresh ones begin with, as a second phase does where the first ended.
 
     Args:
         model: the base, without adapters.
@@ -171,7 +183,7 @@ def read_first_adapter(model: nn.Module, folder: Path, base: dict[str, Any], con
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base as it is without its adapters, for as long as the context lasts: what it answers zero-shot."""
+    """Turn the adapters off inside the context: the base's zero-shot answers."""
     adapted = [module for _, module in model.named_modules() if "lora_a" in module]
     scales = [module.scale for module in adapted]
     try:
@@ -189,9 +201,7 @@ def _check_arrays(path: Path, model: nn.Module, arrays: dict[str, mx.array], key
     for name in keys:
         if name not in modules:
             raise AdapterError(f"{path}: the base has no layer {name}; it was made for another base")
-        outputs, inputs = modules[name].weight.shape
-        if isinstance(modules[name], nn.QuantizedLinear):
-            inputs = inputs * 32 // modules[name].bits
+        inputs, outputs = linear_widths(modules[name])
         expected |= {f"{name}.lora_a": (inputs, rank), f"{name}.lora_b": (rank, outputs)}
     faults = [f"{name} is missing" for name in expected if name not in arrays]
     faults += [f"{name} is not expected" for name in arrays if name not in expected]

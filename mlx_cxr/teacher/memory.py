@@ -1,4 +1,4 @@
-"""What fine-tuning and scoring take of memory, said before they start, and the setting that would fit if they don't.
+"""Memory of fine-tuning and scoring, estimated before they start, and a setting that would fit where they don't.
 
 The count follows what each decoder layer keeps for the backward pass. For the 1.6B model on the CPU backend it is
 0.3 % above MLX's peak in bfloat16 (one study of 128 tokens) and 2 % in float32 (one of 512);
@@ -11,34 +11,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.teacher.lora import linear_widths
 
 _FEED_FORWARD, _SCORES = 12, 6
-"""What a layer's backward pass holds at once beside what was kept: so many arrays of the feed-forward width, or of the
-attention's scores, whichever is more."""
+"""Arrays that a layer's backward pass holds at once beside those kept: of the feed-forward width, or of the attention's
+scores, whichever is more."""
 _COPIES = 5
-"""Of each adapter weight in float32: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
+"""Float32 numbers per adapter weight: itself, its gradient, the sum of accumulated gradients, Adam's two moments."""
 _SHARE = 0.7
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MemoryLimitError(UserError, MemoryError):
-    """What was asked for does not fit; the message names the setting that would."""
+    """The estimate is above the limit; the message names a setting that would fit."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what holds them.
+    """Bytes by purpose.
 
     Attributes:
         weights: the base as it is in memory.
         adapters: LoRA weights, gradients and optimizer.
-        activations: of one forward pass and what its backward pass needs.
+        activations: of one forward pass and its backward pass.
     """
 
     weights: int
@@ -47,19 +48,14 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all three."""
         return self.weights + self.adapters + self.activations
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name} {value / 1e9:.2f}"
-            for name, value in (
-                ("weights", self.weights),
-                ("adapters and optimizer", self.adapters),
-                ("activations", self.activations),
-            )
+        return (
+            f"{self.total / 1e9:.2f} GB (weights {self.weights / 1e9:.2f}, adapters and optimizer "
+            f"{self.adapters / 1e9:.2f}, activations {self.activations / 1e9:.2f})"
         )
-        return f"{self.total / 1e9:.2f} GB ({parts})"
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Decoder:
         return cls(
             attention=tuple(bool(layer.is_attention_layer) for layer in layers),
             hidden=text.hidden_size,
-            inner=_outputs(layers[0].feed_forward.w1),
+            inner=linear_widths(layers[0].feed_forward.w1)[1],
             keys=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
             heads=text.num_attention_heads,
             weight_bytes=sum(value.nbytes for name, value in tree_flatten(model.parameters()) if "lora_" not in name),
@@ -99,7 +95,7 @@ class Decoder:
 def training_estimate(
     decoder: Decoder, adapted: Sequence[tuple[int, int]], config: TeacherConfig, longest: int, precision: str
 ) -> MemoryEstimate:
-    """Of one step of fine-tuning.
+    """Memory of one step of fine-tuning.
 
     Args:
         decoder: of the base.
@@ -109,12 +105,13 @@ def training_estimate(
         precision: of the base's activations, such as `float32`.
     """
     tokens, length = _tokens(config.training.batch_size, longest, config.training.bucket)
-    size = _BYTES[precision]
+    size = getattr(mx, precision).size
     layers = len(decoder.attention)
     dropped = config.lora.dropout > 0 and bool(adapted)
     kept = [_kept_bytes(decoder, attention, length, size, dropped) for attention in decoder.attention]
-    backward = [_backward_bytes(decoder, attention, length, size) for attention in decoder.attention]
-    # Of the last layer, all that follows its keys or its convolution is computed for the tokens that are read only.
+    scores = _SCORES * decoder.heads * length
+    backward = [size * max(_FEED_FORWARD * decoder.inner, scores * attention) for attention in decoder.attention]
+    # In the last layer, all that follows its keys or its convolution is computed only for the tokens that are read.
     kept[-1] -= _feed_forward_bytes(decoder, size, dropped)
     backward[-1] = 0
     before = [sum(kept[:i]) for i in range(layers)]
@@ -126,19 +123,19 @@ def training_estimate(
 
 
 def scoring_estimate(decoder: Decoder, config: TeacherConfig, longest: int, precision: str) -> MemoryEstimate:
-    """Of one batch of scoring: the widest moment of one layer, as nothing is kept."""
+    """Memory of one batch of scoring: the widest moment of one layer, as nothing is kept."""
     tokens, length = _tokens(config.batch_size, longest, config.training.bucket)
-    # Gate and up, and what becomes of them; or the scores, and in float32 the exponential's polynomial beside them.
+    # Gate and up, and their products; or the scores, and in float32 the exponential's polynomial beside them.
     widest = 3 * decoder.hidden + 9 * decoder.inner
     if any(decoder.attention):
         widest = max(widest, 4 * decoder.hidden + (10 if precision == "float32" else 3) * decoder.heads * length)
-    return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * _BYTES[precision]))
+    return MemoryEstimate(decoder.weight_bytes, 0, round(tokens * widest * getattr(mx, precision).size))
 
 
 def adapted_widths(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
     """(inputs, outputs) of linear layers by their full names."""
     modules = dict(model.named_modules())
-    return [(_inputs(modules[name]), _outputs(modules[name])) for name in names]
+    return [linear_widths(modules[name]) for name in names]
 
 
 def memory_limit(config: TeacherConfig) -> int:
@@ -203,7 +200,7 @@ def _tokens(batch_size: int, longest: int, bucket: int) -> tuple[int, int]:
 
 
 def _kept_bytes(decoder: Decoder, attention: bool, length: int, size: int, dropped: bool) -> int:
-    """Per token, what a layer keeps for its backward pass; a dropout's mask is a byte for each of its inputs."""
+    """Bytes per token that a layer keeps for its backward pass; a dropout's mask takes one for each of its inputs."""
     hidden, keys = decoder.hidden, decoder.keys
     # The layer's input and its norm's output; three gates in one projection; convolved; the output.
     kept = 7 * hidden
@@ -214,25 +211,7 @@ def _kept_bytes(decoder: Decoder, attention: bool, length: int, size: int, dropp
     return kept * size + 2 * hidden * dropped + _feed_forward_bytes(decoder, size, dropped)
 
 
-def _backward_bytes(decoder: Decoder, attention: bool, length: int, size: int) -> int:
-    return size * max(_FEED_FORWARD * decoder.inner, _SCORES * decoder.heads * length * attention)
-
-
 def _feed_forward_bytes(decoder: Decoder, size: int, dropped: bool) -> int:
     # The residual and its norm's output; gate, up and their product.
     inputs = decoder.hidden + decoder.inner
     return (decoder.hidden + inputs + 2 * decoder.inner) * size + inputs * dropped
-
-
-def _outputs(linear: nn.Module) -> int:
-    return int(_without_adapter(linear).weight.shape[0])
-
-
-def _inputs(linear: nn.Module) -> int:
-    linear = _without_adapter(linear)
-    packed = int(linear.weight.shape[1])
-    return packed * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else packed
-
-
-def _without_adapter(linear: nn.Module) -> nn.Module:
-    return linear.linear if "linear" in linear else linear

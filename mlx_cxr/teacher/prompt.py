@@ -1,4 +1,4 @@
-"""The prompt: what the teacher reads of a study, then one line per finding, each with the position that is read.
+"""The prompt: a study's image and report, then one line per finding, each with the position that is read.
 
 A study is read once. After the chat's opening and the instruction come the image's image tokens and the report's
 sections, as far as they are given; the assistant's turn then holds a line for each finding ("Edema:"), and the answer
@@ -132,21 +132,21 @@ class PromptFormat:
         return sum(map(len, (self.head, self.image, self.tail, *self.lines)))
 
     def shared(self, studies: int) -> int:
-        """So many first tokens of a batch of `studies` prompts are worth computing once: the head's, or 0."""
+        """Number of first tokens of a batch of `studies` prompts that are worth computing once: the head's, or 0."""
         return len(self.head) if (studies - 1) * len(self.head) >= _WORTH_SHARING else 0
 
     def tokens_one_by_one(self, prompt: Prompt) -> int:
-        """Tokens that 14 prompts of one line each would take for the same study, everything else the same."""
+        """Tokens that 14 prompts of one line each would take for the same study."""
         lines = sum(map(len, self.lines))
         return len(self.lines) * (len(prompt.ids) - lines) + lines
 
     def sha256(self) -> str:
-        """Hash of all that decides a prompt but the study: a cache of answers is good for this one only."""
+        """Hash of all that decides a prompt but the study: a cache of answers is valid for this one only."""
         parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
         return hash_of({name: getattr(self, name) for name in parts})
 
     def section_ids(self, name: str, text: str) -> list[int]:
-        """Token ids of a section. A special token that is spelt out in a report is text: it cannot end the turn."""
+        """Token ids of a section. A special token spelt out in a report is text: it cannot end the turn."""
         title = name.replace("_", " ").capitalize()
         return self.tokenizer.encode(f"{title}: {text}\n", add_special_tokens=False, split_special_tokens=True)
 
@@ -159,15 +159,10 @@ class PromptFormat:
         Raises:
             PromptError: `max_tokens` leaves no room for the report.
         """
-        cut = 0
-        texts: list[list[int]] = []
-        if sections:
-            room = self.max_tokens - self.fixed
-            texts = [self.section_ids(name, text) for name, text in sections]
-            whole = sum(map(len, texts))
-            texts = _fitted([name for name, _ in sections], texts, room)
-            cut = whole - sum(map(len, texts))
-        ids = [*self.head, *self.image, *(token for text in texts for token in text), *self.tail]
+        texts = [self.section_ids(name, text) for name, text in sections]
+        kept = _fitted([name for name, _ in sections], texts, self.max_tokens - self.fixed)
+        cut = sum(map(len, texts)) - sum(map(len, kept))
+        ids = [*self.head, *self.image, *(token for text in kept for token in text), *self.tail]
         read = np.empty(len(LABELS), dtype=np.int32)
         for name, line in zip(self.order, self.lines, strict=True):
             ids += line
@@ -212,14 +207,15 @@ class PromptBatch:
     tokens: int
 
 
-def padded(prompts: Sequence[Prompt], bucket: int, pad: int = 0) -> PromptBatch:
-    """Stack prompts; the length is the longest one's, up to a multiple of `bucket`.
-
-    Padding follows all that is read, and the model is causal: it changes nothing.
-    """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = -(-longest // bucket) * bucket
-    ids = np.full((len(prompts), length), pad, dtype=np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt.ids)] = prompt.ids
+def padded(prompts: Sequence[Prompt], bucket: int) -> PromptBatch:
+    """Stack prompts as `padded_ids`; padding follows all that is read and the model is causal: it changes nothing."""
+    ids = padded_ids([prompt.ids for prompt in prompts], bucket)
     return PromptBatch(ids, np.stack([prompt.read for prompt in prompts]), sum(len(p.ids) for p in prompts))
+
+
+def padded_ids(rows: Sequence[Sequence[int]], bucket: int, pad: int = 0) -> np.ndarray:
+    """int32 (B, L): token ids padded on the right to the longest row, up to a multiple of `bucket`."""
+    ids = np.full((len(rows), -(-max(map(len, rows)) // bucket) * bucket), pad, dtype=np.int32)
+    for padded_row, row in zip(ids, rows, strict=True):
+        padded_row[: len(row)] = row
+    return ids

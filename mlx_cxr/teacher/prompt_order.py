@@ -1,4 +1,4 @@
-"""How much the order of the prompt's lines matters: the same studies asked under other orders of the 14 findings.
+"""Effect of the order of the prompt's lines: the same studies asked under other orders of the 14 findings.
 
 An answer sees the lines above its own, so the order is part of the prompt. A teacher is trained and cached under one
 order; how far its answers move under others is a measure of how little it answers each finding for itself.
@@ -70,7 +70,7 @@ def order_effect(
     Args:
         base: with or without adapters.
         config: the teacher's own.
-        material: what it reads.
+        material: manifest, reports and images.
         split: which studies; test only for what is reported, never to choose by.
         orders: random orders, at least 1.
         seed: of the orders.

@@ -1,4 +1,7 @@
-"""Answers for many studies: batches of like length, compiled once per shape, in the order that was asked."""
+"""Answers for many studies, and the work divided among ranks.
+
+Batches hold prompts of like length and are compiled once per shape; the answers come in the order that was asked.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ from mlx_cxr.teacher.prompt import Prompt, PromptFormat, padded
 from mlx_cxr.teacher.readout import answer_direction, answers, finding_states
 from mlx_cxr.training.distributed import World
 
+Put = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes the rows (M,) of a batch, their logits (M, 14) and features (M, H)."""
+
 
 @dataclass(frozen=True)
 class Answers:
-    """What a teacher says of some studies.
+    """A teacher's answers for some studies.
 
     Attributes:
         logits: float32 (N, 14), in the order of `LABELS`.
@@ -61,7 +67,7 @@ def score(
     prompts: Sequence[Prompt],
     images: np.ndarray | None,
     config: TeacherConfig,
-    done: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    done: Put | None = None,
     todo: np.ndarray | None = None,
 ) -> Answers:
     """Score studies, the longest first, so that what does not fit in memory fails at once.
@@ -72,7 +78,7 @@ def score(
         prompts: of the studies.
         images: float16 (N, T, H), or None.
         config: `batch_size` and `training.bucket` are used.
-        done: called after each batch with its rows, logits and features, as for a cache.
+        done: called after each batch, as for a cache.
         todo: bool (N,), the studies that are still to be answered; batches with none of them are left out, and have
             NaN for logits and features. The batches are the same ones whatever is done, so that the answers are too.
     """
@@ -87,7 +93,7 @@ def score(
         return answers(states, direction), mx.mean(states.astype(mx.float32), axis=1)
 
     answered = compiled(forward, inputs=base.model.state)
-    order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
+    order = _longest_first(prompts)
     logits = np.full((len(prompts), 14), np.nan, dtype=np.float32)
     features = np.full((len(prompts), base.hidden_size), np.nan, dtype=np.float16)
     seen: set[tuple[int, ...]] = set()
@@ -101,6 +107,7 @@ def score(
                     continue
                 batch = padded([prompts[i] for i in rows], config.training.bucket)
                 image = () if images is None else (mx.array(images[rows]),)
+                # The first batch of a shape compiles, and is not timed.
                 begun = time.perf_counter()
                 answer, feature = answered(mx.array(batch.ids), mx.array(batch.read), *image)
                 mx.eval(answer, feature)
@@ -116,18 +123,13 @@ def score(
     return Answers(logits, features, tokens, float(np.median(times)) * len(prompts) if times else float("nan"))
 
 
-Put = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-"""Rows (M,), their logits (M, 14) and features (M, H)."""
-
-
 def own_rows(prompts: Sequence[Prompt], batch_size: int, world: World) -> np.ndarray:
-    """bool (N,): the studies that this rank answers; each is one rank's, and whole batches of `score` are.
+    """bool (N,): the studies that this rank answers, in whole batches of `score`; each study is one rank's.
 
-    The batches, longest first as there, go to the ranks in turn, so that all of them have prompts of all lengths.
+    The batches go to the ranks in turn, so that all of them have prompts of all lengths.
     """
-    order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
     mine = np.zeros(len(prompts), dtype=bool)
-    mine[order] = np.arange(len(prompts)) // batch_size % world.size == world.rank
+    mine[_longest_first(prompts)] = np.arange(len(prompts)) // batch_size % world.size == world.rank
     return mine
 
 
@@ -139,7 +141,7 @@ def shared_score(
     config: TeacherConfig,
     world: World,
 ) -> Answers:
-    """As `score`, with the work divided among the ranks; every one of them has all the answers.
+    """Score studies with the work divided among the ranks; every one of them has all the answers.
 
     `seconds` is what one rank would take, by this rank's batches; NaN where it had none.
     """
@@ -156,7 +158,7 @@ def shared_score(
 
 
 class Collector:
-    """What `score` is to call after each batch, so that rank 0 gets the batches of all ranks; `finish` at the end.
+    """Gathers the batches of all ranks on rank 0: `score`'s `done` on each of them, then `finish`.
 
     Args:
         put: stores a batch; called on rank 0 alone.
@@ -171,7 +173,7 @@ class Collector:
         self._values = np.zeros((batch_size, 14 + feature_size), dtype=np.float32)
 
     def __call__(self, rows: np.ndarray, logits: np.ndarray, features: np.ndarray) -> None:
-        """Hand over a batch; on several ranks this waits until each has one, or has none left."""
+        """Hand over a batch; with several ranks this waits until each has one, or has none left."""
         if self._world.size == 1:
             self._put(rows, logits, features)
             return
@@ -181,17 +183,20 @@ class Collector:
         self._exchange(own_rows, values)
 
     def finish(self) -> None:
-        """Take what the others still have."""
+        """Take the batches that other ranks still have."""
         while self._world.size > 1 and self._exchange(self._rows, self._values):
             pass
 
     def _exchange(self, rows: np.ndarray, values: np.ndarray) -> bool:
-        """Whether any rank had something."""
+        """Store one batch of each rank; false when none of them had any left."""
         every_rows, every_values = self._world.gather(rows), self._world.gather(values)
         if self._world.writes:
             for rows, values in zip(every_rows, every_values, strict=True):
-                filled = rows >= 0
-                if filled.any():
-                    logits, features = values[filled, :14], values[filled, 14:].astype(np.float16)
-                    self._put(rows[filled].astype(np.int64), logits, features)
+                if (filled := rows >= 0).any():
+                    features = values[filled, 14:].astype(np.float16)
+                    self._put(rows[filled].astype(np.int64), values[filled, :14], features)
         return bool((every_rows >= 0).any())
+
+
+def _longest_first(prompts: Sequence[Prompt]) -> np.ndarray:
+    return np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")

@@ -28,7 +28,7 @@ RECORD = "teacher.json"
 
 @dataclass(frozen=True)
 class Material:
-    """The manifest, and the reports and images beside it as far as a teacher of some modality reads them.
+    """The manifest, and the reports and images that a teacher of some modality reads.
 
     Attributes:
         manifest: the cohort.
@@ -44,7 +44,7 @@ class Material:
 
     @classmethod
     def open(cls, config: Config) -> Material:
-        """Open what `build_manifest` and `prepare_images` made, as far as `teacher.modality` needs it.
+        """Open the files of `build_manifest` and `prepare_images` that `teacher.modality` needs.
 
         Raises:
             DataError: a file is missing, they do not belong together, or a patient is in two splits.
@@ -60,7 +60,7 @@ class Material:
         return cls(manifest, reports, store, store_sha256)
 
     def inputs(self, config: Config) -> dict[str, Path]:
-        """Files for the record of a run that reads this."""
+        """Role -> file, for the record of a run that reads them."""
         files = {"manifest": config.manifest_path}
         if self.reports is not None:
             files["reports"] = config.reports_path
@@ -75,7 +75,7 @@ class Material:
         return read_studies(self.manifest, reports, config.teacher, form, splits, missing)
 
     def images(self, base: Base, studies: Studies, config: Config) -> np.ndarray | None:
-        """float16 (N, T, H): image embeddings, computed where they are not on the disk yet; None for a text teacher."""
+        """Image embeddings, float16 (N, T, H), computed where the disk has none yet; None for a text teacher."""
         if self.store is None or self.store_sha256 is None:
             return None
         size, images = config.teacher.image_size, studies.frame["image_id"].tolist()
@@ -90,7 +90,7 @@ def prompt_format(base: Base, config: Config, order: Sequence[str] = LABELS) -> 
 
 
 def what_it_reads(config: Config) -> str:
-    """What a teacher may read, for the head of a column: `findings`, `film`, `film + findings, impression`."""
+    """Name of a teacher's input for the head of a column: `findings`, `film`, `film + findings, impression`."""
     teacher = config.teacher
     sections = (", " if teacher.section_mode == "all" else ", else ").join(
         name.replace("_", " ") for name in teacher.sections
@@ -105,7 +105,7 @@ class TrainedTeacher:
     Attributes:
         folder: the run's.
         config: the configuration that it was trained with, with its own teacher section.
-        inputs: role -> SHA-256 of what it was trained on.
+        inputs: role -> SHA-256 of the files that it was trained on.
         base: with the adapter on it, in evaluation mode.
         form: of its prompts.
         adapter_sha256: of the adapter's weights.

@@ -30,7 +30,7 @@ from mlx_cxr.ops.activations import compiled, logsumexp
 from mlx_cxr.ops.streams import batch_parallel, each, split
 from mlx_cxr.teacher.architecture import PAD, image_processor_config, tiny_config
 from mlx_cxr.teacher.decoder import decode
-from mlx_cxr.teacher.prompt import ANSWERS, INSTRUCTION
+from mlx_cxr.teacher.prompt import ANSWERS, INSTRUCTION, padded_ids
 from mlx_cxr.teacher.tokenizer import write_tokenizer
 
 log = logging.getLogger("mlx_cxr")
@@ -86,7 +86,7 @@ def make_tiny_teacher(
 def new_model(
     config: Mapping[str, Any], seed: int, dtype: mx.Dtype = mx.float32, *, vision: bool = True, made: bool = True
 ) -> nn.Module:
-    """A model with random weights: normal of deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0.
+    """A model with random weights: normal with deviation 0.02 as LFM2's `initializer_range`, norms at 1, biases at 0.
 
     Args:
         config: as `config.json`.
@@ -166,7 +166,7 @@ def train_language_model(
         sums = [0.0, 0]
         for number in rng.permutation(len(batches)):
             chosen = [documents[i] for i in batches[number]]
-            loss = step(mx.array(_padded(chosen)))
+            loss = step(mx.array(padded_ids(chosen, 32, PAD)))
             mx.eval(language.state, optimizer.state, loss)
             known = sum(len(ids) - 1 for ids in chosen)
             sums[0] += loss.item() * known
@@ -186,11 +186,3 @@ def _document(tokenizer: Any, report: Mapping[str, str], longest: int) -> list[i
     chat = [{"role": "user", "content": "".join(parts)}, {"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)[:longest]
-
-
-def _padded(documents: Sequence[Sequence[int]]) -> np.ndarray:
-    length = -(-max(map(len, documents)) // 32) * 32
-    out = np.full((len(documents), length), PAD, dtype=np.int32)
-    for row, ids in zip(out, documents, strict=True):
-        row[: len(ids)] = ids
-    return out

@@ -49,12 +49,12 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
 
     Args:
         folder: of the checkpoint.
-        texts: what it is trained on.
+        texts: to train it on.
         vocabulary: at most so many tokens, the 500 special ones and 256 bytes included; at least 800, or there are too
             few others for "yes" and "no" to begin differently.
 
     Returns:
-        How many tokens there are; fewer than asked for where the texts have no more pairs to merge.
+        The number of tokens; fewer than asked for where the texts have no more pairs to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

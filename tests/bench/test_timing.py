@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_cxr.bench.timing import LEAST_ROUNDS, WARMUPS, alternate, summary
+from mlx_cxr.bench.timing import LEAST_ROUNDS, WARMUPS, Timing, alternate, summary
 
 
 class Workshop:
@@ -27,7 +27,7 @@ def test_quartiles_are_those_of_the_rounds():
     timing = summary([5.0, 1.0, 2.0, 4.0, 3.0], 7)
     assert (timing.lower, timing.median, timing.upper) == (2.0, 3.0, 4.0)
     assert (timing.rounds, timing.warmups) == (5, 7)
-    assert summary([2.0]).plain() == {"median": 2.0, "lower": 2.0, "upper": 2.0, "rounds": 1, "warmups": 0}
+    assert summary([2.0]) == Timing(median=2.0, lower=2.0, upper=2.0, rounds=1, warmups=0)
 
 
 def test_ten_warm_ups_then_everyone_in_every_round():

@@ -1,4 +1,4 @@
-"""Which studies are asked about, with which sections, and what is counted."""
+"""Studies that become prompts, their sections, and the counts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(manifest: Manifest, form, *splits: str, without_image=frozenset(), **se
 
 
 def texts(studies: Studies, form) -> list[str]:
-    """What stands between the instruction and the end of the turn."""
+    """Text between the instruction and the end of the turn."""
     shown = [form.tokenizer.decode(prompt.ids.tolist()) for prompt in studies.prompts]
     return [text.split(f"{INSTRUCTION}\n", 1)[1].split("<|im_end|>")[0] for text in shown]
 

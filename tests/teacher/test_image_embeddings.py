@@ -71,7 +71,7 @@ def test_patches_lie_in_rows_and_keep_the_grey_levels():
 
 
 def test_padding_an_image_changes_nothing(base):
-    """What the published processor does, 1024 patches with a mask, gives the embeddings of the bare patches."""
+    """The published processor's 1024 patches with a mask give the embeddings of the bare patches."""
     images = noise(64)
     padded = np.zeros((2, 1024, 768), np.float32)
     padded[:, :16] = image_patches(images, 64, base.grey)
@@ -92,7 +92,7 @@ def test_an_images_embedding_does_not_see_its_neighbours(base):
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
-def test_embeddings_are_stored_once_and_gone_on_with(base, store, ids, tmp_path, monkeypatch):
+def test_embeddings_are_stored_once_and_resumed(base, store, ids, tmp_path, monkeypatch):
     wanted = np.array(encode_images(base, store.images[store.rows(ids)], 64)).astype(np.float16)
     whole = image_embeddings(base, store, "s", ids, 64, tmp_path / "whole", batch_size=1)
     np.testing.assert_allclose(whole, wanted, atol=2e-3)

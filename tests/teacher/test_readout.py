@@ -93,7 +93,7 @@ def test_a_quantized_head_is_read_through_its_scales(bits):
 
 
 class SimpleHead(dict):
-    """As much of a language model as the direction is read from."""
+    """The part of a language model that the direction is read from."""
 
     __getattr__ = dict.__getitem__
 
