@@ -76,6 +76,8 @@ def run(
     reports = load_reports(config.reports_path, manifest) if config.reports_path.exists() else None
     files = {f"{one.name}/predictions.csv": one.folder / "predictions.csv" for one in (student, *others.values())}
     files |= {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
+    scales = student.folder / "inference.json"
+    files |= {f"{student.name}/{scales.name}": scales} if scales.exists() else {}
     files |= {"reports": config.reports_path} if reports is not None else {}
     images = manifest.frame.groupby("study_id", sort=False)["path"].agg(list)
     settings = config.failure

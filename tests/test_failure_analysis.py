@@ -241,7 +241,7 @@ def test_a_run_of_its_own_names_and_hashes_what_it_read(analysed):
     inputs = results["provenance"]["inputs"]
     assert set(inputs) == {
         *("student/predictions.csv", "cnn/predictions.csv", "teacher/predictions.csv"),
-        *("manifest", "checkpoint", "reports"),
+        *("student/inference.json", "manifest", "checkpoint", "reports"),
     }
     assert inputs["reports"]["sha256"] == sha256_file(analysed.reports_path)
     assert results["relabel"] == {"items": 20}

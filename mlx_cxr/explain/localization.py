@@ -45,7 +45,7 @@ class Localization:
         maps: the maps under test.
         random: random maps of the same resolution, averaged over the draws.
         centre: a guess that falls off from the image's centre.
-        swapped: each image's mask against the maps of the other images (all of them, averaged); above `random`
+        swapped: each image's mask against the maps of other images (at most `swaps`, averaged); above `random`
             by as much as the finding's usual place alone explains. NaN with one image.
         chance: a uniformly random guess, in closed form from the mask's area.
         mask_area: float64 (N,), share of the image.
