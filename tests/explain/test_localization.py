@@ -155,7 +155,7 @@ def test_bad_input_is_named():
         localize(raw, masks, fraction=0.0)
     with pytest.raises(ValueError, match="non-finite"):
         localize(np.full((3, 2, 2), np.nan), masks)
-    with pytest.raises(ValueError, match="tolerance -1 .* out of range"):
+    with pytest.raises(ValueError, match=r"tolerance -1 .* out of range"):
         localize(raw, masks, tolerance=-1)
     with pytest.raises(ValueError, match=r"fraction 1\.5, .* out of range"):
         localize(raw, masks, fraction=1.5)
