@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
+from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.decoding import Transform
@@ -29,6 +30,8 @@ from mlx_cxr.inference import explanation
 from mlx_cxr.inference.predictor import map_references, write_inference_record
 from mlx_cxr.inference.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
+from mlx_cxr.pages import findings_page
+from mlx_cxr.pages.map_checks import localization_section, randomization_section
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.scoring import image_forward
 
@@ -69,7 +72,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
     write_inference_record(trained, references, len(validation))
     if maps:
-        explain(trained, validation, test, predictions.of_split("test"), points, config)
+        explain(trained, references, test, predictions.of_split("test"), points, config)
     else:
         for stale in ("localization.json", "findings.md"):
             (trained.folder / stale).unlink(missing_ok=True)
@@ -95,15 +98,28 @@ def measure_cost(trained: TrainedRun, test: SplitData, config: Config, machine: 
 
 def explain(
     trained: TrainedRun,
-    validation: SplitData,
+    references: Mapping[str, Mapping[str, float]],
     test: SplitData,
     predictions: Predictions,
     points: OperatingPoints,
     config: Config,
 ) -> None:
-    """Maps of the test images: pictures, localization where there are masks, and `findings.md`."""
+    """Maps of the test images: pictures, localization where there are masks, and `findings.md`.
+
+    Args:
+        trained: the run.
+        references: of `map_references`.
+        test: the test split.
+        predictions: a row per study of it.
+        points: thresholds and calibration, fitted on validation.
+        config: the experiment.
+    """
     folder, settings, synthetic = trained.folder, config.explain, config.data.synthetic
-    maps = explanation.map_test(trained.model, validation.images, test.images, settings, config.evaluation.batch_size)
+    method, labels = settings.method, settings.labels or MAPPED
+    batch_size = config.evaluation.batch_size
+    maps = explanation.scaled_maps(trained.model, test.images, labels, method, references[method], batch_size)
+
+    # Against masks, where there are any.
     masks, table, sections = None, None, []
     if has_masks(config.data.root):
         transform = Transform(config.pixels.size, config.pixels.fit)
@@ -124,12 +140,19 @@ def explain(
         (folder / "localization.json").unlink(missing_ok=True)
     else:
         write_json(folder / "localization.json", table)
-        sections += explanation.localization_section(table)
-    sections += explanation.randomization_section(trained.model, maps, test.images, config.seed)
-    summaries = explanation.finding_summaries(
-        maps, test, predictions, points, settings.examples_per_outcome, synthetic, masks
+        sections += localization_section(table)
+
+    # Against the same network with randomized weights.
+    check = explanation.randomization(trained.model, maps, test.images, config.seed)
+    sections += randomization_section(maps.labels, check)
+
+    def pixels(image: int) -> np.ndarray:
+        return np.array(test.images.batch(np.array([image])))[0]
+
+    summaries = findings_page.finding_summaries(
+        maps, test.frame, pixels, predictions, points, settings.examples_per_outcome, synthetic, masks
     )
-    path = explanation.write_findings(folder, folder.name, summaries, sections, points, synthetic, maps.method)
+    path = findings_page.write_findings(folder, folder.name, summaries, sections, points, synthetic, method)
     log.info("maps and their page in %s", path)
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, write_text
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.manifest import Manifest
@@ -31,10 +31,11 @@ from mlx_cxr.evaluation.relabeling import relabel_sheet
 from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.subgroups import age_bands
+from mlx_cxr.inference.explanation import study_maps
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.pages.failure_advice import closing_failures
 from mlx_cxr.pages.failure_page import Shown, failure_markdown
-from mlx_cxr.pages.failure_pictures import draw_failures
+from mlx_cxr.pages.failure_pictures import draw_failures, remove_stale
 from mlx_cxr.pages.figures import cohort_line
 from mlx_cxr.training.cohort import Cohort
 
@@ -57,7 +58,7 @@ def run(
     Raises:
         ComparisonError: a run that was named lacks a file (names the command that makes it), or the runs do not belong
             together.
-        RunFormatError: the student is no trained run, or was trained for something else.
+        RunFormatError: the student is no trained run, was trained for something else, or was evaluated without maps.
         DataError: manifest, pixel store or reports missing or not matching.
     """
     machine = device.start("failure_analysis")
@@ -75,6 +76,8 @@ def run(
     reports = load_reports(config.reports_path, manifest) if config.reports_path.exists() else None
     files = {f"{one.name}/predictions.csv": one.folder / "predictions.csv" for one in (student, *others.values())}
     files |= {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
+    scales = student.folder / "inference.json"
+    files |= {f"{student.name}/{scales.name}": scales} if scales.exists() else {}
     files |= {"reports": config.reports_path} if reports is not None else {}
     images = manifest.frame.groupby("study_id", sort=False)["path"].agg(list)
     settings = config.failure
@@ -99,15 +102,19 @@ def run(
     results = analysis.results | {"relabel": {"items": len(sheet)}}
     cohort_said = cohort_line(student.test, PROTOCOL)
     plot_confusions(folder / PICTURE, results["confusions"], cohort_said, config.data.synthetic)
-    labels = config.explain.labels or tuple(label for label in LABELS if label != "No Finding")
-    shown = worst(failures, settings.examples, labels)
-    pictures = draw_failures(folder, shown, trained, cohort, config)
+    labels = config.explain.labels or MAPPED
+    shown, pictures = worst(failures, settings.examples, labels), []
+    if len(shown):
+        batch_size = config.evaluation.batch_size
+        maps = study_maps(trained, cohort.split("test"), shown, config.explain.method, batch_size)
+        pictures = draw_failures(folder, shown, *maps, config)
     rows = shown.to_dict("records")
     texts = [None if reports is None else _excerpt(reports.sections.get(row["study_id"]), row["label"]) for row in rows]
     gallery = [Shown(*parts) for parts in zip(rows, pictures, texts, strict=True)]
     write_json(folder / "failures.json", results)
     page = failure_markdown(results, gallery, per_label(settings.examples, labels), PICTURE)
     path = write_text(folder / "summary.md", page)
+    remove_stale(folder, pictures)
     log.info("\n%s\n\nTables and pictures in %s", closing_failures(results), path)
     return folder
 

@@ -315,7 +315,7 @@ def test_predictions_and_results_stay_when_the_pictures_fail(copy, monkeypatch):
     def fail(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(explanation, "map_test", fail)
+    monkeypatch.setattr(explanation, "scaled_maps", fail)
     config = config_in(copy)
     with pytest.raises(OSError, match="No space left"):
         evaluate_cnn.run(config)

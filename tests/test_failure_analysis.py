@@ -15,7 +15,7 @@ from simulated_runs import NOISE, model, write_run
 
 from mlx_cxr import failure_analysis
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
@@ -25,6 +25,10 @@ from mlx_cxr.data.study_reports import load_reports, write_reports
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import ComparisonError
+from mlx_cxr.explain.maps import ScaledMaps
+from mlx_cxr.inference import explanation
+from mlx_cxr.inference.predictor import write_inference_record
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 from mlx_cxr.pages import failure_pictures
@@ -114,6 +118,8 @@ def made(tmp_path_factory):
         "inputs": {"manifest": {"path": "m", "sha256": sha256}},
     }
     write_json(config.run_dir("student") / "config.json", record)
+    references = {"grad_cam": {label: 1 + k for k, label in enumerate(MAPPED)}}
+    write_inference_record(TrainedRun.open(config.run_dir("student")), references, images=9)
     return root
 
 
@@ -235,7 +241,7 @@ def test_a_run_of_its_own_names_and_hashes_what_it_read(analysed):
     inputs = results["provenance"]["inputs"]
     assert set(inputs) == {
         *("student/predictions.csv", "cnn/predictions.csv", "teacher/predictions.csv"),
-        *("manifest", "checkpoint", "reports"),
+        *("student/inference.json", "manifest", "checkpoint", "reports"),
     }
     assert inputs["reports"]["sha256"] == sha256_file(analysed.reports_path)
     assert results["relabel"] == {"items": 20}
@@ -310,51 +316,72 @@ def test_tables_stay_when_the_pictures_fail(copy, monkeypatch):
     def fail(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(failure_pictures, "image_maps", fail)
+    monkeypatch.setattr(failure_pictures, "save_picture", fail)
     config = config_in(copy)
     with pytest.raises(OSError, match="No space left"):
         failure_analysis.run(config)
     assert {item.name for item in folder_of(config).iterdir()} >= {"failures.csv", "relabel.csv", "relabel_key.csv"}
 
 
-def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
-    """Maps that tell which image they are of: the second image of a study scores higher."""
-    from mlx_cxr.inference.trained_run import TrainedRun
+def test_maps_are_on_the_scale_that_the_evaluation_recorded(analysed):
+    """That of `inference.json`, which belongs to the weights; validation is not looked at again."""
     from mlx_cxr.training.cohort import Cohort
 
-    cohort = Cohort.open(analysed)
+    trained = TrainedRun.open(analysed.run_dir("student"))
+    test = Cohort.open(analysed).split("test")
     table = pd.read_csv(folder_of(analysed) / "failures.csv", dtype={"study_id": str})
-    frame = cohort.manifest.frame
+    table = table[table["label"].isin(MAPPED)].head(5)
+    frame, pixels, maps = explanation.study_maps(trained, test, table, "grad_cam", 4)
+    assert set(frame["study_id"]) == set(table["study_id"])
+    assert maps.labels == tuple(dict.fromkeys(table["label"]))
+    assert maps.reference.tolist() == [1 + MAPPED.index(label) for label in maps.labels]
+    assert maps.raw.shape[:2] == (len(maps.labels), len(frame)) == (len(maps.labels), len(pixels))
+    for image, path in zip(pixels, frame["path"], strict=True):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(analysed.data.root / path)))
+    with pytest.raises(RunFormatError, match="has no film of study nobody"):
+        explanation.study_maps(trained, test, pd.concat([table, table.assign(study_id="nobody")]), "grad_cam", 4)
+    with pytest.raises(RunFormatError, match="without hires_cam maps; run evaluate_cnn --run_name student again"):
+        explanation.study_maps(trained, test, table, "hires_cam", 4)
+
+
+def test_a_scale_of_other_weights_is_refused(copy):
+    network = ResNet18(ResNetConfig(output_stride=16))
+    initialize(network, 7)
+    save_model(copy / "outputs" / "student" / "best_student.safetensors", network)
+    with pytest.raises(RunFormatError, match=r"best_student\.safetensors changed since .*inference\.json was written"):
+        failure_analysis.run(config_in(copy))
+
+
+def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_mask(analysed, monkeypatch, tmp_path):
+    """The second image of a study scores higher."""
+    table = pd.read_csv(folder_of(analysed) / "failures.csv", dtype={"study_id": str})
+    frame = load_manifest(analysed.manifest_path).frame
     doubles = frame["study_id"].value_counts().loc[lambda n: n == 2].index
     case = table[table["study_id"].isin(doubles) & (table["error"] == "false positive")].iloc[[0]]
+    study = case["study_id"].iloc[0]
+    rows = frame[frame["study_id"] == study]
+    pixels = np.stack([np.asarray(Image.open(analysed.data.root / path)) for path in rows["path"]])
+    maps = ScaledMaps(
+        (case["label"].iloc[0],),
+        np.ones((1, 2, 2, 2), np.float32),
+        np.tile(np.arange(2, dtype=np.float32)[:, None], (1, 14)),
+        np.full(1, 2, np.float32),
+        "grad_cam",
+    )
     shown = {}
-
-    def maps(_model, images, labels, _method, _batch):
-        n = len(images)
-        return np.ones((len(labels), n, 2, 2), np.float32), np.tile(np.arange(n, dtype=np.float32)[:, None], (1, 14))
 
     def draw(image, heat, reading, mask, side, show_withheld):
         shown.update(image=image, reading=reading, mask=mask, heat=heat)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(failure_pictures, "image_maps", maps)
     monkeypatch.setattr(failure_pictures, "draw_overlay", draw)
-    trained = TrainedRun.open(analysed.run_dir("student"))
-    names = failure_pictures.draw_failures(tmp_path, case, trained, cohort, analysed)
+    names = failure_pictures.draw_failures(tmp_path, case, rows, pixels, maps, analysed)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [names[0].removeprefix("images/")]
-    study = case["study_id"].iloc[0]
-    second = frame[frame["study_id"] == study].iloc[1]
-    assert shown["reading"].image == second["image_id"]
-    pixels = np.asarray(Image.open(analysed.data.root / second["path"]))
-    np.testing.assert_array_equal(shown["image"], pixels)
-    assert shown["mask"] is None, "only the first film has masks"
+    assert shown["reading"].image == rows.iloc[1]["image_id"]
+    np.testing.assert_array_equal(shown["image"], pixels[1])
+    assert shown["mask"] is None, "only the first image has masks"
     assert shown["reading"].probability == case["probability"].iloc[0]
-    np.testing.assert_array_equal(shown["heat"], np.ones((2, 2)))
-    missing = case.assign(study_id="nobody")
-    with pytest.raises(RunFormatError, match="has no film of study nobody"):
-        failure_pictures.draw_failures(
-            tmp_path, pd.concat([case, missing]), TrainedRun.open(analysed.run_dir("student")), cohort, analysed
-        )
+    np.testing.assert_array_equal(shown["heat"], np.full((2, 2), 0.5))
 
 
 def test_the_command_takes_the_runs_names_and_ends_with_a_readable_message(copy, tmp_path, capsys):

@@ -17,9 +17,9 @@ from cxr_page.report import report_panel
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunEntry, RunIndex
 from cxr_page.samples import Cohort, Sample, cohort_of
 from cxr_page.viewer import SAME_METHODS, View, likeliest, show_image
-from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
-from mlx_cxr.inference.predictor import MAPPED, ImageAnswer
+from mlx_cxr.inference.predictor import ImageAnswer
 from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, image_tile
 
 SAMPLE, UPLOAD = "Sample", "Upload"

@@ -11,6 +11,7 @@ from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import read_json
+from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
 
 _READING = """
 - **A map says which parts of the film raise the finding's score.** It does not say that the finding is there, nor
@@ -84,14 +85,14 @@ def explain_tab(index: RunIndex) -> None:
 
 
 def verdict(folder: Path) -> str:
-    """Of which findings a run's maps point at the finding more often than other images' maps do."""
+    """The findings that a run's maps point at more often than their strongest control does."""
     path = folder / "localization.json"
     if not path.exists():
         return "Where the maps point was not tested: no film of the test split has the place of a finding marked."
     table = read_json(path)["per_label"]
-    better = [label for label, entry in table.items() if entry["hit"]["swapped"]["difference"]["low"] > 0]
+    better = found(table)
     rest = [label for label in table if label not in better]
     return (
-        f"On test films, maps point at the finding more often than other films' maps of it do, for: "
+        f"On test films, maps point at the finding more often than the strongest of {ALL_CONTROLS}, for: "
         f"{', '.join(better) or 'none'}. That they do is not shown for: {', '.join(rest) or 'none'}."
     )

@@ -91,7 +91,7 @@ def answer(opened: Opened, image: ImageInput, key: str) -> ImageAnswer:
 
 def maps(opened: Opened, said: ImageAnswer, key: str, method: str) -> dict[str, np.ndarray]:
     """Every finding's map (h, w) by a method, from what the model has made of the image; see `Predictor.maps`."""
-    from mlx_cxr.inference.predictor import MAPPED
+    from mlx_cxr.core.labels import MAPPED
 
     def ask() -> dict[str, np.ndarray]:
         log.info("%s maps %s by %s", opened.name, key, method)

@@ -12,11 +12,13 @@ from cxr_page.images import SHOWN_SIDE, CaseImage, png, shown_pixels
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.core.runs import read_json
+from mlx_cxr.evaluation.localization_table import map_verdict
 from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
 from mlx_cxr.explain.maps import upsample
-from mlx_cxr.inference.predictor import MAPPED, ImageAnswer
+from mlx_cxr.inference.predictor import ImageAnswer
+from mlx_cxr.pages.map_checks import CONTROL_NAMES
 from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, image_tile, map_tile
 
 SAME_METHODS = (
@@ -124,21 +126,20 @@ def _peak(heat: np.ndarray) -> str:
 
 
 def evidence(opened: Opened, finding: str) -> str:
-    """Whether maps of a finding were seen to point at it, in a sentence, from the run's `localization.json`."""
+    """A sentence on the maps of a finding beside their strongest control, from the run's `localization.json`."""
     path = opened.model.trained.folder / "localization.json"
     try:
         entry = read_json(path)["per_label"].get(finding) if path.exists() else None
         if entry is None:
             return "Where this run's maps of the finding point was not tested, for want of films with its place marked."
-        images, hits, others = entry["films"], entry["hit"]["maps"]["value"], entry["hit"]["swapped"]
-        better = others["difference"]["low"] > 0
+        images, hits, against = entry["films"], entry["hit"]["maps"]["value"], map_verdict(entry)
         said = (
-            f"On {images} test films with the finding, maps peaked on it in {hits:.0%}, other films' maps in "
-            f"{others['mean']['value']:.0%}"
+            f"On {images} test films with the finding, maps peaked on it in {hits:.0%}, "
+            f"{CONTROL_NAMES[against.control]} in {against.mean:.0%}"
         )
     except (UserError, KeyError, TypeError, AttributeError):
         return ""
-    return f"{said}." if better else f"{said}: do not take it as evidence of the place."
+    return f"{said}." if against.better else f"{said}: do not take it as evidence of the place."
 
 
 def _scale(opacity: float) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mlx_cxr.core.labels import LABELS, Empty, LabelPolicy, Uncertain
+from mlx_cxr.core.labels import LABELS, MAPPED, Empty, LabelPolicy, Uncertain
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -214,8 +214,8 @@ class ExplainConfig(Section):
     """Class-activation maps on the test split."""
 
     method: Literal["grad_cam", "grad_cam_pp", "hires_cam"] = "grad_cam"
-    labels: tuple[Label, ...] | None = None
-    """Findings to map; None takes all but No Finding."""
+    labels: tuple[Literal[MAPPED], ...] | None = None  # type: ignore[valid-type]
+    """Findings to map; None takes all but No Finding, which has no map."""
     examples_per_outcome: Annotated[int, Field(ge=0)] = 3
     """Images shown per finding for each of true positive, false positive and false negative."""
     mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1

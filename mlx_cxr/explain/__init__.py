@@ -1,1 +1,1 @@
-"""Where a network looks: class-activation maps, how they are shown, and whether they can be believed."""
+"""Class-activation maps and word scores, their scale, and checks of them against masks and randomized weights."""

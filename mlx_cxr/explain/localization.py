@@ -1,16 +1,18 @@
-"""How well a map finds a finding whose mask is known, beside controls that know nothing of the image.
+"""Localization scores of maps against masks, beside controls that know nothing of the image.
 
 A hit rate means little alone: a large finding is hit by chance, and one that always lies in the same place by
 a constant guess. So each score comes with the same score of random maps, of a guess at the image's centre, of
 the maps of *other* images of the same finding, and with the chance level that follows from the mask's area.
 
-Maps are raw (any positive scale will do, as every score here is invariant to it); masks lie in the pixel
-store's square frame. NumPy only, but for the resize.
+The scores are the pointing game (Zhang et al., arXiv:1608.00507), IoU of a map's strongest pixels with the mask, and
+the share of a map's sum on it (the energy-based pointing game of Score-CAM, Wang et al., arXiv:1910.01279). A map
+without evidence scores 0 in each. Maps are raw (any positive scale will do, as every score is invariant to it); masks
+lie in the pixel store's square frame. NumPy only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -18,84 +20,14 @@ from scipy.ndimage import distance_transform_edt
 from mlx_cxr.explain.maps import random_maps, upsample
 
 
-def pointing_game(heat: np.ndarray, mask: np.ndarray, tolerance: float = 0.0) -> float:
-    """Whether the map's maximum lies on the finding (Zhang et al., arXiv:1608.00507).
-
-    Args:
-        heat: float (H, W), not negative.
-        mask: (H, W), non-zero on the finding.
-        tolerance: pixels, Euclidean, by which the maximum may miss. The paper takes 15 on images of its own
-            size; 0 is the stricter default here. For another image size scale it alike.
-
-    Returns:
-        1.0 or 0.0; between them where several pixels share the maximum and only some hit. A map without
-        evidence points nowhere and scores 0.
-
-    Raises:
-        ValueError: shapes differ, the mask is empty, the map is negative or not finite, the tolerance
-            negative.
-    """
-    heat, mask = _checked(heat, mask)
-    return _hit(heat, _widened(mask, tolerance))
-
-
-def iou_at_fraction(heat: np.ndarray, mask: np.ndarray, fraction: float) -> float:
-    """Intersection over union of the mask and the map's strongest `fraction` of pixels.
-
-    Pixels without evidence (0) never count as found, so a map that is mostly 0 may claim fewer; pixels that
-    tie with the last one taken are all taken.
-
-    Args:
-        heat: float (H, W), not negative.
-        mask: (H, W), non-zero on the finding.
-        fraction: share of the image's pixels, in (0, 1].
-
-    Returns:
-        In [0, 1].
-
-    Raises:
-        ValueError: shapes differ, the mask is empty, the map is negative or not finite, a fraction out of
-            range.
-    """
-    heat, mask = _checked(heat, mask)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; it lies in (0, 1]")
-    return _iou(heat, mask, fraction)
-
-
-def iou_at_mask_area(heat: np.ndarray, mask: np.ndarray) -> float:
-    """`iou_at_fraction` at the mask's own share of the image: the map is told the size, not the place.
-
-    Raises:
-        ValueError: shapes differ, the mask is empty, or the map is negative or not finite.
-    """
-    heat, mask = _checked(heat, mask)
-    return _iou(heat, mask, mask.mean())
-
-
-def mass_in_mask(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Share of the map's sum that lies on the finding: Score-CAM's energy-based pointing game.
-
-    Wang et al., arXiv:1910.01279.
-
-    Returns:
-        In [0, 1]; 0 for a map without evidence.
-
-    Raises:
-        ValueError: shapes differ, the mask is empty, or the map is negative or not finite.
-    """
-    heat, mask = _checked(heat, mask)
-    return _mass(heat, mask)
-
-
 @dataclass(frozen=True)
 class Scores:
     """Localization scores of N images, float64 (N,) each, in [0, 1].
 
     Attributes:
-        hit: pointing game, at the centre of the strongest cell.
-        iou: IoU of the strongest `fraction` of pixels.
-        iou_area: IoU at the mask's own area.
+        hit: pointing game, at the centre of the strongest cell; a share where several cells are strongest.
+        iou: IoU of the strongest `fraction` of pixels, those that tie with the last one and have evidence.
+        iou_area: IoU at the mask's own area: the map is told the size, not the place.
         mass: share of the map's sum within the mask.
     """
 
@@ -103,11 +35,6 @@ class Scores:
     iou: np.ndarray
     iou_area: np.ndarray
     mass: np.ndarray
-
-    def means(self) -> dict[str, float]:
-        """Mean of each score over the images where it is defined; NaN where it is nowhere."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan") for name, x in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -118,12 +45,10 @@ class Localization:
         maps: the maps under test.
         random: random maps of the same resolution, averaged over the draws.
         centre: a guess that falls off from the image's centre.
-        swapped: each image's mask against the maps of the other images (all of them, averaged); above `random`
+        swapped: each image's mask against the maps of other images (at most `swaps`, averaged); above `random`
             by as much as the finding's usual place alone explains. NaN with one image.
         chance: a uniformly random guess, in closed form from the mask's area.
         mask_area: float64 (N,), share of the image.
-        fraction: of pixels taken for `iou`.
-        tolerance: of the pointing game, in pixels.
     """
 
     maps: Scores
@@ -132,19 +57,6 @@ class Localization:
     swapped: Scores
     chance: Scores
     mask_area: np.ndarray
-    fraction: float
-    tolerance: float
-
-    def summary(self) -> dict[str, object]:
-        """JSON-ready means, with the number of images, the settings and the mean mask area."""
-        arms = ("maps", "random", "centre", "swapped", "chance")
-        return {
-            "n": len(self.mask_area),
-            "mask_area": float(self.mask_area.mean()),
-            "fraction": self.fraction,
-            "tolerance_px": self.tolerance,
-            **{arm: getattr(self, arm).means() for arm in arms},
-        }
 
 
 def localize(
@@ -162,7 +74,7 @@ def localize(
         raw: float (N, h, w), one target's part of `Maps.raw`, on the N images that have a mask.
         masks: (N, S, S), non-zero on the finding, in the images' frame.
         fraction: of pixels that count as the map's extent, in (0, 1].
-        tolerance: of the pointing game, in pixels.
+        tolerance: pixels, Euclidean, by which the maximum may miss. The paper takes 15 on images of its own size.
         random_draws: random maps per image.
         swaps: at most so many other images' maps per mask.
         seed: of the random maps.
@@ -189,7 +101,7 @@ def localize(
     others = min(swaps, n - 1)
     arms: dict[str, list[np.ndarray]] = {"maps": [], "random": [], "centre": [], "swapped": [], "chance": []}
     for row, mask in enumerate(masks):
-        wide = _widened(mask, tolerance)
+        wide = mask if tolerance == 0 else distance_transform_edt(~mask) <= tolerance
 
         def scored(
             candidates: np.ndarray, cells: np.ndarray | None, mask: np.ndarray = mask, wide: np.ndarray = wide
@@ -211,26 +123,7 @@ def localize(
     return Localization(
         **{arm: Scores(*np.array(rows, dtype=np.float64).T) for arm, rows in arms.items()},
         mask_area=masks.mean(axis=(1, 2)),
-        fraction=fraction,
-        tolerance=tolerance,
     )
-
-
-def _checked(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    heat, mask = np.asarray(heat), np.asarray(mask) > 0
-    if heat.ndim != 2 or heat.shape != mask.shape:
-        raise ValueError(f"map {heat.shape} and mask {mask.shape}; both must be one (H, W): upsample the map first")
-    if not mask.any():
-        raise ValueError("the mask is empty: there is nothing to find")
-    if not np.isfinite(heat).all() or heat.min() < 0:
-        raise ValueError("the map holds negative or non-finite values")
-    return heat, mask
-
-
-def _widened(mask: np.ndarray, tolerance: float) -> np.ndarray:
-    if tolerance < 0:
-        raise ValueError(f"tolerance is {tolerance} px; it cannot be negative")
-    return mask if tolerance == 0 else distance_transform_edt(~mask) <= tolerance
 
 
 def _hit(heat: np.ndarray, mask: np.ndarray) -> float:

@@ -1,14 +1,38 @@
-"""What becomes of a map once it is made: its size, its scale, and the control beside it."""
+"""Size and scale of maps once they are made, and the random control beside them. NumPy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 REFERENCE_QUANTILE = 0.99
 """Of a map's maximum over the validation images: what counts as full strength."""
+
+
+@dataclass(frozen=True)
+class ScaledMaps:
+    """Maps of K findings on N images, with the scale that they are shown on.
+
+    Attributes:
+        labels: K findings.
+        raw: float32 (K, N, h, w), as `Maps.raw`.
+        logits: float32 (N, 14), per image.
+        reference: float32 (K,) of `fit_reference`; NaN where the maps are zero on all of validation.
+        method: name of the map method.
+    """
+
+    labels: tuple[str, ...]
+    raw: np.ndarray
+    logits: np.ndarray
+    reference: np.ndarray
+    method: str
+
+    def heat(self, label: str, image: int) -> np.ndarray:
+        """float32 (h, w): one map as shares of its reference, as `scale_maps`."""
+        k = self.labels.index(label)
+        return scale_maps(self.raw[k : k + 1, image], self.reference[k : k + 1])[0]
 
 
 def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
@@ -26,9 +50,7 @@ def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
 
 
-def upsample(
-    maps: np.ndarray | mx.array, size: int | tuple[int, int], image: int | tuple[int, int] | None = None
-) -> np.ndarray:
+def upsample(maps: np.ndarray, size: int | tuple[int, int], image: int | tuple[int, int] | None = None) -> np.ndarray:
     """Bilinear resize that puts every cell where the network looked: cell i at image pixel `stride * i`.
 
     In a ResNet each layer with stride pads as much before as after an odd kernel, so the receptive field of cell i of
@@ -55,9 +77,9 @@ def upsample(
     )
     if len(maps.shape) < 2 or 0 in maps.shape[-2:] or min(height, width, image_height, image_width) < 1:
         raise ValueError(f"cannot resize maps of shape {tuple(maps.shape)} to {height} x {width} pixels")
-    rows = mx.array(_bilinear_matrix(maps.shape[-2], height, image_height))
-    columns = mx.array(_bilinear_matrix(maps.shape[-1], width, image_width))
-    return np.array(rows @ mx.array(maps).astype(mx.float32) @ columns.T)
+    rows = _bilinear_matrix(maps.shape[-2], height, image_height)
+    columns = _bilinear_matrix(maps.shape[-1], width, image_width)
+    return rows @ np.asarray(maps, dtype=np.float32) @ columns.T
 
 
 def _bilinear_matrix(old: int, new: int, image: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How much each word of a report moved an answer, and the colour that says so.
+"""Effect of each word of a report on an answer, and its colour.
 
 A word's colour is its effect on the finding's logit, on one scale that all pages of a run share: orange raised
 it, blue lowered it. The two ends are of one lightness, far enough from black for text to be read on them, and told
@@ -32,7 +32,7 @@ _NICE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 @dataclass(frozen=True)
 class WordScores:
-    """How much each word of a report moved one logit.
+    """Effect of each word of a report on one logit.
 
     The logit is `blank`, plus `image`, plus the sum of `contributions`, plus `left_over`.
 
@@ -71,7 +71,7 @@ class WordScores:
 
     @property
     def left_over(self) -> float:
-        """What numerical integration left unexplained."""
+        """The part of the logit that numerical integration left unexplained."""
         return self.logit - self.blank - self.image - self.report
 
     def agreement(self) -> dict[str, dict[str, float]]:
@@ -88,7 +88,7 @@ class WordScores:
 
     @property
     def trusted(self) -> bool:
-        """Whether the contributions add up, and agree with leave-one-out.
+        """True where the contributions add up and agree with leave-one-out.
 
         At most `MOST_LEFT_OVER` of the report's effect is left over, and the linear correlation is at least
         `LEAST_CORRELATION`.
@@ -141,7 +141,7 @@ class TextExplanation:
         return f"{text}   ·   report label: {self.label}" if self.label else text
 
     def account(self) -> list[tuple[str, float]]:
-        """What the logit is made of, line by line; the last is the logit."""
+        """The terms of the logit, line by line; the last is the logit."""
         scores = self.scores
         image = [("film", scores.image)] if "film" in self.reads else []
         return [
@@ -153,7 +153,7 @@ class TextExplanation:
         ]
 
     def check(self) -> str:
-        """What the colours show, and how far the gradients agree with leaving words out."""
+        """The scores that the colours show, and their agreement with leaving words out, in words."""
         ours, other = (self.scores.agreement()[name] for name in ("integrated_gradients", "gradient_x_input"))
         words = f"{len(self.scores.words)} words"
         figures = (
@@ -173,7 +173,7 @@ class TextExplanation:
         return f"The teacher abstains: {self.abstention}." if self.abstention else ""
 
     def cut_note(self) -> str:
-        """What was not read, or an empty string."""
+        """The count of tokens that were not read, in words, or an empty string."""
         return f"The prompt had no room for {self.cut} more tokens of the report; they were not read." * (self.cut > 0)
 
     def plain(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import DecodedImage, ImageError, Transform, decode, decode_bytes
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
@@ -41,8 +41,6 @@ from mlx_cxr.training.scoring import image_features
 FILE = "inference.json"
 SCHEMA = 1
 METHODS: tuple[Method, ...] = get_args(Method)
-MAPPED = tuple(label for label in LABELS if label != "No Finding")
-"""The findings that have maps: where nothing is, there is nothing to point at."""
 
 
 class PredictorError(UserError, ValueError):
@@ -81,6 +79,45 @@ def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping
             "map_references": {"quantile": REFERENCE_QUANTILE, "films": images, "methods": references},
         },
     )
+
+
+def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
+    """The map references of a run's `inference.json`: method to label to reference activation, NaN for no scale.
+
+    Raises:
+        RunFormatError: the file is missing, of another version or of other weights than the run has now, or images are
+            prepared in another way now.
+    """
+    path = trained.folder / FILE
+    again = f"evaluate the run again: {_evaluation(trained)}"
+    if not path.exists():
+        raise RunFormatError(f"{path} is missing: evaluate the run first: {_evaluation(trained)}")
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise RunFormatError(f"{path} was written by another version; {again}")
+    try:
+        evaluated, recorded = record["checkpoint"]["sha256"], record["preprocessing"]
+        references = {
+            method: {label: np.nan if value is None else float(value) for label, value in entry.items()}
+            for method, entry in record["map_references"]["methods"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunFormatError(f"{path} cannot be used ({error!r}); {again}") from None
+    _check_weights(trained, path, evaluated)
+    check_preprocessing(recorded, trained.config, path)
+    return references
+
+
+def _check_weights(trained: TrainedRun, path: Path, sha256: str | None) -> None:
+    """Refuse a file of the run that was made from other weights than it has now."""
+    if sha256 != sha256_file(trained.checkpoint):
+        raise RunFormatError(
+            f"{trained.checkpoint} changed since {path} was written; evaluate the run again: {_evaluation(trained)}"
+        )
+
+
+def _evaluation(trained: TrainedRun) -> str:
+    return f"python -m mlx_cxr.evaluate_cnn --config YOUR.yaml --run_name {trained.folder.name}"
 
 
 @dataclass(frozen=True)
@@ -171,28 +208,10 @@ class Predictor:
             ConfigError, ModelFormatError: its record or weights are not this version's.
         """
         trained = TrainedRun.open(folder)
-        path = trained.folder / FILE
-        again = f"python -m mlx_cxr.evaluate_cnn --config YOUR.yaml --run_name {trained.folder.name}"
-        if not path.exists():
-            raise RunFormatError(f"{path} is missing: evaluate the run first: {again}")
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise RunFormatError(f"{path} was written by another version; evaluate the run again: {again}")
-        try:
-            evaluated, recorded = record["checkpoint"]["sha256"], record["preprocessing"]
-            references = {
-                method: {label: np.nan if value is None else float(value) for label, value in entry.items()}
-                for method, entry in record["map_references"]["methods"].items()
-            }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RunFormatError(f"{path} cannot be used ({error!r}); evaluate the run again: {again}") from None
-        points, points_record = read_operating_points(trained.folder / POINTS_FILE)
-        for where, sha256 in ((path, evaluated), (POINTS_FILE, points_record["made_from"].get("checkpoint"))):
-            if sha256 != sha256_file(trained.checkpoint):
-                raise RunFormatError(
-                    f"{trained.checkpoint} changed since {where} was written; evaluate the run again: {again}"
-                )
-        check_preprocessing(recorded, trained.config, path)
+        references = read_references(trained)
+        path = trained.folder / POINTS_FILE
+        points, record = read_operating_points(path)
+        _check_weights(trained, path, record["made_from"].get("checkpoint"))
         return cls(trained, points, references, batch_size, precision)
 
     @property

@@ -1,20 +1,26 @@
-"""`findings.md`: what the maps look like where the model was right, and where it was wrong, for a clinician to comment.
+"""`findings.md`: maps of studies where the model was right and where it was wrong, for a clinician to comment.
 
-Which studies are shown is a rule, not a choice: the studies of an outcome are ranked by how confident the model was of
-its call, and those at evenly spaced ranks are taken, from the most to the least confident one. The best-looking maps
-alone would say little.
+The studies are chosen by rule: those of an outcome are ranked by how confident the model was of its call, and those at
+evenly spaced ranks are taken, from the most to the least confident one. The best-looking maps alone would say little.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from mlx_cxr.core.formatting import notice_lines, number
+from mlx_cxr.core.labels import SCORING_PROTOCOLS, label_index
+from mlx_cxr.core.runs import write_text
+from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
+from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.results import MEANINGS
+from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.overlay import METHOD_NAMES, Reading, draw_overlay, save_picture
 
 OUTCOMES = ("true positive", "false positive", "false negative")
@@ -32,7 +38,7 @@ class Case:
         outcome: one of `OUTCOMES`.
         rank: 1, 2, … within finding and outcome.
         study_id: of the study.
-        reading: what the picture says; its `image` is the image shown.
+        reading: the picture's text; its `image` is the image shown.
         image: uint8 (S, S), as in the pixel store.
         heat: float (h, w) of `scale_maps`.
         mask: bool (S, S) of the finding, or None.
@@ -108,6 +114,89 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.round(np.linspace(0, len(rows) - 1, count)).astype(int)] if count else rows[:0]
 
 
+def finding_summaries(
+    maps: ScaledMaps,
+    frame: pd.DataFrame,
+    pixels: Callable[[int], np.ndarray],
+    test: Predictions,
+    points: OperatingPoints,
+    per_outcome: int,
+    synthetic: bool,
+    masks: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> list[FindingSummary]:
+    """The cases that the page shows, chosen by its rule, with their images and maps.
+
+    Args:
+        maps: of the N test images.
+        frame: their manifest rows.
+        pixels: from an image's row to its uint8 (S, S) pixels.
+        test: predictions, a row per study.
+        points: thresholds and calibration, fitted on validation.
+        per_outcome: cases per finding and outcome.
+        synthetic: True for the synthetic cohort.
+        masks: per image, finding to mask; None without masks.
+    """
+    targets = SCORING_PROTOCOLS[points.protocol].apply(test.raw_labels)
+    decided = points.decide(test.logits)
+    studies, ids = frame["study_id"].to_numpy(dtype=str), frame["image_id"].to_numpy(dtype=str)
+    texts = frame["text"].fillna("").to_numpy(dtype=str) if "text" in frame else np.full(len(ids), "")
+    summaries = []
+    for label in maps.labels:
+        column = label_index(label)
+        p, threshold = decided.probabilities[:, column], float(points.thresholds.values[column])
+        rows = outcomes(targets[:, column], p, threshold)
+        counts = {name: len(found) for name, found in rows.items()}
+        abstained = {name: int((decided.states[found, column] == ABSTAIN).sum()) for name, found in rows.items()}
+        if not points.tuned[column]:
+            summaries.append(FindingSummary(label, None, counts, abstained, ()))
+            continue
+        cases = []
+        for outcome in OUTCOMES:
+            for rank, row in enumerate(spread(rows[outcome], per_outcome), start=1):
+                study = str(test.study_ids[row])
+                # Of a study's images the one with the highest score of the finding.
+                images = np.flatnonzero(studies == study)
+                image = int(images[np.argmax(maps.logits[images, column])])
+                reading = Reading(
+                    label,
+                    float(p[row]),
+                    threshold,
+                    float(test.raw_labels[row, column]),
+                    ids[image],
+                    maps.method,
+                    synthetic,
+                    points.reason(column, float(p[row])),
+                )
+                mask = masks[image].get(label) if masks else None
+                heat = maps.heat(label, image)
+                cases.append(Case(outcome, rank, study, reading, pixels(image), heat, mask, texts[image]))
+        summaries.append(FindingSummary(label, threshold, counts, abstained, cases))
+    return summaries
+
+
+def write_findings(
+    folder: Path,
+    run: str,
+    summaries: Sequence[FindingSummary],
+    sections: Sequence[str],
+    points: OperatingPoints,
+    synthetic: bool,
+    method: str,
+) -> Path:
+    """Write the pictures, then `findings.md`, then remove pictures it no longer links to; return the page's path.
+
+    In this order every link of the page works at any moment, also when the command is killed.
+    """
+    cases = [case for summary in summaries for case in summary.cases]
+    write_pictures(folder, cases)
+    text = findings_markdown(
+        run, summaries, synthetic=synthetic, method=method, protocol=MEANINGS[points.protocol], sections=sections
+    )
+    path = write_text(folder / "findings.md", text)
+    remove_stale(folder, cases)
+    return path
+
+
 def write_pictures(folder: str | Path, cases: Sequence[Case], side: int = 320) -> list[Path]:
     """Draw each case into the folder that holds `findings.md`, one atomic write per picture, and return the paths.
 
@@ -142,9 +231,9 @@ def findings_markdown(
     Args:
         run: the run's name.
         findings: in the order of their sections.
-        synthetic: whether the cohort is.
+        synthetic: True for the synthetic cohort.
         method: a key of `overlay.METHOD_NAMES`.
-        protocol: in words: what uncertain and empty labels count as.
+        protocol: in words, the policy on uncertain and empty labels.
         sections: Markdown to put before the findings, such as the localization table.
     """
     lines = [

@@ -247,11 +247,6 @@ def map_tile(image: np.ndarray, heat: np.ndarray, side: int, opacity: float = MA
     return Image.fromarray(_blend(gray, upsample(heat, side, image=np.shape(image)[0]), opacity))
 
 
-def mask_tile(image: np.ndarray, mask: np.ndarray, side: int) -> Image.Image:
-    """An image (S, S) uint8 with the outline of a mask (S, S), as an RGB picture of `side` pixels."""
-    return _outlined(image_tile(image, side), mask)
-
-
 def _withheld_tile(image: np.ndarray, side: int, why: str) -> Image.Image:
     tile = image_tile(image, side).point(lambda value: value * 0.3)
     draw = ImageDraw.Draw(tile)
@@ -312,7 +307,7 @@ def montage(
     """A grid of captioned pictures, row by row, with the colour bar and the warning.
 
     Args:
-        tiles: all of one size; `image_tile`, `map_tile`, `mask_tile` make them.
+        tiles: all of one size; `image_tile` and `map_tile` make them.
         columns: tiles per row.
         title: a line above, or empty.
         synthetic: the model was trained on the synthetic cohort; the footer then says so.

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS
-from mlx_cxr.inference.predictor import MAPPED, ImageAnswer, Predictor
+from mlx_cxr.inference.predictor import ImageAnswer, Predictor
 from mlx_cxr.pages.case_page import by_margin
 from mlx_cxr.pages.overlay import Reading, Tile, draw_overlay, image_tile, map_tile, montage, save_picture
 

@@ -10,6 +10,8 @@ from typing import Any
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.formatting import NOT_CLINICAL, interval_text, number
 from mlx_cxr.core.runs import atomic_path, read_json, write_text
+from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.pages.map_checks import CONTROL_NAMES, found, table_rows
 from mlx_cxr.pages.results_page import closing_table
 
 
@@ -67,8 +69,8 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
 
 
 def best_localized(table: Mapping[str, Any]) -> str:
-    """The finding whose maps hit it most often beyond the random control, of those shown in `localization.json`."""
-    return max(table["per_label"], key=lambda label: table["per_label"][label]["hit"]["random"]["difference"]["value"])
+    """The finding of `localization.json` whose maps hit it most often beyond its strongest control."""
+    return max(table["per_label"], key=lambda label: map_verdict(table["per_label"][label]).difference["value"])
 
 
 def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str, seconds: float) -> str:
@@ -76,11 +78,13 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
     device = results["provenance"]["device"]
     where = f"{device['kind']} backend, {device['cores']} cores"
     rows = []
-    for name, entry in [*table["per_label"].items(), (f"**mean of {table['macro']['labels']}**", table["macro"])]:
-        cells = [name, str(entry.get("films", "")), interval_text(entry["hit"]["random"]["difference"], 2)]
+    for name, images, entry in table_rows(table):
+        cells = [name, images]
         for score in ("hit", "hit_half_cell", "iou"):
-            cells += [number(entry[score]["maps"]["value"], 2), number(entry[score]["random"]["mean"]["value"], 2)]
-        rows.append(f"| {' | '.join([*cells[:2], *cells[3:5], cells[2], *cells[5:]])} |")
+            verdict = map_verdict(entry, score)
+            cells += [number(entry[score]["maps"]["value"], 2), f"{number(verdict.mean, 2)} {verdict.control}"]
+            cells += [interval_text(verdict.difference, 2)] * (score != "iou")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [
             f"What the demo printed ({where}; the stages took {seconds / 60:.1f} minutes). These lines and the picture "
@@ -91,11 +95,14 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             "```",
             "",
             "Does the map's peak lie on the finding? Films of the test split with the finding drawn and reported, "
-            "beside random maps of the same resolution; in brackets 95 % intervals by patient. The picture above is "
-            f"the most confident true positive of the finding that maps hit best beyond chance ({label}).",
+            "beside the strongest of three controls on the same films: "
+            f"{', '.join(f'{words} (`{name}`)' for name, words in CONTROL_NAMES.items())}. In brackets 95 % intervals "
+            "by patient. The picture above is the most confident true positive of the finding that maps hit best "
+            f"beyond its strongest control ({label}).",
             "",
-            "| finding | films | hit rate | random | difference | within half a cell | random | IoU | random |",
-            "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+            "| finding | films | hit rate | control | difference | within half a cell | control | difference | IoU | "
+            "control |",
+            "| --- | ---: | ---: | --- | --- | ---: | --- | --- | ---: | --- |",
             *rows,
             "",
             _verdict(table["per_label"]),
@@ -104,17 +111,14 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
 
 
 def _verdict(per_label: Mapping[str, Any]) -> str:
-    """Which findings the maps find, by the interval of the difference, and a warning about the rest."""
-
-    def found(score: str) -> list[str]:
-        return [label for label, entry in per_label.items() if entry[score]["random"]["difference"]["low"] > 0]
-
-    strict, near = found("hit"), found("hit_half_cell")
-    near = [label for label in near if label not in strict]
+    """The findings that the maps find, by the interval of the difference, and a warning about the rest."""
+    strict = found(per_label)
+    near = [label for label in found(per_label, "hit_half_cell") if label not in strict]
     rest = [label for label in per_label if label not in (*strict, *near)]
     return (
-        f"With an interval of the difference above 0, the maps find: {', '.join(strict) or 'nothing'}; allowing half a "
-        f"cell also {', '.join(near) or 'nothing'}. They do not, so far: {', '.join(rest) or 'nothing'}. A finding can "
-        "be predicted well from somewhere else on the film than where it lies, which is what this table is for; real "
-        "cohorts have no such masks to show it."
+        "With an interval of the difference from the strongest control above 0, the maps find: "
+        f"{', '.join(strict) or 'nothing'}; allowing half a cell also {', '.join(near) or 'nothing'}. That they do is "
+        f"not shown for: {', '.join(rest) or 'none'}. A finding can be predicted well from somewhere else on the film "
+        "than where it lies, which is what this table is for. It is a table of drawn findings, and says nothing of "
+        "maps on films of patients."
     )

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES
+from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
 
 CHANCE = 0.5
 """ROC-AUC of a model that knows nothing, and the share of errors of one that tosses a coin."""
@@ -150,12 +151,10 @@ def _maps(card: Mapping[str, Any]) -> Iterator[str]:
     if table is None:
         yield "Whether its maps point at the findings was not tested, for want of masks: do not take them as evidence."
         return
-    gains = {label: entry["hit"]["swapped"]["difference"] for label, entry in table["per_label"].items()}
-    shown = [label for label, gain in gains.items() if _known(gain) and gain["low"] > 0]
     yield (
-        "That a map points at the finding of its own film better than the maps of other films do (pointing game) is "
-        f"shown for {', '.join(shown) or 'no finding'}, of {len(gains)} tested. For the others, do not take a map as "
-        "evidence."
+        f"That a map points at the finding better than the strongest of {ALL_CONTROLS} (pointing game) is shown for "
+        f"{', '.join(found(table['per_label'])) or 'no finding'}, of {len(table['per_label'])} tested. For the others, "
+        "do not take a map as evidence."
     )
 
 

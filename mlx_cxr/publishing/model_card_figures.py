@@ -10,6 +10,8 @@ from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.pages.map_checks import table_rows
 from mlx_cxr.pages.results_page import markdown_table
 from mlx_cxr.publishing.claim_checklist import NOT_RECORDED
 
@@ -23,7 +25,7 @@ _CALLED = {
     "sensitivity_called": "sensitivity of calls",
     "specificity_called": "specificity of calls",
 }
-_HITS = {"swapped": "other films' maps", "centre": "film's centre", "chance": "chance"}
+_HITS = {"random": "random maps", "swapped": "other films' maps", "centre": "film's centre", "chance": "chance"}
 
 Card = Mapping[str, Any]
 
@@ -190,27 +192,24 @@ def _groups(analysis: Mapping[str, Any]) -> list[str]:
 
 
 def maps_section(card: Card) -> list[str]:
-    """Whether the maps point at the findings."""
+    """Hit rates of the maps and of their controls."""
     table = card["localization"]
     if table is None:
         return ["## Maps", "", f"Whether its maps point at the findings: {NOT_RECORDED}.", ""]
-    rows = [(name, str(entry["films"]), entry["hit"]) for name, entry in table["per_label"].items()]
-    rows.append((f"**mean of {table['macro']['labels']}**", "", table["macro"]["hit"]))
-    cells = [
-        [
-            *(name, images, interval_text(hit["maps"])),
-            *(number(hit[arm]["mean"]["value"]) for arm in _HITS),
-            interval_text(hit["swapped"]["difference"]),
-        ]
-        for name, images, hit in rows
-    ]
+    cells = []
+    for name, images, entry in table_rows(table):
+        hit, verdict = entry["hit"], map_verdict(entry)
+        cells.append([name, images, interval_text(hit["maps"]), *(number(hit[arm]["mean"]["value"]) for arm in _HITS)])
+        cells[-1] += [_HITS[verdict.control], interval_text(verdict.difference)]
     return [
         "## Maps",
         "",
         f"Share of films whose {table['method']} map peaks on the finding, beside what points at it without looking at "
         f"the film. Films: {table['selection']}.",
         "",
-        *markdown_table(["finding", "films", "maps", *_HITS.values(), "maps minus other films'"], cells, right=(1,)),
+        *markdown_table(
+            ["finding", "films", "maps", *_HITS.values(), "strongest control", "maps minus it"], cells, right=(1,)
+        ),
     ]
 
 

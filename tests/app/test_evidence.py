@@ -12,14 +12,17 @@ from cxr_page.viewer import _peak, evidence
 from mlx_cxr.core.runs import write_json
 
 
-def entry(maps: float, swapped: float, low: float) -> dict:
-    control = {"mean": {"value": swapped}, "difference": {"value": maps - swapped, "low": low, "high": 1.0}}
-    return {"films": 40, "hit": {"maps": {"value": maps}, "swapped": control}}
+def entry(maps: float, swapped: float, low: float, centre: float = 0.0) -> dict:
+    def control(mean: float) -> dict:
+        return {"mean": {"value": mean}, "difference": {"value": maps - mean, "low": low, "high": 1.0}}
+
+    return {"films": 40, "hit": {"maps": {"value": maps}, "swapped": control(swapped), "centre": control(centre)}}
 
 
 @pytest.fixture
 def run(tmp_path):
     table = {"Edema": entry(0.8, 0.5, 0.1), "Fracture": entry(0.1, 0.15, -0.2), "Pneumonia": entry(0.5, 0.5, 0.0)}
+    table["Cardiomegaly"] = entry(0.9, 0.5, -0.1, centre=0.95)
     write_json(tmp_path / "localization.json", {"per_label": table})
     return SimpleNamespace(model=SimpleNamespace(trained=SimpleNamespace(folder=tmp_path)))
 
@@ -29,6 +32,8 @@ def test_a_map_comes_with_what_is_known_of_such_maps(run):
     assert good == "On 40 test films with the finding, maps peaked on it in 80%, other films' maps in 50%."
     assert bad.startswith("On 40 test films with the finding, maps peaked on it in 10%, other films' maps in 15%")
     assert bad.endswith("do not take it as evidence of the place.")
+    heart = "maps peaked on it in 90%, a guess at the film's centre in 95%: do not take it as evidence of the place."
+    assert evidence(run, "Cardiomegaly").endswith(heart)
     assert "not tested" in evidence(run, "Lung Lesion")
 
 
@@ -41,11 +46,11 @@ def test_a_run_without_masks_or_with_a_damaged_table_says_no_more_than_it_knows(
     assert "not tested" in verdict(run.model.trained.folder)
 
 
-def test_the_verdict_names_the_findings_whose_maps_beat_those_of_other_images(run):
+def test_the_verdict_names_the_findings_whose_maps_beat_their_strongest_control(run):
     said = verdict(run.model.trained.folder)
     better, rest = said.split(". That they do")
     assert better.endswith("for: Edema")
-    assert "not shown for: Fracture, Pneumonia." in rest
+    assert "not shown for: Fracture, Pneumonia, Cardiomegaly." in rest
 
 
 @pytest.mark.parametrize(

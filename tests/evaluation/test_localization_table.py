@@ -1,10 +1,9 @@
-import json
 import math
 
 import numpy as np
 import pytest
 
-from mlx_cxr.evaluation.localization_table import ImageScores, localization_markdown, localization_table
+from mlx_cxr.evaluation.localization_table import ImageScores, localization_table, map_verdict
 
 PATIENTS = np.array(["a", "a", "b", "c", "d", "e"])
 
@@ -54,17 +53,6 @@ def test_interval_is_that_of_the_loop_over_patients(table):
     assert (got["low"], got["high"]) == pytest.approx(np.percentile(replicates, [2.5, 97.5]), abs=1e-9)
 
 
-def test_markdown_shows_the_figures_and_survives_json(table):
-    text = localization_markdown(json.loads(json.dumps(table)), {"hit": "Pointing game"}, against=("random",))
-    rows = [line for line in text.splitlines() if line.startswith("| Edema")]
-    assert rows[0].startswith("| Edema | 6 | 0.667 [")
-    assert "| 0.200 | 0.467 [" in rows[0]
-    assert "**Pointing game**" in text
-    assert "**mean of 2**" in text
-    with pytest.raises(KeyError, match="swapped"):
-        localization_markdown(table, {"hit": "Pointing game"})
-
-
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="no finding has films"):
         localization_table([], 10, 0, False, "grad_cam")
@@ -78,3 +66,46 @@ def test_bad_input_is_named():
     other = ImageScores("Fracture", PATIENTS[:1], {"hit": np.ones(1)}, {"centre": {"hit": np.ones(1)}})
     with pytest.raises(ValueError, match="Fracture: other scores or controls than Edema has"):
         localization_table([one, other], 10, 0, False, "grad_cam")
+
+
+def entry_of(maps, **controls):
+    """An entry of `per_label` of 40 patients with one image each; controls at constant rates."""
+    hit, patients = np.asarray(maps, float), np.array([f"p{k}" for k in range(len(maps))])
+    arms = {name: {"hit": np.full(len(hit), rate)} for name, rate in controls.items()}
+    finding = ImageScores("Edema", patients, {"hit": hit}, arms)
+    return localization_table([finding], 200, 0, False, "grad_cam")["per_label"]["Edema"]
+
+
+def test_the_verdict_is_against_the_strongest_control_not_the_weakest():
+    """Maps that beat random ones and other images', yet not the guess that the finding lies in the middle."""
+    entry = entry_of([1, 0] * 20, random=0.1, swapped=0.2, centre=0.6, chance=0.9)
+    assert all(entry["hit"][control]["difference"]["low"] > 0 for control in ("random", "swapped"))
+    verdict = map_verdict(entry)
+    assert (verdict.control, verdict.mean, verdict.better) == ("centre", pytest.approx(0.6), False)
+    assert verdict.difference == entry["hit"]["centre"]["difference"]
+    assert verdict.difference["value"] == pytest.approx(-0.1)
+    better = map_verdict(entry_of([1, 1, 1, 0] * 10, random=0.1, swapped=0.3, centre=0.2))
+    assert (better.control, better.better) == ("swapped", True)
+
+
+def test_of_equal_controls_the_first_is_taken_and_maps_that_equal_it_are_not_better():
+    verdict = map_verdict(entry_of([1] * 40, centre=1.0, swapped=1.0, random=0.5))
+    assert (verdict.control, verdict.difference["low"], verdict.better) == ("swapped", 0.0, False)
+
+
+@pytest.mark.parametrize("undefined", [None, math.nan])
+def test_a_control_that_is_undefined_is_passed_over(undefined):
+    entry = entry_of([1, 1, 1, 0] * 10, random=0.1, swapped=math.nan, centre=0.2)
+    entry["hit"]["swapped"]["mean"]["value"] = undefined
+    verdict = map_verdict(entry)
+    assert (verdict.control, verdict.better) == ("centre", True)
+    with pytest.raises(KeyError, match="none of the controls"):
+        map_verdict({"hit": {"maps": entry["hit"]["maps"], "swapped": entry["hit"]["swapped"]}})
+
+
+@pytest.mark.parametrize("undefined", [None, math.nan])
+def test_a_difference_without_an_interval_shows_nothing(undefined):
+    entry = entry_of([1] * 40, random=0.1)
+    entry["hit"]["random"]["difference"] |= {"low": undefined, "high": undefined}
+    verdict = map_verdict(entry)
+    assert (verdict.difference["value"], verdict.better) == (pytest.approx(0.9), False)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_cxr.core.labels import label_index
-from mlx_cxr.explain.faithfulness import faithfulness_curves, randomization_check
+from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
-from mlx_cxr.explain.targets import LabelProbability
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 SIZE = 64
@@ -59,24 +58,20 @@ def test_maps_of_a_trained_network_find_what_was_drawn(trained):
     for k in range(2):
         assert ((maps.scores[k] > 0) == labels[:, k]).mean() > 0.9
         called = labels[:, k] & (maps.scores[k] > 0)
-        summary = localize(maps.raw[k, called], masks[called, k], fraction=0.05, tolerance=half_a_cell).summary()
-        for control in ("random", "swapped", "chance"):
-            assert summary["maps"]["hit"] > 2.5 * summary[control]["hit"], control
-            assert summary["maps"]["iou"] > 2.5 * summary[control]["iou"], control
-        assert summary["maps"]["hit"] > 1.25 * summary["centre"]["hit"]
-        assert summary["maps"]["iou"] > 1.5 * summary["centre"]["iou"]
+        found = localize(maps.raw[k, called], masks[called, k], fraction=0.05, tolerance=half_a_cell)
+        hit, iou = found.maps.hit.mean(), found.maps.iou.mean()
+        for control in (found.random, found.swapped, found.chance):
+            assert hit > 2.5 * control.hit.mean()
+            assert iou > 2.5 * control.iou.mean()
+        assert hit > 1.25 * found.centre.hit.mean()
+        assert iou > 1.5 * found.centre.iou.mean()
         strength = maps.raw[k].max(axis=(1, 2))
         assert strength[called].mean() > 2 * strength[~labels[:, k]].mean()
 
 
 @pytest.mark.slow
-def test_maps_of_a_trained_network_are_faithful_and_depend_on_its_weights(trained):
+def test_maps_of_a_trained_network_depend_on_its_weights(trained):
     x, labels, _ = draw(32, np.random.default_rng(2))
     x = x[mx.array(np.flatnonzero(labels[:, 0])[:10])]
-    raw = class_activation_maps(trained, x, ["Edema"]).raw[0]
-    curves = faithfulness_curves(trained, x, raw, LabelProbability("Edema"), steps=10)
-    summary = curves.summary()
-    assert summary["deletion"] < 0.5 * summary["random_deletion"]
-    assert summary["deletion_better"] >= 0.9
     for name, correlation in randomization_check(trained, x, ["Edema"]).items():
         assert abs(np.nanmean(correlation)) < 0.5, name

@@ -1,20 +1,18 @@
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pandas as pd
 import pytest
 from simulated_predictions import simulated
 
-from mlx_cxr.core.config_schema import ExplainConfig
-from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
+from mlx_cxr.core.labels import LABELS, MAPPED, label_index
+from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
+from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.inference import explanation
-from mlx_cxr.inference.explanation import TestMaps
 from mlx_cxr.inference.trained_run import image_maps, study_predictions
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.pages.map_checks import localization_section
 from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
@@ -43,7 +41,7 @@ def split_of(test, images_per_study=2, cells=4):
     )
     images = ImageSource(rng.integers(0, 255, (n, 32, 32), dtype=np.uint8), np.arange(n), 4.0)
     labels = ("Edema", "Fracture")
-    maps = TestMaps(
+    maps = ScaledMaps(
         labels,
         rng.random((2, n, cells, cells), dtype=np.float32),
         rng.normal(size=(n, len(LABELS))).astype(np.float32),
@@ -60,10 +58,13 @@ def test_maps_do_not_depend_on_how_images_are_batched(model):
     direct = class_activation_maps(model, preprocess(mx.array(pixels[[4, 0, 2, 1, 3]]), 1), ["Edema", "Fracture"])
     np.testing.assert_allclose(raw, direct.raw, atol=1e-4 * max(1.0, direct.raw.max()))
     np.testing.assert_allclose(logits, direct.logits, rtol=1e-4, atol=1e-4)
-    maps = explanation.map_test(model, source, source, ExplainConfig(), batch_size=4)
-    assert maps.labels == tuple(label for label in LABELS if label != "No Finding")
-    row = maps.labels.index("Edema")
+    references = dict(zip(MAPPED, np.arange(1.0, 1 + len(MAPPED)), strict=True)) | {"Fracture": np.nan}
+    maps = explanation.scaled_maps(model, source, MAPPED, "grad_cam", references, batch_size=4)
+    assert maps.labels == MAPPED
+    row = MAPPED.index("Edema")
     np.testing.assert_allclose(maps.raw[row], raw[0], atol=1e-4 * max(1.0, raw.max()))
+    np.testing.assert_allclose(maps.heat("Edema", 2), maps.raw[row, 2] / (1 + row), rtol=1e-6)
+    assert np.isnan(maps.heat("Fracture", 2)).all()
 
 
 def test_study_predictions_average_their_images(model):
@@ -75,49 +76,6 @@ def test_study_predictions_average_their_images(model):
     images = np.array(model(preprocess(mx.array(pixels), 1)))
     got = study_predictions(model, data, batch_size=2)
     np.testing.assert_allclose(got.logits, [(images[0] + images[2]) / 2, images[1]], rtol=1e-3, atol=1e-4)
-
-
-def test_cases_show_the_image_with_the_highest_score_of_the_finding():
-    test = simulated(25, "test", 1)
-    data, maps = split_of(test)
-    masks = [{"Edema": np.full((32, 32), True)} for _ in range(len(data))]
-    summaries = explanation.finding_summaries(maps, data, test, POINTS, 2, True, masks)
-    decided = POINTS.decide(test.logits)
-    probabilities = decided.probabilities
-    assert [summary.finding for summary in summaries] == ["Edema", "Fracture"]
-    for k, summary in enumerate(summaries):
-        column = label_index(summary.finding)
-        assert sum(summary.counts.values()) == len(test)
-        assert sum(summary.abstained.values()) == (decided.states[:, column] == ABSTAIN).sum() > 0
-        assert all(summary.abstained[name] <= count for name, count in summary.counts.items())
-        assert {case.outcome for case in summary.cases} >= {"true positive", "false positive"}
-        for case in summary.cases:
-            row = test.study_ids.tolist().index(case.study_id)
-            both = maps.logits[2 * row : 2 * row + 2, column]
-            image = 2 * row + int(np.argmax(both))
-            assert case.reading.image == f"i{image}"
-            assert case.reading.probability == pytest.approx(probabilities[row, column])
-            assert case.reading.abstention == POINTS.reason(column, probabilities[row, column])
-            assert bool(case.reading.abstention) == (decided.states[row, column] == ABSTAIN)
-            assert case.text == f"report of {case.study_id}"
-            np.testing.assert_array_equal(case.heat, maps.raw[k, image])
-            np.testing.assert_array_equal(case.image, np.array(data.images.batch(np.array([image])))[0])
-            assert (case.mask is None) == (summary.finding == "Fracture")
-            positive = test.raw_labels[row, column] == 1
-            called = probabilities[row, column] >= POINTS.thresholds.values[column]
-            words = {(True, True): "true positive", (False, True): "false positive", (True, False): "false negative"}
-            assert case.outcome == words[positive, called]
-
-
-def test_a_finding_without_a_threshold_has_no_cases():
-    test = simulated(10, "test", 1)
-    data, maps = split_of(test)
-    sources = list(POINTS.thresholds.sources)
-    sources[label_index("Edema")] = "default"
-    points = replace(POINTS, thresholds=replace(POINTS.thresholds, sources=tuple(sources)))
-    edema, fracture = explanation.finding_summaries(maps, data, test, points, 1, True)
-    assert (edema.threshold, len(edema.cases)) == (None, 0)
-    assert fracture.cases
 
 
 def test_localization_scores_images_that_have_both_mask_and_label():
@@ -147,18 +105,21 @@ def test_localization_scores_images_that_have_both_mask_and_label():
     assert entry["called"] == of_images.sum()
     assert entry["hit_when_called"] == pytest.approx(direct.maps.hit[of_images].mean())
     assert entry["empty_maps"] == 0
-    section = "\n".join(explanation.localization_section(table))
+    section = "\n".join(localization_section(table))
     assert f"| Edema | {len(rows)} | " in section
     assert "report label 1" in section
     assert explanation.localization(maps, data, [{}] * len(data), test, POINTS, **settings) is None
 
 
-def test_randomization_section_has_a_row_per_finding(model):
-    pixels = np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8)
-    source = ImageSource(pixels, np.arange(3), 4.0)
-    maps = explanation.map_test(model, source, source, ExplainConfig(labels=("Edema", "Fracture")), batch_size=3)
+def test_randomization_takes_images_evenly_and_leaves_the_model_alone(model):
+    pixels = np.random.default_rng(0).integers(0, 255, (17, 64, 64), dtype=np.uint8)
+    source = ImageSource(pixels, np.arange(17), 4.0)
+    labels = ("Edema", "Fracture")
+    maps = explanation.scaled_maps(model, source, labels, "grad_cam", dict.fromkeys(labels, 1.0), batch_size=8)
     before = np.array(model.fc.weight)
-    lines = explanation.randomization_section(model, maps, source, seed=0)
-    assert sum(line.startswith(("| Edema", "| Fracture", "| **mean of 2**")) for line in lines) == 3
-    assert "3 test films" in "".join(lines)
+    check = explanation.randomization(model, maps, source, seed=0)
+    assert {step: values.shape for step, values in check.items()} == {"fc": (3, 2, 8), "fc+layer4": (3, 2, 8)}
+    some = ImageSource(pixels[[0, 2, 4, 6, 9, 11, 13, 16]], np.arange(8), 4.0)
+    again = explanation.randomization(model, maps, some, seed=0)
+    np.testing.assert_allclose(check["fc"], again["fc"], atol=1e-3)
     np.testing.assert_array_equal(np.array(model.fc.weight), before)

@@ -1,15 +1,22 @@
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from simulated_predictions import simulated
 
+from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
+from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.findings_page import (
     OUTCOMES,
     Case,
     FindingSummary,
+    finding_summaries,
     findings_markdown,
     outcomes,
     remove_stale,
@@ -19,6 +26,7 @@ from mlx_cxr.pages.findings_page import (
 from mlx_cxr.pages.overlay import Reading
 
 IMAGE = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
+POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1", 0.1)
 
 
 def case(outcome="true positive", rank=1, study="s1", probability=0.9, label=1.0, text="", synthetic=True, why=""):
@@ -124,3 +132,59 @@ def test_pictures_of_missed_findings_are_drawn_below_the_threshold(tmp_path, syn
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     right = pixels[92 : 92 + 256, 20 + 256 + 14 : 20 + 256 + 14 + 256]
     assert (right.max(axis=-1) - right.min(axis=-1)).mean() > 30
+
+
+def split_of(test, images_per_study=2, cells=4):
+    """Images of each study in turn, their maps and the logits of each image."""
+    rng = np.random.default_rng(0)
+    studies = np.repeat(test.study_ids, images_per_study)
+    n = len(studies)
+    texts = [f"report of {study}" for study in studies]
+    frame = pd.DataFrame({"study_id": studies, "image_id": [f"i{k}" for k in range(n)], "text": texts})
+    raw = rng.random((2, n, cells, cells), dtype=np.float32)
+    logits = rng.normal(size=(n, len(LABELS))).astype(np.float32)
+    maps = ScaledMaps(("Edema", "Fracture"), raw, logits, np.full(2, 2, np.float32), "grad_cam")
+    return frame, rng.integers(0, 255, (n, 32, 32), dtype=np.uint8), maps
+
+
+def test_cases_show_the_image_with_the_highest_score_of_the_finding():
+    test = simulated(25, "test", 1)
+    frame, pixels, maps = split_of(test)
+    masks = [{"Edema": np.full((32, 32), True)} for _ in range(len(frame))]
+    summaries = finding_summaries(maps, frame, pixels.__getitem__, test, POINTS, 2, True, masks)
+    decided = POINTS.decide(test.logits)
+    probabilities = decided.probabilities
+    assert [summary.finding for summary in summaries] == ["Edema", "Fracture"]
+    for k, summary in enumerate(summaries):
+        column = label_index(summary.finding)
+        assert sum(summary.counts.values()) == len(test)
+        assert sum(summary.abstained.values()) == (decided.states[:, column] == ABSTAIN).sum() > 0
+        assert all(summary.abstained[name] <= count for name, count in summary.counts.items())
+        assert {case.outcome for case in summary.cases} >= {"true positive", "false positive"}
+        for case in summary.cases:
+            row = test.study_ids.tolist().index(case.study_id)
+            both = maps.logits[2 * row : 2 * row + 2, column]
+            image = 2 * row + int(np.argmax(both))
+            assert case.reading.image == f"i{image}"
+            assert case.reading.probability == pytest.approx(probabilities[row, column])
+            assert case.reading.abstention == POINTS.reason(column, probabilities[row, column])
+            assert bool(case.reading.abstention) == (decided.states[row, column] == ABSTAIN)
+            assert case.text == f"report of {case.study_id}"
+            np.testing.assert_array_equal(case.heat, maps.raw[k, image] / 2)
+            np.testing.assert_array_equal(case.image, pixels[image])
+            assert (case.mask is None) == (summary.finding == "Fracture")
+            positive = test.raw_labels[row, column] == 1
+            called = probabilities[row, column] >= POINTS.thresholds.values[column]
+            words = {(True, True): "true positive", (False, True): "false positive", (True, False): "false negative"}
+            assert case.outcome == words[positive, called]
+
+
+def test_a_finding_without_a_threshold_has_no_cases():
+    test = simulated(10, "test", 1)
+    frame, pixels, maps = split_of(test)
+    sources = list(POINTS.thresholds.sources)
+    sources[label_index("Edema")] = "default"
+    points = replace(POINTS, thresholds=replace(POINTS.thresholds, sources=tuple(sources)))
+    edema, fracture = finding_summaries(maps, frame, pixels.__getitem__, test, points, 1, True)
+    assert (edema.threshold, len(edema.cases)) == (None, 0)
+    assert fracture.cases

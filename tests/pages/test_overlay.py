@@ -12,7 +12,6 @@ from mlx_cxr.pages.overlay import (
     draw_overlay,
     image_tile,
     map_tile,
-    mask_tile,
     montage,
     save_picture,
 )
@@ -115,7 +114,7 @@ def test_the_outline_runs_along_the_mask():
     dark = np.full((64, 64), 40, np.uint8)
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 16:48] = 255
-    pixels = np.asarray(mask_tile(dark, mask, 256))[..., 0]
+    pixels = panel(draw_overlay(dark, HEAT, ABOVE, mask, side=SIDE), LEFT)[..., 0]
     white = np.argwhere(pixels > 200)
     assert 56 <= white.min() <= 64
     assert 191 <= white.max() <= 199
@@ -202,4 +201,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected finite"):
         map_tile(IMAGE, np.full((2, 2), np.nan), 64)
     with pytest.raises(ValueError, match="mask has shape"):
-        mask_tile(IMAGE, np.ones((1, 64, 64)), 64)
+        draw_overlay(IMAGE, HEAT, ABOVE, np.ones((1, 64, 64)))

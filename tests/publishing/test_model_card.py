@@ -462,12 +462,13 @@ def test_findings_without_calls_or_with_mostly_wrong_ones_are_named(run):
     assert "(fewer than 9 of a class), so no call is ever made: Edema." in said
 
 
-def test_maps_are_evidence_only_for_findings_on_which_they_beat_other_images_maps(run, tmp_path):
+def test_maps_are_evidence_only_for_findings_on_which_they_beat_the_strongest_control(run, tmp_path):
     rng = np.random.default_rng(0)
 
     def scores(label, hits, others):
         control = {"hit": others.astype(float)}
-        controls = dict.fromkeys(("random", "swapped", "centre", "chance"), control)
+        half = {"hit": others * 0.5}
+        controls = {"random": half, "swapped": control, "centre": half, "chance": half}
         patients = np.array([f"p{i}" for i in range(len(hits))])
         return ImageScores(label, patients, {"hit": hits.astype(float)}, controls)
 
@@ -482,8 +483,9 @@ def test_maps_are_evidence_only_for_findings_on_which_they_beat_other_images_map
     (_, rows), *_ = tables_of(section_of(card_markdown(model_card(located)), "## Maps"))
     assert [row[0] for row in rows] == ["Edema", "Fracture", "**mean of 2**"]
     assert_shows(rows[0][2], table["per_label"]["Edema"]["hit"]["maps"])
-    assert figures(rows[0][3])[0] == pytest.approx(bad.mean(), abs=0.00051)
-    assert_shows(rows[0][6], table["per_label"]["Edema"]["hit"]["swapped"]["difference"])
+    assert figures(rows[0][4])[0] == pytest.approx(bad.mean(), abs=0.00051)
+    assert rows[0][7] == "other films' maps"
+    assert_shows(rows[0][8], table["per_label"]["Edema"]["hit"]["swapped"]["difference"])
 
 
 def test_the_comparison_is_that_of_the_models_it_names(run, tmp_path):

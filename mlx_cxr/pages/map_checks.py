@@ -1,0 +1,124 @@
+"""The sections of `findings.md` that check the maps: against masks, and against randomized weights.
+
+The words for the verdict of `evaluation.localization_table.map_verdict`, on every page that gives it, are here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.evaluation.localization_table import map_verdict
+
+SCORE_NAMES = {
+    "hit": "Pointing game: share of films whose map peaks on the finding",
+    "hit_half_cell": "Pointing game, a miss by half a cell of the map allowed",
+    "iou": "IoU of the map's strongest pixels with the mask",
+    "mass": "Share of the map's sum on the finding",
+}
+CONTROL_NAMES = {"random": "random maps", "swapped": "other films' maps", "centre": "a guess at the film's centre"}
+ALL_CONTROLS = f"{CONTROL_NAMES['random']}, {CONTROL_NAMES['swapped']} of it and {CONTROL_NAMES['centre']}"
+"""Whose strongest the verdict is against, for a sentence about a finding."""
+
+
+def found(per_label: Mapping[str, Any], score: str = "hit") -> list[str]:
+    """The findings whose maps are better than their strongest control."""
+    return [label for label, entry in per_label.items() if map_verdict(entry, score).better]
+
+
+def table_rows(table: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Title, number of images and entry of every finding in `localization.json`, and of their mean."""
+    rows = [(name, str(entry["films"]), entry) for name, entry in table["per_label"].items()]
+    return [*rows, (f"**mean of {table['macro']['labels']}**", "", table["macro"])]
+
+
+def localization_markdown(
+    table: Mapping[str, Any], names: Mapping[str, str], against: Sequence[str] = ("random", "swapped")
+) -> str:
+    """`localization_table` as Markdown, one table per score, for a page that carries the notice.
+
+    Args:
+        table: of `localization_table`, or read back from JSON.
+        names: score to its heading; scores without one are left out.
+        against: controls whose difference from the maps is shown with its interval, beside that of the strongest; all
+            controls' means are shown.
+
+    Raises:
+        KeyError: the table has no such score or control.
+    """
+    boot, lines = table["bootstrap"], []
+    if boot["samples"]:
+        lines += [f"In brackets 95 % intervals from {boot['samples']} resamples of patients.", ""]
+    for score, heading in names.items():
+        controls = [name for name in table["macro"][score] if name != "maps"]
+        differences = [f"maps − {control}" for control in (*against, "strongest")]
+        header = ["finding", "films", "maps", *controls, *differences]
+        lines += [f"**{heading}**", "", "| " + " | ".join(header) + " |"]
+        lines.append("| " + " | ".join("---:" if name == "films" else "---" for name in header) + " |")
+        for name, images, entry in table_rows(table):
+            arms, verdict = entry[score], map_verdict(entry, score)
+            cells = [interval_text(arms["maps"]), *(number(arms[control]["mean"]["value"]) for control in controls)]
+            cells += [interval_text(arms[control]["difference"]) for control in against]
+            cells.append(f"{interval_text(verdict.difference)} {verdict.control}")
+            lines.append(f"| {name} | {images} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def localization_section(table: Mapping[str, Any]) -> list[str]:
+    """The content of `localization.json` as a section."""
+    lines = [
+        "## Do the maps find the finding?",
+        "",
+        f"Films: {table['selection']}, called positive or not. Controls on the same films: random maps of the same "
+        "resolution; the maps of other films of the finding (`swapped`: what its usual place alone explains); a guess "
+        f"at the film's centre; and chance, from the mask's area. IoU takes the strongest {table['fraction']:.0%} of "
+        f"the pixels; half a cell is {table['half_cell_px']:g} px. A map is empty where no part of the film raises the "
+        "score, as for a film that the model finds no sign on; it counts as a miss. Maps are worth something where "
+        "the interval of their difference from the strongest of random, swapped and centre, named beside it, lies "
+        "above 0.",
+        "",
+        localization_markdown(table, SCORE_NAMES),
+        "**The films scored**",
+        "",
+        "| finding | films | mean mask area | empty maps | called positive | pointing game when called |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, entry in table["per_label"].items():
+        figures = (entry["films"], f"{entry['mask_area']:.1%}", entry["empty_maps"], entry["called"])
+        lines.append(f"| {name} | {' | '.join(map(str, figures))} | {number(entry['hit_when_called'])} |")
+    return [*lines, ""]
+
+
+def randomization_section(labels: Sequence[str], check: Mapping[str, np.ndarray]) -> list[str]:
+    """Rank correlations with the maps of randomized networks as a section.
+
+    Args:
+        labels: K findings.
+        check: of `explain.faithfulness.randomization_check`: step to float (draws, K, N).
+    """
+    draws, _, images = next(iter(check.values())).shape
+    header = ["finding", *(f"randomized: {step}" for step in check)]
+    lines = [
+        "## Do the maps depend on what was learned?",
+        "",
+        "Rank correlation of each map with that of the network whose last layers were shuffled (Adebayo et al., 2018), "
+        f"mean over {draws} shuffles of {images} test films. Near 0: they do. Near 1: the maps would "
+        "look the same without the training.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join("---" for _ in header) + " |",
+    ]
+    for k, label in enumerate(labels):
+        cells = [number(_mean(values[:, k]), 2) for values in check.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    overall = [number(_mean(values), 2) for values in check.values()]
+    return [*lines, f"| **mean of {len(labels)}** | " + " | ".join(overall) + " |", ""]
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
