@@ -12,19 +12,16 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_cxr.bench import results, run_all
-from mlx_cxr.bench.machine import machine_state
-from mlx_cxr.bench.run_all import SECTIONS
-from mlx_cxr.bench.torch_side import best_device, describe_torch
+from mlx_cxr.bench import SECTIONS
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.config_schema import DataConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import configuration, stage_parser, started
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -76,6 +73,12 @@ def run(
         RunFormatError: no such run.
         AdapterError: `teacher.lora` names what the base has not.
     """
+    from mlx_cxr.bench import results, run_all
+    from mlx_cxr.bench.machine import machine_state
+    from mlx_cxr.bench.torch_side import best_device, describe_torch
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.core.config_schema import DataConfig
+
     batch_sizes = tuple(sorted(batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)))
     _check(only, batch_sizes, size, tokens)
     if minutes is not None and not minutes > 0:
@@ -125,6 +128,8 @@ def run(
 
 
 def _check(only: Sequence[str], batch_sizes: Sequence[int], size: int | None, tokens: int) -> None:
+    from mlx_cxr.core.labels import LABELS
+
     if unknown := sorted(set(only) - set(SECTIONS)):
         raise BenchmarkError(f"--only {','.join(unknown)}: sections are {', '.join(SECTIONS)}")
     if not all(count >= 1 for count in batch_sizes):

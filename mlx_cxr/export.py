@@ -15,26 +15,23 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file, write_json, write_text
 from mlx_cxr.core.stage import stage_parser, started
-from mlx_cxr.evaluation import operating_points
-from mlx_cxr.inference.evaluated_run import EvaluatedRun
-from mlx_cxr.models.convert import export_torchvision, load_model
-from mlx_cxr.publishing.export_files import labels_file, preprocessing_file, public_record
-from mlx_cxr.publishing.model_card import model_card
-from mlx_cxr.publishing.model_card_page import card_markdown
+
+if TYPE_CHECKING:
+    from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
 log = logging.getLogger("mlx_cxr")
 
-SUMS = "SHA256SUMS"
+OPERATING_POINTS, SUMS = "operating_points.json", "SHA256SUMS"
 PYTORCH_SCRIPT = Path(__file__).parent / "publishing" / "use_with_pytorch.py"
 """Runs in the exported folder, on PyTorch alone; nothing in this package imports it."""
 FILES = (
     *("model.safetensors", "model.torchvision.safetensors", "config.json", "preprocessing.json"),
-    *(operating_points.FILE, "labels.json", "MODEL_CARD.md", "model_card.json", PYTORCH_SCRIPT.name, SUMS),
+    *(OPERATING_POINTS, "labels.json", "MODEL_CARD.md", "model_card.json", PYTORCH_SCRIPT.name, SUMS),
 )
 """All that an export holds."""
 _LITTER = (".DS_Store",)
@@ -74,6 +71,9 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
         ExportError: `to` is in the run's folder, or there already.
         OSError: the folder cannot be written.
     """
+    from mlx_cxr.inference.evaluated_run import EvaluatedRun
+    from mlx_cxr.publishing.model_card import model_card
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A link is followed, so that the folder it points at is replaced, and not the link.
     source, target = Path(run_dir).resolve(), Path(to).resolve()
@@ -99,12 +99,16 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
 
 def _fill(folder: Path, evaluated: EvaluatedRun, card: Mapping[str, Any]) -> None:
     """Write all `FILES` into a new folder, the sums last."""
+    from mlx_cxr.models.convert import export_torchvision, load_model
+    from mlx_cxr.publishing.export_files import labels_file, preprocessing_file, public_record
+    from mlx_cxr.publishing.model_card_page import card_markdown
+
     folder.mkdir()
     shutil.copyfile(evaluated.checkpoint, folder / "model.safetensors")
     export_torchvision(folder / "model.torchvision.safetensors", load_model(folder / "model.safetensors"))
     write_json(folder / "config.json", public_record(evaluated))
     write_json(folder / "preprocessing.json", preprocessing_file(evaluated))
-    shutil.copyfile(evaluated.folder / operating_points.FILE, folder / operating_points.FILE)
+    shutil.copyfile(evaluated.folder / OPERATING_POINTS, folder / OPERATING_POINTS)
     write_json(folder / "labels.json", labels_file(evaluated, card["data"]["label_origin"]))
     write_text(folder / "MODEL_CARD.md", card_markdown(card) + CONTENTS)
     write_json(folder / "model_card.json", card)

@@ -13,8 +13,6 @@ from typing import Any
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.stage import stage_parser, started
-from mlx_cxr.models import hub
-from mlx_cxr.models.convert import fetch_imagenet
 
 log = logging.getLogger("mlx_cxr")
 
@@ -36,6 +34,8 @@ def run(weights_dir: Path, what: str = "resnet18", from_file: Path | None = None
         WeightsCorruptError: incomplete or changed files; names each.
         ModelFormatError: a file that is not torchvision's ResNet-18.
     """
+    from mlx_cxr.models.convert import fetch_imagenet
+
     if what not in ("resnet18", "lfm", "all"):
         raise UserError(f"--what {what}: resnet18, lfm or all")
     if what == "all" and from_file is not None:
@@ -60,6 +60,8 @@ def run(weights_dir: Path, what: str = "resnet18", from_file: Path | None = None
 
 
 def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
+    from mlx_cxr.models import hub
+
     if local is None and hub.LFM.record_path(weights_dir).exists():
         record = hub.check_record(hub.LFM, weights_dir)
         hub.check_language_model(hub.LFM.path(weights_dir))

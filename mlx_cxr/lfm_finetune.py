@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import write_json
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
-from mlx_cxr.teacher.fine_tuning_run import FineTuning
-from mlx_cxr.teacher.teacher_run import ADAPTER, RECORD
-from mlx_cxr.training.classifier_run import can_resume
-from mlx_cxr.training.distributed import World
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -42,6 +41,11 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         TrainingDivergedError: the loss is no longer a number.
         RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
+    from mlx_cxr.teacher.fine_tuning_run import FineTuning
+    from mlx_cxr.teacher.teacher_run import ADAPTER, RECORD
+    from mlx_cxr.training.classifier_run import can_resume
+    from mlx_cxr.training.distributed import World
+
     machine, world = device.start("lfm_finetune", parallel=True), World.join()
     run_dir = config.run_dir(run_name or config.teacher.run_name)
     resume_state = can_resume(run_dir, resume, overwrite, world)

@@ -12,16 +12,15 @@ import hashlib
 import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import hash_of, read_json, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.core.workers import available_cores
-from mlx_cxr.synthetic.cohort import plan_cohort
-from mlx_cxr.synthetic.layout import write_images, write_tables
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -53,6 +52,11 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
         CohortExistsError: `data.root` holds another cohort and `overwrite` is false, or holds anything else.
         OSError: the disk is full or not writable.
     """
+    from tqdm import tqdm
+
+    from mlx_cxr.synthetic.cohort import plan_cohort
+    from mlx_cxr.synthetic.layout import write_images, write_tables
+
     root = config.data.root
     settings = {"patients": config.demo.patients, "image_size": config.demo.image_size, "seed": config.seed}
     wanted = hash_of({"settings": settings, "code": code_hash()})

@@ -10,17 +10,15 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.manifest import load_manifest
-from mlx_cxr.data.study_reports import load_reports
-from mlx_cxr.data.tables import DataError
-from mlx_cxr.teacher.tiny import make_tiny_teacher
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -34,6 +32,12 @@ def run(config: Config) -> Path:
         UserError: `teacher.base` is a hub id, or a folder that holds something that was not made here.
         DataError: no manifest, no reports, or no training study with one.
     """
+    from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
+    from mlx_cxr.data.manifest import load_manifest
+    from mlx_cxr.data.study_reports import load_reports
+    from mlx_cxr.data.tables import DataError
+    from mlx_cxr.teacher.tiny import make_tiny_teacher
+
     machine = device.start("make_tiny_teacher")
     folder = Path(config.teacher.base)
     if config.teacher.base == TeacherConfig().base:

@@ -435,7 +435,7 @@ def test_weights_that_change_while_they_are_exported_are_noticed(cnn, tmp_path, 
         replace_model(cnn, lively_model(1, 32, seed=9), 32)
         return card(run)
 
-    monkeypatch.setattr(export, "model_card", retrain)
+    monkeypatch.setattr("mlx_cxr.publishing.model_card.model_card", retrain)
     with pytest.raises(export.ExportError, match="changed while it was exported"):
         export.run(cnn, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}

@@ -137,7 +137,7 @@ def test_a_failed_run_leaves_the_old_cohort(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(make_demo_data, "write_tables", full)
+    monkeypatch.setattr("mlx_cxr.synthetic.layout.write_tables", full)
     with pytest.raises(OSError, match="No space left"):
         run(load_config(config_file(tmp_path, patients=2, seed=9)), overwrite=True, workers=1)
     assert hashes(root) == before

@@ -2,3 +2,5 @@
 
 The only room that imports PyTorch (the extra `bench`), and only inside functions.
 """
+
+SECTIONS = ("inference", "training", "grad_cam", "data", "teacher")

@@ -22,7 +22,6 @@ from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
 log = logging.getLogger("mlx_cxr")
 
-SECTIONS = ("inference", "training", "grad_cam", "data", "teacher")
 _SHARES = {"peak": 0.05, "inference": 0.44, "training": 0.2, "epoch": 0.12, "grad_cam": 0.12, "data": 0.03}
 _EPOCH_BATCH, _CAM_BATCHES, _TRAINING_BATCHES = 8, (1, 8), (8, 32)
 _PIPELINE_BATCH, _PIPELINE_IMAGES = 32, 256
@@ -37,7 +36,7 @@ class Settings:
         size: side of the images in pixels.
         batch_sizes: images per forward pass; training and maps take those of them that suit them.
         torch_device: where PyTorch computes; None leaves it out.
-        only: sections, of `SECTIONS`.
+        only: sections, of `bench.SECTIONS`.
         minutes: for all sections of an ordinary run, the teacher aside; fewer sections take less.
         compile_seconds: for `torch.compile`.
         seed: of images, labels and weights.
