@@ -31,6 +31,7 @@ from mlx_cxr.evaluation.operating_points import STATE_WORDS, read_operating_poin
 from mlx_cxr.inference.predictor import Predictor
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.publishing.model_card import model_card
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[2] / "shared" / "realcxr")) / "images"
 
@@ -429,7 +430,7 @@ def test_an_export_that_cannot_take_its_place_puts_the_old_one_back(cnn, tmp_pat
 
 
 def test_weights_that_change_while_they_are_exported_are_noticed(cnn, tmp_path, monkeypatch, torch):
-    card = export.model_card
+    card = model_card
 
     def retrain(run):
         replace_model(cnn, lively_model(1, 32, seed=9), 32)
