@@ -32,7 +32,7 @@ def config_path(tmp_path) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """The measurements of speed, which have tests of their own, take no time."""
-    monkeypatch.setattr(doctor.runtime, "measure_gflops", lambda: 123.0)
+    monkeypatch.setattr(doctor.device, "measure_gflops", lambda: 123.0)
     monkeypatch.setattr(doctor, "_forward_ms", lambda: 4.5)
 
 

@@ -2,12 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy import ndimage
 
-from mlx_cxr.data.decoding import ImageError, Transform
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.masks import apply_mask
-from prepared_images import apply, read_image
 
 
 def grain(height, width):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from prepared_images import apply
 
 from mlx_cxr.data.decoding import Transform
-from prepared_images import apply
 from mlx_cxr.data.masks import has_masks, load_masks, mask_folder
 from mlx_cxr.data.tables import DataError
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from few_images import TRANSFORM, image, manifest_of
 from PIL import Image
+from prepared_images import read_image
 
 from mlx_cxr.data.decoding import Transform
-from prepared_images import read_image
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from soft_label_run import FEATURES, HEADER, IDS, LOGITS, SPLITS, STUDIES, TEMPERATURES, make
 
-from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_cxr.core.config_schema import DataConfig, TeacherConfig
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.reports import SECTIONS, section_texts
-from mlx_cxr.data.study_reports import load_reports, select, write_reports
+from mlx_cxr.data.reports import SECTIONS, section_texts, select
+from mlx_cxr.data.study_reports import load_reports, write_reports
 from mlx_cxr.data.tables import DataError
 
 REPORTS = {
