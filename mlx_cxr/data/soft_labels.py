@@ -63,17 +63,9 @@ class SoftLabels:
     header: Mapping[str, Any]
     temperatures: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.study_ids)
-
     def place(self, study_ids: Iterable[str]) -> np.ndarray:
         """int64 (M,): the row of each study, -1 where it has no soft label."""
         return pd.Index(self.study_ids, dtype=object).get_indexer(pd.Index(study_ids, dtype=object)).astype(np.int64)
-
-    def rows(self, study_ids: Iterable[str]) -> np.ndarray:
-        """float32 (M, 14): the logits of each study, NaN where it has no soft label."""
-        place = self.place(study_ids)
-        return np.where(place[:, None] >= 0, self.logits[place], np.float32(np.nan))
 
     def check(self, **expected: Any) -> None:
         """Compare entries of the header with expected values.

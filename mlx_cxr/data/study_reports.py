@@ -33,9 +33,6 @@ class StudyReports:
     sections: Mapping[str, Mapping[str, str]]
     sha256: str
 
-    def __len__(self) -> int:
-        return len(self.sections)
-
 
 def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) -> str | None:
     """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.

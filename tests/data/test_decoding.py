@@ -301,8 +301,6 @@ class TestImagesThatCannotBeUsed:
         (tmp_path / "film.jpg").write_bytes(content)
         with pytest.raises(ImageError, match=reason):
             decode(tmp_path / "film.jpg", Transform(64))
-        with pytest.raises(ImageError, match=r"film\.jpg: "):
-            read_image(tmp_path / "film.jpg", Transform(64))
 
     @pytest.mark.parametrize("keep", [0.02, 0.5, 0.999])
     def test_a_cut_jpeg(self, tmp_path, picture, keep):
@@ -453,7 +451,7 @@ class TestNotes:
         assert negative.notes == (INVERTED,)
         assert (negative.pixels == apply(255 - radiograph, Transform(64))).all()
 
-    def test_a_image_smaller_than_the_store(self, saved, picture):
+    def test_an_image_smaller_than_the_store(self, saved, picture):
         assert decode(saved(picture(60, 50), "film.png"), Transform(64)).notes == ("smaller than the store, enlarged",)
         assert decode(saved(picture(64, 50), "film.png"), Transform(64)).notes == ()
 
