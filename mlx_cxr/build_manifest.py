@@ -2,7 +2,7 @@
 
 Writes into `data.work_dir`: `manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
 (the sections of each study's report, where there are reports), `splits.json` (the patients of each split, and the
-hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and what was left out and why).
+hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and rows left out and why).
 """
 
 from __future__ import annotations

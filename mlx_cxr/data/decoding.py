@@ -39,7 +39,7 @@ _BLANK_RANGE = 2
 _GRAY_MODES = ("1", "L", "LA", "I", "F")
 _AGAIN = "; download or copy it again"
 _TIFF_PHOTOMETRIC = 262
-_EXIF_ORIENTATION = 274
+EXIF_ORIENTATION = 274
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
         size = image.size
         notes = []
         # Pillow itself turns a TIFF when loading it.
-        turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
         colour, scale = None, 1
         if image.format in _JPEG and not turned:
             if image.mode != "L":

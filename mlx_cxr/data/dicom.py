@@ -68,8 +68,8 @@ class DicomImage:
 
     Attributes:
         gray: mode `L`, as large as the frame.
-        notes: what was done, or left out, in words.
-        concerns: what its header says against a frontal chest image, in words.
+        notes: the steps done or left out, in words.
+        concerns: reasons in its header why it is no frontal chest image, in words.
     """
 
     gray: Image.Image
@@ -216,7 +216,7 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
             package = _DECODERS.get(syntax.keyword)
             way_out = f"pip install {package}" if package else "export it uncompressed"
             raise ImageError(f"a DICOM compressed as {syntax.name}, for which there is no decoder here: {way_out}")
-        # Even runs of one are twice what they stand for at most; more of them would fill the memory when decoded.
+        # Run-length code at most doubles the pixels; a longer one would fill the memory when decoded.
         if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
             raise ImageError("a DICOM whose compressed pixels are more than its header says; export it again")
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:

@@ -26,7 +26,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
     """The counts of a manifest, as JSON-ready data.
 
     Args:
-        rows: the manifest's rows, with what was dropped on the way.
+        rows: the manifest's rows, with the counts of those dropped.
         reports: where the texts came from.
         before: the rows that `rows` were sampled from, with study ids and labels; None when nothing was sampled.
 
@@ -39,7 +39,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         labels: label -> split -> studies with 1, 0, -1 and empty.
         views: view -> split -> images. sex, age: group -> split -> studies.
         reports: counts, sections that served for the manifest's text, where they lie.
-        report_sections: section -> split -> studies whose report has it; `any` stands for having a report, and
+        report_sections: section -> split -> studies whose report has it; `any` for having a report, and
             `findings and impression in one` for the same text as both.
         sample: studies before and after, and the share of studies positive for each label; null when not sampled.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.data.decoding import FORMATS, Transform
+from mlx_cxr.data.decoding import EXIF_ORIENTATION, FORMATS, Transform
 from mlx_cxr.data.image_limits import MAX_PIXELS
 from mlx_cxr.data.tables import DataError
 
@@ -82,7 +82,7 @@ def _image_size(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}, whose masks are asked for, has more than {MAX_PIXELS:,} px")
-            if image.format != "TIFF" and image.getexif().get(274, 1) in (5, 6, 7, 8):
+            if image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
                 return image.height, image.width
             return image.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

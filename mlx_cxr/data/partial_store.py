@@ -117,7 +117,7 @@ class PartialStore:
         finally:
             os.close(self._pixels)
 
-    def write(self, image: Decoded) -> None:
+    def write(self, decoded: Decoded) -> None:
         """Write a decoded image to its row.
 
         Raises:
@@ -125,14 +125,14 @@ class PartialStore:
         """
         try:
             # Not through a memory map: on a full disk that ends the process without a word.
-            offset, rest = len(self._header) + image.row * self._image_bytes, memoryview(image.pixels)
+            offset, rest = len(self._header) + decoded.row * self._image_bytes, memoryview(decoded.pixels)
             while rest:
                 written = os.pwrite(self._pixels, rest, offset)
                 offset, rest = offset + written, rest[written:]
-            self.done.add(image.row)
-            self._unsaved.append(image.row)
-            if image.notes:
-                self.notes[image.row] = list(image.notes)
+            self.done.add(decoded.row)
+            self._unsaved.append(decoded.row)
+            if decoded.notes:
+                self.notes[decoded.row] = list(decoded.notes)
             if time.monotonic() > self._save_at:
                 self._checkpoint()
         except OSError as error:

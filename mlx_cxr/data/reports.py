@@ -53,7 +53,7 @@ _PLAIN_HEADINGS = frozenset({
 """Headings that also count in mixed case, in the middle of a line, or alone on a line without a colon."""
 
 _HEADER_KINDS = frozenset((INDICATION, "technique", "comparison", EXAMINATION, OTHER))
-"""Kinds that end at their first blank line: what follows without a heading is the report's body."""
+"""Kinds that end at their first blank line: text that follows without a heading is the report's body."""
 _CONTENT_KINDS = frozenset((BODY, OTHER, FINDINGS, IMPRESSION, BOTH))
 
 _LINE_HEADING = re.compile(r"(?m)^[ \t]*([A-Za-z](?:[A-Za-z0-9_ &()/,.'-]|:(?=\d)){1,80}?)[ \t]*(:(?=\s|$)|$)")
@@ -65,7 +65,7 @@ _INLINE_HEADING = re.compile(
 _TITLE = re.compile(
     r"(?m)^[ \t]*(?:(?:FINAL|PRELIMINARY|INTERIM)[ \t]+)?REPORT[ \t]*(?::|$)|FINAL REPORT\b:?|^[ \t]*[_=*-]{8,}[ \t]*$"
 )
-"""Lines that say that a report begins, and ruled lines: whatever section was open ends there."""
+"""Lines that announce a report, and ruled lines: an open section ends there."""
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _MARK = re.compile(r"[-/]?(?:_{2,}|X{4,}|\[\*\*.*?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?")
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")

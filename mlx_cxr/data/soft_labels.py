@@ -13,8 +13,8 @@
     made_for    SHA-256 of all of the above but the entries that `finish` added to the header
     sha256      of the files: `logits`, `features`
 
-`soft_label_writer` makes them. It writes the JSON last, and removes an old one before it replaces its arrays: whoever
-sees it sees the arrays that belong to it.
+`soft_label_writer` makes them. It writes the JSON last, and removes an old one before it replaces its arrays: a
+JSON that is there belongs to the arrays beside it.
 """
 
 from __future__ import annotations

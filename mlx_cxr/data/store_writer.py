@@ -184,8 +184,8 @@ def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: T
     names = frame["path"].tolist()
     start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 images
     sizes = file_sizes([start + name for name in names])
-    gone = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
-    _refuse_if_most(gone, len(names), root)
+    missing = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
+    _refuse_if_most(missing, len(names), root)
     key = {
         "schema": SCHEMA,
         "manifest": manifest_sha256,
@@ -212,12 +212,12 @@ def _build(
             reasons: dict[int, str] = {}
             what = "films" if shard.path == whole else shard.path.stem
             with tqdm(total=len(names), initial=there, unit="img", desc=what, disable=None) as bar:
-                for image in decode_images(jobs, transform, workers):
-                    if image.reason is None:
-                        partial.write(image)
+                for decoded in decode_images(jobs, transform, workers):
+                    if decoded.reason is None:
+                        partial.write(decoded)
                     else:
-                        _refuse_if_gone(root, root / names[image.row])
-                        reasons[image.row] = image.reason
+                        _refuse_if_gone(root, root / names[decoded.row])
+                        reasons[decoded.row] = decoded.reason
                     bar.update()
             _refuse_if_most([(root / names[row], reasons[row]) for row in sorted(reasons)], len(names), root)
             unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
