@@ -19,11 +19,12 @@ from mlx_cxr.bench.machine import machine_state
 from mlx_cxr.bench.run_all import SECTIONS, Settings, measure_all, random_network
 from mlx_cxr.bench.torch_side import best_device, describe_torch
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import DataConfig
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import provenance, run_folder, write_json, write_text
+from mlx_cxr.core.stage import configuration, stage_parser, started
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 from mlx_cxr.pages.readme import replace_block
@@ -176,7 +177,7 @@ def _write(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.benchmark", description=__doc__.splitlines()[0])
+    parser = stage_parser("benchmark", __doc__)
     parser.add_argument("--config", type=Path, help="YAML of an experiment; none is needed")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one key of it"
@@ -209,12 +210,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = vars(build_parser().parse_args(argv))
-    with readable_errors():
-        path, overrides = args.pop("config"), args.pop("overrides")
-        if path is None and overrides:
+    with started(build_parser(), argv) as args:
+        if args.config is None and args.overrides:
             raise BenchmarkError("--set changes a configuration; give --config too")
-        run(None if path is None else load_config(path, overrides), **args)
+        config = None if args.config is None else configuration(args)
+        run(config, **{key: value for key, value in vars(args).items() if key not in ("config", "overrides")})
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import provenance, write_json, write_text
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.manifest import check_patient_splits, split_counts, write_manifest, write_splits
 from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
@@ -125,7 +125,7 @@ def _with_texts(rows: SourceRows, config: Config, workers: int) -> tuple[SourceR
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.build_manifest", description=__doc__.splitlines()[0])
+    parser = stage_parser("build_manifest", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies, patients kept whole")
     parser.add_argument("--seed", type=int, help="of the sample, and of the split where the source brings none")
@@ -135,10 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies), args.workers)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed, data__n_studies=args.n_studies), args.workers)
 
 
 if __name__ == "__main__":

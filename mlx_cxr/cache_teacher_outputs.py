@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import provenance, read_json, write_json
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 from mlx_cxr.data.soft_labels import SPLITS
 from mlx_cxr.evaluation.calibration import fit_temperatures
@@ -183,9 +183,7 @@ def _predictions(studies: Studies, logits: np.ndarray) -> Predictions:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_cxr.cache_teacher_outputs", description=__doc__.splitlines()[0]
-    )
+    parser = stage_parser("cache_teacher_outputs", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
     parser.add_argument("--zero_shot", action="store_true", help="score the base without its adapter too")
@@ -201,9 +199,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides), args.teacher_run, args.zero_shot, args.line_orders)
+    with started(build_parser(), argv) as args:
+        run(configuration(args), args.teacher_run, args.zero_shot, args.line_orders)
 
 
 if __name__ == "__main__":

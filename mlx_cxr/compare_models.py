@@ -12,10 +12,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import atomic_path, provenance, write_json, write_text
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.evaluation.comparison import compare
 from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
 from mlx_cxr.pages.comparison_page import comparison_markdown
@@ -119,7 +119,7 @@ def control_run_name(student_run: str, targets: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.compare_models", description=__doc__.splitlines()[0])
+    parser = stage_parser("compare_models", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--cnn_run", help="run under outputs/; default: run_name of the configuration")
     parser.add_argument("--teacher_run", help="default: teacher.run_name")
@@ -141,11 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(
-            load_config(args.config, args.overrides),
+            configuration(args),
             cnn_run=args.cnn_run,
             teacher_run=args.teacher_run,
             student_run=args.student_run,

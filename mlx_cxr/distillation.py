@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file
+from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import parameter_counts
@@ -155,7 +156,7 @@ def _refuse_to_replace_what_is_read(config: Config, run_dir: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.distillation", description=__doc__.splitlines()[0])
+    parser = stage_parser("distillation", __doc__)
     add_config_arguments(parser)
     add_training_arguments(parser, "distillation.run_name")
     parser.add_argument("--teacher_run", help="the teacher's folder under outputs/; default: teacher.run_name")
@@ -168,11 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        config = load_config(
-            args.config,
-            args.overrides,
+    with started(build_parser(), argv) as args:
+        config = configuration(
+            args,
             seed=args.seed,
             run_name=args.cnn_run,
             teacher__run_name=args.teacher_run,

@@ -22,8 +22,8 @@ from typing import Any, Literal
 from mlx_cxr import __version__
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config, ConfigError, load_config
-from mlx_cxr.core.errors import readable_errors
 from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.models import hub
 
@@ -316,7 +316,7 @@ def render(report: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.doctor", description=__doc__.splitlines()[0])
+    parser = stage_parser("doctor", __doc__)
     parser.add_argument("--config", type=Path, help=f"default: {DEFAULT_CONFIG} where there is one")
     parser.add_argument("--weights_dir", type=Path, help="default: the configuration's")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -325,8 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; ends with status 1 where something required is broken."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv, verbose=False) as args:
         report = run(args.config, args.weights_dir)
     print(json.dumps(report, indent=2) if args.json else render(report))
     if not report["healthy"]:

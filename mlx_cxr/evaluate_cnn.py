@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
@@ -135,7 +135,7 @@ def explain(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.evaluate_cnn", description=__doc__.splitlines()[0])
+    parser = stage_parser("evaluate_cnn", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--run_name", help="folder under outputs/; default: run_name of the configuration")
     parser.add_argument("--without_maps", action="store_true", help="scores only, as for a control")
@@ -144,9 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides), args.run_name, not args.without_maps)
+    with started(build_parser(), argv) as args:
+        run(configuration(args), args.run_name, not args.without_maps)
 
 
 if __name__ == "__main__":

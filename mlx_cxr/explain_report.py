@@ -19,10 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.core.runs import provenance
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.reports import decode
 from mlx_cxr.evaluation.operating_points import FILE as POINTS
 from mlx_cxr.evaluation.operating_points import OperatingPoints
@@ -244,7 +245,7 @@ def label_words(raw: float) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.explain_report", description=__doc__.splitlines()[0])
+    parser = stage_parser("explain_report", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
     which = parser.add_mutually_exclusive_group()
@@ -257,10 +258,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(
-            load_config(args.config, args.overrides),
+            configuration(args),
             args.teacher_run,
             study_ids=args.study_id,
             text=args.text,

@@ -17,26 +17,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file, write_json, write_text
+from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.models.convert import export_torchvision, load_model
 from mlx_cxr.publishing.export_files import labels_file, preprocessing_file, public_record
 from mlx_cxr.publishing.model_card import model_card
 from mlx_cxr.publishing.model_card_page import card_markdown
-from mlx_cxr.publishing.pytorch_script import NAME, SCRIPT
 
 log = logging.getLogger("mlx_cxr")
 
 SUMS = "SHA256SUMS"
+PYTORCH_SCRIPT = Path(__file__).parent / "publishing" / "use_with_pytorch.py"
+"""Runs in the exported folder, on PyTorch alone; nothing in this package imports it."""
 FILES = (
     *("model.safetensors", "model.torchvision.safetensors", "config.json", "preprocessing.json"),
-    *(operating_points.FILE, "labels.json", "MODEL_CARD.md", "model_card.json", NAME, SUMS),
+    *(operating_points.FILE, "labels.json", "MODEL_CARD.md", "model_card.json", PYTORCH_SCRIPT.name, SUMS),
 )
 """All that an export holds."""
 _LITTER = (".DS_Store",)
-"""What a file manager leaves in a folder that it shows, and makes again."""
+"""Files that a file manager leaves in a folder that it shows, and makes again."""
 
 
 CONTENTS = """
@@ -50,7 +52,7 @@ CONTENTS = """
 - `config.json`: the run's configuration and record. `model_card.json`: this card as data.
 - `SHA256SUMS`: check the folder with `shasum -a 256 -c SHA256SUMS`.
 """
-"""What `MODEL_CARD.md` of an export has beside the card."""
+"""The part of an export's `MODEL_CARD.md` that follows the card."""
 
 
 class ExportError(UserError, ValueError):
@@ -106,7 +108,7 @@ def _fill(folder: Path, evaluated: EvaluatedRun, card: Mapping[str, Any]) -> Non
     write_json(folder / "labels.json", labels_file(evaluated, card["data"]["label_origin"]))
     write_text(folder / "MODEL_CARD.md", card_markdown(card) + CONTENTS)
     write_json(folder / "model_card.json", card)
-    write_text(folder / NAME, SCRIPT)
+    shutil.copyfile(PYTORCH_SCRIPT, folder / PYTORCH_SCRIPT.name)
     sums = {name: sha256_file(folder / name) for name in FILES if name != SUMS}
     if sums["model.safetensors"] != evaluated.checkpoint_sha256:
         raise ExportError(f"{evaluated.checkpoint} changed while it was exported; export again")
@@ -153,7 +155,7 @@ def _sibling(target: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.export", description=__doc__.splitlines()[0])
+    parser = stage_parser("export", __doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="outputs/RUN", help="folder of an evaluated run")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
@@ -162,8 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(args.run, args.to, args.overwrite)
 
 

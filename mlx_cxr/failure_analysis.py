@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, write_text
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.masks import has_masks, mask_folder
 from mlx_cxr.data.report_mentions import mentions
@@ -181,7 +181,7 @@ def _excerpt(sections: dict[str, str] | None, label: str) -> str | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.failure_analysis", description=__doc__.splitlines()[0])
+    parser = stage_parser("failure_analysis", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--student_run", help="run under outputs/; default: distillation.run_name")
     parser.add_argument("--cnn_run", help="shown beside it; default: run_name of the configuration, where it is scored")
@@ -191,10 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(
-            load_config(args.config, args.overrides),
+            configuration(args),
             student_run=args.student_run,
             cnn_run=args.cnn_run,
             teacher_run=args.teacher_run,

@@ -11,7 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.models import hub
 from mlx_cxr.models.convert import fetch_imagenet
 
@@ -68,7 +69,7 @@ def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.fetch_weights", description=__doc__.splitlines()[0])
+    parser = stage_parser("fetch_weights", __doc__)
     parser.add_argument("--weights_dir", type=Path, default=Path("weights"))
     parser.add_argument("--what", choices=("resnet18", "lfm", "all"), default="resnet18")
     parser.add_argument("--from_file", type=Path, help="a file or folder on this machine to take instead")
@@ -77,11 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; a failure ends with status 2 and one message."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("httpx", "httpx2", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(args.weights_dir, args.what, args.from_file)
 
 

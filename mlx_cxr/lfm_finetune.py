@@ -15,9 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import create_run, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.teacher.base_model import Base
@@ -185,7 +185,7 @@ def settings_hash(config: Config, base: Base, inputs: Mapping[str, Path]) -> str
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.lfm_finetune", description=__doc__.splitlines()[0])
+    parser = stage_parser("lfm_finetune", __doc__)
     add_config_arguments(parser)
     add_training_arguments(parser, "teacher.run_name")
     return parser
@@ -193,9 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed), args.run_name, args.resume, args.overwrite)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed), args.run_name, args.resume, args.overwrite)
 
 
 if __name__ == "__main__":

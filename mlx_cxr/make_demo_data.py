@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import hash_of, read_json, write_json
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.core.workers import available_cores
 from mlx_cxr.synthetic.cohort import plan_cohort
 from mlx_cxr.synthetic.layout import write_images, write_tables
@@ -60,13 +61,8 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
         return root
     cohort = plan_cohort(config.demo.patients, config.seed)
     images = sum(len(study.images) for study in cohort.studies)
-    log.info(
-        "rendering %d films of %d studies of %d patients into %s",
-        images,
-        len(cohort.studies),
-        config.demo.patients,
-        root,
-    )
+    counts = (images, len(cohort.studies), config.demo.patients)
+    log.info("rendering %d films of %d studies of %d patients into %s", *counts, root)
     # Built beside its place and moved there at the end: a killed run leaves the old cohort or none.
     fresh = root.with_name(f".{root.name}-being-made")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -95,7 +91,7 @@ def code_hash() -> str:
 
 
 def _room_for(root: Path, wanted: str, settings: dict[str, int], overwrite: bool) -> bool:
-    """Whether to make the cohort; False when it is there."""
+    """True if the cohort is to be made, False if it is there already."""
     if not root.exists() or not any(root.iterdir()):
         return True
     marker = root / MARKER
@@ -118,7 +114,7 @@ def _room_for(root: Path, wanted: str, settings: dict[str, int], overwrite: bool
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.make_demo_data", description=__doc__.splitlines()[0])
+    parser = stage_parser("make_demo_data", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--workers", type=int, default=0, help="processes; default: one per core")
@@ -128,10 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed), args.overwrite, args.workers)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed), args.overwrite, args.workers)
 
 
 if __name__ == "__main__":

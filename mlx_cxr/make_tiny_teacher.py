@@ -12,10 +12,11 @@ import logging
 from pathlib import Path
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.data.tables import DataError
@@ -67,7 +68,7 @@ def run(config: Config) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.make_tiny_teacher", description=__doc__.splitlines()[0])
+    parser = stage_parser("make_tiny_teacher", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--seed", type=int)
     return parser
@@ -75,9 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed))
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed))
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ import argparse
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import compare_models, failure_analysis
-from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import UserError, readable_errors
-from mlx_cxr.core.ledger import Ledger, fingerprint
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import RunExistsError, read_json
-from mlx_cxr.pages.comparison_statement import gate_lines
-from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
-from mlx_cxr.pages.readme import replace_block, update_readme
-from mlx_cxr.pages.results_page import closing_table
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.pipeline_steps import steps
-from mlx_cxr.teacher.base_model import BaseUnavailableError, find_base
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 log = logging.getLogger("mlx_cxr")
 
@@ -62,6 +58,11 @@ def run(
         BaseUnavailableError: the teacher's base is not on this machine; said before anything runs.
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
+    from mlx_cxr.core import device
+    from mlx_cxr.core.ledger import Ledger, fingerprint
+    from mlx_cxr.pages.readme import update_readme
+    from mlx_cxr.pages.results_page import closing_table
+
     device.start("pipeline")
     if run_name is not None:
         config = config.model_copy(update={"run_name": run_name})
@@ -111,6 +112,8 @@ def run(
 
 def _refuse_a_missing_base(config: Config) -> None:
     """Before hours of training, not after."""
+    from mlx_cxr.teacher.base_model import BaseUnavailableError, find_base
+
     try:
         find_base(config.teacher.base, config.weights_dir)
     except BaseUnavailableError as error:
@@ -118,6 +121,10 @@ def _refuse_a_missing_base(config: Config) -> None:
 
 
 def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, readme: Path | None) -> None:
+    from mlx_cxr.pages.comparison_statement import gate_lines
+    from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block
+    from mlx_cxr.pages.readme import replace_block
+
     folder, student = compare_models.comparison_dir(config), config.run_dir(config.distillation.run_name)
     comparison = read_json(folder / "final_comparison.json")
     if readme is not None:
@@ -189,7 +196,7 @@ def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.pipeline", description=__doc__.splitlines()[0])
+    parser = stage_parser("pipeline", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--run_name", help="folder under outputs/; default: run_name of the configuration")
     parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies")
@@ -205,9 +212,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; status 2 for an error, 3 for a gate that is not met."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        config = load_config(args.config, args.overrides, seed=args.seed, data__n_studies=args.n_studies)
+    with started(build_parser(), argv) as args:
+        config = configuration(args, seed=args.seed, data__n_studies=args.n_studies)
         try:
             run(
                 config,

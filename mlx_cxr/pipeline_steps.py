@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import (
     build_manifest,
@@ -21,9 +21,9 @@ from mlx_cxr import (
     prepare_images,
     train_cnn,
 )
-from mlx_cxr.core.config import Config
-from mlx_cxr.data.pixel_store import store_files
-from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 _PIXELS = ("pixels.size", "pixels.fit")
 """What of the pixel store decides what is learned; not how it is made and kept."""
@@ -55,6 +55,8 @@ class Step:
 
 def steps(config: Config) -> list[Step]:
     """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic."""
+    from mlx_cxr.data.pixel_store import store_files
+
     data = config.data.work_dir
     chain = [
         Step(
@@ -164,6 +166,8 @@ def _tiny_base(config: Config) -> Step:
 
 def _taught(config: Config, suffix: str) -> list[Step]:
     """A teacher, and what it says of the cohort."""
+    from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
+
     folder = config.run_dir(config.teacher.run_name)
     adapter = folder / "adapter_weights" / "adapters.safetensors"
 
@@ -197,6 +201,8 @@ def _taught(config: Config, suffix: str) -> list[Step]:
 
 def _student(config: Config, name: str, suffix: str) -> list[Step]:
     """A student and its evaluation; a control is scored, and not explained."""
+    from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
+
     folder, weights = config.run_dir(name), "best_student.safetensors"
 
     def read() -> list[Path]:

@@ -21,9 +21,10 @@ from typing import Literal
 from tqdm import tqdm
 
 from mlx_cxr.core import device
-from mlx_cxr.core.errors import UserError, readable_errors
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.inference.predictor import METHODS, Predictor
 from mlx_cxr.pages.prediction_files import ContactSheets, called_maps, images_table, row_of, write_overlays
@@ -173,7 +174,7 @@ def _counted(counts: Counter[str]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.predict", description=__doc__.splitlines()[0])
+    parser = stage_parser("predict", __doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="films, or folders of films")
     parser.add_argument(
         "--run", required=True, type=Path, metavar="FOLDER", help="an evaluated run, such as outputs/student_v1"
@@ -205,8 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
+    with started(build_parser(), argv) as args:
         run(
             args.run,
             args.inputs,

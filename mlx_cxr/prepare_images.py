@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.core.config import Config, add_config_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.decoding import INVERTED, Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.store_writer import StoreReport, build_store
@@ -100,7 +100,7 @@ def _write_list(path: Path, rows: list[tuple[str, str, str]], what: str) -> Path
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.prepare_images", description=__doc__.splitlines()[0])
+    parser = stage_parser("prepare_images", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--workers", type=int, help="pixels.workers: decoding processes; 0 takes one per core")
     parser.add_argument("--rebuild", action="store_true", help="decode every film again, up to date or not")
@@ -122,10 +122,8 @@ def _share(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with readable_errors():
-        run(load_config(args.config, args.overrides, pixels__workers=args.workers), args.rebuild, args.shard)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, pixels__workers=args.workers), args.rebuild, args.shard)
 
 
 if __name__ == "__main__":

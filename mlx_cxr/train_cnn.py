@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, add_config_arguments, add_training_arguments, load_config
-from mlx_cxr.core.errors import readable_errors
-from mlx_cxr.models.resnet import parameter_counts
-from mlx_cxr.training import classifier_run
-from mlx_cxr.training.classifier_task import TrainingData, classifier_task
-from mlx_cxr.training.distributed import World
-from mlx_cxr.training.losses import masked_bce
-from mlx_cxr.training.preprocessing import preprocessing_record
+from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -37,6 +33,14 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         TrainingDivergedError: the loss is no longer a number.
         RankLostError, RanksDifferError: another process of the run is gone, or has other data.
     """
+    from mlx_cxr.core import device
+    from mlx_cxr.models.resnet import parameter_counts
+    from mlx_cxr.training import classifier_run
+    from mlx_cxr.training.classifier_task import TrainingData, classifier_task
+    from mlx_cxr.training.distributed import World
+    from mlx_cxr.training.losses import masked_bce
+    from mlx_cxr.training.preprocessing import preprocessing_record
+
     machine, world = device.start("train_cnn", parallel=True), World.join()
     run_dir, training = config.run_dir(run_name), config.training
     resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
@@ -74,7 +78,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_cxr.train_cnn", description=__doc__.splitlines()[0])
+    parser = stage_parser("train_cnn", __doc__)
     add_config_arguments(parser)
     add_training_arguments(parser, "run_name")
     return parser
@@ -82,9 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
-    with readable_errors():
-        run(load_config(args.config, args.overrides, seed=args.seed), args.run_name, args.resume, args.overwrite)
+    with started(build_parser(), argv) as args:
+        run(configuration(args, seed=args.seed), args.run_name, args.resume, args.overwrite)
 
 
 if __name__ == "__main__":

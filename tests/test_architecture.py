@@ -21,6 +21,8 @@ ROOMS = (
 """From the top down. What is below may import what is above."""
 WITHOUT_MLX = ("data", "synthetic", "evaluation", "pages")
 RUN_STAGES = ("pipeline", "pipeline_steps", "__main__")
+STANDALONE = "mlx_cxr.publishing.use_with_pytorch"
+"""The file that runs outside the package, in an exported folder; nothing imports it."""
 
 FILES = {
     ".".join(("mlx_cxr", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -107,6 +109,10 @@ def test_at_the_root_stand_stages_only():
 def test_each_framework_is_imported_in_its_rooms_only(name):
     tree, here = tree_of(name), ([*name.split("."), ""])[1]
     frameworks = {other.split(".")[0] for other in imported(tree)}
+    assert STANDALONE not in imported(tree)
+    if name == STANDALONE:
+        assert not frameworks & {"mlx", "mlx_cxr", "mlx_vlm", "mlx_lm"}
+        return
     assert here not in WITHOUT_MLX or not frameworks & {"mlx", "mlx_vlm", "mlx_lm"}
     assert here == "teacher" or not frameworks & {"mlx_vlm", "mlx_lm"}
     assert here == "bench" or "torch" not in frameworks, "PyTorch is for tests and benchmarks only"

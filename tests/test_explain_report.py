@@ -178,7 +178,7 @@ def test_a_run_that_is_not_scored_or_sees_images_only_is_refused(folder):
             explain_report.run(toy.config(), name, **options)
 
 
-def test_a_image_is_one_part_of_the_account(folder):
+def test_an_image_is_one_part_of_the_account(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
     record = json.loads((run_dir / "config.json").read_text())

@@ -346,7 +346,7 @@ def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_m
     second = frame[frame["study_id"] == study].iloc[1]
     assert shown["reading"].image == second["image_id"]
     pixels = np.asarray(Image.open(analysed.data.root / second["path"]))
-    np.testing.assert_array_equal(shown["film"], pixels)
+    np.testing.assert_array_equal(shown["image"], pixels)
     assert shown["mask"] is None, "only the first film has masks"
     assert shown["reading"].probability == case["probability"].iloc[0]
     np.testing.assert_array_equal(shown["heat"], np.ones((2, 2)))

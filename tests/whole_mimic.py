@@ -4,7 +4,7 @@ r"""MIMIC-CXR-JPG as large as it is, with nothing of it in it: what a run on the
 
 writes tables, reports and images: 377,110 images of 227,835 studies of 65,379 patients in the splits of MIMIC-CXR-JPG
 2.0.0, or a scale model with about IMAGES images. Ids, labels and views are drawn at about the frequencies of the
-original (Johnson et al., arXiv:1901.07042); the reports are the phantom's, each made unlike all others. An image is a
+original (Johnson et al., arXiv:1901.07042); the reports are synthetic, each made unlike all others. An image is a
 link to one of a few JPEGs: 377,110 files of their own would take hours to write. The tree has 287,000 folders, which
 take 1.2 GB and a minute.
 
@@ -50,18 +50,18 @@ class Studies:
     patient: np.ndarray
     study: np.ndarray
     split: np.ndarray
-    radiographs: np.ndarray
+    images: np.ndarray
 
 
 def draw_studies(images: int = IMAGES, seed: int = 0) -> Studies:
     """The studies of a cohort of about so many images; as many as MIMIC has where there are as many images."""
     rng = np.random.default_rng(seed)
-    patients, radiographs, splits = [], [], []
+    patients, per_study, splits = [], [], []
     for split, counts in SPLITS.items():
         n_images, n_studies, n_patients = (max(1, round(count * images / IMAGES)) for count in counts)
         first = 0 if not patients else patients[-1][-1] + 1
         patients.append(np.repeat(first + np.arange(n_patients), _dealt(n_studies, n_patients, 1.2, rng)))
-        radiographs.append(_dealt(n_images, n_studies, 0.3, rng))
+        per_study.append(_dealt(n_images, n_studies, 0.3, rng))
         splits += [split] * n_studies
     patient = np.concatenate(patients)
     ids = rng.permutation(10_000_000)
@@ -70,19 +70,19 @@ def draw_studies(images: int = IMAGES, seed: int = 0) -> Studies:
         (10_000_000 + ids[patient])[order].astype(str),
         (50_000_000 + rng.permutation(10_000_000)[: len(patient)]).astype(str),
         np.array(splits)[order],
-        np.concatenate(radiographs)[order],
+        np.concatenate(per_study)[order],
     )
 
 
-def write_whole_mimic(root: Path, images: int = IMAGES, radiographs: bool = True, seed: int = 0) -> Studies:
+def write_whole_mimic(root: Path, images: int = IMAGES, with_images: bool = True, seed: int = 0) -> Studies:
     """Write the tables, `mimic-cxr-reports.zip` and, if asked for, the images under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, 1))
     studies = draw_studies(images, seed)
-    image = _dicom_ids(int(studies.radiographs.sum()), rng)
+    image = _dicom_ids(int(studies.images.sum()), rng)
     _write_tables(root, studies, image, rng)
     _write_reports(root / "mimic-cxr-reports.zip", studies)
-    if radiographs:
+    if with_images:
         _link_images(root, studies, image)
     return studies
 
@@ -100,7 +100,7 @@ def _dicom_ids(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def _write_tables(root: Path, studies: Studies, image: Sequence[str], rng: np.random.Generator) -> None:
-    of_image = np.repeat(np.arange(len(studies.study)), studies.radiographs)
+    of_image = np.repeat(np.arange(len(studies.study)), studies.images)
     view = rng.choice(list(VIEWS), len(image), p=list(VIEWS.values()))
     ids = {"dicom_id": image, "subject_id": studies.patient[of_image], "study_id": studies.study[of_image]}
     metadata = {
@@ -135,17 +135,17 @@ def _write_reports(path: Path, studies: Studies) -> None:
 
 def _link_images(root: Path, studies: Studies, image: Sequence[str]) -> None:
     shade = np.linspace(20, 230, 256, dtype=np.uint8)
-    radiographs = [root / f"film{number}.jpg" for number in range(1 + len(image) // LINKS)]
-    for radiograph in radiographs:
-        Image.fromarray(np.minimum(shade[:, None], shade[None, ::-1])).save(radiograph, quality=90)
+    files = [root / f"film{number}.jpg" for number in range(1 + len(image) // LINKS)]
+    for file in files:
+        Image.fromarray(np.minimum(shade[:, None], shade[None, ::-1])).save(file, quality=90)
     first = 0
     for patient, study, count in zip(
-        studies.patient.tolist(), studies.study.tolist(), studies.radiographs.tolist(), strict=True
+        studies.patient.tolist(), studies.study.tolist(), studies.images.tolist(), strict=True
     ):
         folder = root / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
         folder.mkdir(parents=True, exist_ok=True)
         for place in range(first, first + count):
-            os.link(radiographs[place // LINKS], folder / f"{image[place]}.jpg")
+            os.link(files[place // LINKS], folder / f"{image[place]}.jpg")
         first += count
 
 

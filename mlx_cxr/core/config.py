@@ -7,7 +7,6 @@ variable; relative paths are relative to the folder that the command runs in.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -95,33 +94,6 @@ class Config(Section):
             RunNameError: the name is not usable as a folder name.
         """
         return run_folder(self.outputs, self.run_name if run_name is None else run_name)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two options every stage has: `--config` and repeatable `--set KEY=VALUE`."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the experiment, such as configs/demo.yaml")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key, such as training.epochs=3 (YAML value; repeatable)",
-    )
-
-
-def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
-    """What every stage that trains has besides: `--run_name`, `--seed`, and either `--resume` or `--overwrite`.
-
-    Args:
-        parser: gets them.
-        run_name: the configuration's key that names the run by default.
-    """
-    parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
-    parser.add_argument("--seed", type=int)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) -> Config:

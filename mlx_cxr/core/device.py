@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.stage import log_to_terminal
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -240,9 +241,7 @@ def start(stage: str, verbose: bool = True, parallel: bool = False) -> dict[str,
         raise UserError(f"{stage} runs as one process; start it without mlx.launch")
     if group is not None and group.rank() > 0:
         verbose = False
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    for chatty in ("httpx", "huggingface_hub", "matplotlib", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    log_to_terminal(verbose)
     configure_memory()
     device = describe()
     if device["kind"] == "cpu":

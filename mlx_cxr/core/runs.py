@@ -13,11 +13,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlx_cxr.core.errors import UserError
+
+WEIGHTS: Mapping[str, str] = {
+    "train_cnn": "best_model.safetensors",
+    "distillation": "best_student.safetensors",
+    "lfm_finetune": "adapter_weights/adapters.safetensors",
+}
+"""The stages that train, and the weights that each leaves in its run's folder."""
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "numpy", "pillow", "pandas", "scikit-learn", "scipy")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -158,6 +166,91 @@ def create_run(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", provenance(stage, config, inputs, device))
     return folder
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The `config.json` of a run that a stage of `WEIGHTS` made.
+
+    Attributes:
+        folder: the run's.
+        stage: that made it.
+        config: the configuration that it was trained with, as plain data.
+        inputs: role to `path` and `sha256` of each file that its training read; always with a `manifest`.
+        whole: all of the file.
+    """
+
+    folder: Path
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, str]]
+    whole: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """`config.json`."""
+        return self.folder / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        """The file of its best weights, which need not be there yet."""
+        return self.folder / WEIGHTS[self.stage]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its training came to an end and left weights."""
+        return self.weights.exists() and (self.folder / "training.json").exists()
+
+    @property
+    def kind(self) -> Literal["CNN", "teacher", "student", "control"]:
+        """The model that it holds; a student that learned from other targets than a teacher's is a control.
+
+        Raises:
+            RunFormatError: the configuration of a student does not say what it learned from.
+        """
+        if self.stage != "distillation":
+            return "CNN" if self.stage == "train_cnn" else "teacher"
+        try:
+            return "student" if self.config["distillation"]["targets"] == "teacher" else "control"
+        except (KeyError, TypeError):
+            raise RunFormatError(f"{self.path} lacks 'config.distillation.targets'") from None
+
+
+def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRecord:
+    """Open a run folder: the record that every reader of a run begins with.
+
+    Args:
+        folder: the run's.
+        stages: of `WEIGHTS`, whose runs are asked for; without any, all of them.
+        finished: refuse a run whose training has not come to its end.
+
+    Raises:
+        RunFormatError: there is no such run, another stage made it, its record lacks a key, or its training has not
+            ended; says what to do.
+    """
+    folder = Path(folder).resolve() if Path(folder).name in ("", ".", "..") else Path(folder)
+    path, stages = folder / "config.json", stages or tuple(WEIGHTS)
+    if not path.exists():
+        raise RunFormatError(
+            f"{path} is missing: there is no such run; train it first, or give another's name or folder"
+        )
+    whole = read_json(path)
+    stage = whole.get("stage") if isinstance(whole, dict) else None
+    if stage not in stages:
+        raise RunFormatError(
+            f"{folder} was made by the stage {stage!r}; a run of {' or '.join(stages)} is asked for here"
+        )
+    try:
+        run = RunRecord(folder, stage, whole["config"], whole["inputs"], whole)
+        run.inputs["manifest"]["sha256"]
+    except (KeyError, TypeError):
+        raise RunFormatError(f"{path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?") from None
+    if finished and not run.finished:
+        raise RunFormatError(
+            f"the training of {folder} has not ended; resume it: python -m mlx_cxr.{stage} --run_name {folder.name} "
+            "--resume --config …"
+        )
+    return run
 
 
 def provenance(

@@ -1,7 +1,7 @@
-"""A run that is trained and evaluated, with every record of it, checked to be of one evaluation of one checkpoint.
+"""A trained and evaluated run with all its records, checked to be of one evaluation of one checkpoint.
 
-What other folders say of the run (the manifest's summary, a comparison, its teacher) is taken only where its hashes are
-those of the run; else it counts as not recorded.
+Records in other folders (the manifest's summary, a comparison, the teacher) are taken only where their hashes are those
+of the run; else they count as not recorded.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class EvaluatedRun:
     """The records of a CNN's or a student's run.
 
     Attributes:
-        folder: the run's.
+        folder: the run's folder.
         record: `config.json`.
-        config: the configuration in it.
+        config: the configuration in `config.json`.
         checkpoint: the weights file.
-        checkpoint_sha256: of it, the same as at its evaluation.
+        checkpoint_sha256: hash of the weights file, the same as at its evaluation.
         training: `training.json`.
         results: `test_results.json`.
-        points: of `operating_points.json`.
+        points: `operating_points.json`.
         inference: `inference.json`.
         cost: `cost.json`; None where there is none.
         localization: `localization.json`; None without masks, or where the evaluation made no maps.
@@ -70,12 +70,12 @@ class EvaluatedRun:
 
     @property
     def synthetic(self) -> bool:
-        """Whether its images were drawn by a program."""
+        """True if its images were drawn by a program."""
         return self.config.data.synthetic
 
     @property
     def credentialed(self) -> bool:
-        """Whether its weights derive from data that may not be passed on."""
+        """True if its weights derive from data that may not be passed on."""
         return not self.synthetic and self.config.data.source in _CREDENTIALED
 
     @classmethod
@@ -173,7 +173,7 @@ def _optional(path: Path) -> Mapping[str, Any] | None:
 
 
 def _failures(folder: Path) -> Mapping[str, Any] | None:
-    """The failure analysis, where it was made of the predictions that are there now."""
+    """The failure analysis, if it was made of the present predictions."""
     failures = _optional(folder / "failure_analysis" / "failures.json")
     then = _input_sha256(failures, f"{folder.name}/predictions.csv")
     return failures if then is not None and then == sha256_file(folder / "predictions.csv") else None

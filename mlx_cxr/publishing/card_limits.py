@@ -1,5 +1,4 @@
-"""What a model card says against its model: limits that follow from its figures by rule, and what is known of any such
-model.
+"""Limits and ethics of a model card: sentences that follow from its figures by rule, and those true of any such model.
 
 A card is that of `model_card.model_card`; figures are quoted, never judged good.
 """
@@ -23,7 +22,7 @@ def limits(card: Mapping[str, Any]) -> list[str]:
 
 
 def ethics(card: Mapping[str, Any]) -> list[str]:
-    """What follows for people from how such models are made and used."""
+    """Consequences for people of the way such models are made and used."""
     if card["synthetic"]:
         about = "Nothing here is measured on people, so nothing is known of fairness between groups of them."
     else:
@@ -60,18 +59,10 @@ def _scope(card: Mapping[str, Any]) -> Iterator[str]:
     samples = evaluation["bootstrap"]["samples"]
     spread = "the intervals say which patients were tested, and not" if samples else "nothing says"
     yield f"One training run with one seed: {spread} what another seed would have given."
-    youngest = _youngest(card["data"]["age"])
-    if youngest is not None:
-        yield youngest
-
-
-def _youngest(age: Mapping[str, Mapping[str, int]] | None) -> str | None:
-    """How many children the training had, where that is known and few."""
-    counts = (age or {}).get("0-19")
-    if counts is None or counts["train"] >= FEW_POSITIVES:
-        return None
-    of = sum(by["train"] for by in age.values()) if age else 0
-    return f"{counts['train']} of {of} training studies are known to be of patients under 20: not for children."
+    age = card["data"]["age"] or {}
+    if "0-19" in age and (few := age["0-19"]["train"]) < FEW_POSITIVES:
+        of = sum(counts["train"] for counts in age.values())
+        yield f"{few} of {of} training studies are known to be of patients under 20: not for children."
 
 
 def _findings(card: Mapping[str, Any]) -> Iterator[str]:
@@ -169,5 +160,5 @@ def _maps(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _known(interval: Mapping[str, Any]) -> bool:
-    """Whether there is an interval."""
+    """True where there is an interval."""
     return interval["low"] is not None

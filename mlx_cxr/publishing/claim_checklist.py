@@ -33,7 +33,8 @@ SECTIONS: tuple[tuple[str, int, int], ...] = (
 """Part of the checklist, its first item and its last."""
 
 Card = Mapping[str, Any]
-Answer = Callable[[Card], str | None]
+Answer = str | Callable[[Card], str | None] | None
+"""Of one item: the same for every run, taken from its card, or None where a run cannot know."""
 
 
 def claim_table(card: Card) -> list[dict[str, Any]]:
@@ -42,33 +43,14 @@ def claim_table(card: Card) -> list[dict[str, Any]]:
     for section, first, last in SECTIONS:
         for item in range(first, last + 1):
             topic, answer = ITEMS[item]
-            said = answer(card)
-            rows.append(
-                {
-                    "item": item,
-                    "section": section,
-                    "topic": topic,
-                    "answer": said or NOT_RECORDED,
-                    "recorded": bool(said),
-                }
-            )
+            said = answer(card) if callable(answer) else answer
+            row = {"item": item, "section": section, "topic": topic}
+            rows.append({**row, "answer": said or NOT_RECORDED, "recorded": bool(said)})
     return rows
-
-
-def _unknown(_: Card) -> None:
-    return None
-
-
-def _fixed(text: str) -> Answer:
-    return lambda _: text
 
 
 def _title(card: Card) -> str:
     return f"Deep learning, a convolutional network ({card['model']['kind']}); see the title and Model"
-
-
-def _abstract(card: Card) -> str:
-    return "At a glance"
 
 
 def _design(card: Card) -> str | None:
@@ -77,14 +59,18 @@ def _design(card: Card) -> str | None:
     return "Retrospective" if card["sharing"]["credentialed"] else None
 
 
-def _where_known(key: str) -> Answer:
-    """Of the data, what is known of the cohorts this package knows, and of a user's table is not."""
-    return lambda card: card["data"][key] if card["synthetic"] or card["sharing"]["credentialed"] else None
+def _about_known_cohort(key: str) -> Answer:
+    """An entry of the card's data, for the cohorts that this package knows; None for a user's table."""
+    return lambda card: card["data"][key] if _known_cohort(card) else None
+
+
+def _known_cohort(card: Card) -> bool:
+    return card["synthetic"] or card["sharing"]["credentialed"]
 
 
 def _raters(card: Card) -> str | None:
-    known = card["synthetic"] or card["sharing"]["credentialed"]
-    return "No raters: labels were read by a program; its errors were not measured here" if known else None
+    said = "No raters: labels were read by a program; its errors were not measured here"
+    return said if _known_cohort(card) else None
 
 
 def _eligibility(card: Card) -> str | None:
@@ -113,10 +99,6 @@ def _deidentified(card: Card) -> str | None:
 def _missing(card: Card) -> str:
     said = card["data"]["label_policy_in_words"]
     return f"{said[0].upper()}{said[1:]}. Scored under both protocols; see Test results"
-
-
-def _acquisition(card: Card) -> str | None:
-    return "Simulated radiography" if card["synthetic"] else None
 
 
 def _partition(card: Card) -> str | None:
@@ -159,10 +141,6 @@ def _uncertainty(card: Card) -> str:
     return f"95 % percentile intervals, {boot['samples']} resamples of patients{paired}"
 
 
-def _robustness(card: Card) -> str:
-    return "Two label protocols, views, support devices, metadata alone; see Test results and Subgroups"
-
-
 def _explained(card: Card) -> str:
     table = card["localization"]
     if table is None:
@@ -191,10 +169,6 @@ def _demographics(card: Card) -> str | None:
     return f"By split: {', '.join(known)}; see Data" if known else None
 
 
-def _performance(card: Card) -> str:
-    return "Test results, by finding and protocol; Subgroups"
-
-
 def _failures(card: Card) -> str | None:
     analysis = card["subgroups"]["failure_analysis"]
     if analysis is None:
@@ -206,10 +180,6 @@ def _failures(card: Card) -> str | None:
     )
 
 
-def _limits(card: Card) -> str:
-    return f"Limits ({len(card['limits'])})"
-
-
 def _available(card: Card) -> str:
     may = "may not be passed on" if card["sharing"]["credentialed"] else "are under what Data rights says"
     return f"mlx_cxr {card['model']['version']} (MIT licence); the weights {may}"
@@ -217,48 +187,48 @@ def _available(card: Card) -> str:
 
 ITEMS: Mapping[int, tuple[str, Answer]] = {
     1: ("AI and its kind in the title", _title),
-    2: ("structured summary", _abstract),
-    3: ("background and clinical role", _unknown),
-    4: ("aims and hypotheses", _unknown),
+    2: ("structured summary", "At a glance"),
+    3: ("background and clinical role", None),
+    4: ("aims and hypotheses", None),
     5: ("prospective or retrospective", _design),
-    6: ("goal of the study", _fixed("Model creation and its internal test, for research; see Intended use")),
-    7: ("data sources", _where_known("about")),
+    6: ("goal of the study", "Model creation and its internal test, for research; see Intended use"),
+    7: ("data sources", _about_known_cohort("about")),
     8: ("inclusion and exclusion", _eligibility),
-    9: ("preprocessing", _fixed("`preprocessing.json`, step by step")),
+    9: ("preprocessing", "`preprocessing.json`, step by step"),
     10: ("data subsets", _subset),
     11: ("de-identification", _deidentified),
     12: ("missing data", _missing),
-    13: ("image acquisition", _acquisition),
-    14: ("reference standard, definition", _where_known("label_origin")),
-    15: ("reference standard, rationale", _unknown),
+    13: ("image acquisition", lambda card: "Simulated radiography" if card["synthetic"] else None),
+    14: ("reference standard, definition", _about_known_cohort("label_origin")),
+    15: ("reference standard, rationale", None),
     16: ("reference standard, annotators", _raters),
-    17: ("annotation of the test set", _fixed("As the training set; see Data")),
+    17: ("annotation of the test set", "As the training set; see Data"),
     18: ("variability between raters", _raters),
     19: ("assignment to partitions", _partition),
-    20: ("level of disjoint partitions", _fixed("Patient: asserted when split, trained and scored")),
+    20: ("level of disjoint partitions", "Patient: asserted when split, trained and scored"),
     21: ("test sample size", _sample_size),
     22: ("model", lambda card: f"{card['model']['architecture']}; {card['model']['parameters']['total']:,} parameters"),
     23: ("software", _software),
     24: ("initial parameters", _initialization),
-    25: ("training", _fixed("Training; `config.json`")),
+    25: ("training", "Training; `config.json`"),
     26: ("choice of the final model", _selection),
-    27: ("ensembles", _fixed("None")),
-    28: ("metrics", _fixed("ROC-AUC, average precision, calls at fixed thresholds, Brier score, calibration error")),
+    27: ("ensembles", "None"),
+    28: ("metrics", "ROC-AUC, average precision, calls at fixed thresholds, Brier score, calibration error"),
     29: ("uncertainty and significance", _uncertainty),
-    30: ("robustness", _robustness),
+    30: ("robustness", "Two label protocols, views, support devices, metadata alone; see Test results and Subgroups"),
     31: ("explanation, and its validation", _explained),
     32: ("internal test", _internal),
-    33: ("external test", _fixed("None")),
-    34: ("trial registration", _fixed("Not applicable: not a trial")),
+    33: ("external test", "None"),
+    34: ("trial registration", "Not applicable: not a trial"),
     35: ("numbers included and excluded", _included),
     36: ("characteristics by partition", _demographics),
-    37: ("performance and subgroups", _performance),
-    38: ("diagnostic accuracy, precision", _fixed("Sensitivity and specificity with intervals; see Test results")),
+    37: ("performance and subgroups", "Test results, by finding and protocol; Subgroups"),
+    38: ("diagnostic accuracy, precision", "Sensitivity and specificity with intervals; see Test results"),
     39: ("failure analysis", _failures),
-    40: ("limitations", _limits),
-    41: ("implications for practice", _fixed("None drawn: research only; see Not for")),
-    42: ("full protocol", _fixed("No protocol; technical details in `config.json` and `preprocessing.json`")),
+    40: ("limitations", lambda card: f"Limits ({len(card['limits'])})"),
+    41: ("implications for practice", "None drawn: research only; see Not for"),
+    42: ("full protocol", "No protocol; technical details in `config.json` and `preprocessing.json`"),
     43: ("availability", _available),
-    44: ("funding", _unknown),
+    44: ("funding", None),
 }
-"""Item to its topic and what answers it; None where a run does not know."""
+"""Item to its topic and its answer."""

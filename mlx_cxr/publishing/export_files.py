@@ -1,4 +1,4 @@
-"""What an export says of its weights: the preprocessing, the labels, and the run's record without what is private."""
+"""JSON files of an export: the preprocessing, the labels, and the run's record without what is private."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GEOMETRY = {
 
 
 def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
-    """Content of `preprocessing.json`: how an image becomes the network's input, in numbers and in words.
+    """Content of `preprocessing.json`: the way from an image to the network's input, in numbers and in words.
 
     Returns:
         `transform`, `normalization` and `dicom_recipe` as `training.preprocessing` records them, `input` (shapes and
@@ -34,9 +34,30 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
     """
     recorded = run.inference["preprocessing"]
     size, fit = recorded["transform"]["size"], recorded["transform"]["fit"]
-    normalization = recorded["normalization"]
-    channels = normalization["in_channels"]
+    mean, std, channels = (recorded["normalization"][key] for key in ("mean", "std", "in_channels"))
     repeated = "" if channels == 1 else " Three channels are the gray film three times, each with its own numbers."
+    steps = {
+        "decode": "JPEG, PNG, TIFF or BMP with Pillow; an EXIF orientation is applied. A JPEG whose shown side is at "
+        f"least 2 x {size} x r px, r in 8, 4, 2, is reduced by the largest such r in the DCT domain while it is "
+        "decoded (Pillow's `Image.draft`).",
+        "gray levels": "8-bit gray as it is. More bits: (v - lowest) * 255 // (highest - lowest) of that film. Colour: "
+        "ITU-R 601 luma, (19595 R + 38470 G + 7471 B + 32768) >> 16; of a colour JPEG its Y channel. Transparent "
+        "parts black.",
+        "DICOM": "Recipe `mimic`, that of MIMIC-CXR-JPG (arXiv:1901.07042), in place of the two steps above: stored "
+        "values as they are, without modality LUT, VOI window or padding mask; (v - lowest) / (highest - lowest) * "
+        "255, fractions cut off; 255 minus that for MONOCHROME1 (and for a negative Rescale Slope, once where both "
+        "hold); histogram equalization as OpenCV's `equalizeHist`. Training films of another source than "
+        "MIMIC-CXR-JPG need not have been equalized: compare before trusting a DICOM.",
+        "geometry": _GEOMETRY[fit].format(size=size),
+        "resizing": "Bicubic (a = -0.5), antialiased, as Pillow's `Image.resize` with `Resampling.BICUBIC`; the result "
+        f"is 8-bit, {size} x {size}.",
+        "normalization": f"(v / 255 - mean) / std with mean {mean} and std {std}.{repeated}",
+        "probability": "sigmoid(logit / temperature) with the finding's temperature of `operating_points.json`. The "
+        "logit of a study of several films is the mean of theirs.",
+        "call": "Present where the probability is at least `threshold`, else absent; but abstain unless that is all "
+        "that stays plausible: present is ruled out below `lower`, absent above `upper`. No call where `positives` or "
+        "`negatives` is below ceil(1 / `alpha`) - 1.",
+    }
     return {
         "schema": SCHEMA,
         "notice": footer(run.synthetic),
@@ -47,59 +68,16 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
             "mlx": ["N", size, size, channels],
         },
         "pillow": run.record["packages"].get("pillow"),
-        "steps": [
-            {
-                "name": "decode",
-                "how": "JPEG, PNG, TIFF or BMP with Pillow; an EXIF orientation is applied. A JPEG whose shown side is "
-                f"at least 2 x {size} x r px, r in 8, 4, 2, is reduced by the largest such r in the DCT domain while "
-                "it is decoded (Pillow's `Image.draft`).",
-            },
-            {
-                "name": "gray levels",
-                "how": "8-bit gray as it is. More bits: (v - lowest) * 255 // (highest - lowest) of that film. Colour: "
-                "ITU-R 601 luma, (19595 R + 38470 G + 7471 B + 32768) >> 16; of a colour JPEG its Y channel. "
-                "Transparent parts black.",
-            },
-            {
-                "name": "DICOM",
-                "how": "Recipe `mimic`, that of MIMIC-CXR-JPG (arXiv:1901.07042), in place of the two steps above: "
-                "stored values as they are, without modality LUT, VOI window or padding mask; (v - lowest) / (highest "
-                "- lowest) * 255, fractions cut off; 255 minus that for MONOCHROME1 (and for a negative Rescale Slope, "
-                "once where both hold); histogram equalization as OpenCV's `equalizeHist`. Training films of another "
-                "source than MIMIC-CXR-JPG need not have been equalized: compare before trusting a DICOM.",
-            },
-            {"name": "geometry", "how": _GEOMETRY[fit].format(size=size)},
-            {
-                "name": "resizing",
-                "how": "Bicubic (a = -0.5), antialiased, as Pillow's `Image.resize` with `Resampling.BICUBIC`; the "
-                f"result is 8-bit, {size} x {size}.",
-            },
-            {
-                "name": "normalization",
-                "how": f"(v / 255 - mean) / std with mean {normalization['mean']} and std {normalization['std']}."
-                + repeated,
-            },
-            {
-                "name": "probability",
-                "how": "sigmoid(logit / temperature) with the finding's temperature of `operating_points.json`. The "
-                "logit of a study of several films is the mean of theirs.",
-            },
-            {
-                "name": "call",
-                "how": "Present where the probability is at least `threshold`, else absent; but abstain unless that is "
-                "all that stays plausible: present is ruled out below `lower`, absent above `upper`. No call where "
-                "`positives` or `negatives` is below ceil(1 / `alpha`) - 1.",
-            },
-        ],
+        "steps": [{"name": name, "how": how} for name, how in steps.items()],
     }
 
 
 def labels_file(run: EvaluatedRun, origin: str) -> dict[str, Any]:
-    """Content of `labels.json`: the 14 in the order of the logits, and what the source's values counted as in training.
+    """Content of `labels.json`: the 14 in the order of the logits, and the training target of each source value.
 
     Args:
         run: the run.
-        origin: where the labels come from, in words.
+        origin: source of the labels, in words.
     """
     raw = np.array([[1.0, 0.0, -1.0, np.nan]]).T
     targets = run.config.labels.policy().apply(np.repeat(raw, len(LABELS), axis=1))
@@ -123,7 +101,9 @@ def public_record(run: EvaluatedRun) -> dict[str, Any]:
     It still is a configuration that `config.config_from_plain` takes.
     """
     record = dict(run.record)
-    record["command"] = [_public_argument(argument) for argument in record["command"]]
+    # Of an argument such as `data.root=/home/me/images` each side of the equals sign.
+    parts = (argument.split("=", 1) for argument in record["command"])
+    record["command"] = ["=".join(map(last_part, both)) for both in parts]
     record["inputs"] = {role: {**entry, "path": last_part(entry["path"])} for role, entry in record["inputs"].items()}
     config = _public_section(run.config)
     config["model"]["weights"] = last_part(run.config.model.weights)
@@ -141,8 +121,3 @@ def _public_section(section: Section) -> dict[str, Any]:
         elif isinstance(value, Path):
             plain[name] = last_part(str(value))
     return plain
-
-
-def _public_argument(argument: str) -> str:
-    """Such as `data.root=images` of `data.root=/home/me/images`."""
-    return "=".join(last_part(part) for part in argument.split("=", 1))

@@ -1,7 +1,7 @@
 """The model card of an evaluated run, every figure of it from the run's own records.
 
 After Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993, with the items of CLAIM 2024
-(`evaluation.claim_checklist`). `model_card` gives it as plain data, `evaluation.model_card_page` as Markdown. Keys:
+(`claim_checklist`). `model_card` gives it as plain data, `model_card_page` as Markdown. Keys:
 
 - `schema` (1), `run`, `synthetic`, `notice`.
 - `model`: `kind` (`CNN`, `student` or `control: …`), `architecture`, `film_size`, `fit`, `in_channels`,
@@ -44,6 +44,7 @@ _FIGURES = (
     *("split", "unit", "score", "counts", "fitted_under", "threshold_rule", "bootstrap", "calibration_bins"),
     *("protocols", "validation"),
 )
+_FAILURES = ("protocol", "counts", "subgroups", "gaps")
 _SUBGROUPS = ("by_view", "pneumothorax_by_support_devices", "metadata_only")
 _PAIRS = ("student_minus_cnn", "student_minus_teacher", "teacher_minus_cnn")
 
@@ -52,7 +53,7 @@ _LATERAL_VIEWS = {"LATERAL", "LL", "RL"}
 
 def model_card(run: EvaluatedRun) -> dict[str, Any]:
     """The card as JSON-ready data, as this module's docstring describes it."""
-    results = run.results
+    results, failures = run.results, run.failures
     card: dict[str, Any] = {
         "schema": SCHEMA,
         "run": run.name,
@@ -66,7 +67,10 @@ def model_card(run: EvaluatedRun) -> dict[str, Any]:
         "evaluation": {**{key: results[key] for key in _FIGURES}, "comparison": _comparison(run)},
         "operating_points": {"alpha": run.points.bands.alpha, "labels": label_entries(run.points)},
         "abstention": results.get("abstention"),
-        "subgroups": {**{key: results[key] for key in _SUBGROUPS}, "failure_analysis": _failure_analysis(run)},
+        "subgroups": {
+            **{key: results[key] for key in _SUBGROUPS},
+            "failure_analysis": None if failures is None else {key: failures[key] for key in _FAILURES},
+        },
         "localization": run.localization,
         "cost": run.cost,
     }
@@ -107,7 +111,7 @@ def _kind(run: EvaluatedRun) -> str:
 
 
 def _initial_weights(run: EvaluatedRun) -> dict[str, Any]:
-    """Where training started from, without the paths of this machine."""
+    """Origin of the initial weights, without the paths of this machine."""
     origin = run.training["initial_weights"]
     known = ("weights", "head", "source", "revision", "licence", "sha256")
     about = {key: origin[key] for key in known if origin.get(key) is not None}
@@ -116,7 +120,7 @@ def _initial_weights(run: EvaluatedRun) -> dict[str, Any]:
 
 
 def _teacher(run: EvaluatedRun) -> dict[str, Any] | None:
-    """Who taught a student, and what that teacher read; null for a model that had no teacher."""
+    """A student's teacher and its input; None for a model without a teacher."""
     if run.teacher is None:
         return None
     record = run.teacher["record"]
@@ -278,7 +282,8 @@ def _comparison(run: EvaluatedRun) -> dict[str, Any] | None:
         "protocol": protocol,
         "studies": comparison["counts"]["studies"],
         "models": [
-            {**{key: model[key] for key in ("run", "role", "title")}, "roc_auc": _macro_auc(section, model["run"])}
+            {key: model[key] for key in ("run", "role", "title")}
+            | {"roc_auc": section["models"][model["run"]]["macro"]["roc_auc"]}
             for model in comparison["models"]
         ],
         "differences": {
@@ -287,13 +292,3 @@ def _comparison(run: EvaluatedRun) -> dict[str, Any] | None:
         },
         "retention": section["retention"]["share"],
     }
-
-
-def _macro_auc(section: Mapping[str, Any], run: str) -> Mapping[str, Any]:
-    return section["models"][run]["macro"]["roc_auc"]
-
-
-def _failure_analysis(run: EvaluatedRun) -> dict[str, Any] | None:
-    if run.failures is None:
-        return None
-    return {key: run.failures[key] for key in ("protocol", "counts", "subgroups", "gaps")}

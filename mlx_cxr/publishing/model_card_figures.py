@@ -91,7 +91,7 @@ def _beside(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def calls_section(card: Card) -> list[str]:
-    """What conformal prediction leaves plausible, how often it calls, and how often it is wrong then."""
+    """Coverage of what conformal prediction leaves plausible, share of studies called, and errors among them."""
     abstention = card["abstention"]
     lines = ["## Calls and abstention", ""]
     if abstention is None:
@@ -215,7 +215,7 @@ def maps_section(card: Card) -> list[str]:
 
 
 def cost_section(card: Card) -> list[str]:
-    """What a prediction takes."""
+    """Time of a prediction."""
     cost = card["cost"]
     if cost is None:
         return ["## Cost", "", f"{NOT_RECORDED.capitalize()}.", ""]
@@ -229,7 +229,7 @@ def cost_section(card: Card) -> list[str]:
 
 
 def protocols(evaluation: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The protocol that fitted first."""
+    """Protocols by name, the one that fitted first."""
     first, protocols = evaluation["fitted_under"], evaluation["protocols"]
     return [(name, protocols[name]) for name in (first, *(other for other in protocols if other != first))]
 

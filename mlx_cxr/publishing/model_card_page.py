@@ -22,8 +22,9 @@ def card_markdown(card: Card) -> str:
     lines = [f"# Model card: `{card['run']}`{of}", "", *notice_lines(card["synthetic"])]
     if card["sharing"]["credentialed"]:
         lines += [f"> **{card['sharing']['terms'][0]}**", ""]
-    for section in (_glance, _model, _use, _data, _training, *figures.SECTIONS, _against, _claim):
+    for section in (_glance, _model, _use, _data, _training, *figures.SECTIONS):
         lines += section(card)
+    lines += ["## Limits", "", *_bullets(card["limits"]), "## Ethics", "", *_bullets(card["ethics"]), *_claim(card)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -60,10 +61,7 @@ def _glance(card: Card) -> list[str]:
 def _model(card: Card) -> list[str]:
     model, origin = card["model"], card["model"]["initial_weights"]
     commit = model["commit"] or NOT_RECORDED
-    start = [
-        origin["weights"],
-        *(f"{key} {origin[key]}" for key in ("source", "revision", "run", "licence") if key in origin),
-    ]
+    known = [f"{key} {origin[key]}" for key in ("source", "revision", "run", "licence") if key in origin]
     rows = [
         ["kind", model["kind"]],
         ["architecture", model["architecture"]],
@@ -71,7 +69,7 @@ def _model(card: Card) -> list[str]:
         ["output", "14 logits, in the order of `labels.json`"],
         ["parameters", f"{model['parameters']['total']:,} ({model['parameters']['trainable']:,} trained)"],
         ["weights, SHA-256", f"`{model['checkpoint_sha256']}`"],
-        ["initial weights", ", ".join(start)],
+        ["initial weights", ", ".join([origin["weights"], *known])],
         ["trained, evaluated", f"{model['trained']}, {model['evaluated']}"],
         ["commit", f"`{commit}`{', with uncommitted changes' if model['tree_dirty'] else ''}"],
     ]
@@ -134,13 +132,11 @@ def _data(card: Card) -> list[str]:
 def _training(card: Card) -> list[str]:
     training = card["training"]
     settings, outcome, device = training["settings"], training["outcome"], training["device"]
+    best = number(outcome["best_auc"])
     keys = ("batch_size", "learning_rate", "weight_decay", "clip_norm", "class_weighting", "precision")
     rows = [
         ["epochs", f"{outcome['epochs']} of {settings['epochs']}, {outcome['steps']} steps"],
-        [
-            "weights kept",
-            f"epoch {outcome['best_epoch']}, validation macro ROC-AUC {number(outcome['best_auc'])} per film",
-        ],
+        ["weights kept", f"epoch {outcome['best_epoch']}, validation macro ROC-AUC {best} per film"],
         ["settings", ", ".join(f"{key} {settings[key]}" for key in keys)],
         ["augmentation", ", ".join(f"{key} {value}" for key, value in training["augmentation"].items()) + "; no flips"],
         ["seed", str(training["seed"])],
@@ -153,18 +149,9 @@ def _training(card: Card) -> list[str]:
         rows.append(["distillation", ", ".join(f"{key} {settings[key]}" for key in keys)])
     soft = training["soft_labels"]
     if soft is not None:
-        agreement = number(soft["teacher_agreement"])
-        rows.append(
-            [
-                "soft labels",
-                f"{soft['with_soft_label']} of {soft['studies']} studies; agree with the labels for {agreement}",
-            ]
-        )
+        studies, agreement = f"{soft['with_soft_label']} of {soft['studies']}", number(soft["teacher_agreement"])
+        rows.append(["soft labels", f"{studies} studies; agree with the labels for {agreement}"])
     return ["## Training", "", *markdown_table(["", ""], rows)]
-
-
-def _against(card: Card) -> list[str]:
-    return ["## Limits", "", *_bullets(card["limits"]), "## Ethics", "", *_bullets(card["ethics"])]
 
 
 def _claim(card: Card) -> list[str]:

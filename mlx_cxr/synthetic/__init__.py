@@ -1,6 +1,6 @@
-"""The phantom room: a synthetic MIMIC-CXR, made so that every stage can run its real code without patient data.
+"""The synthetic cohort: a MIMIC-CXR drawn by a program, so that every stage runs its real code without patient data.
 
-What is drawn, and after which source
+Parts, and their sources
     `geometry`, `physics`  A point source, a diverging beam, and the path of each ray through solids whose chords have
         a closed form; NIST's attenuation coefficients at 60 keV (NISTIR 5632), scatter, quantum noise, detector blur,
         collimation; a display that compresses latitude and equalizes the histogram, as MIMIC-CXR-JPG's images are
@@ -22,7 +22,7 @@ What is drawn, and after which source
         -1 or empty, by two labelers with errors of their own.
     `layout`  All of it as files in the layout of MIMIC-CXR-JPG 2.0.0.
 
-What is not
+Left out
     No value, image or sentence comes from MIMIC-CXR or from any patient. Beam hardening, grids, stitched or rotated
     cassettes, foreign bodies, post-surgical anatomy, children, pregnancy and diseases outside the 14 labels (emphysema,
     fibrosis, hernia, scoliosis, free air, …) are missing; anatomy varies far less than in life, a lobe is an ellipsoid,

@@ -23,7 +23,7 @@ DOME_CURVE_X, DOME_CURVE_Z, DOME_Z = np.float32(0.070), np.float32(0.038), np.fl
 
 @dataclass(frozen=True)
 class Patient:
-    """What stays the same from image to image. Lengths in cm.
+    """A patient, the same in every image. Lengths in cm.
 
     Attributes:
         subject_id: 8 digits.
@@ -75,7 +75,7 @@ def sample_patient(subject_id: int, rng: np.random.Generator, seed: int) -> Pati
 
 @dataclass(frozen=True)
 class Shape:
-    """What disease and posture do to the anatomy of one image.
+    """The effect of disease and posture on the anatomy of one image.
 
     Attributes:
         ratio: cardiothoracic ratio drawn (true widths, before magnification).
@@ -84,8 +84,8 @@ class Shape:
         dome_right: rise of the right dome above its place in full inspiration, cm.
         dome_left: the same on the left.
         sulcus: side of a deep sulcus (-1, 0, 1) in a supine pneumothorax.
-        supine: whether the patient lies or half lies.
-        arms_up: whether the arms are out of the field (lateral).
+        supine: the patient lies or half lies.
+        arms_up: the arms are out of the field (lateral).
     """
 
     ratio: float
@@ -131,9 +131,10 @@ class Anatomy:
     def lung(self, side: int) -> np.ndarray:
         """Thickness of one pleural space along the beam, before heart and mediastinum are taken out."""
         across, y = self.view.plane(0.0)
-        return self._lung_frontal(across * side, y, side) if self.view.frontal else self._lung_lateral(across, y, side)
+        return self.frontal_lung(across * side, y, side) if self.view.frontal else self._lung_lateral(across, y, side)
 
-    def _lung_frontal(self, ax: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+    def frontal_lung(self, ax: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+        """Thickness of one pleural space in a frontal view, at `ax` cm from the midline and level `y`."""
         width = self.half_width(y)
         room = np.maximum(1 - (np.maximum(ax, 0) / np.maximum(width, 0.1)) ** 2.3, 0)
         front = self.half_depth(y) * np.sqrt(room) * self._apex(ax, y)
@@ -305,7 +306,7 @@ class Anatomy:
         return gas
 
     def inside_lung(self, points: np.ndarray) -> np.ndarray:
-        """Which of (N, 3) points lie in a pleural space, 3 mm inside its wall: bool (N,)."""
+        """Mask of the (N, 3) points that lie in a pleural space, 3 mm inside its wall: bool (N,)."""
         x, y, z = points[:, 0], points[:, 1], points[:, 2]
         side = np.where(x < 0, RIGHT, LEFT)
         ax = np.abs(x)

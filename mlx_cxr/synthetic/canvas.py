@@ -17,7 +17,7 @@ VISIBLE = 0.6
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, as drawn.
+    """One finding, as drawn.
 
     Attributes:
         label: one of the 14 CheXpert labels.
@@ -74,7 +74,7 @@ class Canvas:
 
     @property
     def patient(self) -> Patient:
-        """Whose image it is."""
+        """The patient."""
         return self.anatomy.patient
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_cxr.synthetic.anatomy import Patient, sample_patient
 from mlx_cxr.synthetic.canvas import Finding
-from mlx_cxr.synthetic.disease import History, sample_history
+from mlx_cxr.synthetic.disease import sample_history
 from mlx_cxr.synthetic.geometry import Kind
 from mlx_cxr.synthetic.labeler import Reader, labels_of, read_study, spoil
 from mlx_cxr.synthetic.narrative import Report, write_report
@@ -61,7 +61,7 @@ LABEL_SHARE: dict[str, float] = {
     "Pneumothorax": 0.07,
     "Support Devices": 0.28,
 }
-"""About how frequent each label's positives are; sets how many the labeler invents. MIMIC-CXR has 2 to 5 % of
+"""Approximate frequency of each label's positives; sets how many the labeler invents. MIMIC-CXR has 2 to 5 % of
 Consolidation, Pneumothorax, Enlarged Cardiomediastinum, Lung Lesion and Fracture and 0.9 % of Pleural Other; those
 are raised here, or a test split of some 200 studies could not score them."""
 
@@ -75,8 +75,8 @@ class ImagePlan:
 
     Attributes:
         dicom_id: the image's name, five groups of eight hex digits.
-        kind: how it is rendered.
-        view_position: what the metadata say: `AP`, `PA`, `LATERAL`, `LL` or empty.
+        kind: the projection that is rendered.
+        view_position: as the metadata have it: `AP`, `PA`, `LATERAL`, `LL` or empty.
         supine: lying or half lying.
         seed: of `image.render_image`.
     """
@@ -93,10 +93,10 @@ class StudyPlan:
     """One study.
 
     Attributes:
-        patient: whose.
+        patient: the patient.
         study_id: 8 digits.
         when: date and time, shifted into the future as MIMIC's are.
-        findings: what is truly there, by label.
+        findings: those truly there, by label.
         images: the exposures.
         bedside: made in bed.
         procedure: the metadata's PerformedProcedureStepDescription.
@@ -129,7 +129,7 @@ def plan_cohort(patients: int, seed: int) -> Cohort:
     """Draw a cohort.
 
     Args:
-        patients: how many.
+        patients: number of patients.
         seed: fixes everything.
     """
     ids = _unique(np.random.default_rng((seed, 1)), patients, 10_000_000, 20_000_000)
@@ -151,34 +151,18 @@ def _patient_studies(subject_id: int, number: int, seed: int) -> list[StudyPlan]
         bedside = bool(rng.random() < history.bedside_share())
         # A factor coprime to the range makes this a permutation: numbers look drawn and never meet.
         study_id = 50_000_000 + (number * 10 + visit) * 6_180_339 % 10_000_000
-        studies.append(_study(history, findings, before, bedside, when, study_id, rng))
+        images, views, procedure = _images(bedside, rng)
+        seen = read_study(findings, before, READER, rng)
+        scene = Scene(patient.sex, views, before is not None, _reasons(history.conditions, bedside))
+        report = write_report(seen, scene, rng)
+        # Both labelers read the same report, each with errors of its own.
+        chexpert, negbio = (spoil(labels_of(report.mentions), LABELER_ERROR, LABEL_SHARE, rng) for _ in range(2))
+        about = (patient, study_id, when, findings, images, bedside, procedure, report)
+        studies.append(StudyPlan(*about, chexpert=chexpert, negbio=negbio))
         before = findings
         days = rng.exponential(2.5) + 0.2 if bedside else rng.exponential(150) + 2
         when += timedelta(minutes=int(days * 24 * 60))
     return studies
-
-
-def _study(
-    history: History, findings: dict[str, Finding], before: Mapping[str, Finding] | None, bedside: bool,
-    when: datetime, study_id: int, rng: np.random.Generator,
-) -> StudyPlan:  # fmt: skip
-    images, views, procedure = _images(bedside, rng)
-    seen = read_study(findings, before, READER, rng)
-    scene = Scene(history.patient.sex, views, before is not None, _reasons(history.conditions, bedside))
-    report = write_report(seen, scene, rng)
-    faultless = labels_of(report.mentions)
-    return StudyPlan(
-        patient=history.patient,
-        study_id=study_id,
-        when=when,
-        findings=findings,
-        images=images,
-        bedside=bedside,
-        procedure=procedure,
-        report=report,
-        chexpert=spoil(faultless, LABELER_ERROR, LABEL_SHARE, rng),
-        negbio=spoil(faultless, LABELER_ERROR, LABEL_SHARE, rng),
-    )
 
 
 def _images(bedside: bool, rng: np.random.Generator) -> tuple[tuple[ImagePlan, ...], str, str]:

@@ -1,4 +1,4 @@
-"""Who is ill with what, and how it goes on: conditions of a patient, the findings they bring, and their courses.
+"""Histories of illness: conditions of a patient, the findings they bring, and their courses over studies.
 
 Findings are not drawn independently: a patient has conditions (heart failure, pneumonia, a stay in intensive care,
 trauma, cancer, …), each of which brings its findings and devices with a probability. So effusion comes with
@@ -93,15 +93,15 @@ class Stay:
 
 @dataclass(frozen=True)
 class History:
-    """What a patient has over all studies.
+    """Findings and devices of a patient over all studies.
 
     Attributes:
-        patient: who.
+        patient: the patient.
         conditions: names from `CONDITIONS`.
         episodes: the findings.
         stays: the devices.
         drain_side: side of a chest tube.
-        studies: how many studies there are.
+        studies: number of studies.
         device_seed: fixes each device's course through the body.
     """
 
@@ -127,7 +127,7 @@ class History:
         return now
 
     def bedside_share(self) -> float:
-        """How often this patient is imageed in bed."""
+        """Share of this patient's studies that are made at the bedside."""
         return max([BEDSIDE.get(name, 0.0) for name in self.conditions], default=0.0) or 0.06
 
 
@@ -135,17 +135,17 @@ def sample_history(patient: Patient, severity: tuple[float, float], rng: np.rand
     """Conditions, findings and devices of a patient.
 
     Args:
-        patient: who.
+        patient: the patient.
         severity: the two parameters of the Beta distribution of a finding's worst severity.
         rng: the source of chance.
     """
     conditions = tuple(name for name, share in CONDITIONS.items() if rng.random() < share)
     studies = 1 + min(int(rng.poisson(1.15 if conditions else 0.85)), 6)
-    return _Teller(patient, conditions, studies, severity, rng).history()
+    return _HistorySampler(patient, conditions, studies, severity, rng).history()
 
 
-class _Teller:
-    """Collects episodes while the conditions are gone through."""
+class _HistorySampler:
+    """Draws the episodes and stays of one patient, condition by condition; `_<condition>` adds those of one."""
 
     def __init__(
         self,
@@ -165,15 +165,8 @@ class _Teller:
             getattr(self, "_" + name.replace(" ", "_").replace("-", "_"))()
         if not self.conditions and self.rng.random() < 0.04:
             self._wires()
-        return History(
-            self.patient,
-            self.conditions,
-            tuple(self.episodes),
-            tuple(self.stays),
-            self.drain_side,
-            self.studies,
-            self._seed(),
-        )
+        episodes, stays = tuple(self.episodes), tuple(self.stays)
+        return History(self.patient, self.conditions, episodes, stays, self.drain_side, self.studies, self._seed())
 
     def _seed(self) -> int:
         return int(self.rng.integers(2**31))
@@ -261,10 +254,8 @@ class _Teller:
             self._stay("endotracheal tube", first, length)
         if self._chance(0.85 if tube else 0.2):
             self._stay("nasogastric tube", first, length)
-        line = ("right internal jugular central venous line", "subclavian central venous line", "PICC", "")[
-            int(self.rng.choice(4, p=[0.42, 0.16, 0.22, 0.20]))
-        ]
-        if line:
+        lines = ("right internal jugular central venous line", "subclavian central venous line", "PICC", "")
+        if line := lines[int(self.rng.choice(4, p=[0.42, 0.16, 0.22, 0.20]))]:
             self._stay(line, first if self._chance(0.75) else self._onset())
         if self._chance(0.55):
             self._stay("ECG leads", 0)
@@ -295,7 +286,7 @@ class _Teller:
 
     def _air(self, side: int, drained: float) -> None:
         """A pneumothorax, and the drain that treats it."""
-        air = self._add("Pneumothorax", side, "deep sulcus" if self._chance(0.25) else "", None, None)
+        air = self._add("Pneumothorax", side, "deep sulcus" if self._chance(0.25) else "")
         if self._chance(drained):
             self.drain_side = side
             self._stay("chest tube", air.first, int(self.rng.integers(1, 4)))
@@ -308,14 +299,8 @@ class _Teller:
     def _cancer(self) -> None:
         side = self._side()
         many = self._chance(0.35)
-        self._add(
-            "Lung Lesion",
-            0 if many else side,
-            "multiple" if many else "single",
-            0,
-            "growing" if self._chance(0.4) else "stable",
-            0.3,
-        )
+        kind, course = "multiple" if many else "single", "growing" if self._chance(0.4) else "stable"
+        self._add("Lung Lesion", 0 if many else side, kind, 0, course, 0.3)
         if self._chance(0.3):
             self._collapse_beside(self._add("Pleural Effusion", side), 0.45)
         if self._chance(0.4):

@@ -1,4 +1,4 @@
-"""Draws the findings of lung and pleura into an image's layers, each graded by severity, with its mask.
+"""Drawing of findings of lung, pleura, heart and bone into an image's layers, each graded by severity, with its mask.
 
 Appearances follow the Fleischner Society's glossary (Hansell et al., Radiology 2008;246:697): consolidation
 hides vessels and may show air bronchograms; atelectasis comes as plates or as loss of a lobe's volume with shift
@@ -19,6 +19,8 @@ from mlx_cxr.synthetic.geometry import Ellipsoid, blur, noise_field, smooth_curv
 from mlx_cxr.synthetic.skeleton import RibBreak, rib_path
 from mlx_cxr.synthetic.vessels import hilum
 
+OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia", "Edema", "Atelectasis", "Lung Lesion")
+"""Lung Opacity and its children in CheXpert's hierarchy of labels."""
 LOBES: dict[str, tuple[int, tuple[float, float, float], tuple[float, float, float]]] = {
     "right upper lobe": (RIGHT, (6.2, 5.8, 1.0), (4.6, 4.4, 5.5)),
     "right middle lobe": (RIGHT, (5.6, 14.6, 4.5), (4.4, 3.0, 3.6)),
@@ -160,7 +162,7 @@ def lesion_radius(severity: float) -> float:
 
 
 def broken_ribs(severity: float) -> int:
-    """How many neighbouring ribs are broken."""
+    """Number of neighbouring ribs that are broken."""
     return 1 + int(4.6 * severity)
 
 
@@ -228,7 +230,7 @@ def _peel(canvas: Canvas, side: int, lateral: float, apical: float) -> np.ndarra
         return np.zeros_like(across)
     width, base = anatomy.patient.width, anatomy.dome(side)
     kx, ky = 1 - lateral / width, 1 - apical / base
-    inner = anatomy._lung_frontal(across * side / kx, base + (y - base) / ky, side)
+    inner = anatomy.frontal_lung(across * side / kx, base + (y - base) / ky, side)
     return smoothstep(inner, 1.1, 0.1) * (canvas.spaces[side] > 0.05)
 
 

@@ -1,6 +1,6 @@
-"""Rays through solids: how a view looks at the patient, and what thickness each shape has along its beam.
+"""Rays through solids: the projection of the patient onto the image, and the thickness of each shape along the beam.
 
-Patient space is right-handed in centimetres: `x` to the patient's left (image right on a frontal image), `y` down
+Patient space is right-handed in centimetres: `x` to the patient's left (right of a frontal image), `y` down
 from the level of the lung apices, `z` towards the sternum; the origin lies in the midline at mid-depth of the
 thorax. The beam diverges from a point source, so a structure far from the detector is magnified: at 110 cm
 with the detector behind the back (AP bedside) the heart appears about 14 % wider than at 180 cm with the
@@ -26,7 +26,7 @@ Plane = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class View:
-    """One exposure: which way the beam goes and where the image lies.
+    """One exposure: direction of the beam, place and size of the image.
 
     Attributes:
         kind: `PA`, `AP` or `LATERAL` (left side against the detector, sternum at image left).
@@ -52,7 +52,7 @@ class View:
 
     @property
     def frontal(self) -> bool:
-        """Whether this is PA or AP."""
+        """True for PA and AP."""
         return self.kind != "LATERAL"
 
     def magnification(self, depth: float | np.ndarray) -> float | np.ndarray:
@@ -318,7 +318,7 @@ def noise_field(rng: np.random.Generator, shape: tuple[int, int], cell: float, o
         rng: the source of chance.
         shape: (rows, columns).
         cell: size of the largest feature in pixels; each octave halves it and its weight.
-        octaves: how many sizes are summed.
+        octaves: number of sizes that are summed.
 
     Returns:
         float32 of `shape`.

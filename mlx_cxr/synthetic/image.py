@@ -12,13 +12,10 @@ from mlx_cxr.synthetic import physics
 from mlx_cxr.synthetic.anatomy import LEFT, RIGHT, Anatomy, Patient, Shape
 from mlx_cxr.synthetic.canvas import Canvas, Finding, blank_canvas
 from mlx_cxr.synthetic.devices import draw_devices
-from mlx_cxr.synthetic.findings import DRAWERS
+from mlx_cxr.synthetic.findings import DRAWERS, OPACITIES
 from mlx_cxr.synthetic.geometry import Kind, View, blur, noise_field, smoothstep
 from mlx_cxr.synthetic.skeleton import bones
 from mlx_cxr.synthetic.vessels import airways, draw, grow
-
-OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia", "Edema", "Atelectasis", "Lung Lesion")
-"""Lung Opacity and its children in CheXpert's hierarchy of labels."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,14 @@ class SyntheticImage:
 def render_image(
     patient: Patient, findings: Mapping[str, Finding], kind: Kind, size: int, seed: int, supine: bool = False
 ) -> SyntheticImage:
-    """Render one exposure.
+    """Render one image.
 
     Every part draws from its own stream of `seed`, so two calls that differ in one finding differ in nothing
     else but that finding (and the grey scale that is fitted to the image).
 
     Args:
-        patient: who.
-        findings: what is wrong, by label.
+        patient: the patient.
+        findings: those to draw, by label.
         kind: `PA`, `AP` or `LATERAL`.
         size: short side in pixels.
         seed: position, inspiration, exposure and noise of this image.
@@ -141,6 +138,7 @@ def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.
 def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random.Generator) -> np.ndarray:
     """Line integral of µ along each ray: float32 (rows, columns)."""
     anatomy, view = canvas.anatomy, canvas.view
+    # On the half grid: body, lung, gas, fat and the spine.
     body = anatomy.body()
     air = canvas.air
     lung = np.maximum(np.minimum(canvas.lung() - canvas.opacity - air, body - 1.5), 0)
@@ -156,6 +154,7 @@ def _attenuation(canvas: Canvas, findings: Mapping[str, Finding], rng: np.random
     age = np.float32(1.08 - 0.004 * max(canvas.patient.age - 50, 0) * (1.6 if canvas.patient.sex == "F" else 0.8))
     fine, coarse = bones(anatomy, canvas.breaks)
     half = half + cortical * age * coarse
+    # On the image's grid: vessels, ribs, girdle, airways and metal.
     trees = draw(anatomy, (tree := grow(anatomy)), _gain(canvas, findings, tree.points))
     aerated = view.full((smoothstep(lung, 0.0, 3.0) * canvas.vessel_gain).astype(np.float32))
     full = view.full(half.astype(np.float32))
@@ -185,12 +184,8 @@ def _mark_side(pixels: np.ndarray, view: View, supine: bool, rng: np.random.Gene
     pen = ImageDraw.Draw(tag)
     pen.text((size * 2, size), letter, font=font, fill=255, stroke_width=max(1, size // 14), stroke_fill=255)
     if supine and rng.random() < 0.35:
-        pen.text(
-            (int(size * 1.2), int(size * 2.2)),
-            "PORTABLE",
-            font=ImageFont.load_default(size=max(6, size // 2)),
-            fill=230,
-        )
+        small = ImageFont.load_default(size=max(6, size // 2))
+        pen.text((int(size * 1.2), int(size * 2.2)), "PORTABLE", font=small, fill=230)
     tag = tag.rotate(float(rng.normal(0, 6)), resample=Image.Resampling.BILINEAR)
     box = tag.getbbox()
     if box is None:

@@ -1,4 +1,4 @@
-"""From what is there to a label: the radiologist who reads the image, and the labeler that reads the report.
+"""From a drawn finding to a label: the radiologist who reads the image, and the labeler that reads the report.
 
 Labels of MIMIC-CXR are two readings away from the image. A radiologist misses or hedges what is subtle, and now and
 then suspects what is not there. The labeler then takes the Impression, or the Findings where there is none, and
@@ -34,7 +34,7 @@ SUSPECTED: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Reader:
-    """How a radiologist errs.
+    """The errors of a radiologist.
 
     Attributes:
         missed: chance that a finding at the edge of the visible goes unseen; falls to 0 at severity 0.5.
@@ -49,10 +49,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing the radiologist will state.
+    """A finding as the radiologist will state it.
 
     Attributes:
-        finding: what; for devices the names are in `finding.kind`.
+        finding: the finding; for devices the names are in `finding.kind`.
         value: 1 present, -1 possible, 0 gone since the prior study.
         change: against the prior study; `first` when there is none to compare with.
     """
@@ -65,7 +65,7 @@ class Seen:
 def read_study(
     truth: Mapping[str, Finding], before: Mapping[str, Finding] | None, reader: Reader, rng: np.random.Generator
 ) -> list[Seen]:
-    """What a radiologist makes of a study.
+    """Findings that a radiologist sees in a study, with the errors of `reader`.
 
     Args:
         truth: findings of this study, by label.
@@ -99,7 +99,7 @@ def read_study(
 
 
 def supported(finding: Finding) -> bool:
-    """Whether any of the devices is what CheXpert calls a support device (wires and leads are not)."""
+    """True if any of the devices is a support device to CheXpert (wires and leads are not)."""
     return any(name not in BYSTANDERS for name in finding.kind.split("|"))
 
 

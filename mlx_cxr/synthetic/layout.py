@@ -1,4 +1,4 @@
-"""Writes a cohort in the file layout of MIMIC-CXR-JPG 2.0.0, with the columns of its tables, plus masks.
+"""A cohort in the file layout of MIMIC-CXR-JPG 2.0.0, with the columns of its tables, plus masks.
 
 The same cohort gives the same bytes, whatever the number of processes: images are encoded one by one, tables are
 gzipped without a time stamp.
@@ -35,11 +35,11 @@ def write_images(
     """Render every image with its masks.
 
     Args:
-        cohort: what to render.
+        cohort: the plan.
         root: the cohort's folder.
         size: short side, pixels.
         workers: processes; 0 or 1 renders here.
-        tick: called after each study, with how many images it had.
+        tick: called after each study.
 
     Returns:
         (rows, columns) of each image, in the cohort's order.

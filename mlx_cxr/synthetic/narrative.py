@@ -1,4 +1,4 @@
-"""Writes the report of a study: MIMIC's sections and look, from what the radiologist saw, with what it mentions.
+"""The report of a study: MIMIC's sections and look, from what the radiologist saw, with what it mentions.
 
 A report is sentences drawn from the grammars in `phrases`, each with the findings that it mentions, so that the labels
 a labeler would read are known from the writing. Sections come and go as in MIMIC-CXR: some reports have no FINDINGS or
@@ -18,7 +18,7 @@ from mlx_cxr.synthetic import phrases, stock_phrases
 from mlx_cxr.synthetic.canvas import Finding
 from mlx_cxr.synthetic.devices import BYSTANDERS, tube_height
 from mlx_cxr.synthetic.devices import LABEL as DEVICE_LABEL
-from mlx_cxr.synthetic.findings import broken_ribs, lesion_radius
+from mlx_cxr.synthetic.findings import OPACITIES, broken_ribs, lesion_radius
 from mlx_cxr.synthetic.grammar import capital, page, pick, pick_weighted, spin, typo
 from mlx_cxr.synthetic.labeler import Seen, merge
 from mlx_cxr.synthetic.opening import Scene, opening_sections
@@ -43,7 +43,7 @@ PLAIN_DROP: dict[str, float] = {
     "Pleural Other": 0.08,
     "Atelectasis": 0.07,
 }
-"""Chance that a finding told in FINDINGS is left out of the IMPRESSION; 0.03 for the others."""
+"""Chance that a finding stated in FINDINGS is left out of the IMPRESSION; 0.03 for the others."""
 
 NEGATED: dict[str, float] = {
     "Pleural Effusion": 0.75,
@@ -76,7 +76,7 @@ class Report:
 
     Attributes:
         text: as MIMIC-CXR has it, header and indents included.
-        findings: what the FINDINGS section mentions (1, -1, 0 by label); None without that section.
+        findings: mentions of the FINDINGS section (1, -1, 0 by label); None without that section.
         impression: the same for the IMPRESSION.
     """
 
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def mentions(self) -> dict[str, int]:
-        """What a labeler reads: the Impression, or the Findings where there is none."""
+        """Mentions that a labeler reads: the Impression's, or the Findings' where there is none."""
         chosen = self.impression if self.impression is not None else self.findings
         return chosen or {}
 
@@ -95,8 +95,8 @@ def write_report(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> Re
     """The report of one study.
 
     Args:
-        seen: what the radiologist saw.
-        scene: who, how, why.
+        seen: findings that the radiologist saw.
+        scene: patient, views and reasons.
         rng: the wording.
     """
     layout = pick_weighted({"both": 0.64, "impression": 0.18, "findings": 0.12, "plain": 0.06}, rng)
@@ -123,34 +123,21 @@ def _findings(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> list[
     for item in told:
         sentences.extend(_device_sentences(item, rng) if item.finding.label == DEVICE_LABEL else [state(item, rng)])
     known = {label for _, mentions in sentences for label in mentions}
-    lungs_ill = known & {
-        "Lung Opacity",
-        "Consolidation",
-        "Pneumonia",
-        "Edema",
-        "Lung Lesion",
-        "Atelectasis",
-        "Pneumothorax",
-        "Pleural Effusion",
-    }
-    if not lungs_ill and rng.random() < 0.75:
+    if not known & {*OPACITIES, "Pneumothorax", "Pleural Effusion"} and rng.random() < 0.75:
         sentences.insert(0, (spin(pick(stock_phrases.NORMAL_LUNGS, rng), rng), {}))
     sentences += _negations(known, NEGATED, rng)
     if not known & {"Cardiomegaly", "Enlarged Cardiomediastinum"}:
         draw = rng.random()
         if draw < 0.5:
-            sentences.append(
-                (spin(pick(stock_phrases.NORMAL_SILHOUETTE, rng), rng), {("Enlarged Cardiomediastinum"): 0})
-            )
+            text = spin(pick(stock_phrases.NORMAL_SILHOUETTE, rng), rng)
+            sentences.append((text, {"Enlarged Cardiomediastinum": 0}))
         if 0.35 < draw < 0.85:
             sentences.append((spin(pick(stock_phrases.NORMAL_HEART, rng), rng), {"Cardiomegaly": 0}))
     for number in rng.permutation(len(stock_phrases.FILLERS))[: int(rng.integers(0, 3))]:
         sentences.append((spin(stock_phrases.FILLERS[number], rng), {}))
     opener = {
         "portable AP": "[AP portable [upright |semi-upright |]view of the chest.  |Portable AP chest film.  |]",
-        (
-            "PA and lateral"
-        ): "[PA and lateral views of the chest provided.  |Frontal and lateral views were obtained.  |]",
+        "PA and lateral": "[PA and lateral views of the chest provided.  |Frontal and lateral views were obtained.  |]",
     }
     if rng.random() < 0.3 and scene.views in opener and (first := spin(opener[scene.views], rng)):
         sentences.insert(0, (first, {}))
@@ -169,16 +156,8 @@ def _impression(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> lis
     if not any(value for _, mentions in sentences for label, value in mentions.items() if label != DEVICE_LABEL):
         sentences.insert(0, (spin(pick(stock_phrases.NORMAL_IMPRESSION, rng), rng), {}))
     elif scene.prior and rng.random() < 0.1:
-        sentences.append(
-            (
-                spin(
-                    "[Otherwise no|No] [other |]significant [interval |]change [since|from] <prior>.",
-                    rng,
-                    {"prior": stock_phrases.PRIOR},
-                ),
-                {},
-            )
-        )
+        unchanged = "[Otherwise no|No] [other |]significant [interval |]change [since|from] <prior>."
+        sentences.append((spin(unchanged, rng, {"prior": stock_phrases.PRIOR}), {}))
     sentences += _negations(known, NEGATED_BRIEFLY, rng)
     return sentences
 
@@ -187,7 +166,7 @@ def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence
     """A sentence about one finding, with what it mentions.
 
     Args:
-        item: what, how sure, and how it changed.
+        item: the finding, its certainty and its change.
         rng: the wording.
         brief: as in an impression: a fragment rather than a sentence.
     """
@@ -204,12 +183,8 @@ def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence
     variants = phrases.NOUN[label]
     text, extra = _text(pick(variants[_variant(item.finding, variants)], rng))
     noun = spin(text.lstrip("@"), rng, fields)
-    many = bool(
-        re.search(
-            r"(effusions|fractures|nodules|masses|opacities|plaques)\b",
-            noun.split(" consistent")[0].split(" compatible")[0],
-        )
-    )
+    head = noun.split(" consistent")[0].split(" compatible")[0]
+    many = re.search(r"(effusions|fractures|nodules|masses|opacities|plaques)\b", head) is not None
     fields |= {
         "np": ("@" if text.startswith("@") and not many else "") + noun,
         "bare": noun,
@@ -314,14 +289,11 @@ def _device_sentences(item: Seen, rng: np.random.Generator) -> list[Sentence]:
     names = item.finding.kind.split("|")
     drain = "left" if item.finding.side == 1 else "right"
     fields = {"tip": f"{tube_height(item.finding.seed):.1f}", "drain": drain, "Drain": drain.capitalize()}
-    told = [
-        (
-            capital(spin(pick(stock_phrases.DEVICES[name], rng), rng, fields)),
-            {} if name in BYSTANDERS else {DEVICE_LABEL: 1},
-        )
-        for name in names
-        if name in stock_phrases.DEVICES
-    ]
+    told = []
+    for name in names:
+        if name in stock_phrases.DEVICES:
+            text = spin(pick(stock_phrases.DEVICES[name], rng), rng, fields)
+            told.append((capital(text), {} if name in BYSTANDERS else {DEVICE_LABEL: 1}))
     return [told[i] for i in rng.permutation(len(told))]
 
 
@@ -334,12 +306,8 @@ def _device_summary(item: Seen, rng: np.random.Generator) -> Sentence:
     }
     listed = [short.get(name, name) for name in names]
     text = " and ".join([", ".join(listed[:-1]), listed[-1]]) if len(listed) > 1 else listed[0]
-    sentence = spin(
-        pick(stock_phrases.DEVICE_SUMMARY[1:] if len(names) == 1 else stock_phrases.DEVICE_SUMMARY, rng),
-        rng,
-        {"devices": text, "Devices": capital(text)},
-    )
-    return sentence, {DEVICE_LABEL: 1}
+    summary = pick(stock_phrases.DEVICE_SUMMARY[1:] if len(names) == 1 else stock_phrases.DEVICE_SUMMARY, rng)
+    return spin(summary, rng, {"devices": text, "Devices": capital(text)}), {DEVICE_LABEL: 1}
 
 
 def _negations(known: set[str], chances: Mapping[str, float], rng: np.random.Generator) -> list[Sentence]:

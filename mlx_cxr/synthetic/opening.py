@@ -1,4 +1,4 @@
-"""What stands before the findings in a report: examination, indication, technique, comparison."""
+"""The sections before the findings in a report: examination, indication, technique, comparison."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ ASKED = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a report needs to know besides findings.
+    """The facts of a study that its report states besides findings.
 
     Attributes:
         sex: `M` or `F`.
         views: `PA and lateral`, `portable AP`, …
-        prior: whether an earlier study exists.
-        reasons: what the referrer asks; fields for the INDICATION.
+        prior: an earlier study exists.
+        reasons: the referrer's reasons, one of which fills the INDICATION.
     """
 
     sex: str

@@ -316,4 +316,4 @@ HEDGED: dict[str, list[Text]] = {
         "@[tiny|small] <side> pneumothorax [cannot be excluded|is not excluded|may be present].",
     ],
 }
-"""What is said of a finding the reader is not sure of."""
+"""Sentences about a finding of which the reader is not sure."""

@@ -24,7 +24,7 @@ MU_METAL = 1.205 * 7.87
 
 @dataclass(frozen=True)
 class Exposure:
-    """How one image was exposed and shown.
+    """Settings of exposure and display of one image.
 
     Attributes:
         quanta: detected quanta per pixel in the open beam; noise goes with its inverse root.
@@ -70,7 +70,7 @@ def expose(attenuation: np.ndarray, view: View, exposure: Exposure, rng: np.rand
 
     Args:
         attenuation: float32 (rows, columns), the line integral of µ.
-        view: the image, for its pixel pitch.
+        view: the geometry, for its pixel pitch.
         exposure: quanta, scatter and blur.
         rng: the quantum noise.
 

@@ -1,4 +1,4 @@
-"""What reports say of normal anatomy, absent findings, devices and earlier studies; grammars as in `phrases`."""
+"""Wording for normal anatomy, absent findings, devices and earlier studies; grammars as in `phrases`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ABSENT: dict[str, list[str]] = {
     "Pneumonia": ["pneumonia", "evidence of pneumonia", "acute pneumonia", "infectious process"],
     "Pneumothorax": ["pneumothorax", "pneumothorax", "evidence of pneumothorax", "pneumothoraces"],
 }
-"""What follows `no`."""
+"""Noun phrases that follow `no`."""
 
 NORMAL_HEART = [
     "Heart size is normal.",
@@ -142,7 +142,7 @@ DEVICES: dict[str, list[str]] = {
     ],
     "median sternotomy wires": ["Median sternotomy wires are [intact|in place|noted|aligned]."],
 }
-"""What is said of each device; ECG leads go without mention."""
+"""Sentences about each device; ECG leads go without mention."""
 
 DEVICE_SUMMARY = [
     (

@@ -17,7 +17,7 @@ from mlx_cxr.synthetic.geometry import smooth_curve, splat_sections, tube
 
 @dataclass(frozen=True)
 class Tree:
-    """Sampled vessels: points (N, 3) cm, radii (N,) cm, spacing of the samples (N,) cm, side of the rod (N, 3)."""
+    """Sampled vessels: points (N, 3) cm, radii (N,) cm, spacing of the samples (N,) cm, tangents (N, 3)."""
 
     points: np.ndarray
     radii: np.ndarray

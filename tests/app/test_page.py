@@ -269,7 +269,7 @@ class TestWithRuns:
         said = predictor.predict([predictor.read(good.getvalue())])[0]
         assert float(rows_shown(page, "cnn")["Edema"][0]) == pytest.approx(said.probabilities[EDEMA], abs=5.1e-4)
 
-    def test_a_image_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
+    def test_an_image_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
         page.segmented_control(key="film_from").set_value("Upload").run()
         photo = io.BytesIO()
         ramp = np.linspace(0, 255, 128).astype(np.uint8)

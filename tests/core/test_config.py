@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from mlx_cxr.core.config import Config, ConfigError, add_config_arguments, config_from_plain, load_config
+from mlx_cxr.core.config import Config, ConfigError, config_from_plain, load_config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import RunNameError
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "name: trial\ndata:\n  root: raw\n  work_dir: made\n"
 
 
@@ -226,13 +225,3 @@ def test_configurations_cannot_be_changed(written):
     config: Config = load_config(written())
     with pytest.raises(Exception, match="frozen"):
         config.training.epochs = 3
-
-
-def test_the_options_that_every_stage_has():
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    args = parser.parse_args(["--config", "c.yaml", "--set", "a=1", "--set", "b.c=2"])
-    assert (args.config, args.overrides) == (Path("c.yaml"), ["a=1", "b.c=2"])
-    assert parser.parse_args(["--config", "c.yaml"]).overrides == []
-    with pytest.raises(SystemExit):
-        parser.parse_args([])

@@ -27,6 +27,7 @@ from mlx_cxr.core.runs import (
     create_run,
     git_state,
     hash_of,
+    open_run,
     package_versions,
     provenance,
     read_json,
@@ -315,3 +316,67 @@ def test_provenance_without_seed_or_inputs():
     assert record["seed"] is None
     assert record["inputs"] == {}
     json.dumps(record, allow_nan=False)
+
+
+class TestOpening:
+    """`open_run`, each fault with the sentence that names the file and the way out."""
+
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(stage="train_cnn", drop=(), **config):
+            folder = tmp_path / "trial"
+            folder.mkdir(exist_ok=True)
+            record = {"stage": stage, "config": config, "inputs": {"manifest": {"path": "m.csv", "sha256": "ab"}}}
+            write_json(folder / "config.json", {key: value for key, value in record.items() if key not in drop})
+            return folder
+
+        return write
+
+    @pytest.mark.parametrize(
+        ("stage", "weights", "kind"),
+        [
+            ("train_cnn", "best_model.safetensors", "CNN"),
+            ("lfm_finetune", "adapter_weights/adapters.safetensors", "teacher"),
+            ("distillation", "best_student.safetensors", "student"),
+        ],
+    )
+    def test_every_kind(self, write, stage, weights, kind):
+        run = open_run(write(stage, distillation={"targets": "teacher"}))
+        assert (run.stage, run.weights, run.kind) == (stage, run.folder / weights, kind)
+        assert run.inputs["manifest"]["sha256"] == "ab"
+
+    def test_a_student_of_other_targets_is_a_control(self, write):
+        assert open_run(write("distillation", distillation={"targets": "shuffled"})).kind == "control"
+        with pytest.raises(RunFormatError, match=r"config\.json lacks 'config\.distillation\.targets'"):
+            open_run(write("distillation")).kind  # noqa: B018
+
+    def test_no_such_run(self, tmp_path):
+        with pytest.raises(RunFormatError, match=r"nowhere.config\.json is missing: there is no such run"):
+            open_run(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("stage", ["benchmark", None])
+    def test_a_folder_of_no_stage_that_trains(self, write, stage):
+        with pytest.raises(RunFormatError, match=f"made by the stage {stage!r}; a run of train_cnn or distillation or"):
+            open_run(write(stage))
+
+    def test_a_run_of_another_stage_than_is_asked_for(self, write):
+        with pytest.raises(RunFormatError, match="by the stage 'lfm_finetune'; a run of train_cnn or distillation is"):
+            open_run(write("lfm_finetune"), "train_cnn", "distillation")
+
+    @pytest.mark.parametrize("key", ["config", "inputs"])
+    def test_a_record_without_a_key(self, write, key):
+        with pytest.raises(RunFormatError, match=r"config\.json lacks 'config' or 'inputs\.manifest\.sha256'"):
+            open_run(write(drop=(key,)))
+
+    def test_a_run_whose_training_has_not_ended(self, write):
+        folder = write()
+        assert not open_run(folder).finished
+        with pytest.raises(RunFormatError, match=r"has not ended; resume it: .*mlx_cxr\.train_cnn --run_name trial"):
+            open_run(folder, finished=True)
+        for name in ("best_model.safetensors", "training.json"):
+            (folder / name).touch()
+        assert open_run(folder, finished=True).finished
+
+    def test_the_folder_one_stands_in(self, write, monkeypatch):
+        monkeypatch.chdir(write())
+        assert open_run(".").folder.name == "trial"

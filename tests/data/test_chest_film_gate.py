@@ -144,7 +144,7 @@ class TestRealImages:
 
 
 @pytest.mark.slow
-class TestPhantom:
+class TestSyntheticImages:
     def test_frontal_images_pass(self):
         images = drawn_images(TEST_SEED)
         assert counts(images["PA"] + images["AP"]) == {"fine": 188}

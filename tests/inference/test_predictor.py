@@ -96,7 +96,7 @@ def test_how_images_are_batched_changes_nothing(predictor, cohort, run_dir, batc
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_image_is_the_same_in_every_wrapping(predictor, tmp_path):
+def test_an_image_is_the_same_in_every_wrapping(predictor, tmp_path):
     image = chest_image()
     path = tmp_path / "film.dat"
     path.write_bytes(png(image))
@@ -188,7 +188,7 @@ def test_a_network_in_half_precision_answers_and_maps_like_the_other(predictor, 
         np.testing.assert_allclose(half.maps(ours), predictor.maps(wanted), atol=0.02 * max(scale, 1))
 
 
-def test_a_image_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
+def test_an_image_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort):
     other = Predictor.from_run(run_dir, batch_size=2, precision="auto")
     network = FoldedResNet18.of(other.trained.model, mx.float16)
     network.stem.bias = network.stem.bias + mx.inf

@@ -289,7 +289,7 @@ def test_only_report_and_image_are_blanked(base):
     assert not re.search("lungs|Findings", kept)
 
 
-def test_a_image_counts_as_one(lively):
+def test_an_image_counts_as_one(lively):
     (base, _), config = lively, TeacherConfig(modality="image_text")
     form = PromptFormat.of(base.tokenizer, image_tokens=4, max_tokens=320)
     prompt = form.prompt([("findings", TEXT)])

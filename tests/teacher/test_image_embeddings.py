@@ -70,7 +70,7 @@ def test_patches_lie_in_rows_and_keep_the_grey_levels():
     assert np.unique(patches[0, 7]).tolist() == [2.0]
 
 
-def test_padding_a_image_changes_nothing(base):
+def test_padding_an_image_changes_nothing(base):
     """What the published processor does, 1024 patches with a mask, gives the embeddings of the bare patches."""
     images = noise(64)
     padded = np.zeros((2, 1024, 768), np.float32)
@@ -84,7 +84,7 @@ def test_padding_a_image_changes_nothing(base):
     np.testing.assert_allclose(np.array(ours), np.array(mx.stack(theirs)), atol=1e-5)
 
 
-def test_a_images_embedding_does_not_see_its_neighbours(base):
+def test_an_images_embedding_does_not_see_its_neighbours(base):
     images = noise(64, 5)
     together = np.array(encode_images(base, images, 64))
     for i in range(5):

@@ -45,7 +45,7 @@ def test_ids_of_text_are_those_of_the_chat_template(base, form):
 
 
 @pytest.mark.parametrize("size", [256, 512])
-def test_ids_with_a_image_are_the_processors(processor, size):
+def test_ids_with_an_image_are_the_processors(processor, size):
     """One tile: as many image tokens as the model has embeddings for an image of this size, between start and end."""
     form = PromptFormat.of(processor.tokenizer, image_tokens=(size // 32) ** 2, max_tokens=600)
     text = template_text(processor.tokenizer, f"Findings: {FINDINGS}\n", image=True) + LINES

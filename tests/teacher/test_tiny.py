@@ -46,7 +46,7 @@ def test_the_folder_is_complete_and_mlx_vlm_opens_it(made):
     assert about["parameters"] == sum(array.size for array in arrays.values())
 
 
-def test_mlx_vlm_generates_from_a_image(made):
+def test_mlx_vlm_generates_from_an_image(made):
     from mlx_vlm import generate, load
     from mlx_vlm.prompt_utils import apply_chat_template
     from PIL import Image

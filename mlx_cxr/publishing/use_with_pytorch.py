@@ -1,14 +1,4 @@
-"""`use_with_pytorch.py`, which an export carries along: the network, the preprocessing and the calls, on PyTorch alone.
-
-It is a text here because nothing in this package may import PyTorch. It holds no number of any run: all are read from
-the files beside it.
-"""
-
-from __future__ import annotations
-
-NAME = "use_with_pytorch.py"
-
-SCRIPT = '''"""Read chest films with the model of this folder on plain PyTorch:
+"""Read chest films with the model of this folder on plain PyTorch:
 
     python use_with_pytorch.py FILM [FILM ...]
 
@@ -40,6 +30,8 @@ EXIF_ORIENTATION, TIFF_PHOTOMETRIC = 274, 262
 
 
 class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions, added to their input."""
+
     def __init__(self, inside, outside, stride, dilation):
         super().__init__()
         first, second = dilation
@@ -77,6 +69,7 @@ class ResNet18(nn.Module):
 
 
 def load_model():
+    """The network with the weights beside this file, in evaluation mode."""
     with safe_open(WEIGHTS, framework="pt") as file:
         header = file.metadata()
     model = ResNet18(*(int(header[key]) for key in ("in_channels", "num_classes", "output_stride")))
@@ -85,7 +78,7 @@ def load_model():
 
 
 def equalize(levels):
-    """cv2.equalizeHist."""
+    """Histogram equalization as `cv2.equalizeHist` does it."""
     histogram = np.bincount(levels.ravel(), minlength=256)
     lowest = int(np.flatnonzero(histogram)[0])
     scale = np.float32(255) / np.float32(levels.size - histogram[lowest])
@@ -94,7 +87,7 @@ def equalize(levels):
 
 
 def dicom_levels(path):
-    """As MIMIC-CXR-JPG made its JPEGs: stored values to 0..255, MONOCHROME1 inverted, histogram equalized."""
+    """Gray levels as MIMIC-CXR-JPG made them: stored values to 0..255, MONOCHROME1 inverted, histogram equalized."""
     import pydicom
 
     dataset = pydicom.dcmread(path)
@@ -125,8 +118,8 @@ def gray_levels(image):
     return image.convert("L") if image.mode in ("1", "L") else image.convert("RGB").convert("L")
 
 
-def read_film(path, size, fit):
-    """A film as the square 8-bit image (size, size) that the training films were."""
+def read_image(path, size, fit):
+    """A file's image, 8-bit (size, size), made as those of training were."""
     with Path(path).open("rb") as file:
         is_dicom = file.read(132)[128:] == b"DICM"
     image, reduction = dicom_levels(path) if is_dicom else Image.open(path), 1
@@ -159,9 +152,9 @@ def read_film(path, size, fit):
     return np.asarray(square)
 
 
-def network_input(film, mean, std):
-    """(1, C, S, S) float32 of a film (S, S); three channels are the film three times."""
-    x = torch.from_numpy(film.astype(np.float32) / 255)[None, None]
+def network_input(image, mean, std):
+    """(1, C, S, S) float32 of an image (S, S); three channels are the image three times."""
+    x = torch.from_numpy(image.astype(np.float32) / 255)[None, None]
     mean, std = (torch.tensor(values, dtype=torch.float32)[None, :, None, None] for values in (mean, std))
     return (x - mean) / std
 
@@ -181,6 +174,7 @@ def decide(logit, point, alpha):
 
 
 def main(paths):
+    """Print probabilities and calls for each file; name those that cannot be read, and continue."""
     about = json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
     points = json.loads((HERE / "operating_points.json").read_text(encoding="utf-8"))
     labels = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"]
@@ -188,13 +182,13 @@ def main(paths):
     model = load_model()
     for path in paths:
         try:
-            film = read_film(path, transform["size"], transform["fit"])
+            image = read_image(path, transform["size"], transform["fit"])
         except (OSError, ValueError, SyntaxError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             continue
         with torch.inference_mode():
-            logits = model(network_input(film, normalization["mean"], normalization["std"]))[0]
-        print(f"{path}\\n  {'finding':28} probability  call")
+            logits = model(network_input(image, normalization["mean"], normalization["std"]))[0]
+        print(f"{path}\n  {'finding':28} probability  call")
         for label, logit in zip(labels, logits.tolist(), strict=True):
             probability, call = decide(logit, points["labels"][label], points["alpha"])
             print(f"  {label:28} {probability:11.4f}  {call}")
@@ -205,4 +199,3 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     main(sys.argv[1:])
-'''
