@@ -2,7 +2,7 @@
 
 Writes into `data.work_dir`: `manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
 (the sections of each study's report, where there are reports), `splits.json` (the patients of each split, and the
-hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and what was left out and why).
+hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and rows left out and why).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("mlx_cxr")
 
 
 def run(config: Config, workers: int = 0) -> Path:
-    """Write the manifest and what goes with it, and return the manifest's path.
+    """Write the manifest and the files beside it, and return the manifest's path.
 
     Args:
         config: the experiment; `data` and `seed` are used.
@@ -39,6 +39,7 @@ def run(config: Config, workers: int = 0) -> Path:
     Raises:
         DataError: a table, column, image folder or report folder is missing, or contradicts itself; names it.
     """
+    # The source's rows, split by patient, sampled, with their reports.
     data = config.data
     rows = read_mimic(data) if data.source == "mimic-cxr-jpg" else read_csv_source(data)
     text_only = data.csv is not None and data.csv.text_only
@@ -54,6 +55,7 @@ def run(config: Config, workers: int = 0) -> Path:
             log.warning("data.n_studies asks for %d studies and there are no more; all are kept", data.n_studies)
     rows, reports = _with_texts(rows, config, workers)
 
+    # The files, each with the hashes of those it belongs to.
     sha256 = write_manifest(config.manifest_path, rows.frame)
     about = {
         "reports_sha256": write_reports(config.reports_path, reports.sections),

@@ -1,7 +1,7 @@
-"""What this machine has and lacks for a run: `python -m mlx_cxr.doctor [--config configs/demo.yaml]`.
+"""Report what this machine has and lacks for a run: `python -m mlx_cxr.doctor [--config configs/demo.yaml]`.
 
 Ends with status 1 only where something required is broken: a package, the configuration that was asked for,
-or weights that changed. What is merely missing is listed with the way to get it.
+or weights that changed. Anything merely missing is listed with the way to get it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ DEFAULT_CONFIG = Path("configs/demo.yaml")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One item that was checked.
 
     Attributes:
         area: `machine`, `software`, `weights` or `data`.
-        name: what it is.
+        name: of the item.
         mark: `ok`, `note`, `slow`, `missing`, or `broken` (only this one fails the command).
         detail: what was found.
         remedy: what to do about it; empty when there is nothing to do.
@@ -56,15 +56,19 @@ class Finding:
     remedy: str = ""
 
 
+def _existing(area: str, name: str, exists: bool, detail: str, remedy: str) -> Finding:
+    return Finding(area, name, "ok", detail) if exists else Finding(area, name, "missing", detail, remedy)
+
+
 def run(config_path: Path | None = None, weights_dir: Path | None = None) -> dict[str, Any]:
-    """Look at machine, software, weights and data.
+    """Check machine, software, weights and data.
 
     Args:
-        config_path: whose data and weights to look for; None takes `configs/demo.yaml`, if present.
+        config_path: configuration of the data and weights; None takes `configs/demo.yaml`, if present.
         weights_dir: the weights folder; None takes the configuration's, or `weights`.
 
     Returns:
-        JSON-ready: `schema`, `version`, `config`, `device` (`runtime.describe`), `healthy` (nothing is
+        JSON-ready: `schema`, `version`, `config`, `device` (`device.describe`), `healthy` (nothing is
         broken) and `findings`, a list of `Finding` as mappings.
     """
     machine = device.start("doctor", verbose=False)
@@ -85,7 +89,7 @@ def run(config_path: Path | None = None, weights_dir: Path | None = None) -> dic
 
 
 def check_machine(machine: dict[str, Any]) -> list[Finding]:
-    """Device, memory, measured speed and free disk; `device` is what `runtime.describe` says."""
+    """Device, memory, measured speed and free disk; `machine` comes from `device.describe`."""
     memory = machine["memory_bytes"] / 1e9
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     return [
@@ -98,17 +102,13 @@ def check_machine(machine: dict[str, Any]) -> list[Finding]:
         Finding("machine", "disk", "ok", f"{disk:.0f} GB free here")
         if disk >= LOW_DISK_GB
         else Finding(
-            "machine",
-            "disk",
-            "note",
-            f"{disk:.1f} GB free here",
-            "make room, or point data.work_dir elsewhere",
+            "machine", "disk", "note", f"{disk:.1f} GB free here", "make room, or point data.work_dir elsewhere"
         ),
     ]
 
 
 def judge_speed(kind: str, gflops: float, blas: str | None) -> Finding:
-    """Whether float32 matrix products are as fast as they should be, which on the CPU is a matter of BLAS."""
+    """Judge the speed of float32 matrix products, which on the CPU is a matter of BLAS."""
     if kind != "cpu":
         return Finding("machine", "speed", "ok", f"{gflops:.0f} GFLOP/s, float32 matrix product")
     detail = f"{gflops:.0f} GFLOP/s, float32 matrix product, {blas}"
@@ -147,19 +147,11 @@ def check_software() -> list[Finding]:
         ("pydicom", "DICOM files at inference"),
     ):
         if importlib.util.find_spec(module) is None:
-            findings.append(
-                Finding(
-                    "software",
-                    module,
-                    "note",
-                    f"not installed (optional: {use})",
-                    f"python -m pip install {module}",
-                )
-            )
+            remedy = f"python -m pip install {module}"
+            findings.append(Finding("software", module, "note", f"not installed (optional: {use})", remedy))
         else:
-            findings.append(
-                Finding("software", module, "ok", f"{importlib.metadata.version(module)} (optional: {use})")
-            )
+            found = importlib.metadata.version(module)
+            findings.append(Finding("software", module, "ok", f"{found} (optional: {use})"))
     return findings
 
 
@@ -195,18 +187,8 @@ def check_weights(weights_dir: Path, config: Config | None) -> list[Finding]:
         _weights("LFM base", hub.LFM, weights_dir, "lfm"),
     ]
     if config and config.model.weights not in ("imagenet", "scratch"):
-        path = Path(config.model.weights)
-        findings.append(
-            Finding("weights", "model.weights", "ok", str(path))
-            if path.is_file()
-            else Finding(
-                "weights",
-                "model.weights",
-                "missing",
-                str(path),
-                "put the file there, or change model.weights",
-            )
-        )
+        path, remedy = Path(config.model.weights), "put the file there, or change model.weights"
+        findings.append(_existing("weights", "model.weights", path.is_file(), str(path), remedy))
     return findings
 
 
@@ -240,19 +222,17 @@ def _configuration(path: Path | None) -> tuple[Config | None, list[Finding]]:
 
 
 def check_data(config: Config, config_path: Path) -> list[Finding]:
-    """What a configuration reads, then what its stages have made so far."""
+    """The inputs of a configuration, then the outputs that its stages have made so far."""
     findings = _csv_source(config) if config.data.csv else _mimic_source(config, config_path)
     made = (
         ("manifest", [config.manifest_path], "build_manifest"),
         ("pixel store", store_files(config.pixels_path), "prepare_images"),
         ("trained CNN", [config.run_dir() / "best_model.safetensors"], "train_cnn"),
     )
-    findings += [
-        Finding("data", name, "missing", str(gone[0]), f"python -m mlx_cxr.{stage} --config {config_path}")
-        if (gone := [path for path in paths if not path.exists()])
-        else Finding("data", name, "ok", str(paths[-1]))
-        for name, paths, stage in made
-    ]
+    for name, paths, stage in made:
+        remedy = f"python -m mlx_cxr.{stage} --config {config_path}"
+        gone = [path for path in paths if not path.exists()]
+        findings.append(_existing("data", name, not gone, str(gone[0] if gone else paths[-1]), remedy))
     return findings
 
 
@@ -267,39 +247,20 @@ def _mimic_source(config: Config, config_path: Path) -> list[Finding]:
     findings = []
     for table in ("metadata", "split", config.data.labeler):
         found = sorted(root.glob(f"mimic-cxr-2.*-{table}.csv*"))
-        findings.append(
-            Finding("data", f"{table} table", "ok", str(found[0]))
-            if found
-            else Finding(
-                "data",
-                f"{table} table",
-                "missing",
-                f"{root / f'mimic-cxr-2.0.0-{table}.csv.gz'} ({origin})",
-                remedy,
-            )
-        )
+        detail = str(found[0]) if found else f"{root / f'mimic-cxr-2.0.0-{table}.csv.gz'} ({origin})"
+        findings.append(_existing("data", f"{table} table", bool(found), detail, remedy))
     images = root / "files"
-    findings.append(
-        Finding("data", "films", "ok", f"{images} ({origin})")
-        if images.is_dir()
-        else Finding("data", "films", "missing", f"{images} ({origin})", remedy)
-    )
-    reports = config.data.reports
-    if reports is not None:
-        findings.append(
-            Finding("data", "reports", "ok", str(reports))
-            if reports.exists()
-            else Finding("data", "reports", "missing", str(reports), "put them there, or correct data.reports")
-        )
+    findings.append(_existing("data", "films", images.is_dir(), f"{images} ({origin})", remedy))
+    if (reports := config.data.reports) is not None:
+        correct = "put them there, or correct data.reports"
+        findings.append(_existing("data", "reports", reports.exists(), str(reports), correct))
     return findings
 
 
 def _csv_source(config: Config) -> list[Finding]:
     wanted = (("table", config.data.csv.table, "data.csv.table"), ("films", config.data.root, "data.root"))
     return [
-        Finding("data", name, "ok", str(path))
-        if path.exists()
-        else Finding("data", name, "missing", str(path), f"put it there, or correct {key}")
+        _existing("data", name, path.exists(), str(path), f"put it there, or correct {key}")
         for name, path, key in wanted
     ]
 
@@ -323,7 +284,7 @@ def _forward_ms() -> float:
 
 
 def render(report: dict[str, Any]) -> str:
-    """A report as text: one aligned table, then what to do, each thing once."""
+    """A report as text: one aligned table, then the remedies, each once."""
     findings = [Finding(**finding) for finding in report["findings"]]
     width = max(len(finding.name) for finding in findings)
     lines = [f"mlx_cxr {report['version']}"]

@@ -23,7 +23,8 @@ from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.masks import has_masks, mask_folder
 from mlx_cxr.data.report_mentions import mentions
-from mlx_cxr.data.study_reports import load_reports, select
+from mlx_cxr.data.reports import select
+from mlx_cxr.data.study_reports import load_reports
 from mlx_cxr.evaluation.confusions import plot_confusions
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst

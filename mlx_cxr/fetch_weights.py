@@ -18,10 +18,10 @@ log = logging.getLogger("mlx_cxr")
 
 
 def run(weights_dir: Path, what: str = "resnet18", from_file: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Fetch, check and record weights; what is there already and passes its check is kept.
+    """Fetch, check and record weights; files that are there already and pass their check are kept.
 
     Args:
-        weights_dir: where they go; made when missing.
+        weights_dir: their folder; made when missing.
         what: `resnet18`, `lfm` or `all`.
         from_file: a file (`resnet18`) or folder (`lfm`) on this machine to take instead of the hub's.
 

@@ -2,8 +2,8 @@
 
 Writes into `data.work_dir`: `images_<size>.npy` (uint8 (N, S, S), a row per manifest row) and its index
 `images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (images that could not be used,
-and why) and `images_<size>_notes.csv` (images that look inverted, were 16-bit, palette, …). A stopped run is gone on
-with. Prints images per second.
+and why) and `images_<size>_notes.csv` (images that look inverted, were 16-bit, palette, …). A stopped run is resumed.
+Prints images per second.
 
 More than `pixels.shard_films` images go into several files (`images_<size>-1-of-6.npy`, …). These may be made by
 several calls at once, also on several machines that share the disk: start the same command as often as wanted.

@@ -1,4 +1,4 @@
-"""Images of the synthetic cohort, which look like chests, for tests that need to pass the quality gate."""
+"""Synthetic images, which look like chests, for tests that need to pass the chest film gate."""
 
 from __future__ import annotations
 

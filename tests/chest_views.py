@@ -1,4 +1,4 @@
-"""The images that `mlx_cxr.data.quality` was fitted and is measured on, and the fit itself.
+"""The images that `mlx_cxr.data.chest_film_gate` was fitted and is measured on, and the fit itself.
 
 `python tests/chest_views.py` prints the tables as they stand in the module.
 """
@@ -29,7 +29,7 @@ class RealImage(NamedTuple):
 
     source: str
     name: str
-    image: Image.Image
+    gray: Image.Image
     fitted: bool
 
 
@@ -52,7 +52,7 @@ def real_images() -> tuple[RealImage, ...]:
 
 @functools.cache
 def drawn_images(seed: int, patients: int = 90, size: int = 96) -> dict[str, list[Image.Image]]:
-    """Images of a synthetic cohort with all its findings and devices: PA, AP and LATERAL."""
+    """Images of the synthetic cohort with all its findings and devices: PA, AP and LATERAL."""
     images = {"PA": [], "AP": [], "LATERAL": []}
     for study in plan_cohort(patients, seed).studies:
         for plan in study.images:
@@ -102,7 +102,7 @@ def fit_lateral(lateral: np.ndarray, frontal: list[np.ndarray]) -> np.ndarray:
 def fitted_tables() -> dict[str, np.ndarray]:
     """The module's tables, from the images; the lateral pattern also from real frontal images."""
     fitted = [image for image in real_images() if image.fitted]
-    real = patterns(image.image for image in fitted)
+    real = patterns(image.gray for image in fitted)
     drawn = {kind: patterns(images) for kind, images in drawn_images(FIT_SEED).items()}
     mean, axes, variances, residual = fit_frontal(real, [image.source for image in fitted])
     lateral = fit_lateral(drawn["LATERAL"], [real, drawn["PA"], drawn["AP"]])

@@ -12,7 +12,7 @@ from mlx_cxr.data.decoding import Transform, decode, squared
 
 def read_image(path: str | Path, transform: Transform) -> np.ndarray:
     """uint8 (S, S) of a file."""
-    return np.asarray(decode(path, transform, inspect=False).image)
+    return np.asarray(decode(path, transform, inspect=False).gray)
 
 
 def apply(image: np.ndarray, transform: Transform) -> np.ndarray:

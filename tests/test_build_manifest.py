@@ -177,7 +177,7 @@ def test_reports_without_images(tmp_path):
     assert manifest.frame["text"].value_counts().to_dict() == {"Edema.": 20, "": 10}
     reports = load_reports(config.reports_path, manifest)
     # "XXXX." in the indication of the others is a report, in which nothing is left.
-    assert len(reports) == 30
+    assert len(reports.sections) == 30
     assert [reports.sections["r0"][name] for name in ("indication", "impression", "whole")] == ["", "", ""]
     assert reports.sections["r1"]["whole"] == "IMPRESSION: Edema."
     summary = summary_of(config.manifest_path)

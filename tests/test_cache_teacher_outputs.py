@@ -87,7 +87,7 @@ def test_predictions_of_validation_are_the_soft_labels(cached):
         s for s, split in zip(soft.study_ids, soft.splits, strict=True) if split == "train"
     }
     validation = table[table["split"] == "validate"].pivot(index="study_id", columns="label", values="logit")
-    rows = soft.rows(validation.index)
+    rows = soft.logits[soft.place(validation.index)]
     np.testing.assert_allclose(validation[list(LABELS)].to_numpy(), rows, rtol=1e-5, atol=1e-6)
 
 

@@ -104,8 +104,9 @@ def test_the_first_loss_is_the_formulas(cohort, finished):
     model, _, _ = initial_network(config, config.model, hard)
     items = epoch_order(12, 4, 0, 0)[0]
     logits = np.array(model.train()(preprocess(train.images.batch(items), 1))).astype(np.float64)
-    teacher = load_soft_labels(cohort / "outputs" / "teacher").rows(train.frame["study_id"].iloc[items])
-    teacher, y = teacher.astype(np.float64) / 2, hard[items]
+    soft = load_soft_labels(cohort / "outputs" / "teacher")
+    teacher = soft.logits[soft.place(train.frame["study_id"].iloc[items])].astype(np.float64) / 2
+    y = hard[items]
 
     def cross_entropy(z: np.ndarray, q: np.ndarray) -> np.ndarray:
         return np.logaddexp(0, z) - q * z

@@ -203,7 +203,7 @@ def test_the_script_prepares_images_of_all_kinds_as_training_did(cnn, tmp_path, 
     for name, content in images_of_all_kinds():
         path = tmp_path / name
         path.write_bytes(content)
-        ours = np.asarray(decode(path, transform).image)
+        ours = np.asarray(decode(path, transform).gray)
         theirs = script.read_image(path, transform.size, transform.fit)
         np.testing.assert_array_equal(theirs, ours, err_msg=name)
 
@@ -214,7 +214,7 @@ def test_the_script_prepares_real_images_as_training_did(cnn, tmp_path, torch):
     transform = Transform(224)
     for path in sorted(REAL.iterdir())[::40]:
         np.testing.assert_array_equal(
-            script.read_image(path, 224, "letterbox"), np.asarray(decode(path, transform).image)
+            script.read_image(path, 224, "letterbox"), np.asarray(decode(path, transform).gray)
         )
 
 
@@ -229,7 +229,7 @@ def test_the_script_reads_dicoms_by_the_same_recipe(cnn, tmp_path, torch, photom
     path = tmp_path / "film"
     path.write_bytes(as_bytes(dicom_dataset(pixels, photometric, 12, PixelData=stored, RescaleSlope=str(slope))))
     theirs = script_of(export.run(cnn, tmp_path / "out")).read_image(path, 64, "letterbox")
-    np.testing.assert_array_equal(theirs, np.asarray(decode(path, Transform(64)).image))
+    np.testing.assert_array_equal(theirs, np.asarray(decode(path, Transform(64)).gray))
 
 
 def test_the_steps_in_words_have_the_numbers_of_this_run(cnn, tmp_path, torch):

@@ -69,7 +69,7 @@ def pixels_of(image: CaseImage, transform: Transform) -> np.ndarray | None:
             made = (decode_bytes if isinstance(image.source, bytes) else decode)(image.source, transform)
         except ImageError:
             return None
-        return np.asarray(made.image)
+        return np.asarray(made.gray)
 
     return kept(("pixels", str(transform), image.key), read)
 

@@ -1,22 +1,22 @@
 """The quality gate: reasons why an image does not look like an upright frontal chest image.
 
-An image is reduced to 8 x 8 pixels, and their ranks are standardized, so that exposure, gamma and histogram equalization
-do not matter. What is left is compared with frontal chest images: their mean, and the five ways in which they differ
-most (principal components). The distance is Mahalanobis's under the Gaussian of probabilistic PCA (Tipping and Bishop,
-J R Stat Soc B 1999;61:611-622), per pixel, so that a typical image is at about 1. An image that is too far away, but
-whose negative or turned copy is not, is told as such.
+An image is reduced to 8 x 8 pixels, and their ranks are standardized, so that exposure, gamma and histogram
+equalization do not matter. The result is compared with frontal chest images: their mean, and the five ways in which
+they differ most (principal components). The distance is Mahalanobis's under the Gaussian of probabilistic PCA (Tipping
+and Bishop, J R Stat Soc B 1999;61:611-622), per pixel, so that a typical image is at about 1. An image that is too far
+away, but whose negative or turned copy is not, is reported as such.
 
-The tables were fitted on half of the patients of three public sources that weigh alike (302 images of NIH ChestX-ray14,
+The tables were fitted on half of the patients of three public sources of equal weight (302 images of NIH ChestX-ray14,
 the Hannover and the Cohen COVID-19 collections) and, for `LATERAL_PATTERN`, on 90 patients of the synthetic cohort;
-`tests/chest_views.py` fits them again. On the 265 images of the other half it objects to 3 (1 %), which have broad
-black bands or show much of the abdomen, and on 55 images of a fourth source to none. It objects to all negatives of the
-265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the synthetic laterals and
-none of its frontal images; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in gray.
-`tests/data/test_quality.py` measures most of these rates.
+`tests/chest_views.py` fits them again. On the 265 images of the other half the gate objects to 3 (1 %), which have
+broad black bands or show much of the abdomen, and on 55 images of a fourth source to none. It objects to all negatives
+of the 265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the synthetic laterals
+and none of the synthetic frontal images; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in
+gray. `tests/data/test_chest_film_gate.py` measures most of these rates.
 
-What it does not see: an image that is mirrored left to right, turned by less than about 30 degrees, or of a child's or an
-animal's chest; a missing part (half an image passes as often as not); poor exposure; and a lateral view of a kind that
-the synthetic cohort lacks: no real lateral was there to try. It says what an image is like, not what it is.
+The gate misses images that are mirrored left to right, turned by less than about 30 degrees, or of a child's or an
+animal's chest; a missing part (half an image passes as often as not); poor exposure; and lateral views unlike the
+synthetic ones: no real lateral was at hand. It describes the look of an image, not its content.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDE = 8
 FARTHEST = 1.8
 """Greatest distance of a frontal image; 0.3 % of the images that the tables were fitted on are farther."""
 FARTHEST_TURNED = 1.5
-"""Greatest distance of a negative or turned image for it to be called so; 2 % of upright images are farther."""
+"""Greatest distance of a negative or turned image for it to be reported so; 2 % of upright images are farther."""
 LATERAL_FROM = 0.2
 """Correlation with `LATERAL_PATTERN` from which an image looks lateral; 0.7 % of those images reach it."""
 LONGEST = 2.0
@@ -131,8 +131,8 @@ COMPONENTS = np.stack(
         ),
     ]
 )
-"""How frontal images differ most: the shoulders' and sides' brightness, the side they lean to, the height of the
-diaphragm, and finer ones; unit vectors."""
+"""Principal components of frontal images: the shoulders' and sides' brightness, the side they lean to, the height of
+the diaphragm, and finer ones; unit vectors."""
 VARIANCES = np.array([5.04, 4.09, 3.89, 1.81, 1.69])
 RESIDUAL_VARIANCE = 0.233
 """Variance along each of the components, and of each other direction."""
@@ -149,18 +149,18 @@ LATERAL_PATTERN = _table(
     ),
     scale=1000,
 )
-"""Linear discriminant, without a side, of synthetic lateral images against synthetic frontal and real ones."""
+"""Linear discriminant, without a side, of synthetic lateral images against synthetic and real frontal ones."""
 
 
 def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tuple[str, ...]:
-    """Why an image does not look like an upright frontal chest image.
+    """Reasons why an image does not look like an upright frontal chest image.
 
     Args:
         image: mode `L`, the whole image, of any size.
         colour: mode `RGB`, the same in its colours, of any size; None for an image that has none.
 
     Returns:
-        Reasons, each in words that go on "the image …"; empty where nothing speaks against it.
+        Each in words that complete "the film …"; empty where nothing speaks against it.
     """
     concerns = []
     if colour is not None and coloured_part(colour) > MOST_COLOURED:
@@ -171,7 +171,7 @@ def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tup
     low, high = np.percentile(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), (2, 98))
     if high - low < LEAST_CONTRAST:
         concerns.append("is almost blank")
-    elif reason := _view(pattern(image)):
+    elif reason := _view_concern(pattern(image)):
         concerns.append(reason)
     return tuple(concerns)
 
@@ -189,24 +189,24 @@ def pattern(image: Image.Image) -> np.ndarray:
     return centred / max(centred.std(), 1e-9)
 
 
-def distance(images: np.ndarray) -> np.ndarray:
-    """How far patterns are from those of frontal chest images; 1 is typical.
+def distance(patterns: np.ndarray) -> np.ndarray:
+    """Mahalanobis distance of patterns from those of frontal chest images; 1 is typical.
 
     Args:
-        images: (…, 64), as `pattern` gives.
+        patterns: (…, 64), as `pattern` gives.
 
     Returns:
         float64 (…).
     """
-    centred = images - MEAN
+    centred = patterns - MEAN
     along = centred @ COMPONENTS.T
     beside = (centred**2).sum(axis=-1) - (along**2).sum(axis=-1)
     return np.sqrt((beside / RESIDUAL_VARIANCE + (along**2 / VARIANCES).sum(axis=-1)) / MEAN.size)
 
 
-def lateral_likeness(images: np.ndarray) -> np.ndarray:
-    """Correlation of patterns (…, 64) with what sets lateral images apart; float64 (…) in -1..1."""
-    return images @ LATERAL_PATTERN / (np.linalg.norm(LATERAL_PATTERN) * SIDE)
+def lateral_likeness(patterns: np.ndarray) -> np.ndarray:
+    """Correlation of patterns (…, 64) with `LATERAL_PATTERN`; float64 (…) in -1..1."""
+    return patterns @ LATERAL_PATTERN / (np.linalg.norm(LATERAL_PATTERN) * SIDE)
 
 
 def coloured_part(image: Image.Image) -> float:
@@ -220,14 +220,14 @@ def coloured_part(image: Image.Image) -> float:
     return float((np.hypot(*off) > COLOURED).mean())
 
 
-def _view(image: np.ndarray) -> str | None:
-    """What is wrong with an image, by its pattern; None where it looks like an upright frontal view."""
-    if distance(image) <= FARTHEST:
-        return "looks like a lateral view" if lateral_likeness(image) > LATERAL_FROM else None
-    square = image.reshape(SIDE, SIDE)
-    # Each put right again.
+def _view_concern(ranks: np.ndarray) -> str | None:
+    """The concern about an image of this pattern (64,); None where it looks like an upright frontal view."""
+    if distance(ranks) <= FARTHEST:
+        return "looks like a lateral view" if lateral_likeness(ranks) > LATERAL_FROM else None
+    square = ranks.reshape(SIDE, SIDE)
+    # Each fault undone: whichever then looks most like a frontal view is the likely one.
     others = {
-        "looks inverted (like a negative)": -image,
+        "looks inverted (like a negative)": -ranks,
         "may be turned by 90 degrees to the left, or is no chest film": np.rot90(square, -1).ravel(),
         "may be turned by 90 degrees to the right, or is no chest film": np.rot90(square).ravel(),
         "may be upside down, or is no chest film": np.rot90(square, 2).ravel(),

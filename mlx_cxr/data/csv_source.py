@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.source_rows import (
     SourceRows,
     normalized_ages,
@@ -27,11 +28,10 @@ from mlx_cxr.data.tables import (
     refuse_blank,
     refuse_duplicates,
 )
-from mlx_cxr.core.labels import LABELS
 
 
 def read_csv_source(data: DataConfig) -> SourceRows:
-    """Every image of the table that the row filter lets through, of the views wanted; files are not looked for yet.
+    """Every image of the table that passes the row filter, of the views wanted, be its file there or not.
 
     Of a table of reports alone, every report: `image_id` is then that of the study, and `path` is "".
 
@@ -50,9 +50,9 @@ def read_csv_source(data: DataConfig) -> SourceRows:
     source = data.csv
     if source is None:
         raise DataError("source 'csv' needs the section data.csv of the configuration")
-    image = source.image or source.study
+    id_column = source.image or source.study
     columns = {
-        "image_id": image,
+        "image_id": id_column,
         "patient_id": source.patient,
         "study_id": source.study or source.image,
         "split": source.split,
@@ -63,13 +63,15 @@ def read_csv_source(data: DataConfig) -> SourceRows:
         "text": source.text,
         **source.sections,
     }
+    # The rows wanted, each with its ids.
     table = _read(source, {*filter(None, columns.values()), *source.where})
     read = len(table)
     table = _matching(table, source.where, source.table)
     dropped = {"not matching data.csv.where": read - len(table)} if len(table) < read else {}
-    for name in (source.patient, columns["study_id"], image):
+    for name in (source.patient, columns["study_id"], id_column):
         refuse_blank(table, name, source.table)
-    refuse_duplicates(table, image, source.table, "study" if source.text_only else "image")
+    refuse_duplicates(table, id_column, source.table, "study" if source.text_only else "image")
+    # Their labels, and the other columns under the manifest's names.
     labels, notes = _listed_findings(table, source) if source.findings else _label_columns(table, source)
     text = pd.DataFrame({role: table[name] if name else "" for role, name in columns.items()}, index=table.index)
     ages, odd_ages = normalized_ages(text["age"])
@@ -119,7 +121,7 @@ def _matching(table: pd.DataFrame, where: dict[str, str], path: Path) -> pd.Data
 
 
 def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Labels from a column that lists findings, and notes with the counts of names that no label was taken from.
+    """Labels from a column that lists findings, and notes with the counts of names that gave no label.
 
     A label that the source covers is 1 where listed, else 0; the others are empty. A name that is one of the 14 counts
     as itself without being mapped.
@@ -142,7 +144,7 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
 
 
 def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Labels from one column each; of several columns for one label, 1 stands over -1 over 0 over empty."""
+    """Labels from one column each; of several columns for one label, 1 wins over -1 over 0 over empty."""
     columns = {name: label for name in table.columns if (label := label_of_name(name))} | source.label_map
     if source.labels_covered is not None:
         columns = {name: label for name, label in columns.items() if label in source.labels_covered}

@@ -8,13 +8,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_cxr.data.decoding import ImageError, Transform, decode
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.workers import available_cores, lean_start, worker_pool
+from mlx_cxr.data.decoding import Transform, decode
+from mlx_cxr.data.image_limits import ImageError
 
 _MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3
-"""Handed out at a time: enough that none waits, few enough that 377,000 images do not pile up in memory."""
+"""Submitted at a time: enough that none waits, few enough that 377,000 images do not pile up in memory."""
 
 
 class WorkerDiedError(UserError, RuntimeError):
@@ -26,7 +27,7 @@ class Decoded:
     """One image, or the reason why there is none.
 
     Attributes:
-        row: as it was asked for.
+        row: the one that came with its path.
         pixels: S * S bytes, row by row; None where the image cannot be used.
         reason: why not; None where it can.
         notes: see `decoding.DecodedImage`.
@@ -41,11 +42,11 @@ class Decoded:
 def decode_images(jobs: Sequence[tuple[int, Path]], transform: Transform, workers: int = 0) -> Iterator[Decoded]:
     """Decode images and yield each when it is done, in no particular order.
 
-    This process decodes too, in a thread, which counts as one of them.
+    This process decodes too, in a thread, which counts as one of the workers.
 
     Args:
         jobs: (row, path of the image).
-        transform: what to make of each.
+        transform: the geometry of the results.
         workers: processes; 0 takes one per core. With 1, or very few images, this process does it alone.
 
     Raises:
@@ -86,15 +87,15 @@ def decode_images(jobs: Sequence[tuple[int, Path]], transform: Transform, worker
 
 
 def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list[Decoded]:
-    """What a worker does: each image decoded, or the reason why not."""
+    """Decode some images, each to its pixels or the reason why there are none; the work of a worker process."""
     done = []
     for row, path in jobs:
         try:
-            image = decode(path, transform, inspect=False)
+            decoded = decode(path, transform, inspect=False)
         except ImageError as error:
             done.append(Decoded(row, None, str(error)))
         else:
-            done.append(Decoded(row, image.image.tobytes(), None, image.notes))
+            done.append(Decoded(row, decoded.gray.tobytes(), None, decoded.notes))
     return done
 
 

@@ -1,14 +1,14 @@
 """From an image's file to a square 8-bit gray image: decoding, gray levels, geometry.
 
-Gray levels: an 8-bit image is taken as it is; an image of more bits is scaled from its own lowest to its own highest value
-to 0..255, fractions cut off, as MIMIC-CXR-JPG did with its DICOMs (Johnson et al., arXiv:1901.07042; the histogram
-equalization it did next is not repeated here, but see `dicom`). Colour becomes ITU-R 601 luma, transparent parts become
-black, an EXIF orientation is applied.
+Gray levels: an 8-bit image is taken as it is; an image of more bits is scaled from its own lowest to its own highest
+value to 0..255, fractions cut off, as MIMIC-CXR-JPG did with its DICOMs (Johnson et al., arXiv:1901.07042; the
+histogram equalization it did next is not repeated here, but see `dicom`). Colour becomes ITU-R 601 luma, transparent
+parts become black, an EXIF orientation is applied.
 
-A file is what its content says, never its name. Whatever its bytes are, it decodes or it is a `ImageError`.
+A file's content decides what it is, never its name. Whatever its bytes are, it decodes or raises `ImageError`.
 
 This is all that a decoding worker imports, so it keeps to Pillow: a worker starts in half the time without NumPy, which
-only DICOMs, images of more than 8 bits and the quality gate need.
+only DICOMs, images of more than 8 bits and `chest_film_gate` need.
 """
 
 from __future__ import annotations
@@ -16,43 +16,35 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mlx_cxr.data.quiet import quiet_decoders
 from mlx_cxr.data.file_types import describe, is_dicom
-from mlx_cxr.core.errors import UserError
+from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_size
+from mlx_cxr.data.quiet import quiet_decoders
+
+if TYPE_CHECKING:
+    from mlx_cxr.data.dicom import Recipe
 
 Fit = Literal["letterbox", "center_crop"]
-Recipe = Literal["mimic", "window"]
-Box = tuple[float, float, float, float]
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
-"""What Pillow may open; among its other readers are some that start programs. DICOMs are read by `dicom`."""
+"""All that Pillow may open: some of its other readers start programs. DICOMs are read by `dicom`."""
 _JPEG = ("JPEG", "MPO")
 INVERTED = "looks inverted"
 """The note on an image that is more like a negative; see `looks_inverted`."""
-MIN_SIDE = 32
-MAX_SIDE = 12_000
-MAX_PIXELS = 80_000_000
-"""Refused by header, before anything is decoded. The largest chest images are about 4300 x 5000."""
-MAX_BYTES = 500_000_000
 _BLANK_RANGE = 2
 """Gray levels between darkest and brightest: JPEG noise on a uniform image stays within this."""
 _GRAY_MODES = ("1", "L", "LA", "I", "F")
 _AGAIN = "; download or copy it again"
 _TIFF_PHOTOMETRIC = 262
-_EXIF_ORIENTATION = 274
-
-
-class ImageError(UserError, ValueError):
-    """An image that cannot be used; the message is the reason, without the path where `decode` raises it."""
+EXIF_ORIENTATION = 274
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image of any size becomes a square one.
+    """Geometry that makes a square image of one of any size.
 
     Attributes:
         size: side of the result in pixels.
@@ -75,7 +67,7 @@ class Transform:
         """One word for `plain()`, such as `letterbox-224-v1`."""
         return "{fit}-{size}-v{version}".format(**self.plain())
 
-    def shown(self, width: int, height: int) -> Box:
+    def shown(self, width: int, height: int) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the part of an image that is seen, in the image's pixels."""
         if self.fit == "letterbox":
             return 0.0, 0.0, float(width), float(height)
@@ -93,7 +85,7 @@ class Transform:
         return (self.size - across) // 2, (self.size - down) // 2, across, down
 
     def enlarges(self, width: int, height: int) -> bool:
-        """Whether an image has fewer pixels than the square shows of it."""
+        """True for an image that has fewer pixels than the square shows of it."""
         return self._image_side(width, height) < self.size
 
     def reduction(self, width: int, height: int) -> int:
@@ -109,13 +101,13 @@ class DecodedImage:
     """A decoded image.
 
     Attributes:
-        image: mode `L`, `size` x `size`.
-        notes: what a user may want to know of, in words: `16-bit`, `RGB`, `palette`, `looks inverted`, ….
-        concerns: why it does not look like an upright frontal chest image, each in words that go on "the film …"; see
-            `quality`. Empty where nothing speaks against it, or where it was not inspected.
+        gray: mode `L`, `size` x `size`.
+        notes: what a user may want to know, in words: `16-bit`, `RGB`, `palette`, `looks inverted`, ….
+        concerns: why it does not look like an upright frontal chest image, each in words that complete "the film …";
+            see `chest_film_gate`. Empty where nothing speaks against it, or where it was not inspected.
     """
 
-    image: Image.Image
+    gray: Image.Image
     notes: tuple[str, ...] = ()
     concerns: tuple[str, ...] = ()
 
@@ -129,8 +121,7 @@ class _Opened:
         size: (width, height) of the image.
         scale: by which `gray` is smaller than that.
         colour: mode `RGB`, for an image that has colours and is inspected.
-        notes: so far.
-        concerns: so far.
+        notes, concerns: those of `DecodedImage` that are known by now.
     """
 
     gray: Image.Image
@@ -150,9 +141,9 @@ def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", ins
 
     Args:
         path: of a JPEG, PNG, TIFF, BMP or DICOM file, whatever its suffix.
-        transform: what to make of it.
+        transform: the geometry of the result.
         recipe: how a DICOM's values become gray levels; see `dicom`.
-        inspect: look for `DecodedImage.concerns`, which training does without.
+        inspect: look for `DecodedImage.concerns`, which training does not need.
 
     Raises:
         ImageError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
@@ -186,12 +177,12 @@ def decode_bytes(data: bytes, transform: Transform, recipe: Recipe = "mimic", in
 
 
 def looks_inverted(image: Image.Image) -> bool:
-    """Whether a frontal image is more like the negative of a chest than like a chest.
+    """Tell a frontal image that is more like the negative of a chest than like a chest.
 
-    The sign of the correlation with `CHEST`. Of 567 real frontal images of three public sources (NIH ChestX-ray14, the
-    Hannover and the Cohen COVID-19 collections) it is wrong about one, which has a black band over its lower third,
-    and, being a sign, about the negative of the same one. One in hundreds is too many to change images by, so this only
-    leads to a note. Not measured on real lateral images.
+    By the sign of the correlation with `CHEST`. Of 567 real frontal images of three public sources (NIH ChestX-ray14,
+    the Hannover and the Cohen COVID-19 collections) it is wrong about one, which has a black band over its lower third,
+    and, being a sign, about the negative of the same one. One in hundreds is too many to change images for, so this
+    only leads to a note. Not measured on real lateral images.
 
     Args:
         image: mode `L`, without padding.
@@ -213,14 +204,15 @@ _LEFT_HALF = (
 )
 CHEST = tuple(value for row in _LEFT_HALF for value in (*row, *row[::-1]))
 """Mean frontal chest of the real images, 8 x 8 by rows, made symmetrical: dark upper corners and lungs, bright
-mediastinum and abdomen. The three sources of those images weigh alike; a template from two does as well on the third."""
+mediastinum and abdomen. The three sources of those images have equal weights; a template from two of them does as well
+on the third."""
 
 
 def _open_dicom(data: bytes, recipe: Recipe) -> _Opened:
     from mlx_cxr.data.dicom import read_dicom
 
-    image = read_dicom(data, recipe)
-    return _Opened(image.gray, image.gray.size, notes=image.notes, concerns=image.concerns)
+    frame = read_dicom(data, recipe)
+    return _Opened(frame.gray, frame.gray.size, notes=frame.notes, concerns=frame.concerns)
 
 
 def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
@@ -230,8 +222,8 @@ def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
             raise ImageError("cut short: the JPEG has no end marker" + _AGAIN)
         size = image.size
         notes = []
-        # Pillow itself turns a TIFF while loading it.
-        turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        # Pillow itself turns a TIFF when loading it.
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
         colour, scale = None, 1
         if image.format in _JPEG and not turned:
             if image.mode != "L":
@@ -259,20 +251,20 @@ def _small_colour_jpeg(data: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-def _finished(image: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
-    square, content = squared(image.gray, transform, image.size, image.scale)
+def _finished(opened: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
+    square, content = squared(opened.gray, transform, opened.size, opened.scale)
     low, high = content.getextrema()
     if high - low <= _BLANK_RANGE:
         raise ImageError(f"blank: every pixel is about {low} of 255")
-    notes, concerns = [*image.notes], [*image.concerns]
-    if transform.enlarges(*image.size):
+    notes, concerns = [*opened.notes], [*opened.concerns]
+    if transform.enlarges(*opened.size):
         notes.append("smaller than the store, enlarged")
     if looks_inverted(content):
         notes.append(INVERTED)
     if inspect:
         from mlx_cxr.data.chest_film_gate import concerns_about
 
-        concerns += concerns_about(image.gray, image.colour)
+        concerns += concerns_about(opened.gray, opened.colour)
     return DecodedImage(square, tuple(dict.fromkeys(notes)), tuple(concerns))
 
 
@@ -283,7 +275,7 @@ def squared(
 
     Args:
         gray: mode `L`.
-        transform: what to make of it.
+        transform: the geometry of the result.
         image_size: (width, height) of the image.
         scale: by which `gray` is smaller than the image, as it was reduced while decoding.
 
@@ -301,7 +293,7 @@ def squared(
 
 
 def _gray(image: Image.Image, notes: list[str]) -> Image.Image:
-    """An `L` image; says in `notes` what it was made from."""
+    """An image in mode `L`; appends to `notes` what it was made from."""
     if image.mode == "L":
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -354,27 +346,13 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"no name of a file: {error}") from None
 
 
-def check_size(width: int, height: int) -> None:
-    """Refuse an image by the size that its header gives.
-
-    Raises:
-        ImageError: a side is under `MIN_SIDE` or over `MAX_SIDE`, or there are more than `MAX_PIXELS`.
-    """
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{width} x {height} px; shorter than {MIN_SIDE} px")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{width} x {height} px by its header; more than {MAX_SIDE:,} px long or {MAX_PIXELS:,} px in all"
-        )
-
-
 def _ends(jpeg: bytes) -> bool:
-    """Whether an end-of-image marker follows the last scan: a tail of zeros would otherwise decode as gray."""
+    """True if an end-of-image marker follows the last scan: a tail of zeros would otherwise decode as gray."""
     return jpeg.endswith(b"\xff\xd9") or jpeg.rfind(b"\xff\xd9") > jpeg.rfind(b"\xff\xda")
 
 
 def _unidentified(data: bytes) -> str:
-    """Pillow also does not know an image again whose header is damaged."""
+    """Reason for a file that Pillow does not recognize, be it of another type or an image with a damaged header."""
     if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM")):
         return "damaged: an image by its first bytes, but not by what follows" + _AGAIN
     return describe(data)

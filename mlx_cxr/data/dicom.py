@@ -19,31 +19,25 @@ import io
 import re
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.decoding import MAX_BYTES, ImageError, Recipe, check_size
+from mlx_cxr.data.image_limits import MAX_BYTES, ImageError, check_size
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
+
+Recipe = Literal["mimic", "window"]
 
 _REQUIRED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PhotometricInterpretation")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _ABOUT = ("Modality", "BodyPartExamined", "ViewPosition", "PresentationIntentType")
 _ELEMENTS = (
-    *_REQUIRED,
-    *_PIXELS,
-    *_ABOUT,
-    *(
-        "NumberOfFrames",
-        "HighBit",
-        "PixelRepresentation",
-        "PlanarConfiguration",
-        "PixelPaddingValue",
-        "PixelPaddingRangeLimit",
-    ),
+    *(*_REQUIRED, *_PIXELS, *_ABOUT),
+    *("NumberOfFrames", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LUTDescriptor", "LUTData"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
 )
@@ -65,17 +59,17 @@ _DECODERS = {
     "HTJ2KLosslessRPCL": "pylibjpeg pylibjpeg-openjpeg",
     "HTJ2K": "pylibjpeg pylibjpeg-openjpeg",
 }
-"""Keyword of a transfer syntax -> what brings pydicom a decoder for it."""
+"""Keyword of a transfer syntax -> packages that give pydicom a decoder for it."""
 
 
 @dataclass(frozen=True)
 class DicomImage:
-    """A DICOM's only frame after a recipe.
+    """The only frame of a DICOM, by a recipe.
 
     Attributes:
         gray: mode `L`, as large as the frame.
-        notes: what was done, or left out, in words.
-        concerns: what its header says against a frontal chest image, in words.
+        notes: the steps done or left out, in words.
+        concerns: reasons in its header why it is no frontal chest image, in words.
     """
 
     gray: Image.Image
@@ -92,7 +86,7 @@ def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomImage:
 
     Raises:
         ImageError: pydicom is not installed, or the file holds no such image, has a damaged header or pixel data, more
-            pixels than `decoding` allows, or a compression without a decoder here.
+            pixels than `image_limits` allows, or a compression without a decoder here.
     """
     if recipe not in get_args(Recipe):
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(get_args(Recipe))}")
@@ -166,7 +160,7 @@ def _dataset(data: bytes) -> FileDataset:
 
 
 def _inflated(data: bytes) -> bytes:
-    """The data set of a deflated file (PS3.5 A.5), in bounded memory; any other file as it is."""
+    """The data set of a deflated file (PS3.5 A.5), unpacked in bounded memory; any other file as it is."""
     length = int.from_bytes(data[140:144], "little")
     if data[128:138] != b"DICM\2\0\0\0UL" or _DEFLATED not in data[144 : 144 + length]:
         return data
@@ -222,7 +216,7 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
             package = _DECODERS.get(syntax.keyword)
             way_out = f"pip install {package}" if package else "export it uncompressed"
             raise ImageError(f"a DICOM compressed as {syntax.name}, for which there is no decoder here: {way_out}")
-        # Even runs of one are twice what they stand for at most; more of them would fill the memory when decoded.
+        # Run-length code at most doubles the pixels; a longer one would fill the memory when decoded.
         if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
             raise ImageError("a DICOM whose compressed pixels are more than its header says; export it again")
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
@@ -283,7 +277,7 @@ def _padding(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
 
 
 def _header_concerns(dataset: FileDataset) -> list[str]:
-    """What the header says against a frontal chest image; elements that are absent or empty say nothing."""
+    """Reasons in the header why it is no frontal chest image; elements that are absent or empty give none."""
     said = {keyword: _word(dataset.get(keyword)) for keyword in _ABOUT}
     concerns = []
     if (modality := said["Modality"]) and modality not in ("CR", "DX", "RG"):
@@ -298,5 +292,5 @@ def _header_concerns(dataset: FileDataset) -> list[str]:
 
 
 def _word(value: object) -> str:
-    """A code string (CS) in upper case, of what its representation allows and no longer than it; `` for none."""
+    """A code string (CS) in upper case, cut to the characters and the length that the standard allows; "" for none."""
     return re.sub(r"[^A-Z0-9_ ]", "", str(value or "").upper()).strip()[:16]

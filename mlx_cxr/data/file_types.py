@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, in words for whoever gave it; its name is never believed.
+"""The type of a file by its first bytes, in words for a user; its name is never trusted.
 
 Signatures after the formats' own specifications, as collected by the `file` command's database.
 """
@@ -44,7 +44,7 @@ _RIFF = {b"WEBP": "a WebP image; convert it to PNG", b"AVI ": "a video, not a fi
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file is a DICOM: by the prefix of PS3.10 section 7.1, or a data set that begins without any.
+    """Tell a DICOM by the prefix of PS3.10 section 7.1, or as a data set that begins without any.
 
     A data set without preamble is known by its first element, of group 2 or 8, little or big endian, with a value
     representation (explicit) or a short length (implicit).
@@ -59,7 +59,7 @@ def is_dicom(data: bytes) -> bool:
 
 
 def describe(data: bytes) -> str:
-    """A sentence on a file that is no image which is read here: what it is, and the way out.
+    """A sentence on a file that cannot be read as an image: its type, and the way out.
 
     Args:
         data: the whole file, not empty.

@@ -1,8 +1,7 @@
-"""`manifest.csv`, one row per image (per report, where there are no images), and `splits.json`: what every later stage
-works on.
+"""`manifest.csv`, one row per image (per report, where there are no images), and `splits.json`, for all later stages.
 
-Labels are written exactly as the source has them, 1 / 0 / -1 / empty; what they are taken to mean is decided where they
-are read (`labels.LabelPolicy`). The same input and seed give the same bytes.
+Labels are written exactly as the source has them, 1 / 0 / -1 / empty; their meaning is decided where they are read
+(`labels.LabelPolicy`). The same input and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
-from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import atomic_path, sha256_file, write_json
+from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
+from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
 
 SCHEMA = 1
 _TEXT_OF_LABEL = {1.0: "1", 0.0: "0", -1.0: "-1"}
@@ -43,7 +42,7 @@ class Manifest:
 
     @property
     def text_only(self) -> bool:
-        """Whether its rows are reports without images: no row has a path."""
+        """True if its rows are reports without images: no row has a path."""
         return _without_images(self.frame)
 
 
@@ -55,9 +54,9 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         split: `train`, `validate` or `test`.
         view: view position in capitals, such as `AP`, `PA`, `LATERAL`; empty when missing.
         age: whole years, or empty.
-        sex: `M`, `F`, empty, or what else the source says.
-        path: the image's file, relative to `data.root`; empty in all rows of a manifest of reports without images, where
-            the image id is that of the study.
+        sex: `M`, `F`, empty, or another value of the source.
+        path: the image's file, relative to `data.root`; empty in all rows of a manifest of reports without images,
+            where the image id is that of the study.
         text: cleaned text of the report, by `data.report_sections`; empty when there is none.
         the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
 
@@ -66,7 +65,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         frame: str columns `TEXT_COLUMNS`, and 14 label columns of 1 / 0 / -1 / NaN.
 
     Returns:
-        Hex SHA-256 of what was written.
+        Hex SHA-256 of the file.
 
     Raises:
         DataError: no rows, an image twice, a path in some rows only, or a patient in two splits.
@@ -85,7 +84,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Read and check what `write_manifest` wrote.
+    """Read and check a file of `write_manifest`.
 
     Raises:
         DataError: the file is missing, or not a manifest: a column lacks, an image is there twice, a split or label
@@ -142,7 +141,7 @@ def split_counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def write_splits(path: str | Path, frame: pd.DataFrame, sha256: str, about: Mapping[str, Any]) -> Path:
-    """Write `splits.json`: `manifest_sha256`, what `about` says, and patient ids and counts of each split.
+    """Write `splits.json`: `manifest_sha256`, the entries of `about`, and patient ids and counts of each split.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""What a manifest holds and what was left out of it, for people (`manifest_summary.md`) and programs (`.json`)."""
+"""Counts of a manifest and of the rows left out of it, for people (`manifest_summary.md`) and programs (`.json`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import split_counts
 from mlx_cxr.data.report_files import ReportTexts
 from mlx_cxr.data.reports import FINDINGS, IMPRESSION, SECTIONS
 from mlx_cxr.data.source_rows import MISSING_VIEW, SPLITS, SourceRows
-from mlx_cxr.core.labels import LABELS
 
 SCHEMA = 1
 _AGE_EDGES = (0, 20, 40, 60, 80, 121)
@@ -26,20 +26,20 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
     """The counts of a manifest, as JSON-ready data.
 
     Args:
-        rows: the manifest's rows, with what was dropped on the way.
+        rows: the manifest's rows, with the counts of those dropped.
         reports: where the texts came from.
-        before: what `rows` were sampled from, with study ids and labels; None when nothing was sampled.
+        before: the rows that `rows` were sampled from, with study ids and labels; None when nothing was sampled.
 
     Keys:
         images_read: images (reports, where `text_only`) that the source lists: those kept and those dropped together.
-        text_only: whether these are reports without images.
+        text_only: true for reports without images.
         dropped: reason -> images.
-        notes: what else to know -> how many.
+        notes: anything else to know -> its count.
         splits: split -> patients, studies, images.
         labels: label -> split -> studies with 1, 0, -1 and empty.
         views: view -> split -> images. sex, age: group -> split -> studies.
         reports: counts, sections that served for the manifest's text, where they lie.
-        report_sections: section -> split -> studies whose report has it; `any` stands for having a report, and
+        report_sections: section -> split -> studies whose report has it; `any` for having a report, and
             `findings and impression in one` for the same text as both.
         sample: studies before and after, and the share of studies positive for each label; null when not sampled.
     """

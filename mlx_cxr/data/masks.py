@@ -1,8 +1,9 @@
 """Masks of findings, where a data set has them: for scoring maps, never for training.
 
-The masks of the image `files/p10/p10000032/s50414267/<dicom>.jpg` lie in `masks/p10/p10000032/s50414267/<dicom>/`, those
-of an image `a/b/x.png` in `masks/a/b/x/`, both under `data.root`: one PNG per finding, named after it with underscores
-(`Pleural_Effusion.png`), 8-bit gray, 0 and 255, of the image's own size. A finding without a file has no mask.
+The masks of the image `files/p10/p10000032/s50414267/<dicom>.jpg` lie in `masks/p10/p10000032/s50414267/<dicom>/`,
+those of an image `a/b/x.png` in `masks/a/b/x/`, both under `data.root`: one PNG per finding, named after it with
+underscores (`Pleural_Effusion.png`), 8-bit gray, 0 and 255, of the image's own size. A finding without a file has no
+mask. `load_masks` gives them in the geometry of the prepared image.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.decoding import FORMATS, MAX_PIXELS, Transform
-from mlx_cxr.data.tables import DataError
 from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.data.decoding import EXIF_ORIENTATION, FORMATS, Transform
+from mlx_cxr.data.image_limits import MAX_PIXELS
+from mlx_cxr.data.tables import DataError
 
 FOLDER = "masks"
 _LABEL_OF_STEM = {label.replace(" ", "_"): label for label in LABELS}
 
 
 def has_masks(root: str | Path) -> bool:
-    """Whether a data set brings masks at all."""
+    """True for a data set that has a folder of masks."""
     return (Path(root) / FOLDER).is_dir()
 
 
@@ -40,7 +42,7 @@ def mask_folder(root: str | Path, image_path: str) -> Path:
 def load_masks(
     root: str | Path, image_path: str, transform: Transform, labels: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """An image's masks in the frame of its prepared pixels.
+    """An image's masks in the geometry of its prepared pixels.
 
     Args:
         root: `data.root`.
@@ -69,18 +71,31 @@ def load_masks(
     wanted = [label for label in LABELS if label in found and (labels is None or label in labels)]
     if not wanted:
         return {}
-    image = Path(root, image_path)
-    size = _image_size(image)
-    return {label: apply_mask(_read_mask(found[label], image, size), transform) for label in wanted}
+    radiograph = Path(root, image_path)
+    size = _image_size(radiograph)
+    return {label: apply_mask(_read_mask(found[label], radiograph, size), transform) for label in wanted}
 
 
-def _read_mask(path: Path, image: Path, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W)."""
+def _image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as displayed, by its header."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{path}, whose masks are asked for, has more than {MAX_PIXELS:,} px")
+            if image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+                return image.height, image.width
+            return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}, whose masks are asked for, cannot be read ({error})") from None
+
+
+def _read_mask(path: Path, radiograph: Path, size: tuple[int, int]) -> np.ndarray:
+    """bool (H, W); refuses a mask of another (width, height) than its radiograph's."""
     try:
         with Image.open(path, formats=("PNG",)) as mask:
             if mask.size != size:
                 raise DataError(
-                    f"the mask {path} has {mask.width} x {mask.height} px, its film {image} has "
+                    f"the mask {path} has {mask.width} x {mask.height} px, its film {radiograph} has "
                     f"{size[0]} x {size[1]}; a mask must be drawn on the film's own pixels"
                 )
             return np.asarray(mask.convert("L")) > 127
@@ -88,21 +103,8 @@ def _read_mask(path: Path, image: Path, size: tuple[int, int]) -> np.ndarray:
         raise DataError(f"the mask {path} cannot be read ({error}); write it again as 8-bit gray PNG") from None
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as it is seen, by the header."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}, whose masks are asked for, has more than {MAX_PIXELS:,} px")
-            if image.format != "TIFF" and image.getexif().get(274, 1) in (5, 6, 7, 8):
-                return image.height, image.width
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}, whose masks are asked for, cannot be read ({error})") from None
-
-
 def apply_mask(mask: np.ndarray, transform: Transform) -> np.ndarray:
-    """A mask in the geometry of the prepared image, made so that thin findings stay.
+    """Bring a mask into the geometry of the prepared image, so that thin findings stay.
 
     A pixel belongs to the result where at least half as much of it is covered as of the most covered pixel among it and
     its eight neighbours. Along the edge of anything thicker than two pixels that is the plain rule of half the area; a
@@ -110,7 +112,7 @@ def apply_mask(mask: np.ndarray, transform: Transform) -> np.ndarray:
 
     Args:
         mask: (H, W), non-zero on the finding; H, W are the image's.
-        transform: what the image was prepared with.
+        transform: the one the image was prepared with.
 
     Returns:
         bool (S, S); all False where the mask is empty or lies outside a centre crop.
@@ -127,7 +129,7 @@ def apply_mask(mask: np.ndarray, transform: Transform) -> np.ndarray:
     covered = _means(_means(mask, y0, y1, down).T, x0, x1, across).T
     near = np.lib.stride_tricks.sliding_window_view(np.pad(covered, 1), (3, 3)).max(axis=(2, 3))
     out = np.zeros((transform.size, transform.size), dtype=bool)
-    # Differences of sums leave dust of about 1e-12 where nothing is covered.
+    # Differences of sums leave about 1e-12 where nothing is covered.
     out[top : top + down, left : left + across] = (covered > 1e-6) & (covered >= near / 2)
     return out
 
@@ -140,6 +142,6 @@ def _means(values: np.ndarray, start: float, stop: float, count: int) -> np.ndar
     sums = np.cumsum(values, axis=0, dtype=np.float64)
     edges = np.linspace(start, stop, count + 1)
     row = np.minimum(edges.astype(int), len(values) - 1)
-    # The sum of all rows before an edge: those up to its own row, less what of that row lies behind the edge.
+    # The sum of all rows before an edge: those up to its own row, less the part of that row behind the edge.
     before = sums[row] - (row + 1 - edges)[:, None] * values[row]
     return np.diff(before, axis=0) * (count / (stop - start))

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.config_schema import DataConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.source_rows import (
     OLDEST,
     TEXT_COLUMNS,
@@ -32,7 +33,6 @@ from mlx_cxr.data.tables import (
     refuse_duplicates,
     row_number,
 )
-from mlx_cxr.core.labels import LABELS
 
 _TABLE = re.compile(r"mimic-cxr-(2\.\d+\.\d+)-(metadata|split|chexpert|negbio)\.csv(\.gz)?")
 _TOP_CODED_AGE = 91
@@ -65,7 +65,7 @@ def find_tables(root: Path, labeler: str) -> dict[str, Path]:
 
 
 def read_mimic(data: DataConfig) -> SourceRows:
-    """Every image that metadata, split and labels agree on, of the views wanted; files are not looked for yet.
+    """Every image in all of metadata, split and labels, of the views wanted, be its file there or not.
 
     Args:
         data: `root`, `labeler`, `views` and `patients_table` are used.
@@ -98,7 +98,7 @@ def read_mimic(data: DataConfig) -> SourceRows:
 
 
 def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.DataFrame:
-    """A MIMIC table whose `subject_id` and `study_id` are digits; "10000032.0", as pandas may save them, is mended."""
+    """A MIMIC table whose `subject_id` and `study_id` are digits; "10000032.0" (pandas) is repaired."""
     table = read_table(path, columns, optional=optional, renamed=LABEL_ALIASES)
     for column in {"subject_id", "study_id"} & set(table.columns):
         table[column] = table[column].str.removesuffix(".0")

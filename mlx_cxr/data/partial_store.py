@@ -1,7 +1,7 @@
-"""An array file of a pixel store while it is written: pixels beside their place, and a journal of the rows done.
+"""An array file of a pixel store while it is written: pixels under a temporary name, and a journal of the rows done.
 
-`images_<size>.npy.partial` holds the pixels and `images_<size>.partial.jsonl` is the journal: a first line with what
-the file is for, then a line per checkpoint with the rows that are on disk by then. A stopped run is gone on with.
+`images_<size>.npy.partial` holds the pixels and `images_<size>.partial.jsonl` is the journal: a first line with the key
+of the file, then a line per checkpoint with the rows that are on disk by then. A stopped run is resumed from them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 
-from mlx_cxr.data.decode_pool import Decoded
-from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import write_json
+from mlx_cxr.data.decode_pool import Decoded
+from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
 
 log = logging.getLogger("mlx_cxr")
 
@@ -38,7 +38,7 @@ class StoreBusyError(UserError, RuntimeError):
 
 @contextmanager
 def claimed(path: Path) -> Iterator[BinaryIO]:
-    """Hold the journal of an array file for this process alone; where the process ends, so does its claim.
+    """Lock the journal of an array file for this process alone; the lock ends with the process.
 
     Args:
         path: the array file; its folder is there.
@@ -62,7 +62,7 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                     raise
                 log.warning("%s: this disk has no file locks; see that no other process is at it (--shard)", path)
-            # One who has finished removes the journal, perhaps between our opening and our locking it.
+            # A process that finishes removes the journal, perhaps between our opening and our locking it.
             if _is_at(journal, journal_path):
                 yield journal
                 return
@@ -79,10 +79,10 @@ class PartialStore:
     """An array file that is being written.
 
     Args:
-        path: its place.
-        key: what it is for: the first entries of its index, `shape` among them.
-        journal: what `claimed` gives.
-        fresh: whether to leave aside what a stopped run wrote.
+        path: the file when finished.
+        key: the first entries of its index, `shape` among them; a stopped run with another key is not resumed.
+        journal: from `claimed`.
+        fresh: start over even where a stopped run could be resumed.
 
     Attributes:
         done: rows that are written.
@@ -102,7 +102,7 @@ class PartialStore:
         self.notes: dict[int, list[str]] = {}
         self._unsaved: list[int] = []
         self._save_at = time.monotonic() + CHECKPOINT_SECONDS
-        if fresh or not self._go_on():
+        if fresh or not self._resume():
             self._begin()
 
     def __enter__(self) -> PartialStore:
@@ -117,32 +117,32 @@ class PartialStore:
         finally:
             os.close(self._pixels)
 
-    def write(self, image: Decoded) -> None:
-        """Put a decoded image in its row.
+    def write(self, decoded: Decoded) -> None:
+        """Write a decoded image to its row.
 
         Raises:
-            OSError: disk full, or another fault; the images of before are kept.
+            OSError: disk full, or another fault; the images written before are kept.
         """
         try:
             # Not through a memory map: on a full disk that ends the process without a word.
-            offset, rest = len(self._header) + image.row * self._image_bytes, memoryview(image.pixels)
+            offset, rest = len(self._header) + decoded.row * self._image_bytes, memoryview(decoded.pixels)
             while rest:
                 written = os.pwrite(self._pixels, rest, offset)
                 offset, rest = offset + written, rest[written:]
-            self.done.add(image.row)
-            self._unsaved.append(image.row)
-            if image.notes:
-                self.notes[image.row] = list(image.notes)
+            self.done.add(decoded.row)
+            self._unsaved.append(decoded.row)
+            if decoded.notes:
+                self.notes[decoded.row] = list(decoded.notes)
             if time.monotonic() > self._save_at:
                 self._checkpoint()
         except OSError as error:
             raise self._disk_error(error) from error
 
     def finish(self, entries: dict[str, Any], whole: Path) -> dict[str, Any]:
-        """Move the array to its place, write its index, and return that.
+        """Move the array to its final name, write its index, and return that.
 
         Args:
-            entries: what the index says besides.
+            entries: further entries of the index.
             whole: the store that the array belongs to; its index goes before the array changes.
 
         Raises:
@@ -159,7 +159,7 @@ class PartialStore:
                 "stored": len(self.done),
                 **entries,
             }
-            # An index never lies beside another array than its own: killed between these steps, `_go_on` mends it.
+            # An index never lies beside another array than its own: killed between these steps, `_resume` repairs it.
             for store in (whole, self._path):
                 store.with_suffix(".json").unlink(missing_ok=True)
             self._pixels_path.replace(self._path)
@@ -176,8 +176,9 @@ class PartialStore:
         os.pwrite(self._pixels, self._header, 0)
         self._append(self._key)
 
-    def _go_on(self) -> bool:
-        """Take up what a stopped run left; False when there is nothing, or it was for something else."""
+    def _resume(self) -> bool:
+        """Load the state of a stopped run; False when there is none, or it was for another key."""
+        # The journal up to its last whole line.
         self._journal.seek(0)
         lines = self._journal.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
@@ -189,6 +190,7 @@ class PartialStore:
             return False
         if not records or records[0] != self._key:
             return False
+        # Killed in `finish`: the array has its final name and no index yet.
         if not self._pixels_path.exists() and self._path.exists() and not self._path.with_suffix(".json").exists():
             self._path.replace(self._pixels_path)
         for record in records[1:]:
@@ -205,7 +207,7 @@ class PartialStore:
         return True
 
     def _checkpoint(self) -> None:
-        """Images to the disk first, then their rows into the journal."""
+        """Flush images to the disk first, then their rows to the journal."""
         begun = time.monotonic()
         if self._unsaved:
             os.fsync(self._pixels)

@@ -1,4 +1,4 @@
-"""The pixel store: every image of a manifest as memory-mapped uint8 pixels, and the index that says which is which.
+"""The pixel store: every image of a manifest as memory-mapped uint8 pixels, and the index of their ids.
 
 `images_<size>.npy` holds (N, S, S), a row per manifest row in its order; an image that could not be used is all 0.
 `images_<size>.json` beside it has, key by key:
@@ -12,12 +12,12 @@
     pillow      version of the decoder
     stored      images in the array
     unreadable  image_id -> why it could not be used
-    notes       image_id -> what is unusual about it (`decoding.DecodedImage.notes`)
+    notes       image_id -> anything unusual about it (`decoding.DecodedImage.notes`)
     image_ids   of each row
 
 A store of very many images lies in shards, each of the next so many rows of the manifest: `images_<size>-1-of-6.npy`
-with an index of its own, as above, and so on. The index of the whole, `images_<size>.json`, is written when all are
-there; its schema is 2, it has no `pillow`, and
+with an index of its own, as above, and so on; `ShardedImages` reads them as one array. The index of the whole,
+`images_<size>.json`, is written when all are there; its schema is 2, it has no `pillow`, and
 
     shards      [{file, films, sample}] in order: name of the array, number of rows, as in its own index
     films       SHA-256 of what the shards have under `films`
@@ -27,23 +27,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pandas as pd
+
+from mlx_cxr.core.runs import RunFormatError, read_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.core.runs import RunFormatError, read_json
-from collections.abc import Iterator, Sequence
-import numpy as np
 
 SCHEMA = 1
 SHARDED_SCHEMA = 2
+_KEYS = ("manifest", "transform", "films", "shape", "sample", "unreadable", "notes", "image_ids")
 _SAMPLED_ROWS = 16
+_AGAIN = "run prepare_images with this configuration again"
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,9 @@ class PixelStore:
     """An opened store.
 
     Attributes:
-        images: uint8 (N, S, S), memory-mapped, read-only, gray levels 0..255; an array, or what serves as one where
-            the store lies in shards.
+        images: uint8 (N, S, S), memory-mapped, read-only, gray levels 0..255.
         missing: image_id -> reason, of the images that could not be used; their rows are all 0.
-        notes: image_id -> what is unusual about the image.
+        notes: image_id -> anything unusual about the image.
     """
 
     images: np.ndarray | ShardedImages
@@ -85,13 +86,13 @@ class PixelStore:
         place = pd.Index(index["image_ids"], dtype=object)
         if not place.equals(pd.Index(manifest.frame["image_id"], dtype=object)):
             raise DataError(f"{path.with_suffix('.json')} lists other films than the manifest; {_AGAIN}")
-        images = [_mapped(path, file, *form) for file, *form in _arrays(path, index)]
-        return cls(
-            images[0] if index["schema"] == SCHEMA else ShardedImages(images),
-            index["unreadable"],
-            index["notes"],
-            place,
-        )
+        arrays = []
+        for file, shape, sample in _arrays(path, index):
+            arrays.append(map_images(file, shape))
+            if sample_hash(arrays[-1]) != sample:
+                raise DataError(f"{file} and its index {path.with_suffix('.json')} do not belong together; {_AGAIN}")
+        images = arrays[0] if index["schema"] == SCHEMA else ShardedImages(arrays)
+        return cls(images, index["unreadable"], index["notes"], place)
 
     def rows(self, image_ids: Iterable[str]) -> np.ndarray:
         """int64 (M,): the row of each image in `images`.
@@ -109,8 +110,68 @@ class PixelStore:
         return rows
 
 
-_AGAIN = "run prepare_images with this configuration again"
-_KEYS = ("manifest", "transform", "films", "shape", "sample", "unreadable", "notes", "image_ids")
+class ShardedImages:
+    """uint8 (N, S, S), read-only: the rows of several arrays (n, S, S), one after the other.
+
+    It has the part of an array's interface that readers of a store use: `shape`, `dtype`, `ndim`, `nbytes`, `len`, and
+    rows by number, by slice, or by a list or integer array of numbers (negative ones count from the end). The rows are
+    copies in memory, except for a single row, which is a view of the file.
+
+    Args:
+        shards: memory-mapped or not; of one dtype and, but for their number of rows, one shape.
+
+    Raises:
+        ValueError: there are none, or they differ.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        if len({(shard.dtype, shard.shape[1:]) for shard in shards}) != 1:
+            raise ValueError(f"shards are {[(str(shard.dtype), shard.shape) for shard in shards]}; expected one form")
+        self._shards = tuple(shards)
+        self._stops = np.cumsum([len(shard) for shard in shards])
+        self._starts = self._stops - [len(shard) for shard in shards]
+        self.dtype = shards[0].dtype
+        self.shape = (int(self._stops[-1]), *shards[0].shape[1:])
+        self.ndim = len(self.shape)
+        self.nbytes = sum(shard.nbytes for shard in shards)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | np.integer | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """One row (S, S), or rows (M, S, S) in the order asked for.
+
+        Raises:
+            IndexError: a row that is not there, or no rows by number: masks and several axes are not served.
+        """
+        if isinstance(rows, slice):
+            return self._rows(np.arange(len(self))[rows])
+        if isinstance(rows, tuple):  # as `images[0, 1]` gives
+            raise IndexError(f"rows of a sharded store are asked for by number or slice, not by {rows!r}")
+        wanted = np.asarray(rows) if np.size(rows) else np.zeros(0, np.int64)
+        if wanted.ndim > 1 or wanted.dtype.kind not in "iu":
+            raise IndexError(f"rows of a sharded store are asked for by number or slice, not by {rows!r}")
+        if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked for, of {len(self)}")
+        wanted = wanted.astype(np.int64)
+        wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        if wanted.ndim == 0:
+            shard = int(np.searchsorted(self._stops, wanted, side="right"))
+            return self._shards[shard][int(wanted - self._starts[shard])]
+        return self._rows(wanted)
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (M,) that exist, read shard by shard and forward through each file."""
+        out = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        order = np.argsort(rows, kind="stable")
+        edges = np.searchsorted(rows[order], self._stops)
+        begin = 0
+        for shard, start, end in zip(self._shards, self._starts, edges, strict=True):
+            if end > begin:
+                places = order[begin:end]
+                out[places] = shard[rows[places] - start]
+            begin = end
+        return out
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -144,7 +205,7 @@ def store_files(path: Path) -> list[Path]:
 
 
 def shard_paths(path: Path, shards: int) -> list[Path]:
-    """Where the arrays of a store of so many shards lie; of one, the array is `path`."""
+    """Paths of the arrays of a store of so many shards; with one, the array is `path`."""
     if shards == 1:
         return [path]
     width = len(str(shards))
@@ -152,7 +213,7 @@ def shard_paths(path: Path, shards: int) -> list[Path]:
 
 
 def files_of_shards(path: Path) -> list[Path]:
-    """Whatever lies beside a store that is of its shards, finished, begun, or left by other settings."""
+    """Files of shards beside a store: finished, begun, or left by other settings."""
     name = re.compile(re.escape(path.stem) + r"-\d+-of-\d+(\.partial)?\.(npy|json|jsonl|npy\.partial)")
     return sorted(file for file in path.parent.glob(f"{path.stem}-*-of-*") if name.fullmatch(file.name))
 
@@ -206,80 +267,5 @@ def _arrays(path: Path, index: dict[str, Any]) -> list[tuple[Path, tuple[int, ..
     return [(path.with_name(s["file"]), (s["films"], *side), s["sample"]) for s in index["shards"]]
 
 
-def _mapped(path: Path, file: Path, shape: tuple[int, ...], sample: str) -> np.ndarray:
-    images = map_images(file, shape)
-    if sample_hash(images) != sample:
-        raise DataError(f"{file} and its index {path.with_suffix('.json')} do not belong together; {_AGAIN}")
-    return images
-
-
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
-
-
-class ShardedImages:
-    """uint8 (N, S, S), read-only: the rows of several arrays (n, S, S), one after the other.
-
-    It serves what readers of a store ask of an array: `shape`, `dtype`, `ndim`, `nbytes`, `len`, and rows by number, by
-    slice, or by a list or integer array of numbers (negative ones count from the end). What it gives is a copy in
-    memory, except for a single row, which is a view of the file.
-
-    Args:
-        shards: memory-mapped or not; of one dtype and, but for their number of rows, one shape.
-
-    Raises:
-        ValueError: there are none, or they differ.
-    """
-
-    def __init__(self, shards: Sequence[np.ndarray]) -> None:
-        if len({(shard.dtype, shard.shape[1:]) for shard in shards}) != 1:
-            raise ValueError(f"shards are {[(str(shard.dtype), shard.shape) for shard in shards]}; expected one form")
-        self._shards = tuple(shards)
-        self._stops = np.cumsum([len(shard) for shard in shards])
-        self._starts = self._stops - [len(shard) for shard in shards]
-        self.dtype = shards[0].dtype
-        self.shape = (int(self._stops[-1]), *shards[0].shape[1:])
-        self.ndim = len(self.shape)
-        self.nbytes = sum(shard.nbytes for shard in shards)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for shard in self._shards:
-            yield from shard
-
-    def __getitem__(self, rows: int | np.integer | slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """One row (S, S), or rows (M, S, S) in the order asked for.
-
-        Raises:
-            IndexError: a row that is not there, or no rows by number: masks and several axes are not served.
-        """
-        if isinstance(rows, slice):
-            return self._rows(np.arange(len(self))[rows])
-        if isinstance(rows, tuple):  # as `images[0, 1]` gives
-            raise IndexError(f"rows of a sharded store are asked for by number or slice, not by {rows!r}")
-        wanted = np.asarray(rows) if np.size(rows) else np.zeros(0, np.int64)
-        if wanted.ndim > 1 or wanted.dtype.kind not in "iu":
-            raise IndexError(f"rows of a sharded store are asked for by number or slice, not by {rows!r}")
-        if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked for, of {len(self)}")
-        wanted = wanted.astype(np.int64)
-        wanted = np.where(wanted < 0, wanted + len(self), wanted)
-        if wanted.ndim == 0:
-            shard = int(np.searchsorted(self._stops, wanted, side="right"))
-            return self._shards[shard][int(wanted - self._starts[shard])]
-        return self._rows(wanted)
-
-    def _rows(self, rows: np.ndarray) -> np.ndarray:
-        """Shard by shard, forward through each file."""
-        out = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        order = np.argsort(rows, kind="stable")
-        edges = np.searchsorted(rows[order], self._stops)
-        begin = 0
-        for shard, start, end in zip(self._shards, self._starts, edges, strict=True):
-            if end > begin:
-                places = order[begin:end]
-                out[places] = shard[rows[places] - start]
-            begin = end
-        return out

@@ -1,4 +1,4 @@
-"""Silence around decoders: what they warn of is in an image's notes or in its error."""
+"""Silence around decoders: their warnings are in an image's notes or in its error already."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _restore = ExitStack()
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """No warning of Pillow's or pydicom's comes out of what is done within, nor pydicom's log of them.
+    """Silence warnings of Pillow and pydicom within the context, and pydicom's log of them.
 
     Warning filters belong to the process: `warnings.catch_warnings` in threads that overlap would leave the filters of
-    one to the others. So the first thread in sets them, and the last one out sets them back.
+    one to the others. So the first thread in sets them, and the last one out restores them.
     """
     global _inside
     log = logging.getLogger("pydicom")

@@ -1,35 +1,44 @@
-"""The reports of the studies chosen: out of MIMIC-CXR's folder or `mimic-cxr-reports.zip`, or a table's own columns."""
+"""The reports of a manifest's studies, cut into sections.
+
+They are read from MIMIC-CXR's folder or `mimic-cxr-reports.zip` in threads and cut in processes, or taken from columns
+of a table.
+"""
 
 from __future__ import annotations
 
 import os
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+
 import pandas as pd
+
 from mlx_cxr.core.config_schema import DataConfig
-from mlx_cxr.data.reports import has_headings, joined_text, section_texts, texts_of_sections
-from mlx_cxr.data.tables import DataError
-from mlx_cxr.core.workers import available_cores
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from mlx_cxr.data.reports import decode, section_texts
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.workers import lean_start, worker_pool
+from mlx_cxr.core.workers import available_cores, lean_start, worker_pool
+from mlx_cxr.data.reports import decode, has_headings, joined_text, section_texts, texts_of_sections
+from mlx_cxr.data.tables import DataError
 
 ZIP_NAME = "mimic-cxr-reports.zip"
 _THREADS = 8
 _PER_THREAD = 64
 _WORTH_A_WORKER = 4_000
 """Reports that take about two seconds, longer than a worker takes to start."""
+_BATCHES_PER_WORKER = 2
+"""Submitted at a time: none waits, and reports do not pile up."""
+
+Cut = tuple[dict[str, str], bool]
+"""A report's text for each of `reports.SECTIONS`, and whether it was UTF-8."""
+
+
+class ReportWorkerDiedError(UserError, RuntimeError):
+    """The operating system ended a process that cut reports."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class ReportTexts:
         texts: study id (of a table: image id) -> cleaned text by `data.report_sections`, "" where there is none.
         sections: study id -> each of `reports.SECTIONS`, cleaned, of the studies that have a report.
         counts: of texts `found`, `missing`, `not UTF-8` (decoded even so).
-        served: what the texts came from, such as `impression` -> studies; `none` for reports without any of the
-            sections wanted.
+        served: section that the texts came from, such as `impression` -> studies; `none` for reports without any of
+            the sections wanted.
         where: the folder or zip, for the summary; None when there are no reports.
     """
 
@@ -50,10 +59,6 @@ class ReportTexts:
     counts: dict[str, int]
     served: dict[str, int]
     where: str | None
-
-
-class _Store(Protocol):
-    def read(self, patient: str, study: str) -> bytes | None: ...
 
 
 def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[str], workers: int = 0) -> ReportTexts:
@@ -81,8 +86,8 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
                 parts = [pairs[start + t * _PER_THREAD : start + (t + 1) * _PER_THREAD] for t in range(_THREADS)]
                 yield [raw for part in threads.map(read, parts) for raw in part]
 
-        answers = [answer for batch in cut_all(batches(), workers) for answer in batch]
-    found = {study: answer for study, answer in zip(studies, answers, strict=True) if answer is not None}
+        reports = [report for batch in cut_all(batches(), workers) for report in batch]
+    found = {study: report for study, report in zip(studies, reports, strict=True) if report is not None}
     if data.reports is not None and len(studies) and not found:
         raise DataError(
             f"data.reports {data.reports} holds none of {len(studies)} reports; the first one looked for is "
@@ -102,11 +107,11 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
 
 
 def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
-    """What `read_reports` gives, for a table that brings the reports in columns of its own.
+    """The same as `read_reports`, from a table that has the reports in columns of its own.
 
     Where the columns are sections, each is cleaned. A text with a findings or impression heading is cut like a report;
-    in a manifest's text any other is taken whole. The report of a study of several images is what stands at them, the
-    same text once.
+    in a manifest's text any other is taken whole. The report of a study of several images is the text of all of them,
+    the same text once.
 
     Args:
         data: `report_sections`, `report_mode` and `csv.sections` are used.
@@ -142,86 +147,12 @@ def _named(served: Sequence[str]) -> str:
     return " + ".join(served) or "none"
 
 
-@contextmanager
-def _stores(data: DataConfig) -> Iterator[tuple[list[_Store], str]]:
-    """The places to look in, in order; a study's report is taken from the first that has it."""
-    named = data.reports
-    if named is not None and not named.exists():
-        raise DataError(f"data.reports {named}: no such folder or zip; leave it out to do without reports")
-    with ExitStack() as open_files:
-        places = [named] if named is not None else [data.root, data.root / "reports"]
-        stores: list[_Store] = []
-        wheres: list[Path] = []
-        for place in places:
-            if place.is_dir():
-                tops = [top for top in (place / "files", place) if _has_patient_groups(top)]
-                stores += [_Folder(top) for top in tops]
-                wheres += tops
-            archive = place / ZIP_NAME if place.is_dir() else place
-            if archive.is_file():
-                stores.append(_Zip(archive, open_files))
-                wheres.append(archive)
-        yield stores, ", ".join(map(str, wheres))
-
-
-class _Folder:
-    def __init__(self, top: Path) -> None:
-        self._top = top
-
-    def read(self, patient: str, study: str) -> bytes | None:
-        try:
-            return (self._top / f"p{patient[:2]}" / f"p{patient}" / f"s{study}.txt").read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-class _Zip:
-    def __init__(self, path: Path, open_files: ExitStack) -> None:
-        self._path = path
-        try:
-            self._archive = open_files.enter_context(zipfile.ZipFile(path))
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is not a zip or is cut short ({error}); download it again") from None
-        names = (name for name in self._archive.namelist() if name.endswith(".txt"))
-        # By the last three parts, whatever folder the archive starts with.
-        self._members = {"/".join(name.split("/")[-3:]): name for name in names}
-
-    def read(self, patient: str, study: str) -> bytes | None:
-        member = self._members.get(_member(patient, study).removeprefix("files/"))
-        try:
-            return None if member is None else self._archive.read(member)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{self._path}: {member} cannot be read ({error}); download the zip again") from None
-
-
-def _member(patient: str, study: str) -> str:
-    return f"files/p{patient[:2]}/p{patient}/s{study}.txt"
-
-
-def _has_patient_groups(folder: Path) -> bool:
-    """Whether a folder has MIMIC's `p10` … `p19` in it."""
-    if not folder.is_dir():
-        return False
-    with os.scandir(folder) as entries:
-        return any(len(entry.name) == 3 and entry.name[0] == "p" and entry.name[1:].isdigit() for entry in entries)
-
-
 def _counted(names: Sequence[str]) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-Cut = tuple[dict[str, str], bool]
-"""A report's text for each of `reports.SECTIONS`, and whether it was UTF-8."""
-_BATCHES_PER_WORKER = 2
-"""Handed out at a time: none waits, and reports do not pile up."""
-
-
-class ReportWorkerDiedError(UserError, RuntimeError):
-    """The operating system ended a process that cut reports."""
-
-
 def cut_all(batches: Iterable[Sequence[bytes | None]], workers: int) -> Iterator[list[Cut | None]]:
-    """Cut batches of reports, and yield each in its turn.
+    """Cut batches of reports into sections, and yield each in its turn.
 
     Args:
         batches: the content of report files; None stands for one that is not there, and stays None.
@@ -253,10 +184,74 @@ def cut_all(batches: Iterable[Sequence[bytes | None]], workers: int) -> Iterator
 
 
 def cut_batch(batch: Sequence[bytes | None]) -> list[Cut | None]:
-    """What a worker does."""
-    return [None if data is None else _cut(data) for data in batch]
+    """Cut some reports into sections; the work of a worker process."""
+    decoded = (None if data is None else decode(data) for data in batch)
+    return [None if report is None else (section_texts(report[0]), report[1]) for report in decoded]
 
 
-def _cut(data: bytes) -> Cut:
-    report, utf8 = decode(data)
-    return section_texts(report), utf8
+@contextmanager
+def _stores(data: DataConfig) -> Iterator[tuple[list[_Folder | _Zip], str]]:
+    """The folders and zips to search, in order; a study's report is taken from the first that has it."""
+    named = data.reports
+    if named is not None and not named.exists():
+        raise DataError(f"data.reports {named}: no such folder or zip; leave it out to do without reports")
+    with ExitStack() as open_files:
+        places = [named] if named is not None else [data.root, data.root / "reports"]
+        stores: list[_Folder | _Zip] = []
+        wheres: list[Path] = []
+        for place in places:
+            if place.is_dir():
+                tops = [top for top in (place / "files", place) if _has_patient_groups(top)]
+                stores += [_Folder(top) for top in tops]
+                wheres += tops
+            archive = place / ZIP_NAME if place.is_dir() else place
+            if archive.is_file():
+                stores.append(_Zip(archive, open_files))
+                wheres.append(archive)
+        yield stores, ", ".join(map(str, wheres))
+
+
+class _Folder:
+    """Reports as files in MIMIC's folders."""
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+
+    def read(self, patient: str, study: str) -> bytes | None:
+        try:
+            return (self._top / f"p{patient[:2]}" / f"p{patient}" / f"s{study}.txt").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+class _Zip:
+    """Reports in an archive of MIMIC's folders."""
+
+    def __init__(self, path: Path, open_files: ExitStack) -> None:
+        self._path = path
+        try:
+            self._archive = open_files.enter_context(zipfile.ZipFile(path))
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path} is not a zip or is cut short ({error}); download it again") from None
+        names = (name for name in self._archive.namelist() if name.endswith(".txt"))
+        # By the last three parts, whatever folder the archive starts with.
+        self._members = {"/".join(name.split("/")[-3:]): name for name in names}
+
+    def read(self, patient: str, study: str) -> bytes | None:
+        member = self._members.get(_member(patient, study).removeprefix("files/"))
+        try:
+            return None if member is None else self._archive.read(member)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self._path}: {member} cannot be read ({error}); download the zip again") from None
+
+
+def _member(patient: str, study: str) -> str:
+    return f"files/p{patient[:2]}/p{patient}/s{study}.txt"
+
+
+def _has_patient_groups(folder: Path) -> bool:
+    """True for a folder that has MIMIC's `p10` … `p19` in it."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(len(entry.name) == 3 and entry.name[0] == "p" and entry.name[1:].isdigit() for entry in entries)

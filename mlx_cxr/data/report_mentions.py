@@ -1,6 +1,6 @@
-"""The sentences of a report that speak of a finding, for a reader to look at: a search for words, and no more.
+"""The sentences of a report that mention a finding, for a reader to look at: a search for words, not a labeler.
 
-It does not tell a finding stated from one denied, and misses what is put in other words; it labels nothing.
+It does not tell a finding stated from one denied, and misses other wordings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS: Mapping[str, str] = {
     "Pneumothorax": r"pneumothora",
     "Support Devices": r"tube|catheter|pacemaker|drain|device|\b(?:lines?|pacer|picc|port|wires?|leads?)\b",
 }
-"""Finding to a pattern of the words that reports name it by; the 14 in their order."""
+"""Finding -> pattern of the words that reports name it by."""
 LONGEST = 400
 """Characters of an excerpt."""
 
@@ -35,7 +35,7 @@ _SENTENCE = re.compile(r"(?<=[.;!?])\s+")
 
 
 def mentions(text: str, label: str) -> str:
-    """The sentences of a text that name a finding, in their order, joined by blanks; cut between words at `LONGEST`.
+    """The sentences of a text that name a finding, in their order, joined by spaces; cut between words at `LONGEST`.
 
     Raises:
         KeyError: the finding is none of the 14.

@@ -1,8 +1,8 @@
-"""The text of radiology reports: sections by heading, and cleaning. Pure functions; files are read in `report_files`.
+"""The text of radiology reports: sections by heading, and cleaning. Pure functions; `report_files` reads the files.
 
 MIMIC-CXR's reports have headings in capitals at the start of a line, in hundreds of wordings and misspellings, and
 about one in twenty has none that counts. CheXpert's labels were drawn from the Impression, else the Findings, else the
-last section (Johnson et al., arXiv:1901.07042), which is the fall-back order of `report_text` by default.
+last section (Johnson et al., arXiv:1901.07042), which is the order of `data.report_sections` by default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INDICATION, FINDINGS, IMPRESSION, BOTH = "indication", "findings", "impression",
 LAST_PARAGRAPH, WHOLE = "last_paragraph", "whole"
 BODY, OTHER, EXAMINATION = "body", "other", "examination"
 SECTIONS: tuple[str, ...] = (INDICATION, FINDINGS, IMPRESSION, LAST_PARAGRAPH, WHOLE)
-"""What can be asked for of a report."""
+"""The parts of a report that can be asked for."""
 
 _KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("addendum", ("ADDENDUM", "AMENDMENT")),
@@ -32,7 +32,7 @@ _KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("technique", ("TECHNIQUE",)),
     (EXAMINATION, ("EXAMINATION", "EXAM", "EXAMS", "STUDY", "PROCEDURE", "DATE", "ACCESSION")),
 )
-"""Kinds in order of precedence, and the words, in a heading, that tell them; `BOTH` is told by two of them."""
+"""Kinds in order of precedence, and the words in a heading that mark them; `BOTH` takes two of them."""
 _KIND_OF_WORD = {word: kind for kind, words in _KEYWORDS for word in words}
 _RANK = {kind: rank for rank, (kind, _) in enumerate(_KEYWORDS)}
 _VIEW_NOUNS = frozenset({"CHEST", "CXR", "VIEW", "VIEWS", "FILM", "FILMS", "RADIOGRAPH", "RADIOGRAPHS", "X-RAY"})
@@ -53,7 +53,7 @@ _PLAIN_HEADINGS = frozenset({
 """Headings that also count in mixed case, in the middle of a line, or alone on a line without a colon."""
 
 _HEADER_KINDS = frozenset((INDICATION, "technique", "comparison", EXAMINATION, OTHER))
-"""Kinds that end at their first blank line: what follows without a heading is the report's body."""
+"""Kinds that end at their first blank line: text that follows without a heading is the report's body."""
 _CONTENT_KINDS = frozenset((BODY, OTHER, FINDINGS, IMPRESSION, BOTH))
 
 _LINE_HEADING = re.compile(r"(?m)^[ \t]*([A-Za-z](?:[A-Za-z0-9_ &()/,.'-]|:(?=\d)){1,80}?)[ \t]*(:(?=\s|$)|$)")
@@ -65,7 +65,7 @@ _INLINE_HEADING = re.compile(
 _TITLE = re.compile(
     r"(?m)^[ \t]*(?:(?:FINAL|PRELIMINARY|INTERIM)[ \t]+)?REPORT[ \t]*(?::|$)|FINAL REPORT\b:?|^[ \t]*[_=*-]{8,}[ \t]*$"
 )
-"""Lines that say that a report begins, and ruled lines: whatever section was open ends there."""
+"""Lines that announce a report, and ruled lines: an open section ends there."""
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _MARK = re.compile(r"[-/]?(?:_{2,}|X{4,}|\[\*\*.*?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?")
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
@@ -126,35 +126,20 @@ def parse_sections(report: str) -> tuple[Section, ...]:
     return tuple(sections)
 
 
-def report_text(report: str, wanted: Sequence[str], mode: str = "first") -> tuple[str, tuple[str, ...]]:
-    """The cleaned text that goes with an image.
-
-    Args:
-        report: as written.
-        wanted: of `indication`, `findings`, `impression`, `last_paragraph`, `whole`, in the order of preference.
-        mode: `first`: the first of `wanted` that the report has. `all`: all of them, in that order.
-
-    Returns:
-        (text, which of `wanted` it came from); ("", ()) when the report has none of them. "Findings and impression"
-        under one heading serves as either, and is given once. The last paragraph is that of findings, impression
-        and what stands under no heading, never of indication, comparison, recommendation, wet read or addendum.
-    """
-    return joined_text(section_texts(report), wanted, mode)
-
-
 def section_texts(report: str) -> dict[str, str]:
     """Each of `SECTIONS`, cleaned; "" where the report lacks it.
 
-    Under a heading "findings and impression" both are the same text.
+    Under a heading "findings and impression" both are the same text. The last paragraph is that of findings, impression
+    and text under no heading, never of indication, comparison, recommendation, wet read or addendum.
     """
     sections = parse_sections(report)
     return {name: clean(report) if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
 
 
 def texts_of_sections(parts: Mapping[str, str]) -> dict[str, str]:
-    """What `section_texts` gives, for a report that comes in parts.
+    """The same as `section_texts`, from a report that comes in parts.
 
-    A part keeps what stands in it, even the heading of another; `whole` is all of them, each under its heading.
+    A part keeps all of its text, even the heading of another; `whole` is all of them, each under its heading.
 
     Args:
         parts: of `indication`, `findings` and `impression`, those that there are, as written.
@@ -165,7 +150,11 @@ def texts_of_sections(parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def joined_text(texts: Mapping[str, str], wanted: Sequence[str], mode: str = "first") -> tuple[str, tuple[str, ...]]:
-    """What `report_text` gives, from the texts of `section_texts`."""
+    """The text of a report that goes with an image, and the sections of `wanted` that it came from.
+
+    The arguments are those of `select`. A text that serves as two sections is given once; ("", ()) when the report has
+    none of them.
+    """
     served = tuple(name for name in wanted if texts.get(name))[: 1 if mode == "first" else None]
     return " ".join(text for _, text in select(texts, wanted, mode)), served
 
@@ -191,7 +180,7 @@ def select(texts: Mapping[str, str], wanted: Sequence[str], mode: str = "first")
 
 
 def has_headings(report: str) -> bool:
-    """Whether the text has a findings or impression heading, so that it reads as a report and not as a note."""
+    """True for a text with a findings or impression heading, which makes it a report and not a note."""
     return any(section.kind in (FINDINGS, IMPRESSION, BOTH) for section in parse_sections(report))
 
 
@@ -201,8 +190,8 @@ def clean(text: str) -> str:
 
     Taken out: line breaks and runs of blanks, de-identification marks (`___`, `XXXX`, `[** **]`), "FINAL REPORT" and
     ruled lines, list numbers ("1.", "2)", "(3)", but not "2.5 cm" nor a number that ends a sentence), bullets, and
-    punctuation that these leave behind. Where a list item or a paragraph ends without a full stop one is put, so that
-    a "no" does not reach into the next.
+    punctuation that these leave behind. A list item or paragraph that ends without a full stop gets one, so that a "no"
+    does not reach into the next.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     text = _TITLE.sub("\n\n", text)
@@ -244,7 +233,7 @@ def _headings(report: str) -> list[tuple[int, int, str, str]]:
 
 @lru_cache(maxsize=4096)
 def _kind(name: str, colon: bool) -> str | None:
-    """What a line's beginning is as a heading; None if it is none."""
+    """The kind of heading that a line begins with; None if it is no heading."""
     plain = name.casefold() in _PLAIN_HEADINGS
     words = re.findall(r"[A-Z&-]+", name.upper())
     if not words or not name[0].isupper() or not (plain or colon):
@@ -281,14 +270,14 @@ def _closed(kind: str, heading: str, text: str) -> list[Section]:
 
 
 def _is_title(paragraph: str) -> bool:
-    """Whether a paragraph only names the examination: "AP CHEST, 6:00 A.M., ___"."""
+    """True for a paragraph that only names the examination: "AP CHEST, 6:00 A.M., ___"."""
     line = paragraph.strip()
     words = set(re.findall(r"[A-Z-]+", line))
     return "\n" not in line and len(line) < 100 and line == line.upper() and not _VIEW_NOUNS.isdisjoint(words)
 
 
 def _without_list_marks(text: str) -> str:
-    """Numbers count as a list's only in sequence from 1, and where an item can begin, so that no figure is lost."""
+    """Take out list numbers, only in sequence from 1 and where an item can begin, so that no figure is lost."""
     lines: list[str] = []
     expected, bullets, blank = 1, False, True
     for line in text.split("\n"):

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.data.source_rows import SPLITS
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.source_rows import SPLITS
 
 
 def stratified_parts(
@@ -37,7 +37,7 @@ def stratified_parts(
     counts = np.column_stack([sizes, positives]).astype(np.float64)
     weight = 1.0 / np.maximum(counts.sum(axis=0), 1.0)
     rarest = np.where(positives > 0, positives.sum(axis=0), np.iinfo(np.int64).max).min(axis=1)
-    excess = np.zeros((len(share), counts.shape[1]))  # of what each part has over its share of what was dealt
+    excess = np.zeros((len(share), counts.shape[1]))  # of each part over its share of the groups dealt so far
     room = share * counts[:, 0].sum()
     parts = np.zeros(len(names), dtype=np.int64)
     for group in sorted(range(len(names)), key=lambda group: (rarest[group], _rank(names[group], seed))):
@@ -77,7 +77,7 @@ def split_patients(frame: pd.DataFrame, validation_fraction: float, test_fractio
 def sample_studies(
     frame: pd.DataFrame, n_studies: int, validation_fraction: float, test_fraction: float, seed: int
 ) -> np.ndarray:
-    """Which rows belong to a sample of about `n_studies` studies, patients kept whole, prevalence close in each split.
+    """Draw a sample of about `n_studies` studies, patients kept whole, prevalence close in each split.
 
     The splits share the sample in proportion to their studies, except that validation and test get no less than the
     given fractions of it as long as they have the studies: in proportion, 15,000 studies of MIMIC-CXR would leave
@@ -91,7 +91,8 @@ def sample_studies(
         seed: of the order in which patients are dealt.
 
     Returns:
-        bool (N,). A split's number of studies differs from what it should get by less than the studies of one patient.
+        bool (N,), True for rows in the sample. A split's number of studies is off its target by less than the studies
+        of one patient.
     """
     there = {name: int(frame.loc[frame["split"] == name, "study_id"].nunique()) for name in SPLITS}
     wanted = sample_sizes(there, n_studies, {"validate": validation_fraction, "test": test_fraction})

@@ -1,7 +1,7 @@
-"""Making soft labels, study by study, so that a stopped run can be gone on with; what they are is in `soft_labels`.
+"""Making the files of `soft_labels`, study by study, so that a stopped run can be resumed.
 
 While they are made, `teacher_soft_labels.partial.npy` holds the logits, NaN in the rows still to do, and
-`teacher_features.partial.npy` the features; `teacher_soft_labels.partial.json` says what they are for.
+`teacher_features.partial.npy` the features; `teacher_soft_labels.partial.json` has the hash of the studies and header.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import (
     FEATURES_NAME,
     INDEX_NAME,
@@ -28,8 +30,6 @@ from mlx_cxr.data.soft_labels import (
     load_soft_labels,
     partial_paths,
 )
-from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
 
 _CHUNK = 4096
 
@@ -43,7 +43,7 @@ class SoftLabelWriter:
         shape = (len(key["study_ids"]), len(LABELS))
         sizes = {} if key["features"] is None else {self._features_path: ((shape[0], key["features"]), np.float16)}
         sizes = {self._logits_path: (shape, np.float32)} | sizes
-        if not self._can_go_on(sizes):
+        if not self._can_resume(sizes):
             self._begin(sizes)
         self._files = {path: _RowFile(path) for path in sizes}
         self._logits = np.load(self._logits_path, allow_pickle=False)
@@ -57,17 +57,17 @@ class SoftLabelWriter:
         header: Mapping[str, Any],
         feature_size: int | None = None,
     ) -> SoftLabelWriter:
-        """Begin, or go on where a stopped run was, if it was for the same studies and header.
+        """Begin, or resume a stopped run of the same studies and header.
 
-        Finished soft labels in the folder stay until `finish` replaces them. Where these are for the same, nothing is
-        left to do.
+        Finished soft labels in the folder stay until `finish` replaces them. Where these are of the same studies and
+        header, nothing is left to do.
 
         Args:
             folder: the teacher's run.
             study_ids: (N,), each once.
             splits: (N,), `train` or `validate`.
-            header: JSON-ready; hashes of whatever the logits depend on, for `SoftLabels.check`.
-            feature_size: H of the features to be put; None for none.
+            header: JSON-ready; hashes of everything that the logits depend on, for `SoftLabels.check`.
+            feature_size: H of the features; None for none.
 
         Raises:
             SoftLabelError: a study is of another split or there twice, or another process is writing there.
@@ -99,7 +99,7 @@ class SoftLabelWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; what was put is kept."""
+        """Close the files; the rows that were put are kept."""
         for file in self._files.values():
             file.close()
         if self._lock >= 0:
@@ -113,7 +113,7 @@ class SoftLabelWriter:
 
     @property
     def logits(self) -> np.ndarray:
-        """float32 (N, 14): a copy of what was put, NaN in rows that are not done; for fitting temperatures."""
+        """float32 (N, 14): a copy of the logits, NaN in rows that are not done; for fitting temperatures."""
         return self._logits.copy()
 
     def put(self, rows: Sequence[int] | np.ndarray, logits: np.ndarray, features: np.ndarray | None = None) -> None:
@@ -122,12 +122,12 @@ class SoftLabelWriter:
         Args:
             rows: int (M,).
             logits: float (M, 14), finite.
-            features: float (M, H), within float16; given if and only if `open` was told their size.
+            features: float (M, H), within float16; given if and only if `open` had a `feature_size`.
 
         Raises:
             SoftLabelError: a value is not a finite number; names the study.
-            ValueError: shapes that do not go together.
-            OSError: the disk is full; what was put before is kept.
+            ValueError: shapes that do not fit each other.
+            OSError: the disk is full; the rows put before are kept.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._logits):
@@ -138,13 +138,13 @@ class SoftLabelWriter:
         logits = self._checked(rows, logits, (len(rows), len(LABELS)), np.float32, "logits")
         if features is not None:
             features = self._checked(rows, features, (len(rows), size), np.float16, "features")
-            # Before the logits, as it is these that say that a row is done.
+            # Before the logits, which mark a row as done.
             self._files[self._features_path].write(rows, features)
         self._files[self._logits_path].write(rows, logits)
         self._logits[rows] = logits
 
     def finish(self, temperatures: np.ndarray | Sequence[float], **counts: int) -> Path:
-        """Move the arrays to their place, write the JSON, and close.
+        """Move the arrays to their final names, write the JSON, and close.
 
         Args:
             temperatures: (14,), positive, fitted on validation.
@@ -155,7 +155,7 @@ class SoftLabelWriter:
 
         Raises:
             SoftLabelError: rows are not done, or a temperature is not a positive number.
-            OSError: as `put`; the same run can be gone on with.
+            OSError: as `put`; the run can be resumed.
         """
         if len(todo := self.todo):
             first = self._key["study_ids"][todo[0]]
@@ -195,8 +195,8 @@ class SoftLabelWriter:
             )
         return values
 
-    def _can_go_on(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> bool:
-        """Whether a stopped run left files that are for this; those it had moved to their place are moved back."""
+    def _can_resume(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> bool:
+        """True if a stopped run left files of this key; those that have their final names already are moved back."""
         try:
             if read_json(self._key_path) != {"key": hash_of(self._key)}:
                 return False
@@ -224,7 +224,7 @@ class SoftLabelWriter:
         write_json(self._key_path, {"key": hash_of(self._key)})
 
     def _is_finished(self) -> bool:
-        """Whether the soft labels in the folder are those that are to be made."""
+        """True if the finished soft labels in the folder are of this key."""
         try:
             load_soft_labels(self._folder)
             return read_json(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
@@ -241,7 +241,7 @@ class _RowFile:
         self._file = os.open(path, os.O_RDWR)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Put rows in their place, and on the disk."""
+        """Write rows and flush them to the disk."""
         for row, value in zip(rows.tolist(), values, strict=True):
             # Not through a memory map: on a full disk that ends the process without a word.
             offset, rest = self._start + row * self._row_bytes, memoryview(value.tobytes())
@@ -251,12 +251,12 @@ class _RowFile:
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
 
 
 def _write_blank(path: Path, shape: tuple[int, int], dtype: type) -> None:
-    """A `.npy` of NaN, in full, so that a disk that is too small says so before the teacher has worked for hours."""
+    """Write a `.npy` of NaN in full, so that a disk that is too small fails before the teacher has worked for hours."""
     with path.open("wb") as out:
         descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
         np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})

@@ -1,4 +1,4 @@
-"""The teacher's soft labels: a row of 14 logits per study, and what they were made from.
+"""The teacher's soft labels: a row of 14 logits per study, and the hashes of everything they were made from.
 
 `teacher_soft_labels.npy` is float32 (N, 14), logits before temperature, columns in the order of `LABELS`;
 `teacher_features.npy`, where the teacher gives features, is float16 (N, H). `teacher_study_ids.json` has, key by key:
@@ -10,11 +10,11 @@
     header      SHA-256 of base, adapter, prompt, text policy, manifest and reports, the label policy, the modality, the
                 14 `temperatures`, and how many studies were truncated and skipped; as the stage names them
     features    H; null where there are none
-    made_for    SHA-256 of all of the above but what `finish` added to the header
+    made_for    SHA-256 of all of the above but the entries that `finish` added to the header
     sha256      of the files: `logits`, `features`
 
-`soft_label_writer` makes them. It writes the JSON last, and removes an old one before it replaces its arrays: whoever
-sees it sees the arrays that belong to it.
+`soft_label_writer` makes them. It writes the JSON last, and removes an old one before it replaces its arrays: a
+JSON that is there belongs to the arrays beside it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SoftLabels:
         splits: (N,) `train` or `validate`.
         logits: float32 (N, 14), finite, before temperature.
         features: float16 (N, H), memory-mapped and read-only; None where the teacher gave none.
-        header: what they were made from, and counts.
+        header: hashes of everything they were made from, and counts.
         temperatures: float32 (14,), positive; a calibrated probability is sigmoid(logit / temperature).
     """
 
@@ -63,20 +63,12 @@ class SoftLabels:
     header: Mapping[str, Any]
     temperatures: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.study_ids)
-
     def place(self, study_ids: Iterable[str]) -> np.ndarray:
         """int64 (M,): the row of each study, -1 where it has no soft label."""
         return pd.Index(self.study_ids, dtype=object).get_indexer(pd.Index(study_ids, dtype=object)).astype(np.int64)
 
-    def rows(self, study_ids: Iterable[str]) -> np.ndarray:
-        """float32 (M, 14): the logits of each study, NaN where it has no soft label."""
-        place = self.place(study_ids)
-        return np.where(place[:, None] >= 0, self.logits[place], np.float32(np.nan))
-
     def check(self, **expected: Any) -> None:
-        """Compare entries of the header with what is at hand.
+        """Compare entries of the header with expected values.
 
         Args:
             expected: key of the header -> JSON-ready value that it must have.
@@ -93,7 +85,7 @@ class SoftLabels:
 
 
 def load_soft_labels(folder: str | Path) -> SoftLabels:
-    """Read and check what a `SoftLabelWriter` finished.
+    """Read and check the files of a finished `SoftLabelWriter`.
 
     Raises:
         SoftLabelError: a file is missing, cut short, of another shape than the ids, or not the one that the JSON was
@@ -179,7 +171,7 @@ def _array(path: Path, shape: tuple[int, int], dtype: type, sha256: str | None) 
 
 
 def has_form(array: np.ndarray, shape: tuple[int, int], dtype: type) -> bool:
-    """Whether an array has exactly this shape and dtype."""
+    """True for an array of exactly this shape and dtype."""
     return array.shape == shape and array.dtype == dtype
 
 

@@ -1,4 +1,4 @@
-"""What a source of images hands on: manifest rows not yet filtered, with a count of each image dropped and why."""
+"""Rows of a source on their way to the manifest, with a count of the images dropped for each reason."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.data.tables import DataError, row_number
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.tables import DataError, row_number
 
 SPLITS: tuple[str, ...] = ("train", "validate", "test")
 TEXT_COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id", "split", "view", "age", "sex", "path", "text")
@@ -36,7 +36,7 @@ class SourceRows:
             reports that the source has in a column of its own, then one float32 column per label: 1, 0, -1 or NaN.
         read: images that the source's table lists; of a table of reports alone, reports.
         dropped: reason -> images left out.
-        notes: what a reader of the summary should know -> how many.
+        notes: anything a reader of the summary should know -> its count.
         inputs: role -> table that was read.
     """
 
@@ -98,7 +98,7 @@ class SourceRows:
 
 
 def images_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Which of the files at `paths`, relative to `root`, exist; bool (N,)."""
+    """bool (N,): True for each of the files at `paths`, relative to `root`, that exists."""
     # Asking for each is four times faster than listing MIMIC's folders of one or two images, and `Path` three times
     # slower than `os.path` for 377,110 of them.
     start = os.path.join(root, "")  # noqa: PTH118
@@ -122,7 +122,7 @@ def normalized_splits(values: pd.Series, path: str | Path) -> pd.Series:
 def normalized_ages(values: pd.Series) -> tuple[pd.Series, int]:
     """Ages in whole years as text ("058Y" and "58.0" become "58"), and how many were given but not usable.
 
-    What is not a number from 0 to 120 becomes "": ChestX-ray14, for one, lists a patient of 411 years.
+    Anything but a number from 0 to 120 becomes "": ChestX-ray14, for one, lists a patient of 411 years.
     """
     years = pd.to_numeric(values.str.removesuffix("Y"), errors="coerce")
     usable = years.between(0, OLDEST)
@@ -131,7 +131,7 @@ def normalized_ages(values: pd.Series) -> tuple[pd.Series, int]:
 
 
 def normalized_sexes(values: pd.Series) -> pd.Series:
-    """`M`, `F`, "" where unknown, or what else the source says, in capitals."""
+    """`M`, `F`, "" where unknown, or another value of the source in capitals."""
     known = values.str.lower().map(_SEXES)
     return known.fillna(values.str.upper())
 

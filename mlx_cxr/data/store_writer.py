@@ -1,8 +1,8 @@
-"""Making a pixel store: in parallel, in one array file or in several, so that a stopped run can be gone on with.
+"""Making a pixel store: in parallel, in one array file or in several, so that a stopped run can be resumed.
 
-The array of a small store, and each shard of a large one, is made as `partial_store` says. A shard is complete when its
-own index is there; the index of the whole is written last, by whichever process finds all shards complete. Until then
-there is the old store or none.
+The array of a small store, and each shard of a large one, is a `PartialStore` until it is finished. A shard is complete
+when its own index is there; the index of the whole is written last, by whichever process finds all shards complete.
+Until then there is the old store or none.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from mlx_cxr.core.runs import hash_of, write_json
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
@@ -31,6 +32,7 @@ from mlx_cxr.data.partial_store import PartialStore, StoreBusyError, claimed
 from mlx_cxr.data.pixel_store import (
     SCHEMA,
     SHARDED_SCHEMA,
+    ShardedImages,
     files_of_shards,
     map_images,
     partial_paths,
@@ -38,27 +40,25 @@ from mlx_cxr.data.pixel_store import (
     sample_hash,
     shard_paths,
 )
-from mlx_cxr.data.pixel_store import ShardedImages
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.core.runs import hash_of, write_json
 
 log = logging.getLogger("mlx_cxr")
 
 SHARD_IMAGES = 65_536
-"""Rows of an array file where nothing else is said: 3.3 GB at 224 px."""
+"""Rows of an array file by default: 3.3 GB at 224 px."""
 _POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class StoreReport:
-    """How a store came out.
+    """The outcome of `build_store`.
 
     Attributes:
         images: rows of the store; where shards are lacking, of those that this process was to make.
-        decoded: images that were decoded now; the others were there from before.
-        seconds: that this took.
+        decoded: images that were decoded by this call; the others were there before.
+        seconds: taken by the call.
         unreadable: image_id -> reason.
-        notes: image_id -> what is unusual about it.
+        notes: image_id -> anything unusual about it.
         lacking: shards that others still have to make.
     """
 
@@ -72,7 +72,7 @@ class StoreReport:
 
 @dataclass(frozen=True)
 class _Shard:
-    """An array file to be made: its place, its rows of the manifest, and the first entries of its index."""
+    """An array file to be made: its path, its rows of the manifest, and the first entries of its index."""
 
     path: Path
     frame: pd.DataFrame
@@ -89,40 +89,37 @@ def build_store(
     shard_films: int = SHARD_IMAGES,
     share: tuple[int, int] | None = None,
 ) -> StoreReport:
-    """Make the pixel store of a manifest, go on with one that was stopped, or find that it is up to date.
+    """Make the pixel store of a manifest, resume one that was stopped, or find that it is up to date.
 
     It is up to date when manifest, transform, and the names and sizes of all image files are those it was made from.
 
     A store of several shards may be made by several processes at once, also on several machines that share the disk:
-    each makes the shards that no other has claimed, waits in the end for those of the others, and takes over where one
-    of these dies. That needs a disk with file locks across the machines; where there are none, give each its `share`.
+    each makes the shards that no other has claimed, waits in the end for those of the others, and takes over from one
+    that dies. That needs a disk with file locks across the machines; where there are none, give each its `share`.
 
     Args:
         path: `images_<size>.npy`.
-        manifest: whose images, in its order.
-        transform: what to make of each image.
+        manifest: its images are stored, in its order.
+        transform: the geometry of the stored images.
         root: folder that the manifest's paths are relative to.
         workers: decoding processes; 0 takes one per core.
         rebuild: decode every image again.
         shard_films: rows of an array file at most; a store of more images lies in shards.
-        share: (k, n): every n-th shard from the k-th on, and no other; None takes all that there is to do.
+        share: (k, n): every n-th shard from the k-th on, and no other; None takes all.
 
     Raises:
         DataError: no images, more than half of those of an array file unusable, or `root` is gone.
-        OSError: the disk is full or not writable; what was written is kept and gone on with by the next call.
-        StoreBusyError: another process is at it.
+        OSError: the disk is full or not writable; the images written are kept and the next call resumes from them.
+        StoreBusyError: another process is writing the store.
         WorkerDiedError: a decoding process was killed.
     """
     path, root = Path(path), Path(root)
     if not len(manifest):
         raise DataError(f"the manifest has no films; see the counts that build_manifest wrote beside {path}")
+    # The shards: all of the store, those of this process, those that it still has to make.
     places = shard_paths(path, -(-len(manifest) // shard_films))
-    planned = [
-        _planned(
-            place, manifest.frame.iloc[n * shard_films : (n + 1) * shard_films], manifest.sha256, transform, root
-        )
-        for n, place in enumerate(places)
-    ]
+    frames = [manifest.frame.iloc[n * shard_films : (n + 1) * shard_films] for n in range(len(places))]
+    planned = [_planned(*shard, manifest.sha256, transform, root) for shard in zip(places, frames, strict=True)]
     shards = planned if share is None else planned[share[0] - 1 :: share[1]]
     own = {} if rebuild else {s.path: index for s in shards if (index := _up_to_date(s)) is not None}
     todo = [shard for shard in shards if shard.path not in own]
@@ -135,17 +132,18 @@ def build_store(
         own |= made
     seconds = time.perf_counter() - begun
 
+    # The index of the whole, once no shard is lacking.
     indexes = {shard.path: own.get(shard.path) or _up_to_date(shard) for shard in planned}
     lacking = tuple(place for place, index in indexes.items() if index is None)
     if not lacking:
         if len(places) > 1:
             _write_whole(path, list(indexes.values()), manifest, transform)
         _remove_others(path, places)
-    told = [own[shard.path] for shard in shards] if lacking else list(indexes.values())
+    parts = [own[shard.path] for shard in shards] if lacking else list(indexes.values())
     unreadable, notes = (
-        {image: what for index in told for image, what in index[name].items()} for name in ("unreadable", "notes")
+        {image_id: said for part in parts for image_id, said in part[key].items()} for key in ("unreadable", "notes")
     )
-    return StoreReport(sum(index["shape"][0] for index in told), decoded, seconds, unreadable, notes, lacking)
+    return StoreReport(sum(part["shape"][0] for part in parts), decoded, seconds, unreadable, notes, lacking)
 
 
 def _make_all(
@@ -157,7 +155,7 @@ def _make_all(
     while left := [shard for shard in todo if shard.path not in indexes]:
         for shard in left:
             try:
-                # What another has made in the meantime is not made again.
+                # A shard that another process has made in the meantime is not made again.
                 fresh = rebuild and shard.path not in busy
                 indexes[shard.path], count = _build(shard, whole, transform, root, workers, fresh)
                 decoded += count
@@ -172,27 +170,27 @@ def _make_all(
     return indexes, decoded
 
 
-def image_sizes(images: Sequence[str]) -> np.ndarray:
+def file_sizes(paths: Sequence[str]) -> np.ndarray:
     """int64 (N,): bytes of each file, -1 where there is none."""
-    sizes = np.full(len(images), -1, dtype=np.int64)
-    for row, image in enumerate(images):
+    sizes = np.full(len(paths), -1, dtype=np.int64)
+    for row, path in enumerate(paths):
         with suppress(OSError):
-            sizes[row] = os.stat(image).st_size  # noqa: PTH116  twice as fast as Path.stat, for 377,000 images
+            sizes[row] = os.stat(path).st_size  # noqa: PTH116  twice as fast as Path.stat, for 377,000 images
     return sizes
 
 
 def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: Transform, root: Path) -> _Shard:
-    """The array file of some rows; refuses when most images are not there."""
+    """Plan the array file of some rows; refuses when most images are not there."""
     names = frame["path"].tolist()
     start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 images
-    sizes = image_sizes([start + name for name in names])
-    gone = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
-    _refuse_if_most(gone, len(names), root)
+    sizes = file_sizes([start + name for name in names])
+    missing = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
+    _refuse_if_most(missing, len(names), root)
     key = {
         "schema": SCHEMA,
         "manifest": manifest_sha256,
         "transform": transform.plain(),
-        "films": _images_hash(names, sizes),
+        "films": hashlib.sha256(sizes.tobytes() + "".join(f"{name}\0" for name in names).encode()).hexdigest(),
         "shape": [len(names), transform.size, transform.size],
     }
     return _Shard(path, frame, key)
@@ -214,12 +212,12 @@ def _build(
             reasons: dict[int, str] = {}
             what = "films" if shard.path == whole else shard.path.stem
             with tqdm(total=len(names), initial=there, unit="img", desc=what, disable=None) as bar:
-                for image in decode_images(jobs, transform, workers):
-                    if image.reason is None:
-                        partial.write(image)
+                for decoded in decode_images(jobs, transform, workers):
+                    if decoded.reason is None:
+                        partial.write(decoded)
                     else:
-                        _refuse_if_gone(root, root / names[image.row])
-                        reasons[image.row] = image.reason
+                        _refuse_if_gone(root, root / names[decoded.row])
+                        reasons[decoded.row] = decoded.reason
                     bar.update()
             _refuse_if_most([(root / names[row], reasons[row]) for row in sorted(reasons)], len(names), root)
             unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
@@ -278,7 +276,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _check_space(path: Path, todo: Sequence[_Shard]) -> None:
-    """Raise OSError when the disk has not enough room for what is still to be written."""
+    """Raise OSError when the disk has not enough room for the pixels still to be written."""
     needed = sum(int(np.prod(shard.key["shape"])) for shard in todo)
     for shard in todo:
         with suppress(FileNotFoundError):
@@ -292,17 +290,10 @@ def _check_space(path: Path, todo: Sequence[_Shard]) -> None:
         )
 
 
-def _images_hash(paths: Sequence[str], sizes: np.ndarray) -> str:
-    digest = hashlib.sha256(sizes.tobytes())
-    for path in paths:
-        digest.update(path.encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _refuse_if_gone(root: Path, image: Path) -> None:
+def _refuse_if_gone(root: Path, path: Path) -> None:
     if not root.is_dir():
         raise DataError(
-            f"data.root {root} is gone while {image} was to be read: is its disk still there? "
+            f"data.root {root} is gone while {path} was to be read: is its disk still there? "
             "What was written is kept; run the same command again"
         )
 
@@ -311,7 +302,7 @@ def _refuse_if_most(failed: Sequence[tuple[Path, str]], images: int, root: Path)
     if 2 * len(failed) <= images:
         return
     kinds = Counter(reason for _, reason in failed).most_common(3)
-    first = "\n".join(f"  {image}: {reason}" for image, reason in failed[:5])
+    first = "\n".join(f"  {path}: {reason}" for path, reason in failed[:5])
     raise DataError(
         f"{len(failed)} of {images} films cannot be used ({'; '.join(f'{n} x {reason}' for reason, n in kinds)}). "
         f"The first:\n{first}\nIs data.root right ({root})? The manifest's paths are relative to it; "

@@ -1,4 +1,4 @@
-"""`reports.csv` beside the manifest: the sections of each study's report, for a teacher to read what it may.
+"""`reports.csv` beside the manifest: the sections of each study's report, from which a teacher reads those it may.
 
 Columns: study_id, then each of `reports.SECTIONS` as cleaned text of one line, empty where the report lacks it. A study
 without a report has no row.
@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.reports import SECTIONS, select
-from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
 from mlx_cxr.core.runs import atomic_path, sha256_file
-
-__all__ = ["StudyReports", "load_reports", "select", "write_reports"]
+from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.reports import SECTIONS
+from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
 
 _STUDIES_AT_ONCE = 20_000
 """Written at a time, so that no second copy of all reports is held."""
@@ -35,9 +33,6 @@ class StudyReports:
     sections: Mapping[str, Mapping[str, str]]
     sha256: str
 
-    def __len__(self) -> int:
-        return len(self.sections)
-
 
 def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) -> str | None:
     """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.
@@ -47,7 +42,7 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
         reports: study id -> each of `reports.SECTIONS`.
 
     Returns:
-        Hex SHA-256 of what was written; None when there was nothing to write.
+        Hex SHA-256 of the file; None when there was nothing to write.
     """
     if not reports:
         Path(path).unlink(missing_ok=True)
@@ -62,7 +57,7 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
 
 
 def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyReports:
-    """Read and check what `write_reports` wrote.
+    """Read and check a file of `write_reports`.
 
     Args:
         path: the file.

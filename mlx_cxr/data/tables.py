@@ -1,4 +1,4 @@
-"""Reading tables of text and labels, with errors that name the file, the row and what is there instead.
+"""Reading tables of text and labels, with errors that name the file, the row and the value found there.
 
 Everything is read as text, so that ids keep their leading zeros. Rows are named as a spreadsheet numbers them: the
 header is row 1.
@@ -54,8 +54,8 @@ def read_table(
 ) -> pd.DataFrame:
     """Read a `.csv` or `.csv.gz` as text, surrounding blanks removed, empty cells as "".
 
-    UTF-8 with or without a byte-order mark and UTF-16 are recognized; anything else is read as Windows-1252 and said
-    aloud.
+    UTF-8 with or without a byte-order mark and UTF-16 are recognized; anything else is read as Windows-1252, with a
+    warning.
 
     Args:
         path: the table.

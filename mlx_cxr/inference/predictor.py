@@ -248,7 +248,7 @@ class Predictor:
             image = self._decoded(source, recipe)
         except ImageError as error:
             return ImageInput(name, None, error=str(error))
-        return ImageInput(name, np.asarray(image.image), image.notes, image.concerns)
+        return ImageInput(name, np.asarray(image.gray), image.notes, image.concerns)
 
     def predict(self, images: Sequence[ImageInput], ignore_gate: bool = False) -> list[ImageAnswer]:
         """Answers in the images' order, those that cannot be read included; `ignore_gate` as in `ImageAnswer`."""

@@ -8,9 +8,9 @@ import pytest
 from chest_views import TEST_SEED, drawn_images, fitted_tables, patterns, real_images
 from PIL import Image, ImageDraw, ImageOps
 
-from mlx_cxr.data import chest_film_gate
-from mlx_cxr.data.decoding import Transform, decode_bytes
+from mlx_cxr.data import chest_film_gate as gate
 from mlx_cxr.data.chest_film_gate import coloured_part, concerns_about, distance, lateral_likeness, pattern
+from mlx_cxr.data.decoding import Transform, decode_bytes
 
 LEFT, RIGHT, DOWN = (
     f"may be {turn}, or is no chest film"
@@ -28,7 +28,7 @@ def frontal():
 @pytest.fixture
 def held_out():
     """Real frontal images of patients that the tables did not see."""
-    images = [image.image for image in real_images() if not image.fitted]
+    images = [real.gray for real in real_images() if not real.fitted]
     if not images:
         pytest.skip("the real films (shared/realcxr) are not on this machine")
     return images
@@ -61,15 +61,15 @@ def photographs():
 
 class TestTables:
     def test_components_are_unit_vectors_at_right_angles(self):
-        assert pytest.approx(np.eye(5), abs=0.005) == chest_film_gate.COMPONENTS @ chest_film_gate.COMPONENTS.T
-        assert np.abs(chest_film_gate.COMPONENTS.sum(axis=1)).max() < 0.02
+        assert pytest.approx(np.eye(5), abs=0.005) == gate.COMPONENTS @ gate.COMPONENTS.T
+        assert np.abs(gate.COMPONENTS.sum(axis=1)).max() < 0.02
 
     def test_distance_is_mahalanobis_of_the_full_covariance(self):
-        axes = np.linalg.qr(chest_film_gate.COMPONENTS.T)[0]
-        within = axes @ np.diag(chest_film_gate.VARIANCES) @ axes.T
-        covariance = within + chest_film_gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
+        axes = np.linalg.qr(gate.COMPONENTS.T)[0]
+        within = axes @ np.diag(gate.VARIANCES) @ axes.T
+        covariance = within + gate.RESIDUAL_VARIANCE * (np.eye(64) - axes @ axes.T)
         images = patterns(drawn_images(TEST_SEED, patients=5)["AP"])
-        centred = images - chest_film_gate.MEAN
+        centred = images - gate.MEAN
         expected = np.sqrt(np.einsum("ni,ij,nj->n", centred, np.linalg.inv(covariance), centred) / 64)
         assert distance(images) == pytest.approx(expected, rel=0.01)
 
@@ -78,11 +78,11 @@ class TestTables:
         if not real_images():
             pytest.skip("the real films (shared/realcxr) are not on this machine")
         tables = fitted_tables()
-        assert pytest.approx(tables["MEAN"], abs=0.006) == chest_film_gate.MEAN
-        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == chest_film_gate.COMPONENTS
-        assert pytest.approx(tables["VARIANCES"], abs=0.006) == chest_film_gate.VARIANCES
-        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == chest_film_gate.RESIDUAL_VARIANCE
-        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == chest_film_gate.LATERAL_PATTERN
+        assert pytest.approx(tables["MEAN"], abs=0.006) == gate.MEAN
+        assert pytest.approx(tables["COMPONENTS"], abs=0.0006) == gate.COMPONENTS
+        assert pytest.approx(tables["VARIANCES"], abs=0.006) == gate.VARIANCES
+        assert pytest.approx(tables["RESIDUAL_VARIANCE"], abs=0.0006) == gate.RESIDUAL_VARIANCE
+        assert pytest.approx(tables["LATERAL_PATTERN"], abs=0.0006) == gate.LATERAL_PATTERN
 
 
 class TestPattern:
@@ -102,8 +102,8 @@ class TestPattern:
         assert pattern(frontal) @ pattern(ImageOps.equalize(frontal)) / 64 > 0.97
 
     def test_lateral_likeness_is_a_correlation(self, frontal):
-        image = pattern(frontal)
-        assert lateral_likeness(image) == pytest.approx(np.corrcoef(image, chest_film_gate.LATERAL_PATTERN)[0, 1], abs=0.01)
+        ranks = pattern(frontal)
+        assert lateral_likeness(ranks) == pytest.approx(np.corrcoef(ranks, gate.LATERAL_PATTERN)[0, 1], abs=0.01)
 
 
 class TestRealImages:
@@ -116,7 +116,7 @@ class TestRealImages:
 
     @pytest.mark.parametrize(("source", "images", "alarms"), [("nih", 381, 2), ("mhh", 108, 2), ("cohen", 78, 2)])
     def test_false_alarms_by_source(self, held_out, source, images, alarms):
-        found = counts(image.image for image in real_images() if image.source == source)
+        found = counts(real.gray for real in real_images() if real.source == source)
         assert images - found["fine"] <= alarms
 
     def test_negatives(self, held_out):
@@ -160,7 +160,7 @@ class TestOtherImages:
     def test_photographs(self):
         images = photographs()
         fine = sum(not concerns_about(image.convert("L"), image) for image in images)
-        coloured = sum(coloured_part(image) > chest_film_gate.MOST_COLOURED for image in images)
+        coloured = sum(coloured_part(image) > gate.MOST_COLOURED for image in images)
         in_gray = counts(image.convert("L") for image in images)
         assert len(images) == 63
         assert fine <= 2
@@ -206,13 +206,13 @@ class TestColour:
         draw = ImageDraw.Draw(marked)
         draw.rectangle((60, 200, 120, 300), outline=(255, 0, 0), width=4)
         draw.text((10, 10), "RIGHT LUNG", fill=(0, 255, 0))
-        assert 0 < coloured_part(marked) < chest_film_gate.MOST_COLOURED
+        assert 0 < coloured_part(marked) < gate.MOST_COLOURED
         assert concerns_about(frontal, marked) == ()
 
     def test_a_blue_cast_passes(self, frontal):
         gray = np.asarray(frontal, np.float64)
         blue = np.stack([0.85 * gray, 0.9 * gray, np.minimum(gray + 20, 255)], axis=-1).astype(np.uint8)
-        assert coloured_part(Image.fromarray(blue)) < chest_film_gate.MOST_COLOURED
+        assert coloured_part(Image.fromarray(blue)) < gate.MOST_COLOURED
 
     def test_a_colour_map_over_an_image_is_seen(self, frontal):
         heat = Image.fromarray((matplotlib.colormaps["jet"](np.asarray(frontal))[..., :3] * 255).astype(np.uint8))
@@ -223,7 +223,8 @@ class TestColour:
         photo = photographs()[0]
         content = io.BytesIO()
         photo.save(content, name)
-        image = decode_bytes(content.getvalue(), Transform(64))
-        assert "is in colour, like a photograph" in image.concerns
-        assert decode_bytes(content.getvalue(), Transform(64), inspect=False).concerns == ()
-        assert np.array_equal(image.image, decode_bytes(content.getvalue(), Transform(64), inspect=False).image)
+        inspected = decode_bytes(content.getvalue(), Transform(64))
+        assert "is in colour, like a photograph" in inspected.concerns
+        plain = decode_bytes(content.getvalue(), Transform(64), inspect=False)
+        assert plain.concerns == ()
+        assert np.array_equal(inspected.gray, plain.gray)

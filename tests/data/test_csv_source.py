@@ -10,9 +10,9 @@ import pytest
 
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.core.labels import LABELS
 
 LISTED = """patient_id,study_id,image_file,view,age,sex,findings,text,fold
 nih-01,s1,a.jpg,PA,058Y,M,Effusion|Mass,,training

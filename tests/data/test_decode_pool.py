@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from prepared_images import read_image
 
 from mlx_cxr.data.decode_pool import Decoded, WorkerDiedError, decode_images
 from mlx_cxr.data.decoding import Transform
-from prepared_images import read_image
 
 TRANSFORM = Transform(32)
 

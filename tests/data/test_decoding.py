@@ -13,11 +13,11 @@ import pytest
 from dicom_files import dicom_bytes
 from mutated_files import mutations, whole_files
 from PIL import Image, ImageOps
+from prepared_images import apply, read_image
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
 from mlx_cxr.data.decoding import INVERTED, ImageError, Transform, decode_bytes, looks_inverted
-from prepared_images import apply, read_image
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 
@@ -48,7 +48,7 @@ def saved(tmp_path):
 def decode(path, transform):
     """uint8 (S, S) and notes."""
     radiograph = decoding.decode(path, transform)
-    return Decoded(np.asarray(radiograph.image), radiograph.notes)
+    return Decoded(np.asarray(radiograph.gray), radiograph.notes)
 
 
 class Decoded(NamedTuple):
@@ -146,7 +146,8 @@ class TestReducedDecoding:
         for radiograph in real_images(30):
             image = Image.open(radiograph).convert("L")
             assert transform.reduction(*image.size) == 4
-            means.append(np.abs(read_image(radiograph, transform).astype(int) - apply(np.asarray(image), transform)).mean())
+            difference = read_image(radiograph, transform).astype(int) - apply(np.asarray(image), transform)
+            means.append(np.abs(difference).mean())
         assert np.mean(means) < 0.5
         assert max(means) < 1
 
@@ -300,8 +301,6 @@ class TestImagesThatCannotBeUsed:
         (tmp_path / "film.jpg").write_bytes(content)
         with pytest.raises(ImageError, match=reason):
             decode(tmp_path / "film.jpg", Transform(64))
-        with pytest.raises(ImageError, match=r"film\.jpg: "):
-            read_image(tmp_path / "film.jpg", Transform(64))
 
     @pytest.mark.parametrize("keep", [0.02, 0.5, 0.999])
     def test_a_cut_jpeg(self, tmp_path, picture, keep):
@@ -388,12 +387,12 @@ class TestContentDecides:
         for data in (content.getvalue(), dicom_bytes(gray)):
             (tmp_path / f"film.{suffix}").write_bytes(data)
             found = decode(tmp_path / f"film.{suffix}", Transform(64))
-            assert np.array_equal(found.pixels, decode_bytes(data, Transform(64)).image)
+            assert np.array_equal(found.pixels, decode_bytes(data, Transform(64)).gray)
             assert np.array_equal(found.pixels, read_image(tmp_path / f"film.{suffix}", Transform(64)))
 
     def test_bytes_and_file_agree(self, saved, picture):
         path = saved(picture(300, 200, noise=5), "film.jpg")
-        assert np.array_equal(decode(path, Transform(64)).pixels, decode_bytes(path.read_bytes(), Transform(64)).image)
+        assert np.array_equal(decode(path, Transform(64)).pixels, decode_bytes(path.read_bytes(), Transform(64)).gray)
 
 
 def undecided(content):
@@ -402,7 +401,7 @@ def undecided(content):
         radiograph = decode_bytes(content, Transform(48))
     except ImageError as error:
         return str(error)
-    assert radiograph.image.size == (48, 48)
+    assert radiograph.gray.size == (48, 48)
     return None
 
 

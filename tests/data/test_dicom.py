@@ -111,8 +111,8 @@ class TestMimicRecipe:
     def test_every_kind_of_file_gives_the_pixels_and_logits_of_the_png(self, radiograph, network, photometric, bits):
         png = decode_bytes(as_png(mimic_cxr_jpg(radiograph, "MONOCHROME2")), TRANSFORM)
         dicom = decode_bytes(dicom_bytes(radiograph, photometric, bits), TRANSFORM)
-        assert np.array_equal(dicom.image, png.image)
-        logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
+        assert np.array_equal(dicom.gray, png.gray)
+        logits = [network(preprocess(mx.array(np.asarray(x.gray))[None], 3)) for x in (dicom, png)]
         assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
         assert np.abs(np.array(logits[0])).max() > 0.01
 
@@ -125,9 +125,9 @@ class TestMimicRecipe:
         real = np.asarray(Image.open(path).convert("L"))
         png = decode_bytes(as_png(mimic_cxr_jpg(real, "MONOCHROME2")), transform)
         dicom = decode_bytes(dicom_bytes(real, photometric, bits), transform)
-        assert np.array_equal(dicom.image, png.image)
+        assert np.array_equal(dicom.gray, png.gray)
         assert dicom.concerns == ()
-        logits = [network(preprocess(mx.array(np.asarray(x.image))[None], 3)) for x in (dicom, png)]
+        logits = [network(preprocess(mx.array(np.asarray(x.gray))[None], 3)) for x in (dicom, png)]
         assert np.abs(np.array(logits[0]) - np.array(logits[1])).max() <= 1e-3
 
     def test_32_bit_and_floating_point_values(self, radiograph):
@@ -239,7 +239,7 @@ class TestEncodings:
     def test_without_preamble(self, radiograph, syntax):
         data = as_bytes(dicom_dataset(radiograph, bits=16, syntax=syntax), preamble=False)
         assert data[128:132] != b"DICM"
-        assert np.array_equal(np.asarray(decode_bytes(data, TRANSFORM).image).max(), 255)
+        assert np.array_equal(np.asarray(decode_bytes(data, TRANSFORM).gray).max(), 255)
         assert np.array_equal(gray(data), gray(dicom_bytes(radiograph)))
 
     def test_jpeg(self, radiograph):

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 from few_images import TRANSFORM, image, manifest_of
 from PIL import Image
+from prepared_images import read_image
 
 from mlx_cxr.data.decoding import Transform
-from prepared_images import read_image
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.pixel_store import PixelStore, partial_paths
+from mlx_cxr.data.pixel_store import PixelStore, ShardedImages, partial_paths
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
+from mlx_cxr.training.batches import ImageSource
+
+WHOLE = np.random.default_rng(0).integers(0, 256, (23, 4, 4), dtype=np.uint8)
 
 
 class TestBuiltStore:
@@ -122,3 +125,61 @@ class TestOpenRefuses:
     def test_a_damaged_index(self, manifest, store_path, text):
         store_path.with_suffix(".json").write_text(text)
         self.refused(store_path, manifest, "not readable JSON|not an index of this version")
+
+
+@pytest.fixture
+def sharded():
+    return ShardedImages([WHOLE[:10], WHOLE[10:11], WHOLE[11:]])
+
+
+def test_sharded_images_have_the_form_of_the_whole(sharded):
+    assert (sharded.shape, sharded.dtype, sharded.ndim, sharded.nbytes) == (WHOLE.shape, WHOLE.dtype, 3, WHOLE.nbytes)
+    assert len(sharded) == 23
+    assert (np.stack(list(sharded)) == WHOLE).all()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(0, 9, 10, 11, 22, -1, -23, np.int64(12)),
+        *(slice(None), slice(8, 13), slice(20, 2, -3), slice(5, 5), slice(-4, None)),
+        *([], [3], [22, 0, 10, 10, 9, 11], [-1, 0, -13]),
+        *(np.array([11, 10, 9]), np.arange(23)[::-1], np.array([], np.int64), np.array([7, 21], np.uint8)),
+    ],
+    ids=str,
+)
+def test_rows_are_those_of_the_whole(sharded, rows):
+    given = sharded[rows]
+    assert given.dtype == np.uint8
+    assert given.shape == WHOLE[rows].shape
+    assert (given == WHOLE[rows]).all()
+
+
+@pytest.mark.parametrize("rows", [23, -24, [0, 23], np.array([-24])], ids=str)
+def test_a_row_that_is_not_there(sharded, rows):
+    with pytest.raises(IndexError, match="of 23"):
+        sharded[rows]
+
+
+@pytest.mark.parametrize(
+    "rows", [(0, 1), (0, np.array([1, 2])), np.ones(23, bool), [[0, 1]], [0.5], "0", None], ids=str
+)
+def test_other_ways_of_asking_are_refused(sharded, rows):
+    with pytest.raises(IndexError, match="by number or slice"):
+        sharded[rows]
+
+
+def test_forms_that_differ_are_refused():
+    with pytest.raises(ValueError, match="expected one form"):
+        ShardedImages([WHOLE, WHOLE[:, :3]])
+    with pytest.raises(ValueError, match="expected one form"):
+        ShardedImages([])
+
+
+@pytest.mark.parametrize("budget_gb", [0.0, 1.0])
+def test_sharded_images_are_served_to_training(sharded, budget_gb):
+    rows = np.array([22, 3, 10, 9, 11, 0])
+    items = np.array([4, 0, 5])
+    source = ImageSource(sharded, rows, budget_gb)
+    assert source.resident is bool(budget_gb)
+    assert (np.array(source.batch(items)) == WHOLE[rows[items]]).all()

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
+from mlx_cxr.core.workers import worker_pool
 from mlx_cxr.data import report_files
 from mlx_cxr.data.report_files import read_reports, reports_of_table
 from mlx_cxr.data.reports import decode, section_texts
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.synthetic.cohort import plan_cohort
-from mlx_cxr.core.workers import worker_pool
 
 IDS = (["10000032", "10000032", "11000045"], ["50414267", "53189527", "50000001"])
 MEMBERS = ["files/p10/p10000032/s50414267.txt", "files/p10/p10000032/s53189527.txt"]

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from mlx_cxr.data.report_mentions import LONGEST, WORDS, mentions
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.report_mentions import LONGEST, WORDS, mentions
 from mlx_cxr.synthetic.phrases import NOUN
 
 REPORT = (

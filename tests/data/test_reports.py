@@ -14,12 +14,17 @@ from mlx_cxr.data.reports import (
     clean,
     decode,
     has_headings,
+    joined_text,
     parse_sections,
-    report_text,
     section_texts,
     select,
     texts_of_sections,
 )
+
+
+def report_text(report, wanted, mode="first"):
+    return joined_text(section_texts(report), wanted, mode)
+
 
 PLAIN = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)

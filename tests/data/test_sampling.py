@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cxr.data.sampling import sample_sizes, sample_studies, split_patients, stratified_parts
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.sampling import sample_sizes, sample_studies, split_patients, stratified_parts
 
 
 def cohort(patients: int, seed: int, split: bool = False) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Making soft labels: what is on the disk at any moment, killed runs that are gone on with, and what is refused."""
+"""Making soft labels: what is on the disk at any moment, killed runs that are resumed, and what is refused."""
 
 import errno
 import os

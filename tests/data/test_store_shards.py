@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from few_images import TRANSFORM, image, manifest_of
 from PIL import Image
+from prepared_images import read_image
 
 from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
-from prepared_images import read_image
 from mlx_cxr.data.partial_store import StoreBusyError, claimed
-from mlx_cxr.data.pixel_store import PixelStore, partial_paths, shard_paths, store_files
-from mlx_cxr.data.pixel_store import ShardedImages
+from mlx_cxr.data.pixel_store import PixelStore, ShardedImages, partial_paths, shard_paths, store_files
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
 

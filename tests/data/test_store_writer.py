@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from few_images import TRANSFORM, image, manifest_of
+from prepared_images import read_image
 
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
-from prepared_images import read_image
 from mlx_cxr.data.partial_store import StoreBusyError
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
-from mlx_cxr.core.labels import LABELS
 
 
 class TestMostImagesFail:

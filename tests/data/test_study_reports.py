@@ -9,8 +9,8 @@ import pytest
 
 from mlx_cxr.core.config_schema import DataConfig, TeacherConfig
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.reports import SECTIONS, section_texts
-from mlx_cxr.data.study_reports import load_reports, select, write_reports
+from mlx_cxr.data.reports import SECTIONS, section_texts, select
+from mlx_cxr.data.study_reports import load_reports, write_reports
 from mlx_cxr.data.tables import DataError
 
 REPORTS = {
@@ -38,7 +38,7 @@ def test_the_bytes_and_back(tmp_path):
     reports = load_reports(path)
     assert reports.sha256 == sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert reports.sections == REPORTS
-    assert len(reports) == 3
+    assert len(reports.sections) == 3
     assert select(reports.sections["02"], ["impression", "findings"], "all") == [
         ("impression", "Röntgen normal."),
         ("findings", "Clear."),
@@ -80,7 +80,7 @@ def test_reports_of_another_manifest(tmp_path):
     path = tmp_path / "reports.csv"
     write_reports(path, REPORTS)
     mine = [("01", ""), ("02", "Clear."), ("02", "Clear."), ("10", "NA")]
-    assert len(load_reports(path, manifest(*mine, ("11", "")))) == 3
+    assert len(load_reports(path, manifest(*mine, ("11", ""))).sections) == 3
     with pytest.raises(DataError, match=r"reports\.csv: study '10' is not in the manifest \(1 such in all\); .*again"):
         load_reports(path, manifest(*mine[:3]))
     with pytest.raises(DataError, match=r"study '11' has a text in the manifest and no report here \(1 such"):

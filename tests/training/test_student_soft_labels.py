@@ -72,7 +72,7 @@ def test_agreement_by_hand_and_by_scikit_learn():
     soft = teacher(hard)
     images = [*range(STUDIES), *[5] * 50]
     summary = made("teacher", soft, [IDS[i] for i in images], hard[images]).summary
-    p = expit(soft.rows(IDS) / TEMPERATURES)
+    p = expit(soft.logits[soft.place(IDS)] / TEMPERATURES)
     known = ~np.isnan(hard)
     assert summary["teacher_distance"] == pytest.approx(np.abs(p - hard)[known].mean(), rel=1e-6)
     assert summary["target_distance"] == summary["teacher_distance"]
@@ -123,7 +123,7 @@ def test_shuffling_gives_each_study_one_other_studys_label(seed):
     got = made(
         "shuffled", soft, [IDS[i] for i in images], hard[images], seed=seed, calibrated=False, with_features=True
     )
-    own = soft.rows(IDS)
+    own = soft.logits[soft.place(IDS)]
     source = [int(np.flatnonzero((own == row).all(axis=1))[0]) for row in got.logits[:STUDIES]]
     assert sorted(source) == list(range(STUDIES)), "each is given once; none of a study that is not trained on"
     assert all(a != b for a, b in enumerate(source)), "nobody keeps its own"

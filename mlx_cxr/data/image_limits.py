@@ -1,0 +1,29 @@
+"""Limits of the images that are decoded, and the error of a file that gives none; `decoding` and `dicom` share them."""
+
+from __future__ import annotations
+
+from mlx_cxr.core.errors import UserError
+
+MIN_SIDE = 32
+MAX_SIDE = 12_000
+MAX_PIXELS = 80_000_000
+"""Refused by header, before anything is decoded. The largest chest images are about 4300 x 5000."""
+MAX_BYTES = 500_000_000
+
+
+class ImageError(UserError, ValueError):
+    """An image that cannot be used; the message is the reason, without the path where `decode` raises it."""
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse an image by the size that its header gives.
+
+    Raises:
+        ImageError: a side is under `MIN_SIDE` or over `MAX_SIDE`, or there are more than `MAX_PIXELS`.
+    """
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{width} x {height} px; shorter than {MIN_SIDE} px")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{width} x {height} px by its header; more than {MAX_SIDE:,} px long or {MAX_PIXELS:,} px in all"
+        )
