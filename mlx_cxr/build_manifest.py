@@ -11,20 +11,17 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import provenance, write_json, write_text
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.csv_source import read_csv_source
-from mlx_cxr.data.manifest import check_patient_splits, split_counts, write_manifest, write_splits
-from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
-from mlx_cxr.data.mimic import find_tables, read_mimic
-from mlx_cxr.data.report_files import ReportTexts, read_reports, reports_of_table
-from mlx_cxr.data.sampling import sample_studies, split_patients
-from mlx_cxr.data.source_rows import SourceRows
-from mlx_cxr.data.study_reports import write_reports
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.data.report_files import ReportTexts
+    from mlx_cxr.data.source_rows import SourceRows
 
 log = logging.getLogger("mlx_cxr")
 
@@ -39,6 +36,13 @@ def run(config: Config, workers: int = 0) -> Path:
     Raises:
         DataError: a table, column, image folder or report folder is missing, or contradicts itself; names it.
     """
+    from mlx_cxr.data.csv_source import read_csv_source
+    from mlx_cxr.data.manifest import split_counts, write_manifest, write_splits
+    from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
+    from mlx_cxr.data.mimic import read_mimic
+    from mlx_cxr.data.sampling import sample_studies
+    from mlx_cxr.data.study_reports import write_reports
+
     # The source's rows, split by patient, sampled, with their reports.
     data = config.data
     rows = read_mimic(data) if data.source == "mimic-cxr-jpg" else read_csv_source(data)
@@ -94,6 +98,8 @@ def source_tables(config: Config) -> list[Path]:
     Raises:
         DataError: they are not there; names them.
     """
+    from mlx_cxr.data.mimic import find_tables
+
     data = config.data
     if data.csv is not None:
         return [data.csv.table]
@@ -102,6 +108,9 @@ def source_tables(config: Config) -> list[Path]:
 
 
 def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
+    from mlx_cxr.data.manifest import check_patient_splits
+    from mlx_cxr.data.sampling import split_patients
+
     data = config.data
     if data.split == "made" or (rows.frame["split"] == "").all():
         split = split_patients(rows.frame, data.validation_fraction, data.test_fraction, config.seed)
@@ -112,6 +121,8 @@ def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
 
 
 def _with_texts(rows: SourceRows, config: Config, workers: int) -> tuple[SourceRows, ReportTexts]:
+    from mlx_cxr.data.report_files import read_reports, reports_of_table
+
     frame = rows.frame
     if config.data.csv is not None:
         reports = reports_of_table(config.data, frame)

@@ -17,15 +17,16 @@ import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_cxr import __version__
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config, ConfigError, load_config
 from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.core.stage import stage_parser, started
-from mlx_cxr.data.pixel_store import store_files
 from mlx_cxr.models import hub
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
 
 Mark = Literal["ok", "note", "slow", "missing", "broken"]
 
@@ -182,6 +183,7 @@ def _dependencies() -> tuple[dict[str, str], dict[str, str]]:
 
 def check_weights(weights_dir: Path, config: Config | None) -> list[Finding]:
     """The ImageNet weights, the teacher's base, and the file that a configuration names."""
+
     findings = [
         _weights("ImageNet", hub.IMAGENET, weights_dir, "resnet18"),
         _weights("LFM base", hub.LFM, weights_dir, "lfm"),
@@ -193,6 +195,7 @@ def check_weights(weights_dir: Path, config: Config | None) -> list[Finding]:
 
 
 def _weights(name: str, source: hub.Source, weights_dir: Path, what: str) -> Finding:
+
     path = source.path(weights_dir)
     if not path.exists():
         remedy = f"python -m mlx_cxr.fetch_weights --what {what}"
@@ -213,6 +216,8 @@ def _weights(name: str, source: hub.Source, weights_dir: Path, what: str) -> Fin
 
 
 def _configuration(path: Path | None) -> tuple[Config | None, list[Finding]]:
+    from mlx_cxr.core.config import ConfigError, load_config
+
     if path is None and not DEFAULT_CONFIG.exists():
         return None, [Finding("data", "configuration", "note", "none given", "pass --config to look for its data")]
     try:
@@ -223,6 +228,8 @@ def _configuration(path: Path | None) -> tuple[Config | None, list[Finding]]:
 
 def check_data(config: Config, config_path: Path) -> list[Finding]:
     """The inputs of a configuration, then the outputs that its stages have made so far."""
+    from mlx_cxr.data.pixel_store import store_files
+
     findings = _csv_source(config) if config.data.csv else _mimic_source(config, config_path)
     made = (
         ("manifest", [config.manifest_path], "build_manifest"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.stage import stage_parser, started
+from mlx_cxr.models import hub
 
 log = logging.getLogger("mlx_cxr")
 
@@ -60,7 +61,6 @@ def run(weights_dir: Path, what: str = "resnet18", from_file: Path | None = None
 
 
 def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
-    from mlx_cxr.models import hub
 
     if local is None and hub.LFM.record_path(weights_dir).exists():
         record = hub.check_record(hub.LFM, weights_dir)

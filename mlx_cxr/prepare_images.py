@@ -17,16 +17,16 @@ import logging
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.decoding import INVERTED, Transform
-from mlx_cxr.data.manifest import load_manifest
-from mlx_cxr.data.store_writer import StoreReport, build_store
-from mlx_cxr.data.tables import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.data.store_writer import StoreReport
 
 log = logging.getLogger("mlx_cxr")
 
@@ -43,6 +43,11 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
         DataError: the manifest is missing or has no images, or more than half of them cannot be used.
         OSError: the disk is full or not writable.
     """
+    from mlx_cxr.data.decoding import Transform
+    from mlx_cxr.data.manifest import load_manifest
+    from mlx_cxr.data.store_writer import build_store
+    from mlx_cxr.data.tables import DataError
+
     path = config.pixels_path
     manifest = load_manifest(config.manifest_path)
     if manifest.text_only:
@@ -69,6 +74,8 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
 
 
 def _write_lists(path: Path, frame: pd.DataFrame, report: StoreReport) -> None:
+    from mlx_cxr.data.decoding import INVERTED
+
     file_of = dict(zip(frame["image_id"], frame["path"], strict=True))
     unreadable = [(image_id, file_of[image_id], reason) for image_id, reason in report.unreadable.items()]
     notes = [(image_id, file_of[image_id], note) for image_id, all_of in report.notes.items() for note in all_of]
@@ -90,6 +97,8 @@ def _write_lists(path: Path, frame: pd.DataFrame, report: StoreReport) -> None:
 
 
 def _write_list(path: Path, rows: list[tuple[str, str, str]], what: str) -> Path:
+    import pandas as pd
+
     if rows:
         with atomic_path(path) as temporary:
             pd.DataFrame(rows, columns=["image_id", "path", what]).to_csv(temporary, index=False, lineterminator="\n")
