@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mlx_cxr.data.chest_film_gate import SIDE, pattern
-from mlx_cxr.synthetic.image import render_image
 from PIL import Image
 
+from mlx_cxr.data.chest_film_gate import SIDE, pattern
 from mlx_cxr.synthetic.cohort import plan_cohort
+from mlx_cxr.synthetic.image import render_image
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[2] / "shared" / "realcxr"))
 COMPONENTS = 5

@@ -21,19 +21,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.core.runs import RunFormatError, read_json, write_json
-from mlx_cxr.evaluation.calibration import Calibration, fit_temperatures
-from mlx_cxr.evaluation.conformal import ConformalBands, fit_bands
-from mlx_cxr.evaluation.metrics import Thresholds, choose_thresholds
-
-if TYPE_CHECKING:  # `predictions` imports this module
-    from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.calibration import Calibration
+from mlx_cxr.evaluation.conformal import ConformalBands
+from mlx_cxr.evaluation.metrics import Thresholds
 
 SCHEMA = 1
 FILE = "operating_points.json"
@@ -149,33 +146,6 @@ class OperatingPoints:
             call, plausible = ("present", "absent") if called else ("absent", "present")
             return f"the threshold says {call}, but at {sure} only {plausible} is plausible"
         return ""
-
-
-def fit_operating_points(
-    validation: Predictions, protocol: str, rule: Literal["youden", "f1"], alpha: float
-) -> OperatingPoints:
-    """Temperatures, thresholds and conformal bands from the validation split alone.
-
-    The bands are fitted to the same studies as the rest. Temperatures keep the order of the probabilities, and the sets
-    do not look at the thresholds, so neither can take coverage away; what can is the choice of the weights, which the
-    same split made. Coverage on test, which `test_results.json` has, tells how much it took.
-
-    Args:
-        validation: of one split, not test.
-        protocol: a key of `labels.SCORING_PROTOCOLS`.
-        rule: as `metrics.choose_thresholds`.
-        alpha: in (0, 1), as `conformal.fit_bands`.
-
-    Raises:
-        ValueError: the predictions hold test studies, or an unknown rule or alpha.
-    """
-    if "test" in validation.split:
-        raise ValueError("thresholds and temperatures are fitted on validation; these predictions hold test studies")
-    targets = SCORING_PROTOCOLS[protocol].apply(validation.raw_labels)
-    calibration = fit_temperatures(validation.logits, targets)
-    probabilities = calibration.probabilities(validation.logits)
-    thresholds = choose_thresholds(targets, probabilities, rule)
-    return OperatingPoints(calibration, thresholds, protocol, fit_bands(probabilities, targets, alpha))
 
 
 def label_entries(points: OperatingPoints) -> dict[str, dict[str, Any]]:

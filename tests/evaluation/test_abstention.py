@@ -10,10 +10,10 @@ from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.abstention import COVERAGES, abstention_section, finding_calls, weighted_figures
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.conformal import coverage_range, quantile_rank
-from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.evaluation.predictions import join
 from mlx_cxr.evaluation.results import evaluate
 from mlx_cxr.evaluation.risk_coverage import risk_coverage
+from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.pages.results_page import closing_table, results_markdown
 
 VALIDATION, TEST = simulated(150, "validate", 0), simulated(120, "test", 1)

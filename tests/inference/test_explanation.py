@@ -8,7 +8,8 @@ from simulated_predictions import simulated
 
 from mlx_cxr.core.config_schema import ExplainConfig
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.evaluation.operating_points import ABSTAIN, fit_operating_points
+from mlx_cxr.evaluation.operating_points import ABSTAIN
+from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.inference import explanation
