@@ -40,8 +40,8 @@ class FindingCalls:
     Attributes:
         kept: bool (N,), which of all the studies these n are.
         truth: bool (n,), the label.
-        called: bool (n,), what the threshold calls positive.
-        made: bool (n,), where the model does not abstain.
+        above_threshold: bool (n,), the bare comparison of the probability with the threshold.
+        made: bool (n,), the studies that a call is made on; on the others the model abstains.
         present_plausible: bool (n,), whether the conformal set holds "present".
         absent_plausible: bool (n,), whether it holds "absent".
         confidences: `risk_coverage.RANKINGS` to float64 (n,).
@@ -49,7 +49,7 @@ class FindingCalls:
 
     kept: np.ndarray
     truth: np.ndarray
-    called: np.ndarray
+    above_threshold: np.ndarray
     made: np.ndarray
     present_plausible: np.ndarray
     absent_plausible: np.ndarray
@@ -57,8 +57,8 @@ class FindingCalls:
 
     @property
     def wrong(self) -> np.ndarray:
-        """bool (n,): where the threshold's call is not the label."""
-        return self.called != self.truth
+        """bool (n,): the comparison with the threshold is not the label."""
+        return self.above_threshold != self.truth
 
 
 def finding_calls(
@@ -75,12 +75,12 @@ def finding_calls(
     decided = points.decide(test.logits)
     p, targets = decided.probabilities, SCORING_PROTOCOLS[protocol].apply(test.raw_labels)
     confidences = call_confidences(validation, p, points)
-    called, made = p >= points.thresholds.values, decided.states != ABSTAIN
+    above, made = p >= points.thresholds.values, decided.states != ABSTAIN
     present, absent = points.bands.present_plausible(p), points.bands.absent_plausible(p)
     findings = []
     for k in range(len(LABELS)):
         kept = ~np.isnan(targets[:, k])
-        columns = (column[kept, k] for column in (targets == 1, called, made, present, absent))
+        columns = (column[kept, k] for column in (targets == 1, above, made, present, absent))
         findings.append(FindingCalls(kept, *columns, {name: c[kept, k] for name, c in confidences.items()}))
     return findings
 

@@ -67,8 +67,8 @@ class Calls:
         return cls(probabilities, run.points.tuned_thresholds)
 
     @property
-    def called(self) -> np.ndarray:
-        """bool (N, 14): called positive; False where there is no probability or no threshold."""
+    def above_threshold(self) -> np.ndarray:
+        """bool (N, 14): the bare comparison; False without a probability or a threshold."""
         return self.probabilities >= self.thresholds
 
     @property
@@ -107,12 +107,12 @@ class Judged:
     @property
     def false_positive(self) -> np.ndarray:
         """bool (N, 14)."""
-        return self.calls.called & (self.targets == 0)
+        return self.calls.above_threshold & (self.targets == 0)
 
     @property
     def false_negative(self) -> np.ndarray:
         """bool (N, 14)."""
-        return ~self.calls.called & (self.targets == 1)
+        return ~self.calls.above_threshold & (self.targets == 1)
 
     @property
     def error(self) -> np.ndarray:

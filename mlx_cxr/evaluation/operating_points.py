@@ -102,11 +102,11 @@ class OperatingPoints:
         A call is made where the conformal set is exactly what the threshold calls. Of a finding with too few validation
         studies of a class none is made: the class could never be ruled out, so that every call would be the other one.
         """
-        called = probabilities >= self.thresholds.values
+        above = probabilities >= self.thresholds.values
         present, absent = self.bands.present_plausible(probabilities), self.bands.absent_plausible(probabilities)
         states = np.full(probabilities.shape, ABSTAIN, dtype=np.int8)
-        states[called & present & ~absent & self.bands.fitted] = PRESENT
-        states[~called & absent & ~present & self.bands.fitted] = ABSENT
+        states[above & present & ~absent & self.bands.fitted] = PRESENT
+        states[~above & absent & ~present & self.bands.fitted] = ABSENT
         return states
 
     def abstention_zone(self, column: int) -> tuple[float, float]:
@@ -135,16 +135,16 @@ class OperatingPoints:
                 f"too few examples {fewest} {label} on validation ({counts[fewest]}; {bands.needed} needed at alpha "
                 f"{bands.alpha:g})"
             )
-        called = probability >= self.thresholds.values[column]
+        above = probability >= self.thresholds.values[column]
         present, absent = probability >= bands.lower[column], probability <= bands.upper[column]
         sure = f"{100 * (1 - bands.alpha):.4g} %"
         if present and absent:
             return f"both present and absent are plausible at {sure}"
         if not present and not absent:
             return f"neither present nor absent fits at {sure}: unlike the validation films of either kind"
-        if present != called:
-            call, plausible = ("present", "absent") if called else ("absent", "present")
-            return f"the threshold says {call}, but at {sure} only {plausible} is plausible"
+        if present != above:
+            said, plausible = ("present", "absent") if above else ("absent", "present")
+            return f"the threshold says {said}, but at {sure} only {plausible} is plausible"
         return ""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
-from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints, points_of_entries
+from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
 
@@ -158,9 +158,9 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             f"{folder / 'predictions.csv'} has other thresholds or temperatures than {path}: they are of different "
             f"evaluations; {_again(role, folder)}"
         )
-    if not np.array_equal(scored.abstain, points.states(scored.probabilities) == ABSTAIN):
+    if not np.array_equal(scored.states, points.states(scored.probabilities)):
         raise ComparisonError(
-            f"{folder / 'predictions.csv'} abstains elsewhere than {path} says: they are of different evaluations; "
+            f"{folder / 'predictions.csv'} has other calls than {path} says: they are of different evaluations; "
             f"{_again(role, folder)}"
         )
     record = read_json(folder / "config.json")
