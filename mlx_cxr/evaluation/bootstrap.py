@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -17,6 +18,17 @@ MIN_REPLICATES = 40
 """Fewer give no interval: a 2.5 % percentile of fewer than 40 values lies beyond the outermost of them."""
 
 _BLOCK_BYTES = 64 * 2**20
+
+
+class IntervalEntry(TypedDict):
+    """An interval in a result file."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    """The estimate, and its 95 % percentile interval from resampling patients."""
+    replicates: int
+    """Number of valid resamples."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +47,9 @@ class Interval:
     high: float
     replicates: int
 
-    def plain(self) -> dict[str, float | int]:
-        """As a JSON object: value, low, high, replicates."""
-        return {"value": self.value, "low": self.low, "high": self.high, "replicates": self.replicates}
+    def plain(self) -> IntervalEntry:
+        """Plain data for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,6 @@ the model abstains. Of findings that validation has too few studies of, or too f
 is fitted per study. An image that is read alone is taken as a study of one image, for which the coverage of `conformal`
 holds as far as such an image is like a validation study; and it holds for images from the source that validation came
 from, not for another hospital's.
-
-Keys of `operating_points.json`:
-
-- `schema` (1), `run`, `synthetic`, `made_from` (role to SHA-256: the checkpoint, the manifest, ...).
-- `protocol`: of the validation targets, a key of `labels.SCORING_PROTOCOLS`. `threshold_rule`: `youden` or `f1`.
-  `alpha`: of the conformal bands.
-- `labels`: each of the 14, in the order of `labels.LABELS`, to `threshold` (on the calibrated probability),
-  `threshold_source`, `temperature`, `temperature_source`, `lower` (a lower probability rules "present" out), `upper`
-  (a higher one rules "absent" out), `positives` and `negatives` (validation studies of the conformal bands).
 """
 
 from __future__ import annotations
@@ -37,6 +28,63 @@ FILE = "operating_points.json"
 """In the folder of every run that was scored."""
 PRESENT, ABSENT, ABSTAIN = 1, 0, -1
 STATE_WORDS = {PRESENT: "present", ABSENT: "absent", ABSTAIN: "abstain"}
+
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LabelPoint(_Strict):
+    """Operating point of a finding."""
+
+    threshold: Unit
+    """On the calibrated probability."""
+    threshold_source: Literal["validation", "default"]
+    """`default`: 0.5, as validation has one class only."""
+    temperature: Annotated[float, Field(gt=0)]
+    """Of the logits: the calibrated probability is sigmoid(logit / temperature)."""
+    temperature_source: Literal["validation", "bound", "default"]
+    """`bound`: the end of the range; `default`: 1, as validation has one class only."""
+    lower: Unit
+    upper: Unit
+    """Conformal bands: a lower probability rules "present" out, a higher one "absent"."""
+    positives: Annotated[int, Field(ge=0)]
+    negatives: Annotated[int, Field(ge=0)]
+    """Validation studies of the conformal bands."""
+
+
+class OperatingPointsFile(_Strict):
+    """Temperatures, thresholds and conformal bands, fitted on validation."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    run: str
+    synthetic: bool
+    """Format, name of the run, and cohort."""
+    made_from: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    """Role (the checkpoint, the manifest, ...) to SHA-256."""
+    protocol: Literal[tuple(SCORING_PROTOCOLS)]  # type: ignore[valid-type]
+    """Of the validation targets, a key of `labels.SCORING_PROTOCOLS`."""
+    threshold_rule: Literal["youden", "f1"]
+    """As `metrics.choose_thresholds`."""
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    """Of the conformal bands."""
+    labels: dict[str, LabelPoint]
+    """The 14 findings, in the order of `labels.LABELS`."""
+
+    @model_validator(mode="after")
+    def _labels_hang_together(self) -> OperatingPointsFile:
+        if tuple(self.labels) != LABELS:
+            raise ValueError(f"its labels are {', '.join(self.labels)}; those of this version are {', '.join(LABELS)}")
+        for label, entry in self.labels.items():
+            if (entry.threshold_source == "default") != (min(entry.positives, entry.negatives) == 0):
+                raise ValueError(
+                    f"{label}: threshold_source is {entry.threshold_source!r} with {entry.positives} positives and "
+                    f"{entry.negatives} negatives"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -149,7 +197,7 @@ class OperatingPoints:
 
 
 def label_entries(points: OperatingPoints) -> dict[str, dict[str, Any]]:
-    """`labels` of `operating_points.json`, as this module's docstring describes it; `points_of_entries` reads it."""
+    """The `labels` of `OperatingPointsFile`; `points_of_entries` reads them."""
     calibration, thresholds, bands = points.calibration, points.thresholds, points.bands
     return {
         label: {
@@ -236,7 +284,7 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
     if schema != SCHEMA:
         raise RunFormatError(f"{path} has schema {schema}, not {SCHEMA}; {again}")
     try:
-        checked = _File.model_validate(plain)
+        checked = OperatingPointsFile.model_validate(plain)
     except ValidationError as error:
         faults = "\n  ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'labels'}: {fault['msg']}" for fault in error.errors()
@@ -245,47 +293,3 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
     entries = {label: entry.model_dump() for label, entry in checked.labels.items()}
     points = points_of_entries(entries, checked.protocol, checked.threshold_rule, checked.alpha)
     return points, {"run": checked.run, "synthetic": checked.synthetic, "made_from": checked.made_from}
-
-
-_Unit = Annotated[float, Field(ge=0, le=1)]
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class _Label(_Strict):
-    threshold: _Unit
-    threshold_source: Literal["validation", "default"]
-    temperature: Annotated[float, Field(gt=0)]
-    temperature_source: Literal["validation", "bound", "default"]
-    lower: _Unit
-    upper: _Unit
-    positives: _Count
-    negatives: _Count
-
-
-class _File(_Strict):
-    """`operating_points.json`, as this module's docstring describes it."""
-
-    schema_: Annotated[Literal[1], Field(alias="schema")]
-    run: str
-    synthetic: bool
-    made_from: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
-    protocol: Literal[tuple(SCORING_PROTOCOLS)]  # type: ignore[valid-type]
-    threshold_rule: Literal["youden", "f1"]
-    alpha: Annotated[float, Field(gt=0, lt=1)]
-    labels: dict[str, _Label]
-
-    @model_validator(mode="after")
-    def _labels_hang_together(self) -> _File:
-        if tuple(self.labels) != LABELS:
-            raise ValueError(f"its labels are {', '.join(self.labels)}; those of this version are {', '.join(LABELS)}")
-        for label, entry in self.labels.items():
-            if (entry.threshold_source == "default") != (min(entry.positives, entry.negatives) == 0):
-                raise ValueError(
-                    f"{label}: threshold_source is {entry.threshold_source!r} with {entry.positives} positives and "
-                    f"{entry.negatives} negatives"
-                )
-        return self
