@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
@@ -257,7 +257,7 @@ def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, th
     cells = np.argwhere(~((a == b) | (np.isnan(a) & np.isnan(b))))
     if len(cells):
         row, column = cells[0]
-        values = ["empty" if np.isnan(x) else f"{x:g}" for x in (a[row, column], b[row, column])]
+        values = [label_word(float(x[row, column])) for x in (a, b)]
         raise ComparisonError(
             f"study {ours.study_ids[row]}, {LABELS[column]}: label {values[0]} in {files[0]}, {values[1]} in "
             f"{files[1]}; score both on the same manifest"

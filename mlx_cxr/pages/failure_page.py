@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.evaluation.confusions import MIN_COUNT
 from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UNCERTAIN, UNMENTIONED
 from mlx_cxr.evaluation.results import MEANINGS
@@ -182,7 +182,7 @@ def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
     models = (f"{name} p (threshold)" for name, _, _ in probabilities)
     header = ["label", *models, "student abstains", "confidence", "category"]
     cells = [
-        {1: "present", 0: "absent", -1: "uncertain"}.get(row["raw_label"], "not mentioned"),
+        label_word(row["raw_label"]),
         *(f"{number(p)} ({number(t)})" for _, p, t in probabilities),
         row["abstention"] or "no",
         number(row["confidence"], 2),
