@@ -1,10 +1,10 @@
-"""Store what the teacher says: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
+"""Store the answers of the teacher: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
 
 Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
 (`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test
 with tables and plots, for the comparison; with `--zero_shot` also those of the base without the adapter, in
 `zero_shot/`, and with `--line_orders` how much the order of the prompt's lines matters (`order_effect.json`).
-Killed, it goes on where it was.
+Killed, it resumes where it was.
 """
 
 from __future__ import annotations

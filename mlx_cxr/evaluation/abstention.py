@@ -36,7 +36,7 @@ FIGURES: tuple[str, ...] = (
 )
 """Order of the last axis of `weighted_figures`."""
 COVERAGES: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(1, 11))
-"""Where `risk_at` is taken."""
+"""Of `risk_at`."""
 
 
 class CallMetrics(TypedDict):

@@ -39,7 +39,7 @@ class Interval:
         value: the estimate on the data themselves.
         low: 2.5 % percentile of the replicates; NaN with fewer than `MIN_REPLICATES` valid ones.
         high: 97.5 % percentile.
-        replicates: how many replicates were valid (not NaN).
+        replicates: number of valid ones (not NaN).
     """
 
     value: float
@@ -54,13 +54,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class PatientResamples:
-    """How often each patient is drawn in each of B resamples with replacement.
+    """Number of times that each patient is drawn in each of B resamples with replacement.
 
     Attributes:
         patients: (P,) str, sorted; so the draws depend on the set of patients and the seed, not on row order.
         patient_of_row: int64 (N,), index into `patients`.
         counts: uint16 (B, P); each row sums to P.
-        seed: what the draws were made from.
+        seed: of the draws.
     """
 
     patients: np.ndarray

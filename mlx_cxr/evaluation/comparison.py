@@ -322,7 +322,7 @@ def compare(
 
 
 def verdict(difference: Mapping[str, Any]) -> Verdict:
-    """What an interval of a difference says, where more is better: it lies above 0, below 0, or reaches it."""
+    """Verdict of the interval of a difference where more is better: above 0, below 0, or reaching it."""
     low, high = difference["low"], difference["high"]
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return "no interval"

@@ -1,4 +1,4 @@
-"""Which findings are there when another one is called wrongly: confusion between findings, as lifts and a picture."""
+"""Confusion between findings: those present where another one is called wrongly, as lifts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_COUNT = 5
 
 
 def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
-    """How often each finding is present among the false positives of another, against how often it is anyway.
+    """Share of each finding among the false positives of another, against its share anyway.
 
     Args:
         judged: the studies.
@@ -74,7 +74,7 @@ def confused_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def lifts_with_an_interval(found: Mapping[str, Any]) -> int:
-    """How many pairs were looked at."""
+    """Number of pairs that have an interval."""
     return sum(not np.isnan(cell["lift"]["low"]) for entry in found.values() for cell in entry["present"].values())
 
 

@@ -1,4 +1,4 @@
-"""How a model's logits become calls: what was fitted on validation, and `operating_points.json`, which keeps it.
+"""Operating points: temperatures, thresholds and conformal bands, which turn logits into calls.
 
 A finding is called at its threshold, and only where the call is all that conformal prediction leaves plausible; else
 the model abstains. Of findings that validation has too few studies of, or too few without, it makes no call. All of it
@@ -89,7 +89,7 @@ class OperatingPointsFile(_Strict):
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a model says of N studies.
+    """Answers of a model for N studies.
 
     Attributes:
         probabilities: float64 (N, 14) in [0, 1], calibrated.
@@ -102,7 +102,7 @@ class Decisions:
 
 @dataclass(frozen=True)
 class OperatingPoints:
-    """What was fitted on validation.
+    """Parameters fitted on validation, which turn logits into calls.
 
     Attributes:
         calibration: temperatures.
@@ -158,7 +158,7 @@ class OperatingPoints:
         return states
 
     def abstention_zone(self, column: int) -> tuple[float, float]:
-        """Where a calibrated probability leads to no call on a finding: from the lower to the higher end.
+        """Range of calibrated probabilities without a call on a finding: its lower and its higher end.
 
         A call needs the conformal set to be just what the threshold says, so it is made beyond the threshold and both
         bands only; all of [0, 1] where validation has too few studies of a class.
@@ -169,7 +169,7 @@ class OperatingPoints:
         return float(min(ends)), float(max(ends))
 
     def reason(self, column: int, probability: float) -> str:
-        """Why the model abstains on a finding, in words; empty where it makes a call.
+        """Reason why the model abstains on a finding, in words; empty where it makes a call.
 
         Args:
             column: of the finding in `labels.LABELS`.
@@ -248,7 +248,7 @@ def write_operating_points(
         path: of the file, in the run's folder.
         points: fitted on validation.
         run: the run's name.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         made_from: role to the SHA-256 of what the predictions came from.
     """
     return write_json(

@@ -114,7 +114,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ScoredPredictions:
-    """What `predictions.csv` holds: predictions with what was fitted on validation.
+    """Content of `predictions.csv`: predictions with the thresholds and calls fitted on validation.
 
     Attributes:
         predictions: one row per study.

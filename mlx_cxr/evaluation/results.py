@@ -184,14 +184,14 @@ def evaluate(
         predictions: with the splits `validate` and `test`.
         points: fitted on that validation split.
         run: the run's name.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         samples: bootstrap resamples; 0 gives no intervals.
         seed: of the resamples.
         bins: of the calibration error.
         provenance: `runs.provenance`.
         train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
         test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
-        score: what a study's score is, in words.
+        score: the score of a study, in words.
 
     Raises:
         PredictionsError: a split is missing.
@@ -212,7 +212,10 @@ def evaluate(
         "notice": footer(synthetic),
         "unit": "study",
         "score": score,
-        "counts": {part.split[0]: _counts(part) for part in (validation, test)},
+        "counts": {
+            part.split[0]: {"studies": len(part), "patients": len(set(part.patient_ids.tolist()))}
+            for part in (validation, test)
+        },
         "fitted_under": points.protocol,
         "threshold_rule": points.thresholds.rule,
         "operating_points": label_entries(points),
@@ -222,7 +225,10 @@ def evaluate(
             name: protocol_section(score_protocol(test, name, points, resamples), bins) for name in SCORING_PROTOCOLS
         },
         "abstention": abstention_section(validation, test, points, resamples),
-        "validation": {name: {"roc_auc": _macro_auc(validation, name)} for name in SCORING_PROTOCOLS},
+        "validation": {
+            name: {"roc_auc": macro_auc(roc_auc_per_label(policy.apply(validation.raw_labels), validation.logits))}
+            for name, policy in SCORING_PROTOCOLS.items()
+        },
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
         "metadata_only": metadata,
@@ -312,11 +318,3 @@ def protocol_section(scores: ProtocolScores, bins: int) -> ProtocolEntry:
         "macro_labels": [label for label, there in zip(LABELS, scored, strict=True) if there],
         "single_class": [label for label, there in zip(LABELS, scored, strict=True) if not there],
     }
-
-
-def _macro_auc(part: Predictions, protocol: str) -> float:
-    return macro_auc(roc_auc_per_label(SCORING_PROTOCOLS[protocol].apply(part.raw_labels), part.logits))
-
-
-def _counts(part: Predictions) -> Counts:
-    return {"studies": len(part), "patients": len(set(part.patient_ids.tolist()))}

@@ -91,5 +91,5 @@ def weighted_aurc(wrong: np.ndarray, confidence: np.ndarray, weights: np.ndarray
 
 
 def _group_starts(ordered: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins."""
+    """Indices at which runs of equal values begin."""
     return np.flatnonzero(np.r_[True, np.diff(ordered) != 0])

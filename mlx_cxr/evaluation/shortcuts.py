@@ -1,4 +1,4 @@
-"""What a model may have learned instead of the finding: how sick the patient is, and how treated.
+"""Shortcuts that a model may have learned instead of the finding: sickness and treatment of the patient.
 
 The bedside view (AP) goes with sicker patients, and drains with treated pneumothoraces, so a model can rank well
 without seeing the finding (Zech et al., PLOS Medicine 2018; Oakden-Rayner et al., arXiv:1909.12475). Three checks:
@@ -140,7 +140,7 @@ def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: 
 
 
 def study_metadata(frame: pd.DataFrame) -> pd.DataFrame:
-    """What is known of each study without its images: a row per study, in order of first appearance.
+    """Metadata of each study: a row per study, in order of first appearance.
 
     Args:
         frame: manifest rows, one per image, with `study_id` and `view`, and `age` and `sex` where they are known.
@@ -208,7 +208,7 @@ def metadata_only(
     difference = model_values - values, model_replicates - replicates
     arms = {"roc_auc": (values, replicates), "model_minus_metadata": difference}
     return {
-        "features": ["view", *(name for name in ("age", "sex") if _known(train[name]))],
+        "features": ["view", *(name for name in ("age", "sex") if (train[name].notna() & (train[name] != "")).any())],
         "per_label": {
             label: {arm: percentile_interval(float(v[k]), r[:, k]).plain() for arm, (v, r) in arms.items()}
             for k, label in enumerate(LABELS)
@@ -236,7 +236,3 @@ def _features(metadata: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
     mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
     columns += [np.nan_to_num((age - mean) / scale), np.isnan(age).astype(np.float64)]
     return np.stack(columns, axis=1)
-
-
-def _known(values: pd.Series) -> bool:
-    return bool((values.notna() & (values != "")).any())

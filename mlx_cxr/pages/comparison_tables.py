@@ -130,7 +130,7 @@ def differences_table(comparison: Mapping[str, Any], name: str) -> list[str]:
 
 
 def cost_note(comparison: Mapping[str, Any]) -> str:
-    """What was timed, on which machine, and which command makes a figure that lacks."""
+    """Meaning of the times and their machine, and the command that makes one that lacks."""
     timed = [model for model in comparison["models"] if model["cost"]]
     whats: dict[str, list[str]] = {}
     for model in timed:
@@ -151,7 +151,7 @@ def cost_note(comparison: Mapping[str, Any]) -> str:
 
 
 def intervals_line(comparison: Mapping[str, Any]) -> str:
-    """What the brackets are."""
+    """Meaning of the brackets."""
     samples = comparison["bootstrap"]["samples"]
     if not samples:
         return "No intervals: no resamples were asked for."

@@ -24,7 +24,7 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
         path: of the PNG, written atomically.
         found: of `confusions`.
         cohort: a line on what it is about.
-        synthetic: whether the cohort is; the footer then says so.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.

@@ -53,8 +53,8 @@ def plot_roc(path: str | Path, test: Predictions, points: OperatingPoints, synth
     Args:
         path: of the PNG, written atomically.
         test: predictions of the test split.
-        points: what was fitted on validation; the plot follows its protocol.
-        synthetic: whether the cohort is; the footer then says so.
+        points: fitted on validation; the plot follows its protocol.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.
@@ -135,8 +135,8 @@ def plot_risk_coverage(
         path: of the PNG, written atomically.
         validation: predictions that the points were fitted to; they rank the calls.
         test: predictions of the test split.
-        points: what was fitted on validation; the plot follows its protocol.
-        synthetic: whether the cohort is; the footer then says so.
+        points: fitted on validation; the plot follows its protocol.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.
