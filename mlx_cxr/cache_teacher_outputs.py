@@ -1,10 +1,10 @@
-"""Store what the teacher says: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
+"""Store the answers of the teacher: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
 
 Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
 (`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test
 with tables and plots, for the comparison; with `--zero_shot` also those of the base without the adapter, in
 `zero_shot/`, and with `--line_orders` how much the order of the prompt's lines matters (`order_effect.json`).
-Killed, it goes on where it was.
+Killed, it resumes where it was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 from mlx_cxr.data.soft_labels import SPLITS
 from mlx_cxr.evaluation.calibration import fit_temperatures
 from mlx_cxr.evaluation.predictions import Predictions, join, study_level
-from mlx_cxr.inference.scoring_report import write_cost, write_scores
+from mlx_cxr.evaluation.scores import write_scores
+from mlx_cxr.inference.cost import write_cost
+from mlx_cxr.pages.results_page import write_results
 from mlx_cxr.teacher.dataset import Studies
 from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
 from mlx_cxr.teacher.prompt_order import order_effect
@@ -75,11 +77,14 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
     inputs = {**material.inputs(teacher.config), "adapter": teacher.folder / ADAPTER / WEIGHTS}
     record = provenance("cache_teacher_outputs", config.plain(), inputs, machine)
     reads = teacher.record["reads"]
-    predictions, score_of = (
-        join(validation, _predictions(test, answers.logits)),
-        f"what the teacher says to its {reads}",
-    )
-    write_scores(teacher.folder, predictions, teacher.protocol, material.manifest, teacher.config, record, score_of)
+
+    def write(folder: Path, predictions: Predictions, settings: Config, score_of: str) -> None:
+        protocol, manifest = teacher.protocol, material.manifest
+        points, results = write_scores(folder, predictions, protocol, manifest, settings, record, score_of)
+        write_results(folder, results, predictions, points)
+
+    predictions = join(validation, _predictions(test, answers.logits))
+    write(teacher.folder, predictions, teacher.config, f"what the teacher says to its {reads}")
     size = teacher.config.teacher.batch_size
     write_cost(
         teacher.folder,
@@ -91,8 +96,8 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         device=machine,
     )
     if zero_shot:
-        folder, score_of = teacher.folder / "zero_shot", f"what the base says to its {reads}, without the adapter"
-        write_scores(folder, join(*bare), teacher.protocol, material.manifest, config, record, score_of)
+        score_of = f"what the base says to its {reads}, without the adapter"
+        write(teacher.folder / "zero_shot", join(*bare), config, score_of)
     if line_orders:
         _write_order_effect(teacher, material, line_orders, config.seed)
     return teacher.folder

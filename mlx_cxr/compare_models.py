@@ -108,7 +108,7 @@ def draw(runs: Sequence[ScoredRun], folder: Path, config: Config) -> list[Path]:
 
 
 def comparison_dir(config: Config) -> Path:
-    """Where an experiment's comparison goes; the name keeps two experiments in one outputs folder apart."""
+    """Folder of an experiment's comparison; the name keeps two experiments in one outputs folder apart."""
     return config.outputs / f"comparison_{config.name}"
 
 

@@ -26,12 +26,14 @@ from mlx_cxr.data.masks import has_masks, load_masks
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions, join
+from mlx_cxr.evaluation.scores import write_scores
 from mlx_cxr.inference import explanation
+from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
 from mlx_cxr.inference.predictor import map_references, write_inference_record
-from mlx_cxr.inference.scoring_report import milliseconds_per_sample, write_cost, write_scores
 from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
 from mlx_cxr.pages import findings_page
 from mlx_cxr.pages.map_checks import localization_section, randomization_section
+from mlx_cxr.pages.results_page import write_results
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.scoring import image_forward
 
@@ -67,7 +69,8 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     record = provenance("evaluate_cnn", config.plain(), inputs, machine)
     parts = [study_predictions(trained.model, data, config.evaluation.batch_size) for data in (validation, test)]
     predictions = join(*parts)
-    points = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
+    points, results = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
+    write_results(trained.folder, results, predictions, points)
     measure_cost(trained, test, config, machine)
     references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
     write_inference_record(trained, references, len(validation))

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_word
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.data.reports import decode
@@ -230,17 +230,12 @@ def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
     answer = reader.answer(asked.prompt, asked.image)
     columns = asked.columns
     if columns is None:
-        called = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()
-        columns = tuple(called or [int(np.argmax(answer.probabilities))])
+        above = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()
+        columns = tuple(above or [int(np.argmax(answer.probabilities))])
     findings = [LABELS[k] for k in columns]
     log.info("study %s: %s", asked.study_id, ", ".join(findings))
-    labels = () if asked.raw_labels is None else [label_words(float(asked.raw_labels[k])) for k in columns]
+    labels = () if asked.raw_labels is None else [label_word(float(asked.raw_labels[k])) for k in columns]
     return reader.explain(answer, findings, asked.study_id, labels)
-
-
-def label_words(raw: float) -> str:
-    """A source label in words."""
-    return "not mentioned" if np.isnan(raw) else {1: "present", 0: "absent", -1: "uncertain"}[int(raw)]
 
 
 def build_parser() -> argparse.ArgumentParser:

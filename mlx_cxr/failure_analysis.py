@@ -25,19 +25,19 @@ from mlx_cxr.data.masks import has_masks, mask_folder
 from mlx_cxr.data.report_mentions import mentions
 from mlx_cxr.data.reports import select
 from mlx_cxr.data.study_reports import load_reports
-from mlx_cxr.evaluation.confusions import plot_confusions
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
-from mlx_cxr.evaluation.relabeling import relabel_sheet
 from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.subgroups import age_bands
 from mlx_cxr.inference.explanation import study_maps
 from mlx_cxr.inference.trained_run import TrainedRun
+from mlx_cxr.pages.confusion_plot import plot_confusions
 from mlx_cxr.pages.failure_advice import closing_failures
 from mlx_cxr.pages.failure_page import Shown, failure_markdown
 from mlx_cxr.pages.failure_pictures import draw_failures, remove_stale
 from mlx_cxr.pages.figures import cohort_line
+from mlx_cxr.pages.relabeling import relabel_sheet
 from mlx_cxr.training.cohort import Cohort
 
 log = logging.getLogger("mlx_cxr")

@@ -211,7 +211,7 @@ def test_results_are_scikit_learns_on_the_predictions(evaluated):
         y = (rows["raw_label"] == 1).to_numpy().astype(int)
         entry = results["protocols"]["empty_negative"]["per_label"][label]
         assert entry["roc_auc"]["value"] == pytest.approx(sk.roc_auc_score(y, rows["logit"]))
-        assert entry["f1"]["value"] == pytest.approx(sk.f1_score(y, rows["call"], zero_division=0))
+        assert entry["f1"]["value"] == pytest.approx(sk.f1_score(y, rows["above_threshold"], zero_division=0))
         assert entry["brier"]["value"] == pytest.approx(np.mean((rows["probability"] - y) ** 2))
         explicit = rows["raw_label"].isin([0, 1]).to_numpy()
         masked = results["protocols"]["empty_masked"]["per_label"][label]

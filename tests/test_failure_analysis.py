@@ -165,7 +165,7 @@ def test_the_table_of_errors_is_that_of_the_predictions(analysed):
     positives = (validation["raw_label"] == "1").groupby(validation["label"]).sum()
     single = sorted(positives.index[positives == 0])
     assert without_threshold(analysed) == single != []
-    wrong = (scored["call"] == 1) != (scored["raw_label"] == "1")
+    wrong = (scored["above_threshold"] == 1) != (scored["raw_label"] == "1")
     scored = scored[(scored["split"] == "test") & wrong & ~scored["label"].isin(single)]
     assert set(zip(table["study_id"], table["label"], strict=True)) == set(
         zip(scored["study_id"], scored["label"], strict=True)

@@ -62,7 +62,7 @@ def test_a_row_for_each_file_with_the_predictor_s_figures(run_dir, images, tmp_p
     path = predict.run(run_dir, [images], tmp_path / "out")
     rows = table(path)
     assert tuple(rows[0]) == COLUMNS
-    assert len(COLUMNS) == 4 + 14 * 3
+    assert len(COLUMNS) == 4 + 14 * 4
     assert [Path(row["file"]).relative_to(images).as_posix() for row in rows] == [
         *("a.jpg", "b", "inside/c.png", "report.txt", "z.png")
     ]
@@ -79,6 +79,8 @@ def test_a_row_for_each_file_with_the_predictor_s_figures(run_dir, images, tmp_p
             tuned = predictor.points.tuned[k]
             threshold = f"{predictor.points.thresholds.values[k]:.6f}" if tuned else ""
             assert row[f"{label} threshold"] == threshold
+            above = str(int(answer.probabilities[k] >= predictor.points.thresholds.values[k])) if tuned else ""
+            assert row[f"{label} above_threshold"] == above
     for row in rows[2:]:
         assert {row[name] for name in COLUMNS[4:]} == {""}, "no figure for what is not answered"
     record = read_json(tmp_path / "out" / "predict.json")

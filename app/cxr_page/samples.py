@@ -12,7 +12,7 @@ import streamlit as st
 
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.data.manifest import Manifest, load_manifest
 from mlx_cxr.data.study_reports import StudyReports, load_reports
 
@@ -53,9 +53,8 @@ class Sample:
     @property
     def label_words(self) -> dict[str, str]:
         """Finding to the report's label in words; only those that the source has."""
-        words = {1.0: "present", 0.0: "absent", -1.0: "uncertain"}
         pairs = zip(LABELS, self.raw_labels, strict=True)
-        return {label: words[value] for label, value in pairs if not np.isnan(value)}
+        return {label: label_word(float(value)) for label, value in pairs if not np.isnan(value)}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ def label_index(name: str) -> int:
         raise KeyError(f"unknown finding {name!r}; the 14 are: {', '.join(LABELS)}") from None
 
 
+def label_word(value: float) -> str:
+    """A source value in words: `present` (1), `absent` (0), `uncertain` (-1) or `not mentioned` (NaN)."""
+    return {1: "present", 0: "absent", -1: "uncertain"}.get(value, "not mentioned")
+
+
 @dataclass(frozen=True)
 class LabelPolicy:
     """What the source values -1 (uncertain) and empty (not mentioned) become.

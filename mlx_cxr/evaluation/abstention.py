@@ -1,15 +1,21 @@
-"""What abstaining costs and gains on test: `abstention` of `test_results.json`, which `results` describes."""
+"""Costs and gains of abstaining on test: `abstention` of `test_results.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
+from mlx_cxr.evaluation.bootstrap import (
+    IntervalEntry,
+    PatientResamples,
+    macro_interval,
+    patient_bootstrap,
+    percentile_interval,
+)
 from mlx_cxr.evaluation.conformal import coverage_range
 from mlx_cxr.evaluation.metrics import both_classes
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
@@ -30,7 +36,67 @@ FIGURES: tuple[str, ...] = (
 )
 """Order of the last axis of `weighted_figures`."""
 COVERAGES: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(1, 11))
-"""Where `risk_at` is taken."""
+"""Of `risk_at`."""
+
+
+class CallMetrics(TypedDict):
+    """Coverage and risk of a finding, or their unweighted means."""
+
+    positive_coverage: IntervalEntry
+    negative_coverage: IntervalEntry
+    """Share of positives whose conformal set holds "present", of negatives whose set holds "absent"; 1 - alpha is
+    aimed at."""
+    called: IntervalEntry
+    called_positives: IntervalEntry
+    called_negatives: IntervalEntry
+    """Share of studies, positives and negatives on which a call is made."""
+    risk: IntervalEntry
+    risk_called: IntervalEntry
+    """Share of wrong calls if all are made, and among those made."""
+    sensitivity_called: IntervalEntry
+    specificity_called: IntervalEntry
+    """Among the calls made."""
+    aurc_probability: IntervalEntry
+    aurc_conformal: IntervalEntry
+    """Areas under the risk-coverage curves of `risk_coverage.RANKINGS`; calls in random order have `risk`."""
+    risk_at: dict[str, list[float | None]]
+    """Ranking to its curve at `coverages`."""
+
+
+class CallsEntry(TypedDict):
+    """Calls and abstention under a protocol of `labels.SCORING_PROTOCOLS`."""
+
+    per_label: dict[str, CallMetrics]
+    macro: CallMetrics
+    """By finding, and their means."""
+    macro_labels: list[str]
+    """Findings of the means: those with both classes on test and enough of both on validation."""
+
+
+class ExpectedCoverage(TypedDict):
+    """Ends between which coverage lies in 95 of 100 draws of as many independent validation studies."""
+
+    positive_coverage: list[float]
+    negative_coverage: list[float]
+    """Lower and upper end."""
+
+
+class AbstentionEntry(TypedDict):
+    """Effect of the conformal bands on test."""
+
+    alpha: float
+    fitted_under: str
+    """Of the bands, with the protocol that they were fitted under."""
+    needed: int
+    """Validation studies of a class needed for the class to be ruled out."""
+    too_few: list[str]
+    """Findings with fewer of either class, which are never called."""
+    expected: dict[str, ExpectedCoverage]
+    """By finding."""
+    coverages: list[float]
+    """Shares of studies called at which `risk_at` is given."""
+    protocols: dict[str, CallsEntry]
+    """By protocol of the test targets."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +106,8 @@ class FindingCalls:
     Attributes:
         kept: bool (N,), which of all the studies these n are.
         truth: bool (n,), the label.
-        called: bool (n,), what the threshold calls positive.
-        made: bool (n,), where the model does not abstain.
+        above_threshold: bool (n,), the bare comparison of the probability with the threshold.
+        made: bool (n,), the studies that a call is made on; on the others the model abstains.
         present_plausible: bool (n,), whether the conformal set holds "present".
         absent_plausible: bool (n,), whether it holds "absent".
         confidences: `risk_coverage.RANKINGS` to float64 (n,).
@@ -49,7 +115,7 @@ class FindingCalls:
 
     kept: np.ndarray
     truth: np.ndarray
-    called: np.ndarray
+    above_threshold: np.ndarray
     made: np.ndarray
     present_plausible: np.ndarray
     absent_plausible: np.ndarray
@@ -57,8 +123,8 @@ class FindingCalls:
 
     @property
     def wrong(self) -> np.ndarray:
-        """bool (n,): where the threshold's call is not the label."""
-        return self.called != self.truth
+        """bool (n,): the comparison with the threshold is not the label."""
+        return self.above_threshold != self.truth
 
 
 def finding_calls(
@@ -75,19 +141,19 @@ def finding_calls(
     decided = points.decide(test.logits)
     p, targets = decided.probabilities, SCORING_PROTOCOLS[protocol].apply(test.raw_labels)
     confidences = call_confidences(validation, p, points)
-    called, made = p >= points.thresholds.values, decided.states != ABSTAIN
+    above, made = p >= points.thresholds.values, decided.states != ABSTAIN
     present, absent = points.bands.present_plausible(p), points.bands.absent_plausible(p)
     findings = []
     for k in range(len(LABELS)):
         kept = ~np.isnan(targets[:, k])
-        columns = (column[kept, k] for column in (targets == 1, called, made, present, absent))
+        columns = (column[kept, k] for column in (targets == 1, above, made, present, absent))
         findings.append(FindingCalls(kept, *columns, {name: c[kept, k] for name, c in confidences.items()}))
     return findings
 
 
 def abstention_section(
     validation: Predictions, test: Predictions, points: OperatingPoints, resamples: PatientResamples
-) -> dict[str, Any]:
+) -> AbstentionEntry:
     """The section, for every protocol.
 
     Args:
@@ -150,7 +216,7 @@ def weighted_figures(finding: FindingCalls, weights: np.ndarray) -> np.ndarray:
     return np.stack([*shares, *areas], axis=1)
 
 
-def _protocol(findings: list[FindingCalls], meant: np.ndarray, resamples: PatientResamples) -> dict[str, Any]:
+def _protocol(findings: list[FindingCalls], meant: np.ndarray, resamples: PatientResamples) -> CallsEntry:
     """An entry of `protocols`; `meant`, bool (14,), are the labels of the means."""
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -166,8 +232,8 @@ def _protocol(findings: list[FindingCalls], meant: np.ndarray, resamples: Patien
         per_label[label]["risk_at"] = {name: curve[k].tolist() for name, curve in curves.items()}
     masked = np.where(meant[:, None], values, np.nan)
     macro = {name: macro_interval(masked[:, i], replicates[:, :, i]).plain() for i, name in enumerate(FIGURES)}
-    if meant.any():
-        macro["risk_at"] = {name: curve[meant].mean(axis=0).tolist() for name, curve in curves.items()}
+    nothing = np.full(len(COVERAGES), np.nan)
+    macro["risk_at"] = {n: (c[meant].mean(axis=0) if meant.any() else nothing).tolist() for n, c in curves.items()}
     return {
         "per_label": per_label,
         "macro": macro,

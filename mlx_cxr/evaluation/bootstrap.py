@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,6 +20,17 @@ MIN_REPLICATES = 40
 _BLOCK_BYTES = 64 * 2**20
 
 
+class IntervalEntry(TypedDict):
+    """An interval in a result file."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    """The estimate, and its 95 % percentile interval from resampling patients."""
+    replicates: int
+    """Number of valid resamples."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate and its percentile interval.
@@ -27,7 +39,7 @@ class Interval:
         value: the estimate on the data themselves.
         low: 2.5 % percentile of the replicates; NaN with fewer than `MIN_REPLICATES` valid ones.
         high: 97.5 % percentile.
-        replicates: how many replicates were valid (not NaN).
+        replicates: number of valid ones (not NaN).
     """
 
     value: float
@@ -35,20 +47,20 @@ class Interval:
     high: float
     replicates: int
 
-    def plain(self) -> dict[str, float | int]:
-        """As a JSON object: value, low, high, replicates."""
-        return {"value": self.value, "low": self.low, "high": self.high, "replicates": self.replicates}
+    def plain(self) -> IntervalEntry:
+        """Plain data for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class PatientResamples:
-    """How often each patient is drawn in each of B resamples with replacement.
+    """Number of times that each patient is drawn in each of B resamples with replacement.
 
     Attributes:
         patients: (P,) str, sorted; so the draws depend on the set of patients and the seed, not on row order.
         patient_of_row: int64 (N,), index into `patients`.
         counts: uint16 (B, P); each row sums to P.
-        seed: what the draws were made from.
+        seed: of the draws.
     """
 
     patients: np.ndarray

@@ -1,32 +1,13 @@
 """`final_comparison.json`: CNN, teacher, student and controls on the same test studies, from their predictions.
 
-An interval is as in `results`: `{"value", "low", "high", "replicates"}`, 95 %, from resampling patients. All models
-share the resamples, and a difference is taken replicate by replicate. What is undefined is null. Keys:
-
-- `schema` (1), `experiment`, `synthetic`, `notice`, `unit` (`study`), `manifest` (SHA-256), `provenance`.
-- `fitted_under`, `threshold_rule`: the same for all runs. `bootstrap`, `calibration_bins` as in `results`.
-- `counts`: `studies` and `patients` that all of `models` scored; `runs`: run to `test_studies` and `left_out` of them.
-- `models`: in order of display, `run`, `role`, `title`, `parameters` and `trainable`, `ms_per_sample`, `cost` (the
-  content of `cost.json`), `make_cost` (the command that makes it where it lacks). A teacher has `reads`, `modality`,
-  `reads_label_source`, `reads_findings`, `zero_shot_auc`, `tuned_auc` (validation macro ROC-AUC); a student or control
-  `targets`, `alpha`, `temperature`, `init`.
-- `protocols`: for each of `labels.SCORING_PROTOCOLS`:
-  - `meaning`, `macro_labels`, `single_class` as in `results`; `models`: run to `macro` and `per_label` as there.
-  - `differences`: `student_minus_cnn`, `student_minus_teacher`, `teacher_minus_cnn`, each with `macro` (metric to
-    interval), `verdict` (of macro ROC-AUC) and `per_label`: label to metric intervals, `p_value` (`delong`, by
-    patient) and `p_holm` (over the labels of this pair).
-  - `controls`: run to `macro` (student minus it) and `verdict`.
-  - `retention`: `retention`, of macro ROC-AUC.
-- `graded_teachers`: null without any; else `counts` and `protocol`, and `models` as above with `macro` and
-  `minus_teacher` (macro ROC-AUC minus the teacher's, and `verdict`), on the studies that all teachers scored.
-- `gates`: `teacher_beats_cnn` and `retention`, each with `met`, under `protocol`.
+All models share the resamples of patients, and a difference is taken replicate by replicate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -35,6 +16,7 @@ from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.bootstrap import (
     LEVEL,
     MIN_REPLICATES,
+    IntervalEntry,
     PatientResamples,
     macro_interval,
     patient_resamples,
@@ -43,7 +25,15 @@ from mlx_cxr.evaluation.bootstrap import (
 from mlx_cxr.evaluation.delong import holm, paired_delong
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.predictions import Predictions
-from mlx_cxr.evaluation.results import ProtocolScores, protocol_section, score_protocol
+from mlx_cxr.evaluation.results import (
+    BinsEntry,
+    BootstrapEntry,
+    LabelMetrics,
+    Metrics,
+    ProtocolScores,
+    protocol_section,
+    score_protocol,
+)
 from mlx_cxr.evaluation.scored_runs import ScoredRun, check_teacher, shared_studies
 
 SCHEMA = 1
@@ -59,6 +49,225 @@ _COLUMN = {metric: METRICS.index(metric) for metric in COMPARED}
 Verdict = Literal["better", "worse", "within noise", "no interval"]
 
 
+class ModelEntry(TypedDict):
+    """A model that was compared."""
+
+    run: str
+    role: str
+    title: str
+    parameters: int | None
+    trainable: int | None
+    ms_per_sample: float | None
+    """Name, role and title; numbers of parameters; time of a prediction."""
+    cost: dict[str, Any] | None
+    """Content of `cost.json`."""
+    make_cost: str | None
+    """Command that makes a `cost.json` that lacks."""
+
+
+class TeacherEntry(ModelEntry):
+    """A teacher."""
+
+    reads: str
+    modality: str
+    """As `teacher.json` has them."""
+    zero_shot_auc: float | None
+    tuned_auc: float | None
+    """Macro ROC-AUC on validation."""
+    reads_label_source: bool
+    reads_findings: bool
+    """It may read the source of the labels, or the findings and not that source."""
+
+
+class StudentEntry(ModelEntry):
+    """A student or a control, with its settings of `config.distillation`."""
+
+    targets: str
+    alpha: float
+    temperature: float
+    init: str
+    """As trained."""
+
+
+class CompareCounts(TypedDict):
+    """Studies that all of the models scored."""
+
+    studies: int
+    patients: int
+    runs: dict[str, RunCounts]
+    """Numbers of them, and of the studies of each run."""
+
+
+class RunCounts(TypedDict):
+    """Studies of a run."""
+
+    test_studies: int
+    left_out: int
+    """On test, and of these left out as another run has no score for them."""
+
+
+class MetricDifferences(TypedDict):
+    """Differences of two models: less is better of `brier`, more of the others."""
+
+    roc_auc: IntervalEntry
+    average_precision: IntervalEntry
+    f1: IntervalEntry
+    sensitivity: IntervalEntry
+    specificity: IntervalEntry
+    brier: IntervalEntry
+    """Of `metrics.METRICS`."""
+
+
+class LabelDifferences(MetricDifferences):
+    """Differences on a finding."""
+
+    p_value: float | None
+    p_holm: float | None
+    """DeLong's test by patient, and with Holm's correction over the findings of this pair."""
+
+
+class ControlEntry(TypedDict):
+    """The student minus a control."""
+
+    macro: MetricDifferences
+    """Of the means."""
+    verdict: Verdict
+    """Of macro ROC-AUC: the interval lies above 0, below 0, or reaches it."""
+
+
+class DifferenceEntry(ControlEntry):
+    """The first model minus the second."""
+
+    per_label: dict[str, LabelDifferences]
+    """By finding."""
+
+
+class ModelMetrics(TypedDict):
+    """Metrics of a model, as in `test_results.json`."""
+
+    macro: Metrics
+    per_label: dict[str, LabelMetrics]
+    """Means, and by finding."""
+
+
+class RetentionEntry(TypedDict):
+    """Part of the teacher that the student keeps, by macro ROC-AUC."""
+
+    share: IntervalEntry
+    """Student / teacher."""
+    chance_share: float | None
+    """Share that a model that knows nothing would keep, 0.5 / teacher."""
+    gap: IntervalEntry
+    gain: IntervalEntry
+    """Teacher - CNN, and student - CNN."""
+    gap_closed: IntervalEntry | None
+    """Gain / gap; null where the gap is not clearly positive."""
+    gap_closed_undefined: str | None
+    """Reason for that null, in words."""
+
+
+class ComparedProtocol(TypedDict):
+    """Models and differences under a protocol of `labels.SCORING_PROTOCOLS`."""
+
+    meaning: str
+    macro_labels: list[str]
+    single_class: list[str]
+    """As in `test_results.json`."""
+    models: dict[str, ModelMetrics]
+    """By run."""
+    differences: dict[str, DifferenceEntry]
+    """`student_minus_cnn`, `student_minus_teacher`, `teacher_minus_cnn`."""
+    controls: dict[str, ControlEntry]
+    """By run."""
+    retention: RetentionEntry
+    """Of the student."""
+
+
+class VerdictInterval(IntervalEntry):
+    """A difference with its verdict."""
+
+    verdict: Verdict
+    """As in `ControlEntry`."""
+
+
+class GradedTeacher(TeacherEntry):
+    """A teacher among others that may read something else."""
+
+    macro: Metrics
+    """Of its means."""
+    minus_teacher: VerdictInterval | None
+    """Macro ROC-AUC minus that of the teacher; null for this one itself."""
+
+
+class GradedEntry(TypedDict):
+    """Teachers on the studies that all of them scored."""
+
+    counts: CompareCounts
+    protocol: str
+    models: list[GradedTeacher]
+    """Studies, protocol of the targets, and the teachers, first the one compared."""
+
+
+class TeacherGate(TypedDict):
+    """The teacher beats the CNN on macro ROC-AUC."""
+
+    protocol: str
+    difference: IntervalEntry
+    interval_above_0: bool
+    met: bool
+    """Teacher minus CNN; the gate is met by the value, not by the interval."""
+
+
+class RetentionGate(TypedDict):
+    """The student keeps enough of the teacher's macro ROC-AUC."""
+
+    protocol: str
+    share: IntervalEntry
+    minimum: float
+    interval_above_minimum: bool
+    met: bool
+    """Student / teacher; the gate is met by the value, not by the interval."""
+
+
+class Gates(TypedDict):
+    """Conditions that the experiment sets itself."""
+
+    teacher_beats_cnn: TeacherGate
+    retention: RetentionGate
+    """Each with its figure."""
+
+
+class Comparison(TypedDict):
+    """CNN, teacher, student and controls on the same test studies."""
+
+    schema: int
+    experiment: str
+    synthetic: bool
+    notice: str
+    unit: Literal["study"]
+    """Format, name of the configuration, cohort, the warning of every page, and the unit that is scored."""
+    manifest: str
+    """SHA-256."""
+    counts: CompareCounts
+    """Of `models`."""
+    fitted_under: str
+    threshold_rule: str
+    """The same for all runs."""
+    bootstrap: BootstrapEntry
+    calibration_bins: BinsEntry
+    """As in `test_results.json`."""
+    models: list[ModelEntry | TeacherEntry | StudentEntry]
+    """In the order of display."""
+    protocols: dict[str, ComparedProtocol]
+    """By protocol of the test targets."""
+    graded_teachers: GradedEntry | None
+    """Null without any."""
+    gates: Gates
+    """Under `fitted_under`."""
+    provenance: dict[str, Any]
+    """As `runs.provenance`."""
+
+
 def compare(
     runs: Sequence[ScoredRun],
     *,
@@ -68,8 +277,8 @@ def compare(
     seed: int,
     bins: int,
     provenance: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of `final_comparison.json`, as this module's docstring describes it.
+) -> Comparison:
+    """The content of `final_comparison.json`.
 
     Args:
         runs: one `cnn`, one `teacher`, one `student`, and any `control` and `graded teacher`.
@@ -113,7 +322,7 @@ def compare(
 
 
 def verdict(difference: Mapping[str, Any]) -> Verdict:
-    """What an interval of a difference says, where more is better: it lies above 0, below 0, or reaches it."""
+    """Verdict of the interval of a difference where more is better: above 0, below 0, or reaching it."""
     low, high = difference["low"], difference["high"]
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return "no interval"
@@ -122,18 +331,13 @@ def verdict(difference: Mapping[str, Any]) -> Verdict:
     return "worse" if high < 0 else "within noise"
 
 
-def retention(student: np.ndarray, teacher: np.ndarray, cnn: np.ndarray) -> dict[str, Any]:
-    """How much of the teacher the student keeps, by macro ROC-AUC.
+def retention(student: np.ndarray, teacher: np.ndarray, cnn: np.ndarray) -> RetentionEntry:
+    """Part of the teacher that the student keeps, by macro ROC-AUC.
 
     Args:
         student: (1 + B,) macro ROC-AUC, first on the data, then on each resample of patients.
         teacher: (1 + B,), the same of the teacher.
         cnn: (1 + B,), the same of the CNN.
-
-    Returns:
-        `share`: interval of student / teacher. `chance_share`: what a model that knows nothing would keep, 0.5 /
-        teacher. `gap`: interval of teacher - CNN. `gain`: interval of student - CNN. `gap_closed`: interval of gain /
-        gap, or null where the gap is not clearly positive, with `gap_closed_undefined`, why, in words (else null).
     """
     gap, gain = teacher - cnn, student - cnn
     share = np.divide(student, teacher, out=np.full(len(student), np.nan), where=teacher > 0)
@@ -157,7 +361,7 @@ def retention(student: np.ndarray, teacher: np.ndarray, cnn: np.ndarray) -> dict
     }
 
 
-def ratio_interval(over: np.ndarray, under: np.ndarray) -> dict[str, Any]:
+def ratio_interval(over: np.ndarray, under: np.ndarray) -> IntervalEntry:
     """A quotient and its 95 % interval, where the denominator's own interval lies above 0.
 
     The interval holds each r for which the percentile interval of over - r * under reaches 0: Fieller's set, with the
@@ -192,7 +396,7 @@ def _protocol(
     name: str,
     resamples: PatientResamples,
     bins: int,
-) -> dict[str, Any]:
+) -> ComparedProtocol:
     scores = {run.name: score_protocol(run.on(study_ids), name, run.points, resamples) for run in main}
     sections = {run: protocol_section(one, bins) for run, one in scores.items()}
     patients = arms["cnn"].on(study_ids).patient_ids
@@ -212,7 +416,7 @@ def _protocol(
     }
 
 
-def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarray) -> dict[str, Any]:
+def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarray) -> DifferenceEntry:
     tests = [
         paired_delong(first.targets[:, k], first.logits[:, k], second.logits[:, k], patient_ids)
         for k in range(len(LABELS))
@@ -230,7 +434,7 @@ def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.n
     return {"macro": macro, "verdict": verdict(macro["roc_auc"]), "per_label": per_label}
 
 
-def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> dict[str, Any]:
+def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> MetricDifferences:
     values = np.where(first.scored[:, None], first.values - second.values, np.nan)
     replicates = first.replicates - second.replicates
     return {metric: macro_interval(values[:, i], replicates[:, :, i]).plain() for metric, i in _COLUMN.items()}
@@ -247,7 +451,7 @@ def _macro_auc(scores: ProtocolScores) -> np.ndarray:
 
 def _graded(
     runs: Sequence[ScoredRun], teacher: ScoredRun, protocol: str, samples: int, seed: int, bins: int
-) -> dict[str, Any] | None:
+) -> GradedEntry | None:
     """Teachers by what they may read, on the studies that all of them scored."""
     teachers = [teacher, *(run for run in runs if run.role == "graded teacher")]
     if len(teachers) == 1:
@@ -266,7 +470,7 @@ def _graded(
     return {"counts": _counts(teachers, study_ids), "protocol": protocol, "models": models}
 
 
-def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> dict[str, Any]:
+def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> Gates:
     difference = section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"]
     share = section["retention"]["share"]
     return {
@@ -286,7 +490,7 @@ def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> d
     }
 
 
-def _about(run: ScoredRun) -> dict[str, Any]:
+def _about(run: ScoredRun) -> ModelEntry:
     cost = run.cost or {"parameters": {"total": None, "trainable": None}, "ms_per_sample": None}
     about = {
         "run": run.name,
@@ -306,7 +510,7 @@ def _about(run: ScoredRun) -> dict[str, Any]:
     return about
 
 
-def _counts(runs: Sequence[ScoredRun], study_ids: np.ndarray) -> dict[str, Any]:
+def _counts(runs: Sequence[ScoredRun], study_ids: np.ndarray) -> CompareCounts:
     there = {run.name: len(run.test) for run in runs}
     return {
         "studies": len(study_ids),

@@ -1,4 +1,4 @@
-"""Which of "present" and "absent" a probability leaves plausible: conformal prediction, class by class.
+"""Conformal prediction, class by class: "present" and "absent", as far as a probability leaves them plausible.
 
 Each finding is a problem of two classes of its own, and each class has its own quantile (label-conditional or Mondrian
 split conformal prediction: Vovk, Gammerman and Shafer, 2005, section 4.5; Vovk, "Conditional validity of inductive
@@ -47,7 +47,7 @@ class ConformalBands:
 
     @property
     def needed(self) -> int:
-        """How many calibration studies of a class it takes for the class to be ruled out at all: ceil(1/alpha) - 1."""
+        """Calibration studies of a class needed for the class to be ruled out at all: ceil(1/alpha) - 1."""
         return math.ceil(1 / _exact(self.alpha)) - 1
 
     @property
@@ -105,7 +105,7 @@ def quantile_rank(count: int, alpha: float) -> int:
 
 
 def coverage_range(count: int, alpha: float) -> tuple[float, float]:
-    """Where the coverage of a class lies in 95 of 100 draws of its calibration studies, as their number is finite.
+    """Range of the coverage of a class in 95 of 100 draws of its calibration studies, as their number is finite.
 
     Given the calibration studies, coverage follows Beta(k, count + 1 - k) with k = `quantile_rank` (Vovk, 2012), if
     the studies are independent and no probabilities are equal. (1, 1) where the class is never ruled out.
@@ -120,7 +120,7 @@ def coverage_range(count: int, alpha: float) -> tuple[float, float]:
 def conformal_p_values(
     probabilities: np.ndarray, calibration_probabilities: np.ndarray, calibration_targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How usual each probability is among the calibration studies of either class.
+    """Conformal p-values: the rank of each probability among the calibration studies of either class.
 
     Args:
         probabilities: (N, L), the studies to judge.

@@ -58,7 +58,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyse` found.
+    """Findings of `analyse`.
 
     Attributes:
         results: the content of `failures.json`, but for `relabel`.
@@ -149,7 +149,7 @@ def analyse(
 def category_rates(
     judged: Judged, members: Mapping[str, np.ndarray], resamples: PatientResamples
 ) -> dict[str, dict[str, Any]]:
-    """How far errors gather in each category.
+    """Share of the errors in each category, beside its share of all pairs.
 
     Args:
         judged: the N studies.
@@ -186,7 +186,7 @@ def category_rates(
 def label_check(
     judged: Judged, category: np.ndarray, names: Sequence[str], drawn: np.ndarray, resamples: PatientResamples
 ) -> dict[str, Any]:
-    """How often the label of an error is wrong by what was drawn: whether categories mean what their names say.
+    """Share of errors whose label is wrong by the drawing, which tests the names of the categories.
 
     Args:
         judged: the N studies.

@@ -48,7 +48,7 @@ def plain_interval(value: float, replicates: np.ndarray) -> dict[str, float | in
 
 @dataclass(frozen=True)
 class Calls:
-    """What a model calls.
+    """Probabilities and thresholds of a model on N studies.
 
     Attributes:
         probabilities: float64 (N, 14), calibrated; NaN for a study that it did not score.
@@ -67,8 +67,8 @@ class Calls:
         return cls(probabilities, run.points.tuned_thresholds)
 
     @property
-    def called(self) -> np.ndarray:
-        """bool (N, 14): called positive; False where there is no probability or no threshold."""
+    def above_threshold(self) -> np.ndarray:
+        """bool (N, 14): the bare comparison; False without a probability or a threshold."""
         return self.probabilities >= self.thresholds
 
     @property
@@ -107,12 +107,12 @@ class Judged:
     @property
     def false_positive(self) -> np.ndarray:
         """bool (N, 14)."""
-        return self.calls.called & (self.targets == 0)
+        return self.calls.above_threshold & (self.targets == 0)
 
     @property
     def false_negative(self) -> np.ndarray:
         """bool (N, 14)."""
-        return ~self.calls.called & (self.targets == 1)
+        return ~self.calls.above_threshold & (self.targets == 1)
 
     @property
     def error(self) -> np.ndarray:
@@ -137,7 +137,7 @@ def judge(run: ScoredRun) -> Judged:
 def conditions(
     judged: Judged, *, teacher: Calls | None, teacher_margin: float, rare: np.ndarray, bedside: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What may lie behind an error, for every study and finding.
+    """Possible causes of an error, for every study and finding.
 
     Args:
         judged: the N studies.
@@ -195,7 +195,7 @@ def failure_table(
         probability: calibrated. threshold: chosen on validation.
         <model>_probability, <model>_threshold: the same of each other model; NaN where it did not score the study.
         those of `studies`.
-        drawn: whether the finding shows in an image by the drawing, 1 or 0; only where that is known.
+        drawn: 1 where the finding shows in an image by the drawing, else 0; only where that is known.
 
     Args:
         judged: the N studies.
@@ -236,7 +236,7 @@ def worst(failures: pd.DataFrame, count: int, labels: Collection[str]) -> pd.Dat
 
     Args:
         failures: of `failure_table`.
-        count: how many at most.
+        count: number of errors at most.
         labels: findings that come into question.
 
     Returns:
@@ -262,5 +262,5 @@ def worst(failures: pd.DataFrame, count: int, labels: Collection[str]) -> pd.Dat
 
 
 def per_label(count: int, labels: Collection[str]) -> int:
-    """How many errors of one finding `worst` takes."""
+    """Number of errors of one finding that `worst` takes."""
     return max(PER_LABEL, math.ceil(PER_LABEL * count / max(1, len(labels))))

@@ -142,8 +142,8 @@ def weighted_metrics(
     if y.size == 0:
         return out
     drawn = weights[:, ~np.isnan(targets)].astype(np.float64)
-    call = p >= threshold
-    columns = np.stack([y, 1 - y, y * call, (1 - y) * call, np.square(p - y)], axis=1)
+    above = p >= threshold
+    columns = np.stack([y, 1 - y, y * above, (1 - y) * above, np.square(p - y)], axis=1)
     n1, n0, tp, fp, squared = (drawn @ columns).T
     auc, ap = _rank_metrics(y, s, drawn)
     both = (n1 > 0) & (n0 > 0)

@@ -1,19 +1,10 @@
-"""How a model's logits become calls: what was fitted on validation, and `operating_points.json`, which keeps it.
+"""Operating points: temperatures, thresholds and conformal bands, which turn logits into calls.
 
 A finding is called at its threshold, and only where the call is all that conformal prediction leaves plausible; else
 the model abstains. Of findings that validation has too few studies of, or too few without, it makes no call. All of it
 is fitted per study. An image that is read alone is taken as a study of one image, for which the coverage of `conformal`
 holds as far as such an image is like a validation study; and it holds for images from the source that validation came
 from, not for another hospital's.
-
-Keys of `operating_points.json`:
-
-- `schema` (1), `run`, `synthetic`, `made_from` (role to SHA-256: the checkpoint, the manifest, ...).
-- `protocol`: of the validation targets, a key of `labels.SCORING_PROTOCOLS`. `threshold_rule`: `youden` or `f1`.
-  `alpha`: of the conformal bands.
-- `labels`: each of the 14, in the order of `labels.LABELS`, to `threshold` (on the calibrated probability),
-  `threshold_source`, `temperature`, `temperature_source`, `lower` (a lower probability rules "present" out), `upper`
-  (a higher one rules "absent" out), `positives` and `negatives` (validation studies of the conformal bands).
 """
 
 from __future__ import annotations
@@ -21,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.core.runs import RunFormatError, read_json, write_json
-from mlx_cxr.evaluation.calibration import Calibration, fit_temperatures
-from mlx_cxr.evaluation.conformal import ConformalBands, fit_bands
-from mlx_cxr.evaluation.metrics import Thresholds, choose_thresholds
-
-if TYPE_CHECKING:  # `predictions` imports this module
-    from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.calibration import Calibration
+from mlx_cxr.evaluation.conformal import ConformalBands
+from mlx_cxr.evaluation.metrics import Thresholds
 
 SCHEMA = 1
 FILE = "operating_points.json"
@@ -42,9 +30,66 @@ PRESENT, ABSENT, ABSTAIN = 1, 0, -1
 STATE_WORDS = {PRESENT: "present", ABSENT: "absent", ABSTAIN: "abstain"}
 
 
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LabelPoint(_Strict):
+    """Operating point of a finding."""
+
+    threshold: Unit
+    """On the calibrated probability."""
+    threshold_source: Literal["validation", "default"]
+    """`default`: 0.5, as validation has one class only."""
+    temperature: Annotated[float, Field(gt=0)]
+    """Of the logits: the calibrated probability is sigmoid(logit / temperature)."""
+    temperature_source: Literal["validation", "bound", "default"]
+    """`bound`: the end of the range; `default`: 1, as validation has one class only."""
+    lower: Unit
+    upper: Unit
+    """Conformal bands: a lower probability rules "present" out, a higher one "absent"."""
+    positives: Annotated[int, Field(ge=0)]
+    negatives: Annotated[int, Field(ge=0)]
+    """Validation studies of the conformal bands."""
+
+
+class OperatingPointsFile(_Strict):
+    """Temperatures, thresholds and conformal bands, fitted on validation."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    run: str
+    synthetic: bool
+    """Format, name of the run, and cohort."""
+    made_from: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    """Role (the checkpoint, the manifest, ...) to SHA-256."""
+    protocol: Literal[tuple(SCORING_PROTOCOLS)]  # type: ignore[valid-type]
+    """Of the validation targets, a key of `labels.SCORING_PROTOCOLS`."""
+    threshold_rule: Literal["youden", "f1"]
+    """As `metrics.choose_thresholds`."""
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    """Of the conformal bands."""
+    labels: dict[str, LabelPoint]
+    """The 14 findings, in the order of `labels.LABELS`."""
+
+    @model_validator(mode="after")
+    def _labels_hang_together(self) -> OperatingPointsFile:
+        if tuple(self.labels) != LABELS:
+            raise ValueError(f"its labels are {', '.join(self.labels)}; those of this version are {', '.join(LABELS)}")
+        for label, entry in self.labels.items():
+            if (entry.threshold_source == "default") != (min(entry.positives, entry.negatives) == 0):
+                raise ValueError(
+                    f"{label}: threshold_source is {entry.threshold_source!r} with {entry.positives} positives and "
+                    f"{entry.negatives} negatives"
+                )
+        return self
+
+
 @dataclass(frozen=True)
 class Decisions:
-    """What a model says of N studies.
+    """Answers of a model for N studies.
 
     Attributes:
         probabilities: float64 (N, 14) in [0, 1], calibrated.
@@ -57,7 +102,7 @@ class Decisions:
 
 @dataclass(frozen=True)
 class OperatingPoints:
-    """What was fitted on validation.
+    """Parameters fitted on validation, which turn logits into calls.
 
     Attributes:
         calibration: temperatures.
@@ -105,15 +150,15 @@ class OperatingPoints:
         A call is made where the conformal set is exactly what the threshold calls. Of a finding with too few validation
         studies of a class none is made: the class could never be ruled out, so that every call would be the other one.
         """
-        called = probabilities >= self.thresholds.values
+        above = probabilities >= self.thresholds.values
         present, absent = self.bands.present_plausible(probabilities), self.bands.absent_plausible(probabilities)
         states = np.full(probabilities.shape, ABSTAIN, dtype=np.int8)
-        states[called & present & ~absent & self.bands.fitted] = PRESENT
-        states[~called & absent & ~present & self.bands.fitted] = ABSENT
+        states[above & present & ~absent & self.bands.fitted] = PRESENT
+        states[~above & absent & ~present & self.bands.fitted] = ABSENT
         return states
 
     def abstention_zone(self, column: int) -> tuple[float, float]:
-        """Where a calibrated probability leads to no call on a finding: from the lower to the higher end.
+        """Range of calibrated probabilities without a call on a finding: its lower and its higher end.
 
         A call needs the conformal set to be just what the threshold says, so it is made beyond the threshold and both
         bands only; all of [0, 1] where validation has too few studies of a class.
@@ -124,7 +169,7 @@ class OperatingPoints:
         return float(min(ends)), float(max(ends))
 
     def reason(self, column: int, probability: float) -> str:
-        """Why the model abstains on a finding, in words; empty where it makes a call.
+        """Reason why the model abstains on a finding, in words; empty where it makes a call.
 
         Args:
             column: of the finding in `labels.LABELS`.
@@ -138,48 +183,21 @@ class OperatingPoints:
                 f"too few examples {fewest} {label} on validation ({counts[fewest]}; {bands.needed} needed at alpha "
                 f"{bands.alpha:g})"
             )
-        called = probability >= self.thresholds.values[column]
+        above = probability >= self.thresholds.values[column]
         present, absent = probability >= bands.lower[column], probability <= bands.upper[column]
         sure = f"{100 * (1 - bands.alpha):.4g} %"
         if present and absent:
             return f"both present and absent are plausible at {sure}"
         if not present and not absent:
             return f"neither present nor absent fits at {sure}: unlike the validation films of either kind"
-        if present != called:
-            call, plausible = ("present", "absent") if called else ("absent", "present")
-            return f"the threshold says {call}, but at {sure} only {plausible} is plausible"
+        if present != above:
+            said, plausible = ("present", "absent") if above else ("absent", "present")
+            return f"the threshold says {said}, but at {sure} only {plausible} is plausible"
         return ""
 
 
-def fit_operating_points(
-    validation: Predictions, protocol: str, rule: Literal["youden", "f1"], alpha: float
-) -> OperatingPoints:
-    """Temperatures, thresholds and conformal bands from the validation split alone.
-
-    The bands are fitted to the same studies as the rest. Temperatures keep the order of the probabilities, and the sets
-    do not look at the thresholds, so neither can take coverage away; what can is the choice of the weights, which the
-    same split made. Coverage on test, which `test_results.json` has, tells how much it took.
-
-    Args:
-        validation: of one split, not test.
-        protocol: a key of `labels.SCORING_PROTOCOLS`.
-        rule: as `metrics.choose_thresholds`.
-        alpha: in (0, 1), as `conformal.fit_bands`.
-
-    Raises:
-        ValueError: the predictions hold test studies, or an unknown rule or alpha.
-    """
-    if "test" in validation.split:
-        raise ValueError("thresholds and temperatures are fitted on validation; these predictions hold test studies")
-    targets = SCORING_PROTOCOLS[protocol].apply(validation.raw_labels)
-    calibration = fit_temperatures(validation.logits, targets)
-    probabilities = calibration.probabilities(validation.logits)
-    thresholds = choose_thresholds(targets, probabilities, rule)
-    return OperatingPoints(calibration, thresholds, protocol, fit_bands(probabilities, targets, alpha))
-
-
 def label_entries(points: OperatingPoints) -> dict[str, dict[str, Any]]:
-    """`labels` of `operating_points.json`, as this module's docstring describes it; `points_of_entries` reads it."""
+    """The `labels` of `OperatingPointsFile`; `points_of_entries` reads them."""
     calibration, thresholds, bands = points.calibration, points.thresholds, points.bands
     return {
         label: {
@@ -230,7 +248,7 @@ def write_operating_points(
         path: of the file, in the run's folder.
         points: fitted on validation.
         run: the run's name.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         made_from: role to the SHA-256 of what the predictions came from.
     """
     return write_json(
@@ -266,7 +284,7 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
     if schema != SCHEMA:
         raise RunFormatError(f"{path} has schema {schema}, not {SCHEMA}; {again}")
     try:
-        checked = _File.model_validate(plain)
+        checked = OperatingPointsFile.model_validate(plain)
     except ValidationError as error:
         faults = "\n  ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'labels'}: {fault['msg']}" for fault in error.errors()
@@ -275,47 +293,3 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
     entries = {label: entry.model_dump() for label, entry in checked.labels.items()}
     points = points_of_entries(entries, checked.protocol, checked.threshold_rule, checked.alpha)
     return points, {"run": checked.run, "synthetic": checked.synthetic, "made_from": checked.made_from}
-
-
-_Unit = Annotated[float, Field(ge=0, le=1)]
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class _Label(_Strict):
-    threshold: _Unit
-    threshold_source: Literal["validation", "default"]
-    temperature: Annotated[float, Field(gt=0)]
-    temperature_source: Literal["validation", "bound", "default"]
-    lower: _Unit
-    upper: _Unit
-    positives: _Count
-    negatives: _Count
-
-
-class _File(_Strict):
-    """`operating_points.json`, as this module's docstring describes it."""
-
-    schema_: Annotated[Literal[1], Field(alias="schema")]
-    run: str
-    synthetic: bool
-    made_from: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
-    protocol: Literal[tuple(SCORING_PROTOCOLS)]  # type: ignore[valid-type]
-    threshold_rule: Literal["youden", "f1"]
-    alpha: Annotated[float, Field(gt=0, lt=1)]
-    labels: dict[str, _Label]
-
-    @model_validator(mode="after")
-    def _labels_hang_together(self) -> _File:
-        if tuple(self.labels) != LABELS:
-            raise ValueError(f"its labels are {', '.join(self.labels)}; those of this version are {', '.join(LABELS)}")
-        for label, entry in self.labels.items():
-            if (entry.threshold_source == "default") != (min(entry.positives, entry.negatives) == 0):
-                raise ValueError(
-                    f"{label}: threshold_source is {entry.threshold_source!r} with {entry.positives} positives and "
-                    f"{entry.negatives} negatives"
-                )
-        return self

@@ -12,7 +12,7 @@ import pandas as pd
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, check_raw_labels
 from mlx_cxr.core.runs import atomic_path
-from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
+from mlx_cxr.evaluation.operating_points import STATE_WORDS, OperatingPoints
 
 COLUMNS: tuple[str, ...] = (
     "split",
@@ -24,12 +24,14 @@ COLUMNS: tuple[str, ...] = (
     "logit",
     "probability",
     "threshold",
+    "above_threshold",
     "call",
-    "abstain",
 )
 VIEW_GROUPS: tuple[str, ...] = ("AP", "PA", "mixed", "other")
 
 _TEXT_COLUMNS = ("split", "patient_id", "study_id", "view")
+_AGAIN = "run evaluate_cnn again (for a teacher cache_teacher_outputs)"
+_STATES = {word: state for state, word in STATE_WORDS.items()}
 _RAW_TEXT = {"1": 1.0, "0": 0.0, "-1": -1.0, "": np.nan}
 
 
@@ -112,19 +114,19 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ScoredPredictions:
-    """What `predictions.csv` holds: predictions with what was fitted on validation.
+    """Content of `predictions.csv`: predictions with the thresholds and calls fitted on validation.
 
     Attributes:
         predictions: one row per study.
         probabilities: float64 (N, 14) in [0, 1], calibrated.
         thresholds: float64 (14,) in [0, 1].
-        abstain: bool (N, 14), where the model makes no call.
+        states: int8 (N, 14), each PRESENT, ABSENT or ABSTAIN of `operating_points`.
     """
 
     predictions: Predictions
     probabilities: np.ndarray
     thresholds: np.ndarray
-    abstain: np.ndarray
+    states: np.ndarray
 
 
 def check_no_leak(patient_ids: np.ndarray, split: np.ndarray) -> None:
@@ -208,9 +210,8 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
         logit: float32, before temperature scaling; shortest text that reads back the same.
         probability: float64 in [0, 1], sigmoid(logit / temperature).
         threshold: float64 in [0, 1], the label's operating point, chosen on validation.
-        call: 1 where probability >= threshold, else 0.
-        abstain: 1 where the model makes no call, as the conformal set is not exactly that class
-            (`operating_points`), else 0.
+        above_threshold: 1 where probability >= threshold, else 0.
+        call: `present`, `absent` or `abstain`, as `OperatingPoints.decide`.
 
     Returns:
         The path.
@@ -227,8 +228,8 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
             "logit": [str(value) for value in predictions.logits.astype(np.float32).ravel()],
             "probability": [repr(value) for value in decided.probabilities.ravel().tolist()],
             "threshold": np.tile([repr(value) for value in thresholds.tolist()], n),
-            "call": (decided.probabilities >= thresholds).ravel().astype(int),
-            "abstain": (decided.states == ABSTAIN).ravel().astype(int),
+            "above_threshold": (decided.probabilities >= thresholds).ravel().astype(int),
+            "call": [STATE_WORDS[state] for state in decided.states.ravel().tolist()],
         },
         columns=list(COLUMNS),
     )
@@ -262,14 +263,14 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
             study, label = bad[0]
             other = label if name == "threshold" else study * k
             where = f"{path}, line {study * k + label + 2}"
-            raise PredictionsError(f"{where}: {name} differs from that of line {other + 2}; run evaluate_cnn again")
+            raise PredictionsError(f"{where}: {name} differs from that of line {other + 2}; {_AGAIN}")
     numbers = {name: _numbers(path, table, name) for name in ("logit", "probability", "threshold")}
     for name in ("probability", "threshold"):
         _refuse(path, table, name, (numbers[name] < 0) | (numbers[name] > 1))
     _refuse(path, table, "raw_label", ~table["raw_label"].isin(_RAW_TEXT).to_numpy())
-    calls = np.where(numbers["probability"] >= numbers["threshold"], "1", "0")
-    _refuse(path, table, "call", table["call"].to_numpy() != calls)
-    _refuse(path, table, "abstain", ~table["abstain"].isin(("0", "1")).to_numpy())
+    above = np.where(numbers["probability"] >= numbers["threshold"], "1", "0")
+    _refuse(path, table, "above_threshold", table["above_threshold"].to_numpy() != above)
+    _refuse(path, table, "call", ~table["call"].isin(_STATES).to_numpy())
     heads = table.iloc[::k]
     try:
         predictions = Predictions(
@@ -283,7 +284,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
         predictions,
         numbers["probability"].reshape(-1, k),
         numbers["threshold"][:k],
-        (table["abstain"] == "1").to_numpy().reshape(-1, k),
+        table["call"].map(_STATES).to_numpy(dtype=np.int8).reshape(-1, k),
     )
 
 
@@ -296,9 +297,9 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise PredictionsError(f"{path} is not a readable table: {error}") from None
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
-        raise PredictionsError(f"{path} lacks the column(s) {', '.join(missing)}; run evaluate_cnn again")
+        raise PredictionsError(f"{path} lacks the column(s) {', '.join(missing)}; {_AGAIN}")
     if table.empty:
-        raise PredictionsError(f"{path} has no rows; run evaluate_cnn again")
+        raise PredictionsError(f"{path} has no rows; {_AGAIN}")
     return table
 
 
@@ -317,7 +318,7 @@ def _refuse(path: Path, table: pd.DataFrame, name: str, bad: np.ndarray) -> None
     if bad.any():
         row = int(np.argmax(bad))
         where = f"{path}, line {row + 2}, study {table['study_id'].iloc[row]}, {table['label'].iloc[row]}"
-        raise PredictionsError(f"{where}: {name} {table[name].iloc[row]!r} is not usable; run evaluate_cnn again")
+        raise PredictionsError(f"{where}: {name} {table[name].iloc[row]!r} is not usable; {_AGAIN}")
 
 
 def _refuse_disagreement(bad: np.ndarray, studies: Sequence[str], study_of_image: np.ndarray, what: str) -> None:

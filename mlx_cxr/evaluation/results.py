@@ -1,54 +1,13 @@
 """`test_results.json`: every figure of a model on the test split, made from its predictions.
 
-An interval is `{"value", "low", "high", "replicates"}`: the estimate, its 95 % percentile interval from resampling
-patients, and how many resamples were valid. What is undefined is null. Keys:
-
-- `schema` (1), `split` (`test`), `run`, `synthetic`, `notice`.
-- `unit`: `study`. `score`: what a study's score is, in words.
-- `counts`: `validate` and `test` to `studies` and `patients`.
-- `fitted_under`: the protocol under which thresholds and temperatures were fitted on validation; `threshold_rule`.
-- `operating_points`: label to `threshold` (on the calibrated probability), `threshold_source`, `temperature`,
-  `temperature_source`, and the conformal bands `lower`, `upper`, `positives`, `negatives` (as
-  `operating_points.json`). A source is `validation`; `default` where validation has one class only; `bound` for a
-  temperature at the end of its range.
-- `bootstrap`: `unit` (`patient`), `samples`, `seed`, `level`. `calibration_bins`: `count`, `kind`.
-- `protocols`: for each of `labels.SCORING_PROTOCOLS`:
-  - `meaning`: what -1 and empty count as.
-  - `per_label`: label to `positives`, `negatives`, `left_out` (studies), the intervals `roc_auc`,
-    `average_precision`, `f1`, `sensitivity`, `specificity`, `precision`, `brier`, and the numbers
-    `brier_uncalibrated`, `ece_uncalibrated`, `ece` (no intervals: a resample's ECE is biased upwards).
-    `brier`, `ece` and what depends on the threshold use the calibrated probability.
-  - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes (precision:
-    those of them that were called at all).
-  - `single_class`: the labels left out of every mean, as test has one class of them only.
-- `abstention`: what the conformal bands (`conformal`) do on test.
-  - `alpha`; `fitted_under`, the protocol of the bands; `needed`, how many validation studies of a class it takes for
-    the class to be ruled out; `too_few`, the labels with fewer of either, which are never called.
-  - `expected`: label to `positive_coverage` and `negative_coverage`, each the ends between which coverage lies in 95
-    of 100 draws of as many independent validation studies (`conformal.coverage_range`).
-  - `coverages`: the shares of studies called at which `risk_at` is given.
-  - `protocols`: for each of `labels.SCORING_PROTOCOLS`:
-    - `per_label`: label to the intervals `positive_coverage` and `negative_coverage` (share of positives whose
-      conformal set holds "present", of negatives whose set holds "absent"; 1 - alpha is aimed at), `called`,
-      `called_positives` and `called_negatives` (share of studies, positives and negatives on which a call is made),
-      `risk` (share of wrong calls if all are made), `risk_called` (share among those made), `sensitivity_called` and
-      `specificity_called` (among those made), `aurc_probability` and `aurc_conformal` (areas under the risk-coverage
-      curves of `risk_coverage.RANKINGS`; calls in random order have `risk`), and `risk_at`: ranking to the curve.
-    - `macro`: the same figures, each the unweighted mean over `macro_labels`: the labels with both classes on test
-      and enough of both on validation.
-- `validation`: protocol to macro `roc_auc` per study on the validation split, which chose the weights, thresholds and
-  temperatures, so read it as optimistic.
-- `by_view`: `shortcuts.auc_by_group` over AP, PA, mixed and other. `pneumothorax_by_support_devices`,
-  `metadata_only`: the functions of `shortcuts`. All three under the protocol `fitted_under`; `metadata_only` is null
-  without training metadata.
-- `provenance`: as `runs.provenance`.
+Floats are null in the files where they are undefined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -57,9 +16,10 @@ from scipy.special import expit
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation import shortcuts
-from mlx_cxr.evaluation.abstention import abstention_section
+from mlx_cxr.evaluation.abstention import AbstentionEntry, abstention_section
 from mlx_cxr.evaluation.bootstrap import (
     LEVEL,
+    IntervalEntry,
     PatientResamples,
     macro_interval,
     patient_bootstrap,
@@ -75,8 +35,9 @@ from mlx_cxr.evaluation.metrics import (
     roc_auc_per_label,
     weighted_metrics,
 )
-from mlx_cxr.evaluation.operating_points import OperatingPoints, label_entries
+from mlx_cxr.evaluation.operating_points import LabelPoint, OperatingPoints, label_entries
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions
+from mlx_cxr.evaluation.shortcuts import DevicesEntry, MetadataEntry, ViewEntry
 
 SCHEMA = 1
 MEAN_OF_IMAGES = "the mean logit of its films"
@@ -85,6 +46,122 @@ MEANINGS = {
     "empty_masked": "only explicit present and absent count; uncertain and not mentioned are left out",
 }
 """`labels.SCORING_PROTOCOLS` in words."""
+
+
+class Counts(TypedDict):
+    """Size of a split."""
+
+    studies: int
+    patients: int
+    """Numbers of them."""
+
+
+class Metrics(TypedDict):
+    """Metrics of a finding, or their unweighted means."""
+
+    roc_auc: IntervalEntry
+    average_precision: IntervalEntry
+    """Of the logits."""
+    f1: IntervalEntry
+    sensitivity: IntervalEntry
+    specificity: IntervalEntry
+    precision: IntervalEntry
+    """Of the calibrated probability at the threshold. `precision` is null where
+    nothing is above the threshold, and its mean is over the other findings."""
+    brier: IntervalEntry
+    """Of the calibrated probability."""
+    brier_uncalibrated: float | None
+    ece_uncalibrated: float | None
+    ece: float | None
+    """Before temperature scaling, and calibration error after it. Without intervals, as the calibration error of a
+    resample is biased upwards."""
+
+
+class LabelMetrics(Metrics):
+    """Metrics of a finding, with its number of studies."""
+
+    positives: int
+    negatives: int
+    left_out: int
+    """Studies with, without, and without a target under the protocol."""
+
+
+class ProtocolEntry(TypedDict):
+    """Metrics under a protocol of `labels.SCORING_PROTOCOLS`."""
+
+    meaning: str
+    """Meaning of -1 and empty labels, in words."""
+    per_label: dict[str, LabelMetrics]
+    macro: Metrics
+    """By finding, and their means."""
+    macro_labels: list[str]
+    """Findings of the means: those with both classes on test."""
+    single_class: list[str]
+    """Findings left out of every mean, as test has one class of them only."""
+
+
+class BootstrapEntry(TypedDict):
+    """Resampling that the intervals are from."""
+
+    unit: Literal["patient"]
+    samples: int
+    seed: int
+    level: float
+    """Unit that is drawn, number of resamples, seed, and level of the intervals."""
+
+
+class BinsEntry(TypedDict):
+    """Bins of the calibration error."""
+
+    count: int
+    kind: Literal["equal_width"]
+    """Number and kind."""
+
+
+class ValidationEntry(TypedDict):
+    """Figures on the split that chose weights, thresholds and temperatures: optimistic."""
+
+    roc_auc: float | None
+    """Mean over findings."""
+
+
+class Results(TypedDict):
+    """Every figure of a model on the test split, made from its predictions."""
+
+    schema: int
+    split: Literal["test"]
+    run: str
+    synthetic: bool
+    notice: str
+    """Format, split, name of the run, cohort, and the warning of every page."""
+    unit: Literal["study"]
+    """Of what is scored."""
+    score: str
+    """Score of a study, in words."""
+    counts: dict[str, Counts]
+    """Of `validate` and `test`."""
+    fitted_under: str
+    """Protocol under which thresholds and temperatures were fitted on validation."""
+    threshold_rule: str
+    """`youden` or `f1`."""
+    operating_points: dict[str, LabelPoint]
+    """As in `operating_points.json`."""
+    bootstrap: BootstrapEntry
+    calibration_bins: BinsEntry
+    """Settings of the intervals, and of the calibration error."""
+    protocols: dict[str, ProtocolEntry]
+    """By protocol of the test targets."""
+    abstention: AbstentionEntry
+    """With the calls that are left."""
+    validation: dict[str, ValidationEntry]
+    """By protocol."""
+    by_view: dict[str, ViewEntry]
+    """View group (AP, PA, mixed, other; those that there are), under `fitted_under`."""
+    pneumothorax_by_support_devices: DevicesEntry
+    metadata_only: MetadataEntry | None
+    """Both under `fitted_under`; null without training metadata."""
+    provenance: dict[str, Any]
+    """As `runs.provenance`."""
 
 
 def evaluate(
@@ -100,21 +177,21 @@ def evaluate(
     train: tuple[pd.DataFrame, np.ndarray] | None = None,
     test_metadata: pd.DataFrame | None = None,
     score: str = MEAN_OF_IMAGES,
-) -> dict[str, Any]:
-    """The content of `test_results.json`, as this module's docstring describes it.
+) -> Results:
+    """The content of `test_results.json`.
 
     Args:
         predictions: with the splits `validate` and `test`.
         points: fitted on that validation split.
         run: the run's name.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         samples: bootstrap resamples; 0 gives no intervals.
         seed: of the resamples.
         bins: of the calibration error.
         provenance: `runs.provenance`.
         train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
         test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
-        score: what a study's score is, in words.
+        score: the score of a study, in words.
 
     Raises:
         PredictionsError: a split is missing.
@@ -135,7 +212,10 @@ def evaluate(
         "notice": footer(synthetic),
         "unit": "study",
         "score": score,
-        "counts": {part.split[0]: _counts(part) for part in (validation, test)},
+        "counts": {
+            part.split[0]: {"studies": len(part), "patients": len(set(part.patient_ids.tolist()))}
+            for part in (validation, test)
+        },
         "fitted_under": points.protocol,
         "threshold_rule": points.thresholds.rule,
         "operating_points": label_entries(points),
@@ -145,11 +225,14 @@ def evaluate(
             name: protocol_section(score_protocol(test, name, points, resamples), bins) for name in SCORING_PROTOCOLS
         },
         "abstention": abstention_section(validation, test, points, resamples),
-        "validation": {name: {"roc_auc": _macro_auc(validation, name)} for name in SCORING_PROTOCOLS},
+        "validation": {
+            name: {"roc_auc": macro_auc(roc_auc_per_label(policy.apply(validation.raw_labels), validation.logits))}
+            for name, policy in SCORING_PROTOCOLS.items()
+        },
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
         "metadata_only": metadata,
-        "provenance": provenance,
+        "provenance": dict(provenance),
     }
 
 
@@ -204,8 +287,8 @@ def score_protocol(
     return ProtocolScores(protocol, targets, logits, probabilities, values, patient_bootstrap(statistic, resamples))
 
 
-def protocol_section(scores: ProtocolScores, bins: int) -> dict[str, Any]:
-    """An entry of `protocols` in `test_results.json`, as this module's docstring describes it."""
+def protocol_section(scores: ProtocolScores, bins: int) -> ProtocolEntry:
+    """An entry of `protocols` in `test_results.json`."""
     values, replicates, scored = scores.values, scores.replicates, scores.scored
     uncalibrated = expit(scores.logits)
     pairs = list(zip(uncalibrated.T, scores.targets.T, strict=True))
@@ -235,11 +318,3 @@ def protocol_section(scores: ProtocolScores, bins: int) -> dict[str, Any]:
         "macro_labels": [label for label, there in zip(LABELS, scored, strict=True) if there],
         "single_class": [label for label, there in zip(LABELS, scored, strict=True) if not there],
     }
-
-
-def _macro_auc(part: Predictions, protocol: str) -> float:
-    return macro_auc(roc_auc_per_label(SCORING_PROTOCOLS[protocol].apply(part.raw_labels), part.logits))
-
-
-def _counts(part: Predictions) -> dict[str, int]:
-    return {"studies": len(part), "patients": len(set(part.patient_ids.tolist()))}

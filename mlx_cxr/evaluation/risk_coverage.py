@@ -36,10 +36,10 @@ def call_confidences(
     targets = SCORING_PROTOCOLS[points.protocol].apply(validation.raw_labels)
     calibration = points.calibration.probabilities(validation.logits)
     present, absent = conformal_p_values(probabilities, calibration, targets)
-    called = probabilities >= points.thresholds.values
+    above = probabilities >= points.thresholds.values
     return {
-        "probability": np.where(called, probabilities, 1 - probabilities),
-        "conformal": 1 - np.where(called, absent, present),
+        "probability": np.where(above, probabilities, 1 - probabilities),
+        "conformal": 1 - np.where(above, absent, present),
     }
 
 
@@ -91,5 +91,5 @@ def weighted_aurc(wrong: np.ndarray, confidence: np.ndarray, weights: np.ndarray
 
 
 def _group_starts(ordered: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins."""
+    """Indices at which runs of equal values begin."""
     return np.flatnonzero(np.r_[True, np.diff(ordered) != 0])

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
-from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints, points_of_entries
+from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
 
@@ -36,7 +36,7 @@ _STAGES: Mapping[Role, tuple[str, str]] = {
     "control": ("distillation --targets … --run_name", "evaluate_cnn --run_name"),
     "graded teacher": ("lfm_finetune --run_name", "cache_teacher_outputs --teacher_run"),
 }
-"""What trains, and what scores, a run of each role."""
+"""Stages that train and score a run of each role."""
 
 
 class ComparisonError(UserError, ValueError):
@@ -49,10 +49,10 @@ class ScoredRun:
 
     Attributes:
         folder: the run's.
-        role: what it is in the comparison.
+        role: its role in the comparison.
         test: its predictions on the test split.
         points: temperatures and thresholds, and the protocol they were fitted under.
-        settings: what must be the same in all: `manifest` (SHA-256), `synthetic`, `fitted_under`, `threshold_rule`.
+        settings: must be the same in all runs: `manifest` (SHA-256), `synthetic`, `fitted_under`, `threshold_rule`.
         config: the configuration that it was trained with, as plain data.
         soft_labels: `path` and `sha256` of the soft labels that it learned from; None for a run that read none.
         teacher: `teacher.json`; None for a run that is no teacher.
@@ -76,7 +76,7 @@ class ScoredRun:
 
     @property
     def title(self) -> str:
-        """What stands in a column or row head; a teacher's says what it may read, a control's what it learned from."""
+        """Head of its column or row; a teacher's says what it may read, a control's what it learned from."""
         if self.teacher is not None:
             source = " (the labels' source)" if self.reads_label_source else ""
             return f"teacher, reads: {self.teacher['reads']}{source}"
@@ -86,12 +86,12 @@ class ScoredRun:
 
     @property
     def reads_label_source(self) -> bool:
-        """Whether it is a teacher that may read where the labels were taken from."""
+        """True for a teacher that may read where the labels were taken from."""
         return bool(LABEL_SOURCES & self._sections)
 
     @property
     def reads_findings(self) -> bool:
-        """Whether it is a teacher that may read the report's findings, and no `LABEL_SOURCES`."""
+        """True for a teacher that may read the report's findings, and no `LABEL_SOURCES`."""
         return "findings" in self._sections and not self.reads_label_source
 
     @property
@@ -120,7 +120,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
 
     Args:
         folder: the run's.
-        role: what it is in the comparison.
+        role: its role in the comparison.
 
     Raises:
         ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
@@ -142,7 +142,13 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
     results = read_json(path)
     if results.get("schema") != SCHEMA:
         raise ComparisonError(f"{path} has schema {results.get('schema')}, not {SCHEMA}; {_again(role, folder)}")
-    points = _read(path, lambda: _operating_points(results))
+    points = _read(
+        path,
+        lambda: points_of_entries(
+            *(results[key] for key in ("operating_points", "fitted_under", "threshold_rule")),
+            results["abstention"]["alpha"],
+        ),
+    )
     settings = _read(
         path,
         lambda: {
@@ -158,9 +164,9 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             f"{folder / 'predictions.csv'} has other thresholds or temperatures than {path}: they are of different "
             f"evaluations; {_again(role, folder)}"
         )
-    if not np.array_equal(scored.abstain, points.states(scored.probabilities) == ABSTAIN):
+    if not np.array_equal(scored.states, points.states(scored.probabilities)):
         raise ComparisonError(
-            f"{folder / 'predictions.csv'} abstains elsewhere than {path} says: they are of different evaluations; "
+            f"{folder / 'predictions.csv'} has other calls than {path} says: they are of different evaluations; "
             f"{_again(role, folder)}"
         )
     record = read_json(folder / "config.json")
@@ -173,7 +179,12 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
         _read(folder / "teacher.json", lambda: (teacher["reads"], teacher["modality"]))
         _read(folder / "config.json", lambda: config["teacher"]["sections"])
     elif role != "cnn":
-        _check_student(folder, role, _read(folder / "config.json", lambda: config["distillation"]["targets"]))
+        targets = _read(folder / "config.json", lambda: config["distillation"]["targets"])
+        if role == "student" and targets != "teacher":
+            raise ComparisonError(
+                f"{folder / 'config.json'}: the run learned from {targets!r} targets, so it is a control; name it with "
+                "--control_run, and a run with distillation.targets 'teacher' with --student_run"
+            )
     cost = None
     if (folder / "cost.json").exists():
         cost = read_json(folder / "cost.json")
@@ -257,23 +268,10 @@ def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, th
     cells = np.argwhere(~((a == b) | (np.isnan(a) & np.isnan(b))))
     if len(cells):
         row, column = cells[0]
-        values = ["empty" if np.isnan(x) else f"{x:g}" for x in (a[row, column], b[row, column])]
+        values = [label_word(float(x[row, column])) for x in (a, b)]
         raise ComparisonError(
             f"study {ours.study_ids[row]}, {LABELS[column]}: label {values[0]} in {files[0]}, {values[1]} in "
             f"{files[1]}; score both on the same manifest"
-        )
-
-
-def _operating_points(results: Mapping[str, Any]) -> OperatingPoints:
-    alpha = results["abstention"]["alpha"]
-    return points_of_entries(results["operating_points"], results["fitted_under"], results["threshold_rule"], alpha)
-
-
-def _check_student(folder: Path, role: Role, targets: str) -> None:
-    if role == "student" and targets != "teacher":
-        raise ComparisonError(
-            f"{folder / 'config.json'}: the run learned from {targets!r} targets, so it is a control; name it with "
-            "--control_run, and a run with distillation.targets 'teacher' with --student_run"
         )
 
 
@@ -287,7 +285,7 @@ def _again(role: Role, folder: Path) -> str:
 
 
 def _read(path: Path, get: Any) -> Any:
-    """What `get` takes from a parsed file; a key that lacks is an error that names the file."""
+    """The value that `get` takes from a parsed file; a missing key is an error that names the file."""
     try:
         return get()
     except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What a model may have learned instead of the finding: how sick the patient is, and how treated.
+"""Shortcuts that a model may have learned instead of the finding: sickness and treatment of the patient.
 
 The bedside view (AP) goes with sicker patients, and drains with treated pneumothoraces, so a model can rank well
 without seeing the finding (Zech et al., PLOS Medicine 2018; Oakden-Rayner et al., arXiv:1909.12475). Three checks:
@@ -8,8 +8,7 @@ nothing but view, age and sex.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -17,9 +16,75 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.evaluation.bootstrap import PatientResamples, macro_interval, patient_bootstrap, percentile_interval
+from mlx_cxr.evaluation.bootstrap import (
+    IntervalEntry,
+    PatientResamples,
+    macro_interval,
+    patient_bootstrap,
+    percentile_interval,
+)
 from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_metrics
 from mlx_cxr.evaluation.predictions import study_views
+
+
+class AucEntry(TypedDict):
+    """ROC-AUC of a finding among some of the studies."""
+
+    positives: int
+    negatives: int
+    roc_auc: IntervalEntry
+    """With the number of studies of each class."""
+
+
+class ViewMeans(TypedDict):
+    """Mean ROC-AUC of a group of studies."""
+
+    roc_auc: IntervalEntry
+    """Mean over `labels`."""
+    labels: list[str]
+    """Findings with both classes in every group, so that the means of the groups are over the same ones."""
+
+
+class ViewEntry(TypedDict):
+    """ROC-AUC within a group of studies."""
+
+    studies: int
+    per_label: dict[str, AucEntry]
+    macro: ViewMeans
+    """Size of the group, its findings, and their means."""
+
+
+class DevicesEntry(TypedDict):
+    """ROC-AUC of Pneumothorax; a study with no target for Support Devices is in neither."""
+
+    with_devices: AucEntry
+    without_devices: AucEntry
+    """By the target of Support Devices."""
+
+
+class MetadataAucs(TypedDict):
+    """ROC-AUC of a logistic regression that sees view, age and sex alone."""
+
+    roc_auc: IntervalEntry
+    model_minus_metadata: IntervalEntry
+    """Its own, and the model minus it. Undefined for a finding that training has only one class of."""
+
+
+class MetadataMeans(MetadataAucs):
+    """Means of the same."""
+
+    labels: int
+    """Number of findings in the means."""
+
+
+class MetadataEntry(TypedDict):
+    """Comparison with a model that sees no image."""
+
+    features: list[str]
+    """Metadata that it sees."""
+    per_label: dict[str, MetadataAucs]
+    macro: MetadataMeans
+    """By finding, and their means."""
 
 
 def auc_intervals(
@@ -36,7 +101,7 @@ def auc_intervals(
 
 def auc_by_group(
     targets: np.ndarray, scores: np.ndarray, groups: np.ndarray, names: tuple[str, ...], resamples: PatientResamples
-) -> dict[str, Any]:
+) -> dict[str, ViewEntry]:
     """ROC-AUC within groups of studies, such as the views.
 
     Args:
@@ -45,10 +110,6 @@ def auc_by_group(
         groups: (N,) str.
         names: the groups reported; one without studies is left out.
         resamples: of the patients of the N rows.
-
-    Returns:
-        Group name to `studies`, `per_label` (label to `positives`, `negatives`, `roc_auc`) and `macro` (`roc_auc` and
-        `labels`: those that have both classes in every group, so that the groups' means are over the same ones).
     """
     names = tuple(name for name in names if (groups == name).any())
     within = {name: np.where((groups == name)[:, None], targets, np.nan) for name in names}
@@ -67,13 +128,8 @@ def auc_by_group(
     return result
 
 
-def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples) -> dict[str, Any]:
-    """ROC-AUC of Pneumothorax among studies with and without Support Devices; arguments as `auc_by_group`.
-
-    Returns:
-        `with_devices` and `without_devices`, each `positives`, `negatives`, `roc_auc`. A study whose Support Devices
-        target is left out (NaN) is in neither.
-    """
+def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples) -> DevicesEntry:
+    """ROC-AUC of Pneumothorax among studies with and without Support Devices; arguments as `auc_by_group`."""
     finding, devices = label_index("Pneumothorax"), targets[:, label_index("Support Devices")]
     result = {}
     for name, value in (("with_devices", 1), ("without_devices", 0)):
@@ -84,7 +140,7 @@ def pneumothorax_by_devices(targets: np.ndarray, scores: np.ndarray, resamples: 
 
 
 def study_metadata(frame: pd.DataFrame) -> pd.DataFrame:
-    """What is known of each study without its images: a row per study, in order of first appearance.
+    """Metadata of each study: a row per study, in order of first appearance.
 
     Args:
         frame: manifest rows, one per image, with `study_id` and `view`, and `age` and `sex` where they are known.
@@ -135,7 +191,7 @@ def metadata_only(
     targets: np.ndarray,
     scores: np.ndarray,
     resamples: PatientResamples,
-) -> dict[str, Any]:
+) -> MetadataEntry:
     """ROC-AUC on test of `metadata_scores`, and how much the model adds.
 
     Args:
@@ -145,10 +201,6 @@ def metadata_only(
         targets: (N, 14), each 1, 0 or NaN (left out).
         scores: (N, 14), the model's logits, for the difference.
         resamples: of the patients of the N rows.
-
-    Returns:
-        `features`, `per_label` (label to `roc_auc` and `model_minus_metadata`, both intervals) and `macro` (the same
-        two, and `labels`: how many). A label that training has only one class of is undefined.
     """
     targets = np.where(both_classes(train_targets), targets, np.nan)
     values, replicates = auc_intervals(targets, metadata_scores(train, train_targets, test), resamples)
@@ -156,7 +208,7 @@ def metadata_only(
     difference = model_values - values, model_replicates - replicates
     arms = {"roc_auc": (values, replicates), "model_minus_metadata": difference}
     return {
-        "features": ["view", *(name for name in ("age", "sex") if _known(train[name]))],
+        "features": ["view", *(name for name in ("age", "sex") if (train[name].notna() & (train[name] != "")).any())],
         "per_label": {
             label: {arm: percentile_interval(float(v[k]), r[:, k]).plain() for arm, (v, r) in arms.items()}
             for k, label in enumerate(LABELS)
@@ -168,7 +220,7 @@ def metadata_only(
     }
 
 
-def _entry(y: np.ndarray, value: float, replicates: np.ndarray) -> Mapping[str, Any]:
+def _entry(y: np.ndarray, value: float, replicates: np.ndarray) -> AucEntry:
     return {
         "positives": int((y == 1).sum()),
         "negatives": int((y == 0).sum()),
@@ -184,7 +236,3 @@ def _features(metadata: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
     mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
     columns += [np.nan_to_num((age - mean) / scale), np.isnan(age).astype(np.float64)]
     return np.stack(columns, axis=1)
-
-
-def _known(values: pd.Series) -> bool:
-    return bool((values.notna() & (values != "")).any())

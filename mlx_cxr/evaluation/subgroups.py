@@ -1,4 +1,4 @@
-"""Whether a model is worse for some patients: figures within groups, and the gap of each group to all studies.
+"""Figures of a model within groups of patients, and the gap of each group to all studies.
 
 A gap in the false-negative rate means that findings go unseen more often in that group (Seyyed-Kalantari et al., Nature
 Medicine 2021, on underdiagnosis). All figures of a group are means over the findings with at least `MIN_PATIENTS`
@@ -79,7 +79,7 @@ def subgroup_tables(judged: Judged, groups: Mapping[str, np.ndarray], resamples:
 
 
 def gaps(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Which gaps can be told from noise.
+    """Gaps that can be told from noise.
 
     Args:
         tables: of `subgroup_tables`.

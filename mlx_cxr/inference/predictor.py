@@ -1,13 +1,4 @@
-"""An evaluated run that answers for images that anybody brings: calibrated probabilities, calls, abstention and maps.
-
-`inference.json`, which `evaluate_cnn` leaves in the run for the `Predictor`, has these keys:
-
-- `schema` (1), `run`, `synthetic`.
-- `checkpoint`: `name` and `sha256` of the weights that were evaluated.
-- `preprocessing`: `training.preprocessing.preprocessing_record` of the training.
-- `map_references`: `quantile` and `films` (how many of validation), and `methods`: method to label to the reference
-  activation of `explain.maps.fit_reference`, null where the maps are zero on all of validation; none without maps.
-"""
+"""An evaluated run that answers for any image: calibrated probabilities, calls, abstention and maps."""
 
 from __future__ import annotations
 
@@ -54,7 +45,7 @@ def map_references(model: ResNet18, validation: ImageSource, batch_size: int) ->
 
 
 def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], images: int) -> Path:
-    """Write `inference.json`, as this module's docstring describes it.
+    """Write `inference.json`, a `record_schema.InferenceRecord`.
 
     Args:
         trained: the run.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
-from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.comparison import PAIRS
 from mlx_cxr.pages.comparison_statement import (
     CONTROLS,
@@ -17,7 +16,7 @@ from mlx_cxr.pages.comparison_statement import (
     statement,
 )
 from mlx_cxr.pages.comparison_tables import NAMES, cost_note, differences_table, intervals_line, main_table, p_text
-from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.pages.tables import Column, columns_of, entry_of, finding_table, markdown_table, mean_head
 
 _RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
 
@@ -148,22 +147,14 @@ def _by_finding(comparison: Mapping[str, Any], name: str) -> list[str]:
     section = comparison["protocols"][name]
     main = {model["role"]: model for model in comparison["models"] if model["role"] in NAMES}
     models = {role: section["models"][main[role]["run"]] for role in NAMES}
-    counts = models["cnn"]["per_label"]
-    macro = f"**mean of {len(section['macro_labels'])}**"
+    counts = columns_of(models["cnn"], {"positives": "positive", "negatives": "negative"})
     lines = [f"## By finding, protocol `{name}`", ""]
     for metric, title in _RANKING.items():
-        rows = [
-            [
-                label,
-                *(str(counts[label][key]) for key in ("positives", "negatives")),
-                *(interval_text(models[role]["per_label"][label][metric]) for role in NAMES),
-            ]
-            for label in LABELS
-        ]
-        rows.append([macro, "", "", *(interval_text(models[role]["macro"][metric]) for role in NAMES)])
-        header = ["finding", "positive", "negative", *(main[role]["title"] for role in NAMES)]
-        lines += [f"**{title}**", "", *markdown_table(header, rows, right=(1, 2))]
-        lines += [f"**{title}, paired differences**", "", *_differences(section, metric, macro)]
+        columns = [*counts]
+        for role in NAMES:
+            columns += columns_of(models[role], {metric: main[role]["title"]})
+        lines += [f"**{title}**", "", *finding_table(columns, mean_head(section), right=(1, 2))]
+        lines += [f"**{title}, paired differences**", "", *_differences(section, metric)]
         if metric == "roc_auc":
             lines += [
                 "p: DeLong's test of the pair's ROC-AUCs, with studies clustered by patient (Obuchowski), and after "
@@ -175,16 +166,15 @@ def _by_finding(comparison: Mapping[str, Any], name: str) -> list[str]:
     return lines
 
 
-def _differences(section: Mapping[str, Any], metric: str, macro: str) -> list[str]:
-    pairs = [(f"{NAMES[a]} − {NAMES[b]}", section["differences"][f"{a}_minus_{b}"]) for a, b in PAIRS]
-    tested = metric == "roc_auc"
-    header, last = ["finding"], [macro]
-    rows = [[label] for label in LABELS]
-    for title, difference in pairs:
-        header += [title, "p → Holm"] if tested else [title]
-        last += [interval_text(difference["macro"][metric]), *([""] if tested else [])]
-        for row in rows:
-            entry = difference["per_label"][row[0]]
-            row.append(interval_text(entry[metric]))
-            row += [f"{p_text(entry['p_value'])} → {p_text(entry['p_holm'])}"] if tested else []
-    return markdown_table(header, [*rows, last])
+def _differences(section: Mapping[str, Any], metric: str) -> list[str]:
+    columns: list[Column] = []
+    for a, b in PAIRS:
+        difference = section["differences"][f"{a}_minus_{b}"]
+
+        def tested(finding: str | None, difference: Mapping[str, Any] = difference) -> str:
+            entry = entry_of(difference, finding)
+            return f"{p_text(entry['p_value'])} → {p_text(entry['p_holm'])}" if finding else ""
+
+        columns += columns_of(difference, {metric: f"{NAMES[a]} − {NAMES[b]}"})
+        columns += [("p → Holm", tested)] if metric == "roc_auc" else []
+    return finding_table(columns, mean_head(section))

@@ -43,7 +43,7 @@ class Arm:
     """A model as a picture shows it.
 
     Attributes:
-        title: what it is, such as `teacher, reads: findings`.
+        title: its name, such as `teacher, reads: findings`.
         test: its predictions on the studies compared.
         points: its temperatures and thresholds, fitted on validation.
     """
@@ -60,7 +60,7 @@ def plot_roc_comparison(path: str | Path, arms: Sequence[Arm], protocol: str, sy
         path: of the PNG, written atomically.
         arms: the models, all on the same studies in the same order.
         protocol: a key of `labels.SCORING_PROTOCOLS`.
-        synthetic: whether the cohort is; the footer then says so.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.
@@ -107,7 +107,7 @@ def plot_calibration_comparison(
         path: of the PNG.
         arms: the models.
         protocol: a key of `labels.SCORING_PROTOCOLS`.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         bins: of the calibration error.
     """
     figure = page("Calibration on the test split", cohort_line(arms[0].test, protocol))

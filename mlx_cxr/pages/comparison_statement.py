@@ -1,4 +1,4 @@
-"""What the figures of a comparison support, in sentences chosen by rule from `final_comparison.json`."""
+"""Conclusions that the figures of a comparison support: sentences chosen by rule from `final_comparison.json`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTROLS: Mapping[str, tuple[str, str, str]] = {
         "that the student's settings are better is not shown",
     ),
 }
-"""What a control learned from in the teacher's place, what it says if the student is better than it, and if not."""
+"""Source that a control learned from in the teacher's place, and the meaning of a better student, and of another."""
 
 
 def statement(comparison: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ def control_verdicts(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[s
 
 
 def reading_warnings(comparison: Mapping[str, Any]) -> list[str]:
-    """What to bear in mind of a teacher that reads the report, one sentence per kind of teacher."""
+    """Warnings about teachers that read the report, one sentence per kind of teacher."""
     graded = comparison["graded_teachers"]
     teachers = [model for model in comparison["models"] if model["role"] == "teacher"]
     teachers += [model for model in graded["models"] if model["role"] != "teacher"] if graded else []

@@ -12,7 +12,7 @@ from mlx_cxr.core.formatting import NOT_CLINICAL, footer, interval_text, number
 from mlx_cxr.evaluation.comparison import PAIRS
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.pages.comparison_statement import control_verdicts, gate_lines, reading_warnings, retention_sentence
-from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.pages.tables import calibration_text, markdown_table
 
 SHOWN: Mapping[str, str] = {
     "roc_auc": "macro ROC-AUC",
@@ -112,7 +112,7 @@ def main_table(comparison: Mapping[str, Any], name: str) -> list[str]:
                 count_text(model["parameters"]),
                 count_text(model["trainable"]),
                 *(interval_text(macro[key]) for key in heads),
-                f"{number(macro['ece_uncalibrated'])} → {number(macro['ece'])}",
+                calibration_text(macro),
                 interval_text(macro["brier"]),
                 milliseconds(model["ms_per_sample"]),
             ]
@@ -130,7 +130,7 @@ def differences_table(comparison: Mapping[str, Any], name: str) -> list[str]:
 
 
 def cost_note(comparison: Mapping[str, Any]) -> str:
-    """What was timed, on which machine, and which command makes a figure that lacks."""
+    """Meaning of the times and their machine, and the command that makes one that lacks."""
     timed = [model for model in comparison["models"] if model["cost"]]
     whats: dict[str, list[str]] = {}
     for model in timed:
@@ -151,7 +151,7 @@ def cost_note(comparison: Mapping[str, Any]) -> str:
 
 
 def intervals_line(comparison: Mapping[str, Any]) -> str:
-    """What the brackets are."""
+    """Meaning of the brackets."""
     samples = comparison["bootstrap"]["samples"]
     if not samples:
         return "No intervals: no resamples were asked for."

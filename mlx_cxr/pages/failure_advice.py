@@ -1,4 +1,4 @@
-"""What to look at next, in sentences chosen by rule from the figures of a failure analysis."""
+"""Next steps after a failure analysis: sentences chosen by rule from its figures."""
 
 from __future__ import annotations
 

@@ -10,16 +10,22 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.evaluation.confusions import MIN_COUNT
 from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UNCERTAIN, UNMENTIONED
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES, MIN_PATIENTS
 from mlx_cxr.pages.failure_advice import gap_sentence, next_steps
-from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.pages.tables import columns_of, finding_table, markdown_table
 
 TITLES = {"student": "student", "cnn": "CNN", "teacher": "teacher"}
 PAIRS_SHOWN = 5
+_COUNTS = {
+    "positives": "present",
+    "false_negatives": "missed (false negatives)",
+    "negatives": "absent",
+    "false_positives": "called (false positives)",
+}
 
 
 @dataclass(frozen=True)
@@ -93,16 +99,16 @@ def _failures(results: Mapping[str, Any]) -> list[str]:
         if counts["without_threshold"]
         else ""
     )
-    rows = [
-        [
-            label,
-            *(str(entry[key]) for key in ("positives", "false_negatives", "negatives", "false_positives")),
-            *(_percent(*pair) for pair in _rates(entry)),
-        ]
-        for label, entry in results["per_label"].items()
-        if label not in counts["without_threshold"]
+
+    def share(finding: str, part: str, whole: str) -> str:
+        entry = results["per_label"][finding]
+        return f"{100 * entry[part] / entry[whole]:.0f} %" if entry[whole] else "–"
+
+    columns = [
+        *columns_of(results, _COUNTS),
+        ("share missed", lambda finding: share(finding, "false_negatives", "positives")),
+        ("share called", lambda finding: share(finding, "false_positives", "negatives")),
     ]
-    header = ["finding", "present", "missed (false negatives)", "absent", "called (false positives)"]
     return [
         "## What counts as a failure",
         "",
@@ -121,7 +127,7 @@ def _failures(results: Mapping[str, Any]) -> list[str]:
         f"{counts['negatives']} that say absent. Failures are those of the threshold; on "
         f"{counts['abstained_failures']} of them the model abstains, so that its call would not have been shown.",
         "",
-        *markdown_table([*header, "share missed", "share called"], rows, right=range(1, 7)),
+        *finding_table(columns, None, right=range(1, 7), findings=_judged(results)),
         "All of them, with probabilities, categories and what is known of the study, are in `failures.csv`.",
         "",
     ]
@@ -176,7 +182,7 @@ def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
     models = (f"{name} p (threshold)" for name, _, _ in probabilities)
     header = ["label", *models, "student abstains", "confidence", "category"]
     cells = [
-        {1: "present", 0: "absent", -1: "uncertain"}.get(row["raw_label"], "not mentioned"),
+        label_word(row["raw_label"]),
         *(f"{number(p)} ({number(t)})" for _, p, t in probabilities),
         row["abstention"] or "no",
         number(row["confidence"], 2),
@@ -220,14 +226,14 @@ def _categories(results: Mapping[str, Any]) -> list[str]:
         "Errors by finding and category:",
         "",
     ]
-    rows = []
-    for label in LABELS:
-        found = results["per_label"][label]["categories"]
-        if label not in results["counts"]["without_threshold"]:
-            rows.append([label, *(str(found[name]) for name in categories), str(sum(found.values()))])
-    rows.append(["**all**", *(str(_errors(entry)) for entry in categories.values()), ""])
-    rows[-1][-1] = str(sum(_errors(entry) for entry in categories.values()))
-    return lines + markdown_table(["finding", *categories, "all"], rows, right=range(1, len(categories) + 2))
+    totals = {name: entry["false_positives"] + entry["false_negatives"] for name, entry in categories.items()}
+
+    def errors(finding: str | None) -> Mapping[str, int]:
+        return results["per_label"][finding]["categories"] if finding else totals
+
+    columns = [(name, lambda finding, name=name: str(errors(finding)[name])) for name in categories]
+    columns.append(("all", lambda finding: str(sum(errors(finding).values()))))
+    return lines + finding_table(columns, "**all**", range(1, len(categories) + 2), _judged(results))
 
 
 def _rate_table(rates: Mapping[str, Any]) -> list[str]:
@@ -236,7 +242,10 @@ def _rate_table(rates: Mapping[str, Any]) -> list[str]:
         [
             name,
             *(str(entry[key]) for key in ("false_positives", "false_negatives")),
-            *(_share_text(entry[key]) for key in ("share_of_errors", "share_of_pairs")),
+            *(
+                "–" if np.isnan(entry[key]) else f"{100 * entry[key]:.0f} %"
+                for key in ("share_of_errors", "share_of_pairs")
+            ),
             *(interval_text(entry[key], 2) for key in ("ratio", "fp_ratio", "fn_ratio")),
         ]
         for name, entry in rates.items()
@@ -351,17 +360,6 @@ def _confusions(results: Mapping[str, Any], picture: str) -> list[str]:
     return [*lines, ""]
 
 
-def _rates(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return [(entry["false_negatives"], entry["positives"]), (entry["false_positives"], entry["negatives"])]
-
-
-def _errors(entry: Mapping[str, Any]) -> int:
-    return entry["false_positives"] + entry["false_negatives"]
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
-
-
-def _share_text(share: float) -> str:
-    return "–" if np.isnan(share) else f"{100 * share:.0f} %"
+def _judged(results: Mapping[str, Any]) -> list[str]:
+    """The findings that have a threshold."""
+    return [label for label in LABELS if label not in results["counts"]["without_threshold"]]

@@ -1,4 +1,4 @@
-"""What every figure of the evaluation shares: page, panels, colours, notes, the footer and the atomic save.
+"""Page, panels, colours, notes, footer and atomic save of every figure of the evaluation.
 
 Drawn without pyplot, so that nothing global changes. Colours are Okabe and Ito's, told apart under the common colour
 deficiencies; curves that could be confused differ in line or marker too.
@@ -35,7 +35,7 @@ def page(title: str, subtitle: str) -> Figure:
 
 
 def cohort_line(test: Predictions, protocol: str) -> str:
-    """How many studies and patients a figure is about, and under which protocol."""
+    """Number of studies and patients of a figure, and its protocol."""
     patients = len(set(test.patient_ids.tolist()))
     return f"{len(test)} studies of {patients} patients; protocol {protocol}: {MEANINGS[protocol]}"
 

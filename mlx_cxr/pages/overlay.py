@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 
 from mlx_cxr.core.formatting import NOT_CLINICAL, footer
+from mlx_cxr.core.labels import label_word
 from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.explain.maps import upsample
 
@@ -100,7 +101,7 @@ class Reading:
     @property
     def label_words(self) -> str:
         """The label in words: present, absent, uncertain or not mentioned."""
-        return "not mentioned" if math.isnan(self.label) else {1: "present", 0: "absent", -1: "uncertain"}[self.label]
+        return label_word(self.label)
 
     def summary(self) -> str:
         """One line: probability against threshold, and the report's label of a cohort's image."""

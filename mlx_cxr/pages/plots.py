@@ -53,8 +53,8 @@ def plot_roc(path: str | Path, test: Predictions, points: OperatingPoints, synth
     Args:
         path: of the PNG, written atomically.
         test: predictions of the test split.
-        points: what was fitted on validation; the plot follows its protocol.
-        synthetic: whether the cohort is; the footer then says so.
+        points: fitted on validation; the plot follows its protocol.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.
@@ -69,8 +69,8 @@ def plot_roc(path: str | Path, test: Predictions, points: OperatingPoints, synth
         x, rise, _ = roc_curve(y, z, drop_intermediate=False)
         curves.append((x, rise))
         ax.plot(x, rise, color=BLUE, lw=1.6)
-        called = p >= points.thresholds.values[k]
-        ax.plot(called[y == 0].mean(), called[y == 1].mean(), "o", color=VERMILION, ms=6, mec="white", mew=0.8)
+        above = p >= points.thresholds.values[k]
+        ax.plot(above[y == 0].mean(), above[y == 1].mean(), "o", color=VERMILION, ms=6, mec="white", mew=0.8)
         note(ax, f"AUC {roc_auc_score(y, z):.3f}", "lower right")
     diagonal(panels[-1])
     _mean_panel(panels[-1], curves, mean_roc, "AUC", "default")
@@ -91,9 +91,9 @@ def plot_precision_recall(path: str | Path, test: Predictions, points: Operating
         curves.append((recall[::-1], precision[::-1]))
         ax.axhline(y.mean(), color=GRAY, lw=0.8, ls=":")
         ax.step(recall, precision, where="post", color=BLUE, lw=1.6)
-        called = p >= points.thresholds.values[k]
-        if called.any():
-            ax.plot(called[y == 1].mean(), y[called].mean(), "o", color=VERMILION, ms=6, mec="white", mew=0.8)
+        above = p >= points.thresholds.values[k]
+        if above.any():
+            ax.plot(above[y == 1].mean(), y[above].mean(), "o", color=VERMILION, ms=6, mec="white", mew=0.8)
         note(ax, f"AP {average_precision_score(y, z):.3f}", "upper right")
     _mean_panel(panels[-1], curves, mean_precision, "AP", "steps-pre")
     legend(figure, {"operating point from validation": ("o", VERMILION, ""), "prevalence": ("", GRAY, ":")})
@@ -135,8 +135,8 @@ def plot_risk_coverage(
         path: of the PNG, written atomically.
         validation: predictions that the points were fitted to; they rank the calls.
         test: predictions of the test split.
-        points: what was fitted on validation; the plot follows its protocol.
-        synthetic: whether the cohort is; the footer then says so.
+        points: fitted on validation; the plot follows its protocol.
+        synthetic: the cohort is; the footer then says so.
 
     Returns:
         The path.

@@ -6,8 +6,9 @@ Columns of `images.csv`, UTF-8 with a header:
   UTF-8 are written as `\\xNN`.
 - `status`: `answered`; `questionable`, where it does not look like a frontal chest image; `unreadable`.
 - `reason`: why it is one of the latter two. `notes`: what else is worth knowing, such as `16-bit`.
-- for each of `labels.LABELS`, in that order, `<label> probability` (calibrated, in [0, 1]), `<label> threshold` and
-  `<label> call`: `present`, `absent` or `abstain`. Empty for an image that is not answered.
+- for each of `labels.LABELS`, in that order, `<label> probability` (calibrated, in [0, 1]), `<label> threshold`,
+  `<label> above_threshold` (1 or 0) and `<label> call`: `present`, `absent` or `abstain`. Empty for an image that is
+  not answered.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COLUMNS: tuple[str, ...] = (
     "status",
     "reason",
     "notes",
-    *(f"{label} {what}" for label in LABELS for what in ("probability", "threshold", "call")),
+    *(f"{label} {what}" for label in LABELS for what in ("probability", "threshold", "above_threshold", "call")),
 )
 _TILE = 208
 _ACROSS, _DOWN = 8, 6
@@ -52,7 +53,9 @@ def row_of(answer: ImageAnswer, predictor: Predictor) -> dict[str, str]:
         for k, label in enumerate(LABELS):
             row[f"{label} probability"] = f"{answer.probabilities[k]:.6f}"
             if predictor.points.tuned[k]:
-                row[f"{label} threshold"] = f"{predictor.points.thresholds.values[k]:.6f}"
+                threshold = predictor.points.thresholds.values[k]
+                row[f"{label} threshold"] = f"{threshold:.6f}"
+                row[f"{label} above_threshold"] = str(int(answer.probabilities[k] >= threshold))
             row[f"{label} call"] = STATE_WORDS[int(answer.states[k])]
     return row
 

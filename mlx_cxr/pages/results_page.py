@@ -1,13 +1,31 @@
-"""`results.md`: `test_results.json` as tables for people, each with its protocol and the notice at the top."""
+"""`results.md`: `test_results.json` as tables for people, each with its protocol, and the plots beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.formatting import footer, interval_text, notice_lines, number
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import write_text
+from mlx_cxr.evaluation.operating_points import OperatingPoints
+from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.pages import plots
+from mlx_cxr.pages.tables import (
+    Column,
+    calibration_column,
+    columns_of,
+    entry_of,
+    finding_table,
+    markdown_table,
+    mean_head,
+)
 
+log = logging.getLogger("mlx_cxr")
+
+_COUNTS = {"positives": "positive", "negatives": "negative", "left_out": "left out"}
 _RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
 _CALLS = {"sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision", "f1": "F1"}
 _ABSTENTION = {
@@ -21,6 +39,35 @@ _ABSTENTION = {
     "aurc_probability": "AURC by probability",
     "aurc_conformal": "AURC by p-value",
 }
+
+
+def write_results(folder: Path, results: Mapping[str, Any], predictions: Predictions, points: OperatingPoints) -> None:
+    """Write `results.md`, `roc.png`, `precision_recall.png`, `reliability.png` and `risk_coverage.png`.
+
+    Args:
+        folder: the run's.
+        results: the content of its `test_results.json`.
+        predictions: with the splits `validate` and `test`.
+        points: fitted on that validation split.
+
+    Raises:
+        OSError: a file cannot be written; what was there before is kept.
+    """
+    validation, test = predictions.of_split("validate"), predictions.of_split("test")
+    synthetic, bins = results["synthetic"], results["calibration_bins"]["count"]
+    page = write_text(folder / "results.md", results_markdown(results))
+    plots.plot_roc(folder / "roc.png", test, points, synthetic)
+    plots.plot_precision_recall(folder / "precision_recall.png", test, points, synthetic)
+    plots.plot_reliability(folder / "reliability.png", test, points, synthetic, bins=bins)
+    plots.plot_risk_coverage(folder / "risk_coverage.png", validation, test, points, synthetic)
+    protocol = results["fitted_under"]
+    macro = results["protocols"][protocol]["macro"]["roc_auc"]
+    log.info(
+        "test macro ROC-AUC %.3f [%.3f, %.3f] (%s, per study); tables in %s",
+        *(macro[key] for key in ("value", "low", "high")),
+        protocol,
+        page,
+    )
 
 
 def results_markdown(results: Mapping[str, Any]) -> str:
@@ -74,8 +121,6 @@ def closing_table(results: Mapping[str, Any]) -> str:
 
 
 def _protocol(name: str, protocol: Mapping[str, Any], points: Mapping[str, Any], fitted_under: str) -> list[str]:
-    macro = f"**mean of {len(protocol['macro_labels'])}**"
-    rows = [(label, protocol["per_label"][label]) for label in LABELS]
     fitted = (
         f" Thresholds and temperatures are still those fitted under `{fitted_under}`, so calibration and calls show "
         "the change of protocol too."
@@ -87,15 +132,16 @@ def _protocol(name: str, protocol: Mapping[str, Any], points: Mapping[str, Any],
             f"Left out of the means, as test has only one class of them: {', '.join(protocol['single_class'])}.",
             "",
         ]
-    counts = ("positives", "negatives", "left_out")
-    ranked = [[label, *(str(entry[key]) for key in counts), *_ranking(entry)] for label, entry in rows]
-    ranked.append([macro, "", "", "", *_ranking(protocol["macro"])])
-    header = ["finding", "positive", "negative", "left out", *_RANKING.values(), "Brier", "ECE before → after scaling"]
-    lines += markdown_table(header, ranked, right=(1, 2, 3))
-    called = [[label, _threshold(points[label]), *_calls(entry)] for label, entry in rows]
-    called.append([macro, "", *_calls(protocol["macro"])])
-    lines += markdown_table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
     defaults = [label for label in LABELS if points[label]["threshold_source"] == "default"]
+
+    def threshold(finding: str | None) -> str:
+        return number(points[finding]["threshold"]) + "\\*" * (finding in defaults) if finding else ""
+
+    ranked = columns_of(protocol, _COUNTS | _RANKING | {"brier": "Brier"})
+    ranked.append(calibration_column(protocol, "ECE before → after scaling"))
+    lines += finding_table(ranked, mean_head(protocol), right=(1, 2, 3))
+    called = [("threshold", threshold), *columns_of(protocol, _CALLS)]
+    lines += finding_table(called, mean_head(protocol), right=(1,))
     if defaults:
         lines += [f"\\* 0.5 by default, as validation has only one class: {', '.join(defaults)}.", ""]
     return lines
@@ -146,24 +192,23 @@ def _abstention(results: Mapping[str, Any]) -> list[str]:
 def _abstention_tables(results: Mapping[str, Any], protocol: str) -> list[str]:
     abstention, points = results["abstention"], results["operating_points"]
     section = abstention["protocols"][protocol]
-    mean = f"**mean of {len(section['macro_labels'])}**"
-    sides = {"positives": "positive_coverage", "negatives": "negative_coverage"}
-    covered = []
-    for label in LABELS:
-        row = [label]
-        for side, key in sides.items():
-            low, high = abstention["expected"][label][key]
-            expected = f" ({number(low, 2)} to {number(high, 2)})" if protocol == abstention["fitted_under"] else ""
-            row += [str(points[label][side]), interval_text(section["per_label"][label][key]) + expected]
-        covered.append(row)
-    means = [interval_text(section["macro"][key]) for key in sides.values()]
-    covered.append([mean, "", means[0], "", means[1]])
-    header = ["finding", "positives fitted", "coverage of positives", "negatives fitted", "coverage of negatives"]
-    entries = [*section["per_label"].items(), (mean, section["macro"])]
-    called = [[name, *(interval_text(entry[key]) for key in _ABSTENTION)] for name, entry in entries]
+
+    def coverage(finding: str | None, key: str) -> str:
+        text = interval_text(entry_of(section, finding)[key])
+        if finding is None or protocol != abstention["fitted_under"]:
+            return text
+        low, high = abstention["expected"][finding][key]
+        return f"{text} ({number(low, 2)} to {number(high, 2)})"
+
+    covered: list[Column] = []
+    for side, key in (("positives", "positive_coverage"), ("negatives", "negative_coverage")):
+        covered += [
+            (f"{side} fitted", lambda finding, side=side: str(points[finding][side]) if finding else ""),
+            (f"coverage of {side}", lambda finding, key=key: coverage(finding, key)),
+        ]
     return [
-        *markdown_table(header, covered, right=(1, 3)),
-        *markdown_table(["finding", *_ABSTENTION.values()], called),
+        *finding_table(covered, mean_head(section), right=(1, 3)),
+        *finding_table(columns_of(section, _ABSTENTION), mean_head(section)),
     ]
 
 
@@ -182,17 +227,12 @@ def _shortcuts(results: Mapping[str, Any]) -> list[str]:
         ),
         "",
     ]
-    header = ["finding", *(f"{view} ({group['studies']} studies)" for view, group in views.items())]
-    header += ["metadata only", "model minus metadata"] if metadata else []
-    rows = []
-    for label in (*LABELS, "mean"):
-        entries = [g["macro"] if label == "mean" else g["per_label"][label] for g in views.values()]
-        cells = [interval_text(entry["roc_auc"]) for entry in entries]
-        if metadata:
-            entry = metadata["macro"] if label == "mean" else metadata["per_label"][label]
-            cells += [interval_text(entry[arm]) for arm in ("roc_auc", "model_minus_metadata")]
-        rows.append([f"**{label}**" if label == "mean" else label, *cells])
-    lines += markdown_table(header, rows)
+    columns: list[Column] = []
+    for view, group in views.items():
+        columns += columns_of(group, {"roc_auc": f"{view} ({group['studies']} studies)"})
+    if metadata:
+        columns += columns_of(metadata, {"roc_auc": "metadata only", "model_minus_metadata": "model minus metadata"})
+    lines += finding_table(columns, "**mean**")
     devices = results["pneumothorax_by_support_devices"]
     lines += ["Pneumothorax with and without Support Devices, as drains mark treated ones:", ""]
     return lines + markdown_table(
@@ -203,22 +243,3 @@ def _shortcuts(results: Mapping[str, Any]) -> list[str]:
         ],
         right=(1, 2),
     )
-
-
-def _ranking(entry: Mapping[str, Any]) -> list[str]:
-    calibration = f"{number(entry['ece_uncalibrated'])} → {number(entry['ece'])}"
-    return [*(interval_text(entry[key]) for key in _RANKING), interval_text(entry["brier"]), calibration]
-
-
-def _calls(entry: Mapping[str, Any]) -> list[str]:
-    return [interval_text(entry[key]) for key in _CALLS]
-
-
-def _threshold(point: Mapping[str, Any]) -> str:
-    return number(point["threshold"]) + ("\\*" if point["threshold_source"] == "default" else "")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of a Markdown table, and an empty one; columns at the positions `right` are set to the right."""
-    rule = ["---:" if column in right else "---" for column in range(len(header))]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)] + [""]

@@ -9,13 +9,13 @@ import numpy as np
 
 from mlx_cxr.core.config_schema import Section
 from mlx_cxr.core.formatting import footer
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.publishing.model_card import last_part, public_name
 
 SCHEMA = 1
 
-_SOURCE_VALUES = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned (an empty cell)"}
+_SOURCE_VALUES = {str(value): label_word(value) for value in (1, 0, -1)} | {"": "not mentioned (an empty cell)"}
 _GEOMETRY = {
     "letterbox": "Resize the whole film, aspect ratio kept, so that its longer side has {size} pixels (the other is "
     "rounded half to even, at least 1), and centre it on a black square of {size}; of an odd margin the smaller half "

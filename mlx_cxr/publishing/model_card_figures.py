@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, number
-from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.localization_table import map_verdict
 from mlx_cxr.pages.map_checks import table_rows
-from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.pages.tables import calibration_column, columns_of, finding_table, markdown_table, mean_head
 from mlx_cxr.publishing.claim_checklist import NOT_RECORDED
 
-_RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision", "brier": "Brier"}
+_RANKING = {
+    "positives": "positive",
+    "negatives": "negative",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "average precision",
+    "brier": "Brier",
+}
 _CALLS = {"sensitivity": "sensitivity", "specificity": "specificity", "precision": "precision", "f1": "F1"}
 _COVERAGE = {"positive_coverage": "coverage, with it", "negative_coverage": "coverage, without it"}
 _CALLED = {
@@ -45,28 +50,12 @@ def results_section(card: Card) -> list[str]:
         "",
     ]
     for name, protocol in protocols(evaluation):
-        entries = [*((label, protocol["per_label"][label]) for label in LABELS)]
-        entries.append((f"**mean of {len(protocol['macro_labels'])}**", protocol["macro"]))
-        ranked = [
-            [
-                *(title, *(str(entry.get(key, "")) for key in ("positives", "negatives"))),
-                *(interval_text(entry[key]) for key in _RANKING),
-                f"{number(entry['ece_uncalibrated'])} → {number(entry['ece'])}",
-            ]
-            for title, entry in entries
-        ]
-        called = [
-            [
-                *(title, number(points[title]["threshold"]) if title in points else ""),
-                *(interval_text(entry[key]) for key in _CALLS),
-            ]
-            for title, entry in entries
-        ]
         lines += [f"### Protocol `{name}`", "", f"Here {protocol['meaning']}.", ""]
-        header = ["finding", "positive", "negative", *_RANKING.values(), "calibration error"]
-        lines += markdown_table(header, ranked, right=(1, 2))
+        ranked = [*columns_of(protocol, _RANKING), calibration_column(protocol, "calibration error")]
+        lines += finding_table(ranked, mean_head(protocol), right=(1, 2))
         lines += [f"If all were called at the threshold, without abstention (`{name}`):", ""]
-        lines += markdown_table(["finding", "threshold", *_CALLS.values()], called, right=(1,))
+        thresholds = ("threshold", lambda finding: number(points[finding]["threshold"]) if finding else "")
+        lines += finding_table([thresholds, *columns_of(protocol, _CALLS)], mean_head(protocol), right=(1,))
     comparison = evaluation["comparison"]
     return lines if comparison is None else lines + _beside(comparison)
 
@@ -107,25 +96,18 @@ def calls_section(card: Card) -> list[str]:
         f"without for which absent does. Test studies, protocol `{name}`.",
         "",
     ]
-    coverage, calls = _table(_COVERAGE, section), _table(_CALLED, section)
-    for label, row in zip(LABELS, coverage, strict=False):
-        row.insert(1, _band(points[label], abstention["needed"]))
-    coverage[-1].insert(1, "")
-    lines += markdown_table(["finding", "abstains between", *_COVERAGE.values()], coverage)
-    return lines + markdown_table(["finding", *_CALLED.values()], calls)
 
+    def zone(finding: str | None) -> str:
+        if finding is None:
+            return ""
+        point = points[finding]
+        if min(point["positives"], point["negatives"]) < abstention["needed"]:
+            return "everywhere"
+        bounds = [point[key] for key in ("lower", "upper", "threshold")]
+        return f"{number(min(bounds))} and {number(max(bounds))}"
 
-def _table(keys: Mapping[str, str], section: Mapping[str, Any]) -> list[list[str]]:
-    """A row of intervals per finding, and one of their means."""
-    entries = [*section["per_label"].items(), (f"**mean of {len(section['macro_labels'])}**", section["macro"])]
-    return [[title, *(interval_text(entry[key]) for key in keys)] for title, entry in entries]
-
-
-def _band(point: Mapping[str, Any], needed: int) -> str:
-    if min(point["positives"], point["negatives"]) < needed:
-        return "everywhere"
-    bounds = [point[key] for key in ("lower", "upper", "threshold")]
-    return f"{number(min(bounds))} and {number(max(bounds))}"
+    lines += finding_table([("abstains between", zone), *columns_of(section, _COVERAGE)], mean_head(section))
+    return lines + finding_table(columns_of(section, _CALLED), mean_head(section))
 
 
 def subgroups_section(card: Card) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.pages.results_page import markdown_table
+from mlx_cxr.pages.tables import markdown_table
 from mlx_cxr.publishing import model_card_figures as figures
 from mlx_cxr.publishing.claim_checklist import NOT_RECORDED
 

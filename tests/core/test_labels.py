@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, LabelPolicy, check_raw_labels, label_index
+from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, LabelPolicy, check_raw_labels, label_index, label_word
 
 NAN = np.nan
 
@@ -95,3 +95,8 @@ def test_wrong_shapes_are_named(shape):
 
 def test_no_rows_are_fine():
     assert LabelPolicy().apply(np.zeros((0, 14))).shape == (0, 14)
+
+
+def test_a_value_has_one_word():
+    words = [label_word(value) for value in (1, np.float32(0), -1.0, NAN)]
+    assert words == ["present", "absent", "uncertain", "not mentioned"]

@@ -10,10 +10,10 @@ from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.abstention import COVERAGES, abstention_section, finding_calls, weighted_figures
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.conformal import coverage_range, quantile_rank
-from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.evaluation.predictions import join
 from mlx_cxr.evaluation.results import evaluate
 from mlx_cxr.evaluation.risk_coverage import risk_coverage
+from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.pages.results_page import closing_table, results_markdown
 
 VALIDATION, TEST = simulated(150, "validate", 0), simulated(120, "test", 1)
@@ -23,7 +23,7 @@ NAN = math.nan
 
 def counted(finding, rows):
     """The figures of some rows by counting, in the order of `FIGURES` without the areas."""
-    y, called, made = finding.truth[rows], finding.called[rows], finding.made[rows]
+    y, called, made = finding.truth[rows], finding.above_threshold[rows], finding.made[rows]
     present, absent = finding.present_plausible[rows], finding.absent_plausible[rows]
 
     def share(part, of):
@@ -74,10 +74,12 @@ def test_calls_and_sets_are_those_of_the_points():
             kept = ~np.isnan(targets[:, k])
             np.testing.assert_array_equal(finding.kept, kept)
             np.testing.assert_array_equal(finding.truth, targets[kept, k])
-            np.testing.assert_array_equal(finding.called, p[kept, k] >= POINTS.thresholds.values[k])
+            np.testing.assert_array_equal(finding.above_threshold, p[kept, k] >= POINTS.thresholds.values[k])
             np.testing.assert_array_equal(finding.made, [not POINTS.reason(k, q) for q in p[kept, k]])
             only_one = finding.present_plausible != finding.absent_plausible
-            np.testing.assert_array_equal(finding.made, only_one & (finding.called == finding.present_plausible))
+            np.testing.assert_array_equal(
+                finding.made, only_one & (finding.above_threshold == finding.present_plausible)
+            )
 
 
 @pytest.fixture(scope="module")

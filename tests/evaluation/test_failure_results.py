@@ -8,6 +8,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation import failure_results as r
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.failures import CATEGORIES, NOISE, OTHER
+from mlx_cxr.evaluation.operating_points import ABSTAIN
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import open_scored_run
 
@@ -119,7 +120,7 @@ def test_counts_add_up_over_findings_and_categories(outputs):
     scored = read_predictions(outputs / "student" / "predictions.csv")
     row_of = {study: row for row, study in enumerate(scored.predictions.study_ids.tolist())}
     abstain = [
-        scored.abstain[row_of[study], LABELS.index(label)]
+        scored.states[row_of[study], LABELS.index(label)] == ABSTAIN
         for study, label in zip(analysis.failures["study_id"], analysis.failures["label"], strict=True)
     ]
     assert (analysis.failures["abstention"] != "").tolist() == abstain

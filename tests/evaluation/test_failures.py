@@ -43,7 +43,7 @@ def found_in(studies, teacher=None, margin=0.5, rare=(), bedside=None):
 def test_a_margin_is_the_share_of_the_way_to_the_end_of_the_scale(p, t, margin):
     calls = f.Calls(np.full((1, K), p), np.full(K, t))
     assert calls.margins[0] == pytest.approx(np.full(K, margin))
-    assert calls.called.all() == (p >= t)
+    assert calls.above_threshold.all() == (p >= t)
 
 
 def test_replicates_that_are_all_the_same_make_no_interval():
@@ -57,7 +57,7 @@ def test_replicates_that_are_all_the_same_make_no_interval():
 def test_there_is_no_call_without_a_probability_or_a_threshold():
     calls = f.Calls(np.array([[NAN] + [0.9] * (K - 1)]), np.array([0.5, NAN] + [0.5] * (K - 2)))
     assert np.isnan(calls.margins[0, :2]).all()
-    assert calls.called[0].tolist() == [False, False] + [True] * (K - 2)
+    assert calls.above_threshold[0].tolist() == [False, False] + [True] * (K - 2)
 
 
 def test_a_runs_errors_are_those_of_its_file(tmp_path):
@@ -66,9 +66,9 @@ def test_a_runs_errors_are_those_of_its_file(tmp_path):
     studies = f.judge(run)
     table = pd.read_csv(tmp_path / "student" / "predictions.csv")
     table = table[table["split"] == "test"]
-    wrong = (table["call"] == 1) != (table["raw_label"] == 1)
+    wrong = (table["above_threshold"] == 1) != (table["raw_label"] == 1)
     np.testing.assert_array_equal(studies.error.ravel(), wrong)
-    np.testing.assert_array_equal(studies.false_positive.ravel(), wrong & (table["call"] == 1))
+    np.testing.assert_array_equal(studies.false_positive.ravel(), wrong & (table["above_threshold"] == 1))
     assert (studies.false_positive & studies.false_negative).sum() == 0
     other = f.Calls.of(run, np.array([*studies.study_ids[:3][::-1], "nobody"]))
     np.testing.assert_array_equal(other.probabilities[:3], studies.calls.probabilities[:3][::-1])

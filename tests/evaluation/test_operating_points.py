@@ -19,11 +19,11 @@ from mlx_cxr.evaluation.operating_points import (
     ABSTAIN,
     PRESENT,
     OperatingPoints,
-    fit_operating_points,
     read_operating_points,
     write_operating_points,
 )
 from mlx_cxr.evaluation.predictions import join
+from mlx_cxr.evaluation.scores import fit_operating_points
 
 K = len(LABELS)
 VALIDATION = simulated(60, "validate", 0)

@@ -14,7 +14,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
-from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import (
     Predictions,
     PredictionsError,
@@ -137,10 +137,11 @@ def test_the_file_has_a_row_per_study_and_label_and_says_what_it_means(tmp_path)
     assert len(table) == len(part) * K
     assert table["label"].tolist() == list(LABELS) * len(part)
     np.testing.assert_allclose(table["probability"], expit(table["logit"].astype(np.float32) / 2.0), rtol=1e-6)
-    np.testing.assert_array_equal(table["call"], (table["probability"] >= 0.4).astype(int))
+    np.testing.assert_array_equal(table["above_threshold"], (table["probability"] >= 0.4).astype(int))
     unsure = table["probability"].between(0.2, 0.5)
     assert 0 < unsure.mean() < 1
-    np.testing.assert_array_equal(table["abstain"], unsure.astype(int))
+    sure = np.where(table["probability"] > 0.5, "present", "absent")
+    assert table["call"].tolist() == np.where(unsure, "abstain", sure).tolist()
     np.testing.assert_array_equal(table["raw_label"], part.raw_labels.ravel())
     assert [item.name for item in tmp_path.iterdir()] == ["predictions.csv"]
 
@@ -168,7 +169,7 @@ def test_what_is_written_reads_back_exactly(tmp_path, logits, raw, studies, pati
         np.testing.assert_array_equal(getattr(back.predictions, name), getattr(part, name), err_msg=name)
     np.testing.assert_array_equal(back.probabilities, calibration(temperature).probabilities(logits))
     np.testing.assert_array_equal(back.thresholds, cut)
-    np.testing.assert_array_equal(back.abstain, points.decide(logits).states == ABSTAIN)
+    np.testing.assert_array_equal(back.states, points.decide(logits).states)
 
 
 def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path):
@@ -206,8 +207,8 @@ def damaged(path, line, column, value):
         (17, "threshold", "0.9", r"line 17: threshold differs from that of line 3"),
         (18, "patient_id", "p", r"line 18: patient_id differs from that of line 16"),
         (18, "view", "PA+x", r"line 18: view differs from that of line 16"),
-        (7, "call", "2", r"line 7.*call '2' is not usable"),
-        (8, "abstain", "-1", r"line 8.*abstain '-1' is not usable; run evaluate_cnn again"),
+        (7, "above_threshold", "2", r"line 7.*above_threshold '2' is not usable"),
+        (8, "call", "1", r"line 8.*call '1' is not usable; run evaluate_cnn again"),
     ],
 )
 def test_a_damaged_cell_is_named_by_line(written, line, column, value, message):
@@ -231,8 +232,9 @@ def test_a_damaged_file_is_named(written):
     refused(lines[0], "has no rows")
     refused("", "not a readable table")
     refused(lines[0].replace("logit", "score") + "\n" + lines[1], r"lacks the column\(s\) logit")
-    older = "\n".join(line.rpartition(",")[0] for line in lines)
-    refused(older, r"lacks the column\(s\) abstain; run evaluate_cnn again")
+    older = "\n".join([lines[0].replace("above_threshold,call", "call,abstain"), *lines[1:]])
+    again = r"run evaluate_cnn again \(for a teacher cache_teacher_outputs\)"
+    refused(older, rf"lacks the column\(s\) above_threshold; {again}")
     written.write_bytes(b"\xff\xfe\x00" + b"x" * 9)
     with pytest.raises(PredictionsError, match="not a readable table"):
         read_predictions(written)

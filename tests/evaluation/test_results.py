@@ -13,9 +13,9 @@ from sklearn import metrics as sk
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.metrics import METRICS
-from mlx_cxr.evaluation.operating_points import fit_operating_points
 from mlx_cxr.evaluation.predictions import join
 from mlx_cxr.evaluation.results import evaluate
+from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.pages.results_page import closing_table, results_markdown
 
 VALIDATION, TEST = simulated(60, "validate", 0), simulated(70, "test", 1)

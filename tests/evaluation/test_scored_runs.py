@@ -113,7 +113,7 @@ def test_predictions_and_results_of_different_evaluations_are_refused(copy):
             open_scored_run(copy / "cnn", "cnn")
     results["operating_points"]["Edema"] |= {"lower": 0.0, "upper": 1.0}
     write_json(path, results)
-    with pytest.raises(ComparisonError, match=r"predictions\.csv abstains elsewhere than .*test_results\.json"):
+    with pytest.raises(ComparisonError, match=r"predictions\.csv has other calls than .*test_results\.json"):
         open_scored_run(copy / "cnn", "cnn")
 
 

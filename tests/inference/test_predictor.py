@@ -23,7 +23,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.dicom import equalize
-from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT
+from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.maps import fit_reference
 from mlx_cxr.inference.predictor import MAPPED, METHODS, Predictor
@@ -78,7 +78,7 @@ def test_files_get_the_answers_of_the_evaluation(predictor, cohort, run_dir):
     for key, ours in (("logit", "logits"), ("probability", "probabilities")):
         theirs = table[key].to_numpy().reshape(len(studies), 14)
         np.testing.assert_allclose(np.stack([getattr(a, ours) for a in answers]), theirs, rtol=1e-5, atol=1e-6)
-    states = np.where(table["abstain"] == 1, ABSTAIN, np.where(table["call"] == 1, PRESENT, ABSENT)).reshape(-1, 14)
+    states = table["call"].map({word: state for state, word in STATE_WORDS.items()}).to_numpy().reshape(-1, 14)
     # A validation study that a bound was fitted to lies on it, where the last bit of a logit decides.
     bounds = np.stack([predictor.points.bands.lower, predictor.points.bands.upper, predictor.points.thresholds.values])
     clear = np.abs(np.stack([a.probabilities for a in answers])[None] - bounds[:, None]).min(axis=0) > 1e-6

@@ -1,8 +1,7 @@
-"""What a scored run leaves: studies in any order and number, and time that counts the work."""
+"""Files of a scored run, of studies in any order and number."""
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,9 +13,9 @@ from mlx_cxr.core.runs import read_json
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.evaluation.operating_points import ABSTAIN, read_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, PredictionsError, read_predictions
+from mlx_cxr.evaluation.scores import write_scores
 from mlx_cxr.evaluation.shortcuts import metadata_scores, study_metadata
-from mlx_cxr.inference import scoring_report
-from mlx_cxr.inference.scoring_report import milliseconds_per_sample, write_cost, write_scores
+from mlx_cxr.pages.results_page import write_results
 
 CONFIG = config_from_plain(
     {
@@ -62,7 +61,7 @@ def predictions_of(manifest, splits=("validate", "test"), left_out: int = 0) -> 
 
 def test_metadata_belong_to_the_studies_that_were_scored(manifest, tmp_path):
     predictions = predictions_of(manifest, left_out=9)
-    points = write_scores(tmp_path, predictions, "empty_negative", manifest, CONFIG, RECORD)
+    points, _ = write_scores(tmp_path, predictions, "empty_negative", manifest, CONFIG, RECORD)
     results = read_json(tmp_path / "test_results.json")
     assert results["counts"]["test"]["studies"] == len(predictions.of_split("test")) == 71
     assert results["provenance"] == RECORD
@@ -89,9 +88,11 @@ def test_files_are_those_of_a_scored_run_and_hang_together(manifest, tmp_path):
     settings = CONFIG.evaluation.model_copy(update={"abstention_alpha": 0.25, "threshold_rule": "youden"})
     config = CONFIG.model_copy(update={"evaluation": settings})
     predictions = predictions_of(manifest)
-    points = write_scores(tmp_path, predictions, "empty_masked", manifest, config, RECORD)
-    names = {"predictions.csv", "operating_points.json", "test_results.json", "results.md"}
-    names |= {"roc.png", "precision_recall.png", "reliability.png", "risk_coverage.png"}
+    points, results = write_scores(tmp_path, predictions, "empty_masked", manifest, config, RECORD)
+    names = {"predictions.csv", "operating_points.json", "test_results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    write_results(tmp_path, results, predictions, points)
+    names |= {"results.md", "roc.png", "precision_recall.png", "reliability.png", "risk_coverage.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     results = read_json(tmp_path / "test_results.json")
     assert (results["fitted_under"], results["abstention"]["alpha"]) == ("empty_masked", 0.25)
@@ -102,9 +103,9 @@ def test_files_are_those_of_a_scored_run_and_hang_together(manifest, tmp_path):
     assert (kept.protocol, kept.thresholds.rule, kept.bands.alpha) == ("empty_masked", "youden", 0.25)
     states = points.decide(predictions.logits).states
     np.testing.assert_array_equal(kept.decide(predictions.logits).states, states)
-    abstain = read_predictions(tmp_path / "predictions.csv").abstain
-    np.testing.assert_array_equal(abstain, states == ABSTAIN)
-    assert 0 < abstain.mean() < 1
+    written = read_predictions(tmp_path / "predictions.csv").states
+    np.testing.assert_array_equal(written, states)
+    assert 0 < (written == ABSTAIN).mean() < 1
 
 
 def test_a_split_without_predictions_is_named_and_nothing_is_written(manifest, tmp_path):
@@ -112,34 +113,3 @@ def test_a_split_without_predictions_is_named_and_nothing_is_written(manifest, t
         with pytest.raises(PredictionsError, match=f"no predictions of split '{lacking}'"):
             write_scores(tmp_path, predictions_of(manifest, (there,)), "empty_negative", manifest, CONFIG, {})
     assert not list(tmp_path.iterdir())
-
-
-def test_the_clock_runs_while_the_work_is_done_and_not_in_the_warm_up(monkeypatch, tmp_path):
-    """MLX is lazy: only evaluation costs time, here 3 s to begin with and then 0.5, 0.1, 0.5, 0.1 …"""
-    now, costs = [0.0], iter([3.0] + [0.5, 0.1, 0.5] * 10)
-
-    def evaluate(array: mx.array) -> None:
-        now[0] += next(costs)
-
-    monkeypatch.setattr(scoring_report.mx, "eval", evaluate)
-    monkeypatch.setattr(scoring_report.time, "perf_counter", lambda: now[0])
-    per_sample, samples = milliseconds_per_sample(lambda: mx.zeros(1), 8, seconds=2.0)
-    # 0.5 + 0.1 + 0.5 + 0.5 + 0.1 + 0.5 = 2.2 s: six rounds, whose median is 0.5 s.
-    assert samples == 6 * 8
-    assert per_sample == pytest.approx(1000 * 0.5 / 8)
-    _, samples = milliseconds_per_sample(lambda: mx.zeros(1), 8, seconds=0.0)
-    assert samples == 3 * 8
-
-    counts, device = {"total": 5, "trainable": 2}, {"kind": "cpu"}
-    write_cost(
-        tmp_path, parameters=counts, ms_per_sample=62.5, samples=48, batch_size=8, what="one film", device=device
-    )
-    assert read_json(tmp_path / "cost.json") == {
-        "schema": 1,
-        "parameters": counts,
-        "ms_per_sample": 62.5,
-        "samples": 48,
-        "batch_size": 8,
-        "what": "one film",
-        "device": device,
-    }

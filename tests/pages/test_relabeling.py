@@ -5,7 +5,7 @@ import pytest
 from judged_studies import K, judged, random_judged
 
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.evaluation.relabeling import QUESTIONS, SHEET_COLUMNS, question, relabel_sheet
+from mlx_cxr.pages.relabeling import QUESTIONS, SHEET_COLUMNS, question, relabel_sheet
 
 
 def sheet_of(studies, count=40, seed=0):

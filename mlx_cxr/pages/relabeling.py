@@ -17,11 +17,11 @@ QUESTIONS: Mapping[str, str] = {
     "Pleural Other": "Is there pleural disease other than effusion and pneumothorax?",
     "Support Devices": "Are there support devices?",
 }
-"""Where `Is there <finding>?` would not do."""
+"""In place of `Is there <finding>?`."""
 
 
 def question(label: str) -> str:
-    """What the reader is asked of a finding."""
+    """Question to the reader about a finding."""
     return QUESTIONS.get(label, f"Is there {label.lower()}?")
 
 

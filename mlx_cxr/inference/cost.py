@@ -1,0 +1,74 @@
+"""The cost of a prediction: parameters, and milliseconds per sample on this machine (`cost.json`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_cxr.core.runs import write_json
+
+
+def milliseconds_per_sample(
+    forward: Callable[[], mx.array], batch_size: int, seconds: float = 2.0, least_rounds: int = 3
+) -> tuple[float, int]:
+    """Time a forward pass over one batch that is in memory, for `write_cost`.
+
+    Args:
+        forward: gives the batch's logits; evaluated inside the clock, after one round that is not counted.
+        batch_size: samples in the batch.
+        seconds: to measure for, at least.
+        least_rounds: to measure, at least.
+
+    Returns:
+        The median over the rounds in ms per sample, and the number of samples timed.
+    """
+    mx.eval(forward())
+    rounds, begun = [], time.perf_counter()
+    while len(rounds) < least_rounds or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        mx.eval(forward())
+        rounds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(rounds)) / batch_size, len(rounds) * batch_size
+
+
+def write_cost(
+    folder: Path,
+    *,
+    parameters: Mapping[str, int],
+    ms_per_sample: float,
+    samples: int,
+    batch_size: int,
+    what: str,
+    device: Mapping[str, Any],
+) -> Path:
+    """Write `cost.json`: the size of a model, and the time of a prediction on this machine.
+
+    Args:
+        folder: the run's.
+        parameters: `total` and `trainable`, as `models.resnet.parameter_counts`.
+        ms_per_sample: median over batches, each evaluated inside the clock, after a warm-up.
+        samples: number of samples timed.
+        batch_size: samples per batch.
+        what: phrase that names the sample, its size and the pass that is timed.
+        device: `runtime.describe()`.
+
+    Returns:
+        The path.
+    """
+    return write_json(
+        folder / "cost.json",
+        {
+            "schema": 1,
+            "parameters": dict(parameters),
+            "ms_per_sample": ms_per_sample,
+            "samples": samples,
+            "batch_size": batch_size,
+            "what": what,
+            "device": dict(device),
+        },
+    )
