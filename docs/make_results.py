@@ -1,4 +1,5 @@
-"""`docs/results.md`: the keys of the result files, read off the source of what writes them.
+"""Writes `docs/results.md`, the keys of the result files read off the source of what writes them:
+`python docs/make_results.py`.
 
 A string below a key of a class describes it and the keys right above it, up to a blank line or another string.
 """
@@ -35,7 +36,7 @@ def schema_page() -> str:
     lines = [
         "# Result files",
         "",
-        "Written by `mlx_cxr.pages.schema_page` from the source; a test compares the two. Undefined figures are null.",
+        "Written by `docs/make_results.py` from the source; a test compares the two. Undefined figures are null.",
         "",
     ]
     shown: set[str] = set()
@@ -54,11 +55,6 @@ def schema_page() -> str:
             lines += [*(f"- the keys of `{base}`" for base in bases if base != "_Strict"), *keys, ""]
             waiting += [word for word in re.findall(r"\w+", " ".join([*bases, *keys])) if word in classes]
     return "\n".join(lines)
-
-
-def write_schema_page(path: str | Path = "docs/results.md") -> Path:
-    """Write the page anew, by default into the working copy of which this is the root."""
-    return write_text(path, schema_page())
 
 
 def _keys(node: ast.ClassDef, aliases: dict[str, ast.expr]) -> list[str]:
@@ -89,3 +85,7 @@ class _Plain(ast.NodeTransformer):
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         annotated = ast.unparse(node.value) == "Annotated"
         return self.visit(node.slice.elts[0]) if annotated else self.generic_visit(node)
+
+
+if __name__ == "__main__":
+    write_text(Path(__file__).with_name("results.md"), schema_page())
