@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import sha256_file, write_json, write_text
+from mlx_cxr.core.runs import open_run, sha256_file, write_json, write_text
 from mlx_cxr.core.stage import stage_parser, started
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
     if target == source or source in target.parents:
         raise ExportError(f"{to} is in the run's folder {run_dir}; give another place for the export")
     _refuse_occupied(target, overwrite)
+    if open_run(source).kind == "teacher":
+        raise ExportError(
+            f"{run_dir} is a teacher's run. Its folder adapter_weights/ is the export already: mlx-vlm loads "
+            "adapters.safetensors with adapter_config.json onto the base that teacher.json names"
+        )
     evaluated = EvaluatedRun.open(run_dir)
     card = model_card(evaluated)
     target.parent.mkdir(parents=True, exist_ok=True)

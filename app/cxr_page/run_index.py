@@ -11,16 +11,15 @@ from typing import Any
 import streamlit as st
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunFormatError, read_json
+from mlx_cxr.core.runs import WEIGHTS, RunFormatError, open_run, read_json
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
-from mlx_cxr.inference.trained_run import CHECKPOINTS
 
 CNN, STUDENT, TEACHER, CONTROL, UNKNOWN = KINDS = ("CNN", "student", "teacher", "control", "unknown")
 _FILES = (
     *("config.json", "training.json", "test_results.json", "operating_points.json", "inference.json"),
-    *(*CHECKPOINTS.values(), "teacher.json", "adapter_weights/adapters.safetensors"),
+    *(*WEIGHTS.values(), "teacher.json"),
 )
 _COMPARED = "final_comparison.json"
 
@@ -121,8 +120,7 @@ def _stamp(paths: list[Path]) -> str:
 def _entry(folder: str, stamp: str) -> RunEntry:
     path, kind = Path(folder), UNKNOWN
     try:
-        record = read_json(path / "config.json")
-        kind = _kind(record)
+        kind = open_run(path).kind
         if kind == TEACHER:
             made = read_operating_points(path / operating_points.FILE)[1]
             evaluated = read_json(path / "test_results.json")["provenance"]["started"]
@@ -135,17 +133,6 @@ def _entry(folder: str, stamp: str) -> RunEntry:
         return RunEntry(
             path, kind, stamp, error=f"{path}: a record of the run cannot be used ({error!r}); evaluate it again"
         )
-
-
-def _kind(record: Any) -> str:
-    stage = record.get("stage") if isinstance(record, dict) else None
-    if stage == "train_cnn":
-        return CNN
-    if stage == "lfm_finetune":
-        return TEACHER
-    if stage == "distillation":
-        return STUDENT if record["config"]["distillation"]["targets"] == "teacher" else CONTROL
-    raise RunFormatError(f"config.json names the stage {stage!r}, which makes no model")
 
 
 @st.cache_resource(max_entries=50, show_spinner=False)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, label_word
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.core.runs import RunFormatError, open_run, read_json, sha256_file
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
@@ -169,29 +169,25 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             f"{folder / 'predictions.csv'} has other calls than {path} says: they are of different evaluations; "
             f"{_again(role, folder)}"
         )
-    record = read_json(folder / "config.json")
-    config = _read(folder / "config.json", lambda: record["config"])
-    inputs = record.get("inputs", {}).values()
-    soft_labels = next((entry for entry in inputs if Path(entry["path"]).name == SOFT_LABELS), None)
+    run = open_run(folder, _STAGES[role][0].split()[0])
+    soft_labels = next((entry for entry in run.inputs.values() if Path(entry["path"]).name == SOFT_LABELS), None)
     teacher = None
-    if "teacher.json" in needed:
+    if run.kind == "teacher":
         teacher = read_json(folder / "teacher.json")
         _read(folder / "teacher.json", lambda: (teacher["reads"], teacher["modality"]))
-        _read(folder / "config.json", lambda: config["teacher"]["sections"])
-    elif role != "cnn":
-        targets = _read(folder / "config.json", lambda: config["distillation"]["targets"])
-        if role == "student" and targets != "teacher":
-            raise ComparisonError(
-                f"{folder / 'config.json'}: the run learned from {targets!r} targets, so it is a control; name it with "
-                "--control_run, and a run with distillation.targets 'teacher' with --student_run"
-            )
+        _read(run.path, lambda: run.config["teacher"]["sections"])
+    elif role == "student" and run.kind == "control":
+        raise ComparisonError(
+            f"{run.path}: the run learned from {run.config['distillation']['targets']!r} targets, so it is a control; "
+            "name it with --control_run, and a run with distillation.targets 'teacher' with --student_run"
+        )
     cost = None
     if (folder / "cost.json").exists():
         cost = read_json(folder / "cost.json")
         _read(folder / "cost.json", lambda: (cost["parameters"]["total"], cost["parameters"]["trainable"]))
         _read(folder / "cost.json", lambda: (cost["ms_per_sample"], cost["what"], cost["device"]["kind"]))
     test = scored.predictions.of_split("test")
-    return ScoredRun(folder, role, test, points, settings, config, soft_labels, teacher, cost)
+    return ScoredRun(folder, role, test, points, settings, run.config, soft_labels, teacher, cost)
 
 
 def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.core.runs import RunFormatError, RunRecord, open_run, read_json, sha256_file
 from mlx_cxr.evaluation import operating_points, results
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.inference import predictor
-from mlx_cxr.inference.trained_run import CHECKPOINTS
+from mlx_cxr.inference.trained_run import STAGES
 from mlx_cxr.training.preprocessing import check_preprocessing
 
 _CREDENTIALED = ("mimic-cxr-jpg",)
@@ -87,17 +87,16 @@ class EvaluatedRun:
                 its weights or its preprocessing are others than were evaluated; says what to run.
             ConfigError: its configuration does not fit this version.
         """
-        folder = Path(folder).resolve()
-        record = _trained(folder)
-        checkpoint = folder / CHECKPOINTS[record["stage"]]
-        scores, prepared, points, sha256 = _evaluation(folder, checkpoint)
-        config = config_from_plain(record["config"], folder / "config.json")
+        run = open_run(Path(folder).resolve(), *STAGES, finished=True)
+        folder = run.folder
+        scores, prepared, points, sha256 = _evaluation(folder, run.weights)
+        config = config_from_plain(run.config, run.path)
         check_preprocessing(prepared["preprocessing"], config, folder / predictor.FILE)
         return cls(
             folder,
-            record,
+            run.whole,
             config,
-            checkpoint,
+            run.weights,
             sha256,
             read_json(folder / "training.json"),
             scores,
@@ -108,35 +107,9 @@ class EvaluatedRun:
             _optional(folder / "localization.json") if prepared["map_references"]["methods"] else None,
             _failures(folder),
             _comparison(folder),
-            _manifest_summary(config, record["inputs"]["manifest"]["sha256"]),
-            _teacher(folder, record),
+            _manifest_summary(config, run.inputs["manifest"]["sha256"]),
+            _teacher(run),
         )
-
-
-def _trained(folder: Path) -> Mapping[str, Any]:
-    """`config.json` of a CNN or student whose training has ended."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise RunFormatError(
-            f"{path} is missing: there is no such run; give the folder of one, such as outputs/demo_cnn"
-        )
-    record = read_json(path)
-    stage = record.get("stage")
-    if stage == "lfm_finetune":
-        raise RunFormatError(
-            f"{folder} is a teacher's run. Its folder adapter_weights/ is the export already: mlx-vlm loads "
-            "adapters.safetensors with adapter_config.json onto the base that teacher.json names"
-        )
-    if stage not in CHECKPOINTS:
-        raise RunFormatError(f"{folder} was made by the stage {stage!r}; a run of {' or '.join(CHECKPOINTS)} is needed")
-    if not ({"config", "inputs"} <= record.keys() and "manifest" in record["inputs"]):
-        raise RunFormatError(f"{path} lacks 'config' or 'inputs.manifest'; is it a trained run?")
-    if not (folder / CHECKPOINTS[stage]).exists() or not (folder / "training.json").exists():
-        raise RunFormatError(
-            f"the training of {folder} has not ended; go on with it: python -m mlx_cxr.{stage} "
-            f"--run_name {folder.name} --resume --config …"
-        )
-    return record
 
 
 def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapping[str, Any], OperatingPoints, str]:
@@ -202,12 +175,12 @@ def _manifest_summary(config: Config, manifest_sha256: str) -> Mapping[str, Any]
     return summary if summary is not None and summary.get("manifest_sha256") == manifest_sha256 else None
 
 
-def _teacher(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    soft = record["inputs"].get("soft_labels")
+def _teacher(run: RunRecord) -> Mapping[str, Any] | None:
+    soft = run.inputs.get("soft_labels")
     if soft is None:
         return None
     recorded = Path(soft["path"])
-    teacher = folder.parent / recorded.parent.name
+    teacher = run.folder.parent / recorded.parent.name
     labels = teacher / recorded.name
     same = labels.exists() and sha256_file(labels) == soft["sha256"]
     return {

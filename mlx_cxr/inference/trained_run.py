@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.core.runs import RunFormatError, open_run, sha256_file
 from mlx_cxr.evaluation.predictions import Predictions, study_level
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.models.convert import freeze, load_model
@@ -19,8 +19,8 @@ from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.training.scoring import image_features, predict_logits
 
-CHECKPOINTS = {"train_cnn": "best_model.safetensors", "distillation": "best_student.safetensors"}
-"""The stages whose runs are opened here, and the weights that each of them leaves."""
+STAGES = ("train_cnn", "distillation")
+"""The stages whose runs are opened here."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,11 @@ class TrainedRun:
             ConfigError: its configuration does not fit this version.
             ModelFormatError: its weights cannot be used.
         """
-        folder = Path(folder).resolve() if Path(folder).name in ("", ".", "..") else Path(folder)
-        record_path = folder / "config.json"
-        if not record_path.exists():
-            raise RunFormatError(
-                f"{record_path} is missing: there is no such run; train it first, or give another's name or folder"
-            )
-        record = read_json(record_path)
-        try:
-            manifest_sha256, plain = record["inputs"]["manifest"]["sha256"], record["config"]
-        except (KeyError, TypeError):
-            raise RunFormatError(
-                f"{record_path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?"
-            ) from None
-        if record.get("stage") not in CHECKPOINTS:
-            raise RunFormatError(
-                f"{folder} was made by the stage {record.get('stage')!r}; a run of {' or '.join(CHECKPOINTS)} is "
-                "asked for here"
-            )
-        checkpoint = folder / CHECKPOINTS[record["stage"]]
-        if not checkpoint.exists():
-            raise RunFormatError(f"{folder} has no {checkpoint.name}; has its training saved an epoch yet?")
-        return cls(folder, config_from_plain(plain, record_path), manifest_sha256, checkpoint, load_model(checkpoint))
+        run = open_run(folder, *STAGES)
+        if not run.weights.exists():
+            raise RunFormatError(f"{run.folder} has no {run.weights.name}; has its training saved an epoch yet?")
+        config, manifest_sha256 = config_from_plain(run.config, run.path), run.inputs["manifest"]["sha256"]
+        return cls(run.folder, config, manifest_sha256, run.weights, load_model(run.weights))
 
     @property
     def protocol(self) -> str:

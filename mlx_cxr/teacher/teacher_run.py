@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file
+from mlx_cxr.core.runs import RunFormatError, open_run, read_json, sha256_file
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
@@ -19,7 +19,7 @@ from mlx_cxr.data.study_reports import StudyReports, load_reports
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.dataset import Studies, read_studies
 from mlx_cxr.teacher.image_embeddings import image_embeddings, image_tokens
-from mlx_cxr.teacher.lora import WEIGHTS, load_adapter
+from mlx_cxr.teacher.lora import load_adapter
 from mlx_cxr.teacher.prompt import PromptFormat
 
 ADAPTER = "adapter_weights"
@@ -134,24 +134,14 @@ class TrainedTeacher:
             BaseUnavailableError: its base is not on this machine.
             AdapterError: its adapter is missing, damaged or of another base.
         """
-        folder = Path(folder)
-        record_path = folder / "config.json"
-        if not record_path.exists():
-            raise RunFormatError(f"{record_path} is missing: there is no such run; run lfm_finetune, or give its name")
-        provenance = read_json(record_path)
-        if provenance.get("stage") != "lfm_finetune":
-            raise RunFormatError(f"{record_path} is of the stage {provenance.get('stage')!r}, not of a teacher")
-        if not (folder / "training.json").exists():
-            raise RunFormatError(
-                f"{folder} was not trained to its end; go on with it: lfm_finetune --run_name {folder.name} --resume"
-            )
-        config = config_from_plain(provenance["config"], record_path)
-        inputs = {role: entry["sha256"] for role, entry in provenance["inputs"].items()}
+        run = open_run(folder, "lfm_finetune", finished=True)
+        config = config_from_plain(run.config, run.path)
+        inputs = {role: entry["sha256"] for role, entry in run.inputs.items()}
         base = Base.open(config.teacher, config.weights_dir, vision=vision and config.teacher.modality != "text")
-        load_adapter(base.model, folder / ADAPTER, base.identity)
-        sha256 = sha256_file(folder / ADAPTER / WEIGHTS)
-        record = read_json(folder / RECORD)
-        return cls(folder, config, inputs, base, prompt_format(base, config), sha256, record)
+        load_adapter(base.model, run.folder / ADAPTER, base.identity)
+        sha256 = sha256_file(run.weights)
+        record = read_json(run.folder / RECORD)
+        return cls(run.folder, config, inputs, base, prompt_format(base, config), sha256, record)
 
     @property
     def protocol(self) -> str:
