@@ -30,6 +30,7 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.inference.report_reader import ReportReader, sections_to_read
 from mlx_cxr.pages.findings_page import outcomes
+from mlx_cxr.pages.overlay import label_words
 from mlx_cxr.pages.token_page import write_explanations
 from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.lora import WEIGHTS
@@ -235,11 +236,6 @@ def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
     log.info("study %s: %s", asked.study_id, ", ".join(findings))
     labels = () if asked.raw_labels is None else [label_words(float(asked.raw_labels[k])) for k in columns]
     return reader.explain(answer, findings, asked.study_id, labels)
-
-
-def label_words(raw: float) -> str:
-    """A source label in words."""
-    return "not mentioned" if np.isnan(raw) else {1: "present", 0: "absent", -1: "uncertain"}[int(raw)]
 
 
 def build_parser() -> argparse.ArgumentParser:

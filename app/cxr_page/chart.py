@@ -18,7 +18,7 @@ STATES = {
     ABSENT: ("is-absent", "absent"),
 }
 """Call to style and word, in the order of the chart; a style's mark is a full, half or empty disc, so that no call is
-told by colour alone."""
+shown by colour alone."""
 GROUPS = {PRESENT: "Called present", ABSTAIN: "Abstains: no call", ABSENT: "Called absent"}
 
 

@@ -30,6 +30,8 @@ LABELS: tuple[str, ...] = (
     "Support Devices",
 )
 """Column order of `mimic-cxr-2.0.0-chexpert.csv`; the order of every (N, 14) array in this package."""
+MAPPED = tuple(label for label in LABELS if label != "No Finding")
+"""The findings that have maps: where nothing is, there is nothing to point at."""
 
 Uncertain = Literal["zeros", "ones", "ignore", "soft"]
 Empty = Literal["negative", "masked"]
