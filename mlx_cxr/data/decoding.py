@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -129,10 +128,10 @@ class _Opened:
         gray: mode `L`.
         size: (width, height) of the image.
         scale: by which `gray` is smaller than that.
+        reduces: a transform to a smaller square may decode it at a larger scale, as of a JPEG.
         colour: mode `RGB`, for an image that has colours and is inspected.
         notes: so far.
         concerns: so far.
-        reduces: a transform to a smaller square would decode it at a smaller scale.
     """
 
     gray: Image.Image
@@ -146,13 +145,6 @@ class _Opened:
     def serves(self, transform: Transform) -> bool:
         """Decoding the file for another transform would give the same image."""
         return not self.reduces or transform.reduction(*self.size) == self.scale
-
-    @cached_property
-    def gate(self) -> tuple[str, ...]:
-        """Concerns of the quality gate."""
-        from mlx_cxr.data.chest_film_gate import concerns_about
-
-        return tuple(concerns_about(self.gray, self.colour))
 
 
 class ImageContent:
@@ -311,7 +303,9 @@ def _finished(image: _Opened, transform: Transform, inspect: bool) -> DecodedIma
     if looks_inverted(content):
         notes.append(INVERTED)
     if inspect:
-        concerns += image.gate
+        from mlx_cxr.data.chest_film_gate import concerns_about
+
+        concerns += concerns_about(image.gray, image.colour)
     return DecodedImage(square, tuple(dict.fromkeys(notes)), tuple(concerns))
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
-from mlx_cxr.data.decoding import INVERTED, ImageError, Transform, decode_bytes, looks_inverted
+from mlx_cxr.data.decoding import INVERTED, ImageContent, ImageError, Transform, decode_bytes, looks_inverted
 from prepared_images import apply, read_image
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
@@ -146,7 +146,9 @@ class TestReducedDecoding:
         for radiograph in real_images(30):
             image = Image.open(radiograph).convert("L")
             assert transform.reduction(*image.size) == 4
-            means.append(np.abs(read_image(radiograph, transform).astype(int) - apply(np.asarray(image), transform)).mean())
+            means.append(
+                np.abs(read_image(radiograph, transform).astype(int) - apply(np.asarray(image), transform)).mean()
+            )
         assert np.mean(means) < 0.5
         assert max(means) < 1
 
@@ -462,3 +464,19 @@ class TestNotes:
         wrong = [name for name, image in images.items() if looks_inverted(image)]
         missed = [name for name, image in images.items() if not looks_inverted(ImageOps.invert(image))]
         assert wrong == missed == ["mhh_17ad0a56.jpg"]
+
+
+@pytest.mark.parametrize(("kind", "opened"), [("PNG", 1), ("JPEG", 2)])
+def test_a_content_is_decoded_once_for_all_transforms_a_jpeg_once_a_reduction(monkeypatch, kind, opened):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 300), np.uint8)).save(content, kind)
+    transforms = [Transform(48), Transform(300), Transform(250, "center_crop")]
+    wanted = [decode_bytes(content.getvalue(), transform) for transform in transforms]
+    opens, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *given, **known: opens.append(given) or original(*given, **known))
+    image = ImageContent(content.getvalue())
+    for transform, other in zip(transforms, wanted, strict=True):
+        made = image.decode(transform)
+        np.testing.assert_array_equal(made.image, other.image)
+        assert (made.notes, made.concerns) == (other.notes, other.concerns)
+    assert len(opens) == opened
