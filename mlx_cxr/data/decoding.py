@@ -142,10 +142,6 @@ class _Opened:
     concerns: tuple[str, ...] = ()
     reduces: bool = False
 
-    def serves(self, transform: Transform) -> bool:
-        """Decoding the file for another transform would give the same image."""
-        return not self.reduces or transform.reduction(*self.size) == self.scale
-
 
 class ImageContent:
     """An image, read and decoded once for all transforms; a JPEG again for one that reduces it by another factor.
@@ -173,11 +169,11 @@ class ImageContent:
             dicom = is_dicom(data)
         try:
             with quiet_decoders():
-                if self._opened is None or not self._opened.serves(transform):
-                    self._opened = (
-                        _open_dicom(data, self._recipe) if dicom else _open_image(data, transform, self._inspect)
-                    )
-                return _finished(self._opened, transform, self._inspect)
+                known = self._opened
+                if known is None or (known.reduces and transform.reduction(*known.size) != known.scale):
+                    known = _open_dicom(data, self._recipe) if dicom else _open_image(data, transform, self._inspect)
+                    self._opened = known
+                return _finished(known, transform, self._inspect)
         except ImageError:
             raise
         except UnidentifiedImageError:

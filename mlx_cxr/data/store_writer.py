@@ -118,7 +118,9 @@ def build_store(
         raise DataError(f"the manifest has no films; see the counts that build_manifest wrote beside {path}")
     places = shard_paths(path, -(-len(manifest) // shard_films))
     planned = [
-        _planned(place, manifest.frame.iloc[n * shard_films : (n + 1) * shard_films], manifest.sha256, transform, root)
+        _planned(
+            place, manifest.frame.iloc[n * shard_films : (n + 1) * shard_films], manifest.sha256, transform, root
+        )
         for n, place in enumerate(places)
     ]
     shards = planned if share is None else planned[share[0] - 1 :: share[1]]

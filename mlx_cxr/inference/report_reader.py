@@ -127,11 +127,7 @@ class ReportReader:
         return self.answer(self.teacher.form.prompt(wanted), tokens, wanted, note)
 
     def answer(
-        self,
-        prompt: Prompt,
-        image: np.ndarray | None = None,
-        sections: Sequence[tuple[str, str]] = (),
-        note: str = "",
+        self, prompt: Prompt, image: np.ndarray | None = None, sections: Sequence[tuple[str, str]] = (), note: str = ""
     ) -> ReportAnswer:
         """Answer for a prompt of this teacher's form.
 

@@ -205,12 +205,8 @@ def _pictures(figure: Figure, case: CasePage) -> None:
         figure.text(0.70, base + height / 2, reason, color="white", ha="center", va="center", size=10)
         return
     caption = f"{case.finding}: {METHOD_NAMES[case.method]}, peak {np.max(case.heat):.2f}"
-    _picture(
-        figure,
-        at,
-        np.asarray(map_tile(image, case.heat, 640, case.opacity)),
-        caption + ", withheld, shown on request" * bool(why),
-    )
+    caption += ", withheld, shown on request" * bool(why)
+    _picture(figure, at, np.asarray(map_tile(image, case.heat, 640, case.opacity)), caption)
     _scale(figure, (0.912, base, 0.014, height), case.opacity)
 
 
@@ -299,16 +295,11 @@ def _notes(figure: Figure, case: CasePage) -> None:
         if len(found) > 4:
             lines.append(("… and on", f"{', '.join(one.finding for one in found[4:])}."))
         if not found:
-            lines.append(
-                ("Film and report:", f"no finding is called differently by {model.name} and the report's reader")
-            )
+            same = f"no finding is called differently by {model.name} and the report's reader"
+            lines.append(("Film and report:", same))
         text = " ".join(words for _, words in case.report.sections)
-        lines.append(
-            (
-                "The report as read, its beginning:" if len(text) > 300 else "The report as read:",
-                textwrap.shorten(text, 300, placeholder=" …"),
-            )
-        )
+        head = "The report as read, its beginning:" if len(text) > 300 else "The report as read:"
+        lines.append((head, textwrap.shorten(text, 300, placeholder=" …")))
     if case.words is not None:
         lines.append((f"Words that moved {case.words.finding}:", _moved(case.words)))
     wrapped = [

@@ -30,20 +30,10 @@ from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.explain.maps import upsample
 
-METHOD_NAMES = {
-    "grad_cam": "Grad-CAM",
-    "grad_cam_pp": "Grad-CAM++",
-    "hires_cam": "HiResCAM",
-    "random": "random map",
-}
+METHOD_NAMES = {"grad_cam": "Grad-CAM", "grad_cam_pp": "Grad-CAM++", "hires_cam": "HiResCAM", "random": "random map"}
 
-_BACKGROUND, _TEXT, _DIM, _ACCENT, _TRACK = (
-    (16, 18, 22),
-    (238, 240, 243),
-    (165, 171, 180),
-    (255, 196, 61),
-    (58, 63, 71),
-)
+_BACKGROUND, _TEXT, _DIM = (16, 18, 22), (238, 240, 243), (165, 171, 180)
+_ACCENT, _TRACK = (255, 196, 61), (58, 63, 71)
 _MARGIN, _GAP = 20, 14
 MAX_OPACITY = 0.72
 
@@ -91,14 +81,7 @@ class Reading:
 
     @classmethod
     def of(cls, points: OperatingPoints, finding: str, probabilities: np.ndarray, **known: Any) -> Reading:
-        """A finding of an answer by a run's operating points.
-
-        Args:
-            points: the run's.
-            finding: its name.
-            probabilities: (14,), calibrated.
-            **known: further attributes.
-        """
+        """One finding of calibrated probabilities (14,) by a run's operating points; `known` are further attributes."""
         k = label_index(finding)
         probability, threshold = float(probabilities[k]), float(points.tuned_thresholds[k])
         return cls(finding, probability, threshold, abstention=points.reason(k, probability), **known)
@@ -126,16 +109,13 @@ class Reading:
         return text if self.own_image else f"{text}   ·   report label: {self.label_words}"
 
     def withheld(self, heat: np.ndarray | None) -> str:
-        """Reason for not showing the map unasked, or an empty string; the one place that decides it.
+        """Reason for not showing a map (h, w) unasked, or an empty string; None is a map that was not made.
 
         Abstention comes before the threshold, as a call needs more than the threshold.
-
-        Args:
-            heat: the map (h, w), or None where there is none.
         """
-        if heat is None and self.finding not in MAPPED:
-            return "No Finding has no map: where nothing is, there is nothing to point at"
         if heat is None:
+            if self.finding not in MAPPED:
+                return "No Finding has no map: where nothing is, there is nothing to point at"
             return "this run was evaluated without maps (evaluate_cnn --without_maps)"
         if self.abstention:
             return f"the model abstains on {self.finding}: {self.abstention}"

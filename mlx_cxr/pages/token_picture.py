@@ -99,11 +99,7 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], scale: float) -> Non
     ):
         draw.text((x + share * length, y + 20), text, _TEXT, font(12), anchor=anchor)
     draw.text(
-        (x + length + 18, y + 7),
-        "effect on the logit: orange raised it, blue lowered it",
-        _TEXT,
-        font(14),
-        anchor="lm",
+        (x + length + 18, y + 7), "effect on the logit: orange raised it, blue lowered it", _TEXT, font(14), anchor="lm"
     )
 
 
