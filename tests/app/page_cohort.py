@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import toy_teacher
-from mlx_cxr.synthetic.image import render_image
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -31,6 +30,7 @@ from mlx_cxr.models.convert import load_model, save_model
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.synthetic.anatomy import sample_patient
 from mlx_cxr.synthetic.canvas import Finding
+from mlx_cxr.synthetic.image import render_image
 
 PATIENTS = 8
 OVERRIDES = (
