@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def nothing_to_show(index: RunIndex) -> None:
-    """What to run, where there is no model that could answer."""
+    """Commands to run, where there is no model that could answer."""
     st.header("No model to show yet", anchor=False)
     st.markdown(
         f"There is no evaluated CNN or student under {plain(index.outputs)}. The whole pipeline on the built-in "
@@ -102,7 +102,7 @@ def nothing_to_show(index: RunIndex) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What was given after `--`."""
+    """Command line after `--`."""
     parser = argparse.ArgumentParser(prog="streamlit run app/streamlit_app.py --", description=__doc__)
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the runs; default: outputs")
     return parser.parse_known_args()[0]

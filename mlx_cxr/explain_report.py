@@ -131,11 +131,7 @@ def run(
 
 
 def confident_true_positives(
-    run_dir: Path,
-    protocol: str,
-    columns: Sequence[int] | None,
-    points: OperatingPoints,
-    count: int,
+    run_dir: Path, protocol: str, columns: Sequence[int] | None, points: OperatingPoints, count: int
 ) -> dict[str, tuple[int, ...]]:
     """Test study to the findings of which it is one of the `count` most confident true positives.
 
@@ -188,9 +184,8 @@ def of_studies(
         image = None
         if material.store is not None:
             pixels = material.store.images[material.store.rows([studies.frame["image_id"].iloc[i]])]
-            image = np.array(encode_images(teacher.base, pixels, teacher.config.teacher.image_size).astype(mx.float16))[
-                0
-            ]
+            tokens = encode_images(teacher.base, pixels, teacher.config.teacher.image_size)
+            image = np.array(tokens.astype(mx.float16))[0]
         asked.append(Asked(study, studies.prompts[i], image, studies.raw_labels[i], columns))
     return asked
 

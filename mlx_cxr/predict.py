@@ -1,6 +1,6 @@
 """Answer for images: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
 
-JPEG, PNG, TIFF, BMP and DICOM, told by their content. Writes into the folder `--out`: `images.csv`, a row per file (see
+JPEG, PNG, TIFF, BMP and DICOM, whatever their names. Writes into the folder `--out`: `films.csv`, a row per file (see
 `prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.
 Run again, it replaces all of them. A file that cannot be used gets its reason in the table, and the next one is read.
 Research only, not for clinical use.
@@ -27,7 +27,7 @@ from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.inference.predictor import METHODS, Predictor
-from mlx_cxr.pages.prediction_files import ContactSheets, called_maps, images_table, row_of, write_overlays
+from mlx_cxr.pages.prediction_files import ContactSheets, called_findings, images_table, row_of, write_overlays
 
 log = logging.getLogger("mlx_cxr")
 
@@ -83,27 +83,30 @@ def run(
     _remove_earlier(out)
     counts: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    sheets = ContactSheets(out, predictor) if contact_sheet else None
+    run_name, points, synthetic = predictor.trained.folder.name, predictor.points, predictor.synthetic
+    sheets = ContactSheets(out, run_name, points, synthetic) if contact_sheet else None
     most = max(overlays, int(contact_sheet))
     begun = time.perf_counter()
     with images_table(out / "films.csv") as table:
         answers = predictor.predict_files(files, recipe, ignore_gate)
         for number, answer in enumerate(tqdm(answers, total=len(files), unit="film", disable=None), start=1):
             counts[answer.status] += 1
-            table.writerow(row_of(answer, predictor))
-            maps = []
+            table.writerow(row_of(answer, points))
+            maps = {}
             if answer.answered:
                 calls.update(STATE_WORDS[state] for state in answer.states.tolist())
-                maps = called_maps(answer, predictor, most, method)
-                write_overlays(out / OVERLAYS, number, answer, predictor, maps[:overlays], method)
+                if called := called_findings(answer, points)[:most]:
+                    maps = dict(zip(called, predictor.maps(answer, called, method), strict=True))
+                drawn = dict(list(maps.items())[:overlays])
+                write_overlays(out / OVERLAYS, number, answer, points, drawn, method, synthetic)
             if sheets is not None:
-                sheets.add(answer, maps)
+                sheets.add(answer, next(iter(maps.values()), None))
     if sheets is not None:
         sheets.finish()
     seconds = time.perf_counter() - begun
     made_from = {"checkpoint": predictor.trained.checkpoint}
     settings = {
-        "run": predictor.trained.folder.name,
+        "run": run_name,
         "method": method,
         "recipe": recipe,
         "ignore_gate": ignore_gate,
@@ -113,7 +116,7 @@ def run(
         out / "predict.json",
         {
             **provenance("predict", settings, made_from, machine),
-            "synthetic": predictor.synthetic,
+            "synthetic": synthetic,
             "files": len(files),
             "status": dict(counts),
             "findings": dict(calls),
@@ -123,7 +126,7 @@ def run(
     per_second = len(files) / seconds
     log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(counts))
     log.info("findings: %s", _counted(calls))
-    log.info("table in %s. %s", out / "films.csv", footer(predictor.synthetic, own_image=True))
+    log.info("table in %s. %s", out / "films.csv", footer(synthetic, own_image=True))
     if not counts.keys() - {"unreadable"}:
         raise PredictError(f"none of the {len(files)} files can be read; {out / 'films.csv'} says why")
     return out / "films.csv"

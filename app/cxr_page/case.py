@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
@@ -19,7 +18,7 @@ from cxr_page.samples import Cohort, Sample, cohort_of
 from cxr_page.viewer import SAME_METHODS, View, likeliest, show_image
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
-from mlx_cxr.inference.predictor import ImageAnswer
+from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, image_tile
 
 SAMPLE, UPLOAD = "Sample", "Upload"
@@ -149,7 +148,7 @@ def _upload() -> CaseImage | None:
 
 
 def _answers(models: Sequence[Opened], image: CaseImage) -> list[ImageAnswer] | None:
-    """What each model says, or None where nothing is to be said; then the page says why."""
+    """Each model's answer; None where none is given, and then the page says why."""
     seen = input_of(models[0], image)
     if seen.error:
         st.error(plain(f"{image.name}: {seen.error}"))
@@ -171,7 +170,7 @@ def _answers(models: Sequence[Opened], image: CaseImage) -> list[ImageAnswer] | 
             )
             left, _ = st.columns([1, 1])
             with left:
-                show_plain(image, seen.pixels)
+                picture(png(image_tile(seen.pixels, 512)), f"The file {image.name} as the model would see it")
             return None
     if image.sample is None and any(model.model.synthetic for model in models):
         st.warning(
@@ -181,11 +180,6 @@ def _answers(models: Sequence[Opened], image: CaseImage) -> list[ImageAnswer] | 
     if seen.notes:
         note(f"About the file: {'; '.join(seen.notes)}.")
     return [answer(model, input_of(model, image), image.key) for model in models]
-
-
-def show_plain(image: CaseImage, pixels: np.ndarray) -> None:
-    """An image alone."""
-    picture(png(image_tile(pixels, 512)), f"The file {image.name} as the model would see it")
 
 
 def _reset_finding(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> None:
@@ -230,7 +224,7 @@ def _order(models: Sequence[Opened], answers: Sequence[ImageAnswer]) -> list[str
 
 
 def _choose_view(models: Sequence[Opened], answers: Sequence[ImageAnswer], columns: Sequence[DeltaGenerator]) -> View:
-    """What is to be seen; the four places get finding, method, opacity and the two switches."""
+    """The reader's choice; the four places get finding, method, opacity and the two switches."""
     order = _order(models, answers)
     words = {
         label: f"{label} · {STATES[int(answers[0].states[k])][1]}, p {answers[0].probabilities[k]:.2f}"

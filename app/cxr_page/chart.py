@@ -12,13 +12,9 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, OperatingPoints
 from mlx_cxr.pages.case_page import by_margin
 
-STATES = {
-    PRESENT: ("is-present", "present"),
-    ABSTAIN: ("is-abstains", "abstains"),
-    ABSENT: ("is-absent", "absent"),
-}
+STATES = {PRESENT: ("is-present", "present"), ABSTAIN: ("is-abstains", "abstains"), ABSENT: ("is-absent", "absent")}
 """Call to style and word, in the order of the chart; a style's mark is a full, half or empty disc, so that no call is
-told by colour alone."""
+shown by colour alone."""
 GROUPS = {PRESENT: "Called present", ABSTAIN: "Abstains: no call", ABSENT: "Called absent"}
 
 

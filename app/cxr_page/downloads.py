@@ -14,7 +14,7 @@ from cxr_page.look import note
 from cxr_page.models import Opened
 from cxr_page.viewer import View, heat_of, likeliest
 from mlx_cxr.core.labels import MAPPED
-from mlx_cxr.inference.predictor import ImageAnswer
+from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.case_page import CasePage, ModelReading, draw_case
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import streamlit as st
+from PIL import Image
 
 from cxr_page.models import Opened, kept
 from cxr_page.samples import Sample
-from mlx_cxr.data.decoding import ImageError, Transform, decode, decode_bytes
-from mlx_cxr.inference.predictor import ImageInput
+from mlx_cxr.data.decoding import ImageContent, ImageError, Transform
+from mlx_cxr.inference.answers import ImageInput
 
 SHOWN_SIDE = 768
 """Pixels per side of the image on the page, whatever the models see of it."""
@@ -50,6 +52,15 @@ class CaseImage:
         return cls(f"upload {hashlib.sha256(content).hexdigest()[:16]}", shown, content)
 
 
+def content_of(image: CaseImage) -> ImageContent:
+    """The image's file; of the present image it stays decoded, so that models and the page need it decoded once."""
+    key, content = st.session_state.get("content", ("", None))
+    if key != image.key:
+        content = ImageContent(image.source)
+        st.session_state["content"] = image.key, content
+    return content
+
+
 def input_of(opened: Opened, image: CaseImage) -> ImageInput:
     """The image as a model sees it; its `error` says why it cannot be read."""
     if isinstance(image.source, bytes) and len(image.source) > MOST_BYTES:
@@ -58,7 +69,7 @@ def input_of(opened: Opened, image: CaseImage) -> ImageInput:
         )
     key = ("input", str(opened.model.transform), image.key)
     # The same file may come back under another name.
-    return replace(kept(key, lambda: opened.model.read(image.source, image.name)), name=image.name)
+    return replace(kept(key, lambda: opened.model.read(content_of(image), image.name)), name=image.name)
 
 
 def pixels_of(image: CaseImage, transform: Transform) -> np.ndarray | None:
@@ -66,21 +77,14 @@ def pixels_of(image: CaseImage, transform: Transform) -> np.ndarray | None:
 
     def read() -> np.ndarray | None:
         try:
-            made = (decode_bytes if isinstance(image.source, bytes) else decode)(image.source, transform)
+            return np.asarray(content_of(image).decode(transform).gray)
         except ImageError:
             return None
-        return np.asarray(made.gray)
 
     return kept(("pixels", str(transform), image.key), read)
 
 
-def shown_pixels(opened: Opened, image: CaseImage, seen: ImageInput) -> np.ndarray:
-    """uint8 (S, S): the image in the frame that the model sees, at `SHOWN_SIDE`."""
-    made = pixels_of(image, Transform(SHOWN_SIDE, opened.model.transform.fit))
-    return seen.pixels if made is None else made
-
-
-def png(picture) -> bytes:
+def png(picture: Image.Image) -> bytes:
     """A picture's file, written for speed: it goes no further than this machine's browser."""
     out = io.BytesIO()
     picture.save(out, "PNG", compress_level=1)

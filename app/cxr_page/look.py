@@ -1,4 +1,4 @@
-"""What all tabs share: the warning, the styles, and how text and errors are shown."""
+"""Shared by all tabs: the warning, the styles, and the showing of text, pictures and errors."""
 
 from __future__ import annotations
 
@@ -140,9 +140,13 @@ def accepted(function: Callable, **wanted: Any) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in known}
 
 
-def picture(image: Any, alt: str, caption: str | None = None) -> None:
-    """A picture as wide as its place, with a description for those who do not see it."""
-    st.image(image, caption=caption and plain(caption), width="stretch", **accepted(st.image, alt=alt))
+def picture(content: bytes, alt: str, caption: str | None = None) -> None:
+    """A PNG as wide as its place, with a description for those who do not see it.
+
+    Told no format, Streamlit would decode it and make a JPEG of it.
+    """
+    title = caption and plain(caption)
+    st.image(content, caption=title, width="stretch", output_format="PNG", **accepted(st.image, alt=alt))
 
 
 @contextmanager

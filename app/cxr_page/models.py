@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import streamlit as st
 
+from mlx_cxr.core.labels import MAPPED
+
 if TYPE_CHECKING:
     from mlx_cxr.explain.word_scores import TextExplanation
-    from mlx_cxr.inference.predictor import ImageAnswer, ImageInput, Predictor
-    from mlx_cxr.inference.report_reader import ReportAnswer, ReportReader
+    from mlx_cxr.inference import Predictor, ReportReader
+    from mlx_cxr.inference.answers import ImageAnswer, ImageInput, ReportAnswer
 
 log = logging.getLogger("mlx_cxr.page")
 _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="models")
@@ -58,7 +60,7 @@ def predictor(folder: str, stamp: str) -> Opened:
     Raises:
         UserError: as `Predictor.from_run`.
     """
-    from mlx_cxr.inference.predictor import Predictor
+    from mlx_cxr.inference import Predictor
 
     log.info("opens %s", folder)
     return Opened(f"{folder} {stamp}", compute(lambda: Predictor.from_run(folder, batch_size=1)))
@@ -67,14 +69,14 @@ def predictor(folder: str, stamp: str) -> Opened:
 @st.cache_resource(max_entries=1, show_spinner="Loading the teacher …")
 def reader(folder: str, stamp: str) -> ReportReader:
     """A teacher, opened once for all sessions; arguments and errors as `predictor`, with `ReportReader.from_run`."""
-    from mlx_cxr.inference.report_reader import ReportReader
+    from mlx_cxr.inference import ReportReader
 
     log.info("opens %s", folder)
     return compute(ReportReader.from_run, folder)
 
 
 def answer(opened: Opened, image: ImageInput, key: str) -> ImageAnswer:
-    """What a model says of an image.
+    """A model's answer for an image.
 
     Args:
         opened: of `predictor`.
@@ -91,7 +93,6 @@ def answer(opened: Opened, image: ImageInput, key: str) -> ImageAnswer:
 
 def maps(opened: Opened, said: ImageAnswer, key: str, method: str) -> dict[str, np.ndarray]:
     """Every finding's map (h, w) by a method, from what the model has made of the image; see `Predictor.maps`."""
-    from mlx_cxr.core.labels import MAPPED
 
     def ask() -> dict[str, np.ndarray]:
         log.info("%s maps %s by %s", opened.name, key, method)
@@ -101,7 +102,7 @@ def maps(opened: Opened, said: ImageAnswer, key: str, method: str) -> dict[str, 
 
 
 def read_report(teacher: ReportReader, text: str, image: np.ndarray | None, key: str) -> ReportAnswer:
-    """What a teacher says of a report, and of the image of that key where it looks at one.
+    """A teacher's answer for a report, and for the image of that key where it looks at one.
 
     Raises:
         ReportReadingError: as `ReportReader.read`.

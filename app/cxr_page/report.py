@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
@@ -15,10 +16,12 @@ from cxr_page.run_index import TEACHER, RunIndex
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSTAIN
 from mlx_cxr.explain.word_scores import READING, TextExplanation, shared_scale, signed
-from mlx_cxr.inference.predictor import ImageAnswer
-from mlx_cxr.inference.report_reader import LONGEST, ReportAnswer, ReportReader
+from mlx_cxr.inference.answers import LONGEST, ImageAnswer, ReportAnswer
 from mlx_cxr.pages.case_page import disagreements
 from mlx_cxr.pages.token_page import RAMP, words_html
+
+if TYPE_CHECKING:
+    from mlx_cxr.inference import ReportReader
 
 _LONGEST_FILE = 1_000_000
 _WORDS_AT_ONCE = 60
@@ -118,7 +121,7 @@ def _what_it_read(teacher: ReportReader, said: ReportAnswer) -> None:
 
 
 def _disagreements(opened: Opened, answer: ImageAnswer, said: ReportAnswer) -> None:
-    """Where the image's model and the report's reader both make a call, and not the same."""
+    """Findings that the image's model and the report's reader call differently."""
     found = disagreements(answer, said)
     both = int(((answer.states != ABSTAIN) & (said.states != ABSTAIN)).sum())
     if found:

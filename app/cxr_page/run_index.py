@@ -32,7 +32,7 @@ class RunEntry:
         folder: the run's.
         kind: of `KINDS`.
         stamp: of its files, other when one of them changed.
-        synthetic: whether its data were drawn by a program.
+        synthetic: its data were drawn by a program.
         evaluated: when, as text that sorts; empty where that is not known.
         error: why it cannot be used, in a sentence; empty where it can.
     """
@@ -61,7 +61,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RunIndex:
-    """What an outputs folder holds.
+    """Runs and comparisons of an outputs folder.
 
     Attributes:
         outputs: the folder.

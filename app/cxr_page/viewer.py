@@ -6,20 +6,21 @@ import base64
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from cxr_page.chart import rows_of
-from cxr_page.images import SHOWN_SIDE, CaseImage, png, shown_pixels
+from cxr_page.images import SHOWN_SIDE, CaseImage, pixels_of, png
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS, MAPPED, label_index
+from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.core.runs import read_json
+from mlx_cxr.data.decoding import Transform
 from mlx_cxr.evaluation.localization_table import map_verdict
-from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT
-from mlx_cxr.explain.maps import upsample
-from mlx_cxr.inference.predictor import ImageAnswer
+from mlx_cxr.evaluation.operating_points import PRESENT
+from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.map_checks import CONTROL_NAMES
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, image_tile, map_tile
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, colour_scale, image_tile, map_tile
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "
@@ -29,7 +30,7 @@ SAME_METHODS = (
 
 @dataclass(frozen=True)
 class View:
-    """What the reader chose to see.
+    """The reader's choice of map and image.
 
     Attributes:
         finding: of `MAPPED`, or No Finding.
@@ -65,26 +66,13 @@ def heat_of(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -
     return maps(opened, answer, image.key, view.method)[view.finding]
 
 
-def why_withheld(opened: Opened, answer: ImageAnswer, view: View, heat: np.ndarray | None) -> str:
-    """Why the map is not shown unasked, in words; empty where it is shown."""
-    if view.finding not in MAPPED:
-        return "No Finding has no map: where nothing is, there is nothing to point at"
-    if heat is None:
-        return "this run was evaluated without maps (evaluate_cnn --without_maps)"
-    points, k = opened.model.points, label_index(view.finding)
-    probability = float(answer.probabilities[k])
-    if int(answer.states[k]) == ABSTAIN:
-        return f"the model abstains on {view.finding}: {points.reason(k, probability)}"
-    threshold = float(points.thresholds.values[k])
-    return Reading(view.finding, probability, threshold, method=view.method).withheld(heat).replace("\n", " ")
-
-
 def show_image(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -> None:
     """The image with or without its map, the scale, and what is to be said of them."""
     seen = answer.image
-    pixels = seen.pixels if view.as_seen else shown_pixels(opened, image, seen)
+    finer = None if view.as_seen else pixels_of(image, Transform(SHOWN_SIDE, opened.model.transform.fit))
+    pixels = seen.pixels if finer is None else finer
     heat = heat_of(opened, image, answer, view)
-    why = why_withheld(opened, answer, view, heat)
+    why = Reading.of(opened.model.points, view.finding, answer.probabilities).withheld(heat)
     drawable = heat is not None and np.isfinite(heat).all()
     if not drawable or (why and not view.show_withheld):
         block(
@@ -101,10 +89,8 @@ def show_image(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View
         name = f"<b>{esc(view.finding)}</b>: {esc(METHOD_NAMES[view.method])}"
         block(f'<div role="status">{name}; {strength}.</div>')
         note(evidence(opened, view.finding))
-    # The image may be shown at a higher resolution than the map was made of: the map is placed by the image as seen.
-    placed = upsample(heat, pixels.shape[0], image=seen.pixels.shape[0])
     picture(
-        png(map_tile(pixels, placed, SHOWN_SIDE, view.opacity)),
+        png(map_tile(pixels, heat, SHOWN_SIDE, view.opacity, seen=seen.pixels.shape[0])),
         f"Chest film {image.name} under the {METHOD_NAMES[view.method]} map of {view.finding} by {opened.name}; "
         f"the map is strongest {_peak(heat)}",
     )
@@ -112,7 +98,7 @@ def show_image(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View
 
 
 def _peak(heat: np.ndarray) -> str:
-    """Where a map is strongest; a frontal image shows the patient's right on the picture's left."""
+    """Place of a map's maximum in words; a frontal image shows the patient's right on the picture's left."""
     if not heat.any():
         return "nowhere"
     row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
@@ -144,9 +130,7 @@ def evidence(opened: Opened, finding: str) -> str:
 
 def _scale(opacity: float) -> None:
     """The map's colours as they look on a mid-gray image."""
-    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None, :].repeat(256, axis=0)
-    bar = map_tile(np.full((256, 256), 110, np.uint8), ramp, 256, opacity).crop((0, 0, 256, 8))
-    content = base64.b64encode(png(bar)).decode()
+    content = base64.b64encode(png(Image.fromarray(colour_scale(256, 8, opacity)))).decode()
     block(
         f'<div class="cxr-bar" role="img" aria-label="Colour scale of the map, from 0 to 1 and above, '
         f'in shares of the finding\'s reference activation"><img alt="" src="data:image/png;base64,{content}">'

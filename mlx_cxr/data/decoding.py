@@ -120,6 +120,7 @@ class _Opened:
         gray: mode `L`.
         size: (width, height) of the image.
         scale: by which `gray` is smaller than that.
+        reduces: a transform to a smaller square may decode it at a larger scale, as of a JPEG.
         colour: mode `RGB`, for an image that has colours and is inspected.
         notes, concerns: those of `DecodedImage` that are known by now.
     """
@@ -130,6 +131,53 @@ class _Opened:
     colour: Image.Image | None = None
     notes: tuple[str, ...] = ()
     concerns: tuple[str, ...] = ()
+    reduces: bool = False
+
+
+class ImageContent:
+    """An image, read and decoded once for all transforms; a JPEG again for one that reduces it by another factor.
+
+    Args:
+        source: a file's path or content, or an image in memory.
+        recipe: how a DICOM's values become gray levels; see `dicom`.
+        inspect: look for `DecodedImage.concerns`, which training does without.
+    """
+
+    def __init__(self, source: Path | bytes | Image.Image, recipe: Recipe = "mimic", inspect: bool = True) -> None:
+        self._source, self._recipe, self._inspect = source, recipe, inspect
+        self._opened: _Opened | None = None
+
+    def decode(self, transform: Transform) -> DecodedImage:
+        """The image by a transform; errors as the function `decode`."""
+        if isinstance(self._source, Path):
+            self._source = _read(self._source)
+        data, dicom = self._source, False
+        if isinstance(data, bytes):
+            if not data:
+                raise ImageError("empty (0 bytes)" + _AGAIN)
+            if len(data) > MAX_BYTES:
+                raise ImageError(f"{len(data):,} bytes; no film is larger than {MAX_BYTES:,}")
+            dicom = is_dicom(data)
+        try:
+            with quiet_decoders():
+                known = self._opened
+                if known is None or (known.reduces and transform.reduction(*known.size) != known.scale):
+                    known = _open_dicom(data, self._recipe) if dicom else _open_image(data, transform, self._inspect)
+                    self._opened = known
+                return _finished(known, transform, self._inspect)
+        except ImageError:
+            raise
+        except UnidentifiedImageError:
+            raise ImageError(_unidentified(data)) from None
+        except Image.DecompressionBombError:
+            raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
+        except MemoryError:
+            raise ImageError("too little memory to decode it; run again when there is more") from None
+        except Exception as error:
+            # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files. What
+            # pydicom says may quote the file.
+            detail = "" if dicom else f": {error}"
+            raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
 
 
 def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
@@ -148,32 +196,12 @@ def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", ins
     Raises:
         ImageError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
     """
-    return decode_bytes(_read(Path(path)), transform, recipe, inspect)
+    return ImageContent(Path(path), recipe, inspect).decode(transform)
 
 
 def decode_bytes(data: bytes, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
     """The same for a file's content."""
-    if not data:
-        raise ImageError("empty (0 bytes)" + _AGAIN)
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{len(data):,} bytes; no film is larger than {MAX_BYTES:,}")
-    try:
-        with quiet_decoders():
-            opened = _open_dicom(data, recipe) if is_dicom(data) else _open_image(data, transform, inspect)
-            return _finished(opened, transform, inspect)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(_unidentified(data)) from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
-    except MemoryError:
-        raise ImageError("too little memory to decode it; run again when there is more") from None
-    except Exception as error:
-        # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files. What
-        # pydicom says may quote the file.
-        detail = "" if is_dicom(data) else f": {error}"
-        raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
+    return ImageContent(data, recipe, inspect).decode(transform)
 
 
 def looks_inverted(image: Image.Image) -> bool:
@@ -215,8 +243,8 @@ def _open_dicom(data: bytes, recipe: Recipe) -> _Opened:
     return _Opened(frame.gray, frame.gray.size, notes=frame.notes, concerns=frame.concerns)
 
 
-def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) -> _Opened:
+    with data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS) as image:
         check_size(*image.size)
         if image.format in _JPEG and not _ends(data):
             raise ImageError("cut short: the JPEG has no end marker" + _AGAIN)
@@ -225,7 +253,8 @@ def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
         # Pillow itself turns a TIFF when loading it.
         turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
         colour, scale = None, 1
-        if image.format in _JPEG and not turned:
+        reduces = image.format in _JPEG and not turned
+        if reduces:
             if image.mode != "L":
                 notes.append(image.mode)
                 # Reduced to gray below, a JPEG has lost its colours.
@@ -242,7 +271,7 @@ def _open_image(data: bytes, transform: Transform, inspect: bool) -> _Opened:
             size = image.size
         if inspect and colour is None and image.mode not in _GRAY_MODES and not image.mode.startswith("I;"):
             colour = image.convert("RGB")
-        return _Opened(_gray(image, notes), size, scale, colour, tuple(notes))
+        return _Opened(_gray(image, notes), size, scale, colour, tuple(notes), reduces=reduces)
 
 
 def _small_colour_jpeg(data: bytes) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from PIL import Image
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
-from mlx_cxr.data.decoding import DecodedImage, ImageError, Transform, decode, decode_bytes
+from mlx_cxr.data.decoding import ImageContent, ImageError, Transform
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
+from mlx_cxr.inference.answers import ImageAnswer, ImageInput
 from mlx_cxr.inference.trained_run import TrainedRun, image_maps_by
 from mlx_cxr.models.folded import FoldedResNet18, inference_network
 from mlx_cxr.models.resnet import ResNet18, preprocess
@@ -112,56 +112,6 @@ def _evaluation(trained: TrainedRun) -> str:
 
 
 @dataclass(frozen=True)
-class ImageInput:
-    """An image as the network will see it, or why there is none.
-
-    Attributes:
-        name: to tell it by.
-        pixels: uint8 (S, S), or None.
-        notes: what a user may want to know of it, in words, such as `16-bit`.
-        concerns: why it does not look like a frontal chest image, in words; its answer should not be relied on.
-        error: why it cannot be read, in a sentence, or None.
-    """
-
-    name: str
-    pixels: np.ndarray | None
-    notes: tuple[str, ...] = ()
-    concerns: tuple[str, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class ImageAnswer:
-    """What a network says of one image.
-
-    Attributes:
-        image: that it was asked about.
-        logits: float32 (14,), or None where the image cannot be read.
-        probabilities: float64 (14,) in [0, 1], calibrated, or None.
-        states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`, or None.
-        features: float32 (h, w, 512), the last feature map, which maps are made from, or None.
-        ignore_gate: whether an image that does not look like a frontal chest image is to be answered for too.
-    """
-
-    image: ImageInput
-    logits: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
-    states: np.ndarray | None = None
-    features: np.ndarray | None = field(default=None, repr=False)
-    ignore_gate: bool = False
-
-    @property
-    def answered(self) -> bool:
-        """Whether the figures are to be shown."""
-        return self.status == "answered" or (self.ignore_gate and self.status == "questionable")
-
-    @property
-    def status(self) -> str:
-        """`answered`; `questionable` where the image does not look like a frontal chest image; `unreadable`."""
-        return "unreadable" if self.image.error else "questionable" if self.image.concerns else "answered"
-
-
-@dataclass(frozen=True)
 class Predictor:
     """An evaluated CNN or student that answers for any image.
 
@@ -207,12 +157,12 @@ class Predictor:
 
     @property
     def transform(self) -> Transform:
-        """How images become what the network sees."""
+        """Geometry and size of the images that the network sees."""
         return Transform(self.trained.config.pixels.size, self.trained.config.pixels.fit)
 
     @property
     def synthetic(self) -> bool:
-        """Whether it was trained on the synthetic cohort."""
+        """It was trained on the synthetic cohort."""
         return self.trained.config.data.synthetic
 
     @property
@@ -222,21 +172,31 @@ class Predictor:
 
     @property
     def computed_in(self) -> str:
-        """What the images so far were scored in, such as `float32`."""
+        """The precision that the images so far were scored in, such as `float32`."""
         network = self._ready.get("network")
         return str(mx.float32 if network is None else network.dtype).removeprefix("mlx.core.")
 
-    def read(self, source: str | Path | bytes | np.ndarray, name: str = "", recipe: str = "mimic") -> ImageInput:
+    def read(
+        self, source: str | Path | bytes | np.ndarray | ImageContent, name: str = "", recipe: str = "mimic"
+    ) -> ImageInput:
         """An image from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
 
         Args:
-            source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; or uint8 (H, W) or (H, W, 3) pixels.
+            source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; uint8 (H, W) or (H, W, 3) pixels; or an
+                `ImageContent`, which other transforms may share.
             name: to tell it by; the default is the path.
             recipe: how a DICOM's values become gray levels, see `data.dicom`.
         """
         name = name or (str(source) if isinstance(source, (str, Path)) else "film")
         try:
-            image = self._decoded(source, recipe)
+            if isinstance(source, np.ndarray):
+                if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or not source.size:
+                    raise ImageError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
+                source = Image.fromarray(source)
+            elif isinstance(source, str):
+                source = Path(source)
+            content = source if isinstance(source, ImageContent) else ImageContent(source, recipe)
+            image = content.decode(self.transform)
         except ImageError as error:
             return ImageInput(name, None, error=str(error))
         return ImageInput(name, np.asarray(image.gray), image.notes, image.concerns)
@@ -244,9 +204,14 @@ class Predictor:
     def predict(self, images: Sequence[ImageInput], ignore_gate: bool = False) -> list[ImageAnswer]:
         """Answers in the images' order, those that cannot be read included; `ignore_gate` as in `ImageAnswer`."""
         readable = [image.pixels for image in images if image.pixels is not None]
-        seen = iter(zip(*self._scored(np.stack(readable)), strict=True) if readable else ())
+        seen = iter(())
+        if readable:
+            logits, features = self._scored(np.stack(readable))
+            decided = self.points.decide(logits)
+            # Copies, so that no answer holds the features of all.
+            seen = zip(logits, decided.probabilities, decided.states, (a.copy() for a in features), strict=True)
         return [
-            ImageAnswer(image) if image.pixels is None else self._answer(image, *next(seen), ignore_gate)
+            ImageAnswer(image) if image.pixels is None else ImageAnswer(image, *next(seen), ignore_gate)
             for image in images
         ]
 
@@ -309,17 +274,3 @@ class Predictor:
         network = self._ready.get("network") or FoldedResNet18.of(self.trained.model)
         a = mx.array(answer.features)[None]
         return scale_maps(maps_of_features(network, a, labels, method).raw[:, 0], reference)
-
-    def _answer(self, image: ImageInput, logits: np.ndarray, features: np.ndarray, ignore_gate: bool) -> ImageAnswer:
-        decided = self.points.decide(logits[None])
-        return ImageAnswer(image, logits, decided.probabilities[0], decided.states[0], features.copy(), ignore_gate)
-
-    def _decoded(self, source: str | Path | bytes | np.ndarray, recipe: str) -> DecodedImage:
-        if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or not (source.ndim == 2 or source.shape[2:] == (3,)) or not source.size:
-                raise ImageError(f"an array of {source.dtype} {source.shape}; give uint8 (H, W) or (H, W, 3)")
-            content = io.BytesIO()
-            Image.fromarray(source).save(content, "PNG", compress_level=0)
-            source = content.getvalue()
-        read = decode_bytes if isinstance(source, bytes) else decode
-        return read(source, self.transform, recipe, inspect=True)

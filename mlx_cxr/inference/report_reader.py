@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,14 +18,13 @@ from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.reports import has_headings, section_texts, select
 from mlx_cxr.evaluation.operating_points import FILE, OperatingPoints, read_operating_points
 from mlx_cxr.explain.word_scores import TextExplanation
+from mlx_cxr.inference.answers import LONGEST, ReportAnswer
 from mlx_cxr.teacher.attribution import explain
 from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.prompt import Prompt
 from mlx_cxr.teacher.scoring import score
 from mlx_cxr.teacher.teacher_run import TrainedTeacher, what_it_reads
 
-LONGEST = 20_000
-"""Characters; MIMIC-CXR's longest reports have about 5,000."""
 _WORDS = re.compile(r"\w")
 
 
@@ -46,29 +45,6 @@ def sections_to_read(text: str, settings: TeacherConfig) -> list[tuple[str, str]
     if not wanted:
         raise ReportReadingError(f"the report has none of what this teacher reads ({', '.join(settings.sections)})")
     return wanted
-
-
-@dataclass(frozen=True)
-class ReportAnswer:
-    """What a teacher says of one report.
-
-    Attributes:
-        sections: (name, text) of what it read, in the order read.
-        cut: tokens of the report that the prompt had no room for.
-        note: what a user may want to know of the reading, in a sentence, or empty.
-        logits: float32 (14,).
-        probabilities: float64 (14,) in [0, 1], calibrated.
-        states: int8 (14,), each PRESENT, ABSENT or ABSTAIN of `evaluation.operating_points`.
-    """
-
-    sections: tuple[tuple[str, str], ...]
-    cut: int
-    note: str
-    logits: np.ndarray
-    probabilities: np.ndarray
-    states: np.ndarray
-    _prompt: Prompt = field(repr=False)
-    _image: np.ndarray | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,22 +81,22 @@ class ReportReader:
 
     @property
     def reads(self) -> str:
-        """What it may read, in words, such as `findings`."""
+        """Sections that it may read, in words, such as `findings`."""
         return what_it_reads(self.teacher.config)
 
     @property
     def needs_image(self) -> bool:
-        """Whether it looks at an image too."""
+        """It looks at an image too."""
         return self.teacher.config.teacher.modality == "image_text"
 
     @property
     def synthetic(self) -> bool:
-        """Whether it was trained on the synthetic cohort."""
+        """It was trained on the synthetic cohort."""
         return self.teacher.config.data.synthetic
 
     @property
     def transform(self) -> Transform:
-        """How the image of `read` has to be prepared."""
+        """Geometry and size of the image that `read` takes."""
         return Transform(self.teacher.config.pixels.size, self.teacher.config.pixels.fit)
 
     def read(self, text: str, image: np.ndarray | None = None) -> ReportAnswer:
@@ -151,19 +127,15 @@ class ReportReader:
         return self.answer(self.teacher.form.prompt(wanted), tokens, wanted, note)
 
     def answer(
-        self,
-        prompt: Prompt,
-        image: np.ndarray | None = None,
-        sections: Sequence[tuple[str, str]] = (),
-        note: str = "",
+        self, prompt: Prompt, image: np.ndarray | None = None, sections: Sequence[tuple[str, str]] = (), note: str = ""
     ) -> ReportAnswer:
         """Answer for a prompt of this teacher's form.
 
         Args:
             prompt: of the study.
             image: float16 (T, H), its image's tokens, or None.
-            sections: what the prompt was made of, to be told.
-            note: to be told.
+            sections: of the report that the prompt was made of.
+            note: on the reading, in a sentence.
         """
         images = None if image is None else np.asarray(image)[None]
         logits = score(self.teacher.base, self.teacher.form, [prompt], images, self.teacher.config.teacher).logits

@@ -22,12 +22,11 @@ from scipy.special import logit
 
 from mlx_cxr import __version__
 from mlx_cxr.core.formatting import NOT_CLINICAL
-from mlx_cxr.core.labels import LABELS, label_index
+from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, signed
-from mlx_cxr.inference.predictor import ImageAnswer
-from mlx_cxr.inference.report_reader import ReportAnswer
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, map_tile
+from mlx_cxr.inference.answers import ImageAnswer, ReportAnswer
+from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, colour_scale, map_tile
 
 _INK, _DIM, _BAND, _WARNING = "#16181c", "#5b616b", "#d5d9e0", "#7a4b00"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -85,14 +84,14 @@ class ModelReading:
 
 @dataclass(frozen=True)
 class CasePage:
-    """What stands on the page.
+    """Content of the page.
 
     Attributes:
         models: one or two; the map is the first one's.
         finding: that the map is of.
         heat: float (h, w) of `Predictor.maps`; None draws no map.
         method: which map, a key of `overlay.METHOD_NAMES`.
-        show_withheld: draw a map that is gated too; the page says so.
+        show_withheld: draw a map that is withheld too; the page says so.
         opacity: of the map at full strength, in [0, 1].
         report: the teacher's answer, or None.
         report_points: the teacher's.
@@ -197,26 +196,17 @@ def _pictures(figure: Figure, case: CasePage) -> None:
     height = side * _WIDTH / _HEIGHT
     image = reading.answer.image.pixels
     _picture(figure, (0.06, base, side, height), image, "the film as the model sees it")
-    k = label_index(case.finding)
-    threshold = reading.points.tuned_thresholds[k]
-    said = Reading(case.finding, float(reading.answer.probabilities[k]), float(threshold), method=case.method)
-    why = "" if case.heat is None else said.withheld(case.heat)
-    if case.heat is not None and not why and reading.answer.states[k] == ABSTAIN:
-        why = "the model abstains"
+    why = Reading.of(reading.points, case.finding, reading.answer.probabilities).withheld(case.heat)
     drawable = case.heat is not None and np.isfinite(case.heat).all() and (not why or case.show_withheld)
     at = (0.50, base, side, height)
     if not drawable:
         _picture(figure, at, (image * 0.3).astype(np.uint8), f"{case.finding}: map withheld")
-        reason = f"map withheld:\n{why or 'none was made'}"
+        reason = f"map withheld:\n{textwrap.fill(why, 36)}"
         figure.text(0.70, base + height / 2, reason, color="white", ha="center", va="center", size=10)
         return
     caption = f"{case.finding}: {METHOD_NAMES[case.method]}, peak {np.max(case.heat):.2f}"
-    _picture(
-        figure,
-        at,
-        np.asarray(map_tile(image, case.heat, 640, case.opacity)),
-        caption + ", withheld, shown on request" * bool(why),
-    )
+    caption += ", withheld, shown on request" * bool(why)
+    _picture(figure, at, np.asarray(map_tile(image, case.heat, 640, case.opacity)), caption)
     _scale(figure, (0.912, base, 0.014, height), case.opacity)
 
 
@@ -230,13 +220,8 @@ def _picture(figure: Figure, at: tuple[float, float, float, float], pixels: np.n
 def _scale(figure: Figure, at: tuple[float, float, float, float], opacity: float) -> None:
     """The map's colours as they look on a mid-gray image."""
     ax = figure.add_axes(at)
-    ramp = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(256, axis=1)
-    ax.imshow(
-        np.asarray(map_tile(np.full((256, 256), 110, np.uint8), ramp, 256, opacity)),
-        origin="lower",
-        aspect="auto",
-        extent=(0, 1, 0, 1),
-    )
+    colours = colour_scale(256, 256, opacity).swapaxes(0, 1)
+    ax.imshow(colours, origin="lower", aspect="auto", extent=(0, 1, 0, 1))
     ax.set_xticks([])
     ax.yaxis.tick_right()
     ax.set_yticks([0, 0.5, 1], ["0", ".5", "≥1"], size=7.5, color=_INK)
@@ -297,7 +282,7 @@ def _columns(figure: Figure, ax: Axes, readers: Sequence[tuple], order: Sequence
 
 
 def _notes(figure: Figure, case: CasePage) -> None:
-    """What is abstained on and why, the report, and what the page rests on."""
+    """Abstentions with their reasons, the report, and what the page rests on."""
     model = case.models[0]
     lines: list[tuple[str, str]] = []
     reasons: dict[str, list[str]] = {}
@@ -310,16 +295,11 @@ def _notes(figure: Figure, case: CasePage) -> None:
         if len(found) > 4:
             lines.append(("… and on", f"{', '.join(one.finding for one in found[4:])}."))
         if not found:
-            lines.append(
-                ("Film and report:", f"no finding is called differently by {model.name} and the report's reader")
-            )
+            same = f"no finding is called differently by {model.name} and the report's reader"
+            lines.append(("Film and report:", same))
         text = " ".join(words for _, words in case.report.sections)
-        lines.append(
-            (
-                "The report as read, its beginning:" if len(text) > 300 else "The report as read:",
-                textwrap.shorten(text, 300, placeholder=" …"),
-            )
-        )
+        head = "The report as read, its beginning:" if len(text) > 300 else "The report as read:"
+        lines.append((head, textwrap.shorten(text, 300, placeholder=" …")))
     if case.words is not None:
         lines.append((f"Words that moved {case.words.finding}:", _moved(case.words)))
     wrapped = [

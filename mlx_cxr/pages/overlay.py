@@ -2,11 +2,9 @@
 
 The image stands beside the overlay, as the map hides what it lies on. Opacity grows with the map, so that a
 region without evidence shows the plain image. The scale is the share of the finding's reference activation
-(`maps.scale_maps`), the same for every image. A map is withheld where the calibrated probability lies below
-the tuned threshold, as a map of an absent finding misleads; on CheXlocalize (Saporta et al., Nature Machine
-Intelligence 2022) such gating raised the validation mIoU of Grad-CAM for Edema from .063 to .233.
-
-Where the model abstains, a line says so and why; the map is gated by the threshold all the same.
+(`maps.scale_maps`), the same for every image. A map is withheld unless the finding is called present
+(`Reading.withheld`), as a map of an absent finding misleads; on CheXlocalize (Saporta et al., Nature Machine
+Intelligence 2022) gating by the threshold raised the validation mIoU of Grad-CAM for Edema from .063 to .233.
 
 Drawn with Pillow, some tens of milliseconds each. Colours are matplotlib's `plasma`: perceptually uniform,
 ordered by lightness, and told apart under the common colour deficiencies; outlines are white on black.
@@ -16,40 +14,33 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 
 from mlx_cxr.core.formatting import NOT_CLINICAL, footer
-from mlx_cxr.core.labels import label_word
+from mlx_cxr.core.labels import MAPPED, label_index, label_word
 from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.explain.maps import upsample
 
-METHOD_NAMES = {
-    "grad_cam": "Grad-CAM",
-    "grad_cam_pp": "Grad-CAM++",
-    "hires_cam": "HiResCAM",
-    "random": "random map",
-}
+METHOD_NAMES = {"grad_cam": "Grad-CAM", "grad_cam_pp": "Grad-CAM++", "hires_cam": "HiResCAM", "random": "random map"}
 
-_BACKGROUND, _TEXT, _DIM, _ACCENT, _TRACK = (
-    (16, 18, 22),
-    (238, 240, 243),
-    (165, 171, 180),
-    (255, 196, 61),
-    (58, 63, 71),
-)
+_BACKGROUND, _TEXT, _DIM = (16, 18, 22), (238, 240, 243), (165, 171, 180)
+_ACCENT, _TRACK = (255, 196, 61), (58, 63, 71)
 _MARGIN, _GAP = 20, 14
 MAX_OPACITY = 0.72
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model and the report say of one finding on one image.
+    """One finding on one image by the model and by the report.
 
     Attributes:
         finding: its name.
@@ -88,14 +79,21 @@ class Reading:
         if self.method not in METHOD_NAMES:
             raise KeyError(f"unknown method {self.method!r}; there are: {', '.join(METHOD_NAMES)}")
 
+    @classmethod
+    def of(cls, points: OperatingPoints, finding: str, probabilities: np.ndarray, **known: Any) -> Reading:
+        """One finding of calibrated probabilities (14,) by a run's operating points; `known` are further attributes."""
+        k = label_index(finding)
+        probability, threshold = float(probabilities[k]), float(points.tuned_thresholds[k])
+        return cls(finding, probability, threshold, abstention=points.reason(k, probability), **known)
+
     @property
     def above_threshold(self) -> bool:
-        """Whether the probability reaches the threshold; False where there is none."""
+        """The probability reaches the threshold; False where there is none."""
         return self.probability >= self.threshold
 
     @property
     def call_words(self) -> str:
-        """What the threshold says, in words: present or absent."""
+        """Present or absent by the threshold alone."""
         return "present" if self.above_threshold else "absent"
 
     @property
@@ -110,14 +108,23 @@ class Reading:
         text = f"calibrated p = {probability} {verdict}"
         return text if self.own_image else f"{text}   ·   report label: {self.label_words}"
 
-    def withheld(self, heat: np.ndarray) -> str:
-        """Why the map should not be shown, or an empty string."""
+    def withheld(self, heat: np.ndarray | None) -> str:
+        """Reason for not showing a map (h, w) unasked, or an empty string; None is a map that was not made.
+
+        Abstention comes before the threshold, as a call needs more than the threshold.
+        """
+        if heat is None:
+            if self.finding not in MAPPED:
+                return "No Finding has no map: where nothing is, there is nothing to point at"
+            return "this run was evaluated without maps (evaluate_cnn --without_maps)"
+        if self.abstention:
+            return f"the model abstains on {self.finding}: {self.abstention}"
         if not np.isfinite(heat).all():
-            return "no scale: this finding never\nactivated on validation"
+            return "no scale: this finding never activated on validation"
         if math.isnan(self.threshold):
-            return "no threshold could be\ntuned for this finding"
+            return "no threshold could be tuned for this finding"
         if not self.above_threshold:
-            return "p = {} is below\nthe threshold {}".format(*self._numbers())
+            return "p = {} is below the threshold {}".format(*self._numbers())
         return ""
 
     def _numbers(self) -> tuple[str, str]:
@@ -147,7 +154,7 @@ def draw_overlay(
         reading: what is printed, and what gates the map.
         mask: bool or 0/255 (S, S) in the image's frame, drawn as an outline; None draws none.
         side: pixels per panel side, at least 256.
-        show_withheld: draw a map that is below its threshold too; the picture says so.
+        show_withheld: draw a map that is withheld too; the picture says so of one below its threshold.
 
     Returns:
         An RGB picture.
@@ -174,26 +181,27 @@ def draw_overlay(
         canvas.paste(panel, (at, top))
     captions = ["film" if mask is None else "film, outline: reference mask", METHOD_NAMES[reading.method]]
     if not hidden:
-        captions[1] += f"{' below threshold' if why else ''}, peak {np.max(heat):.2f}"
+        captions[1] += f"{'' if reading.above_threshold else ' below threshold'}, peak {np.max(heat):.2f}"
     for at, caption in zip(columns, captions, strict=True):
-        draw.text((at, top + side + 8), _fitted(caption, 13, side), _DIM, _font(13))
+        draw.text((at, top + side + 8), fitted(caption, 13, side), _DIM, font(13))
     if not hidden:
         _colour_bar(canvas, (columns[1] + side + _GAP, top), side)
-    _footer(draw, (_MARGIN, top + side + bottom - 24), footer(reading.synthetic, reading.own_image), room)
+    warning = fitted(footer(reading.synthetic, reading.own_image), 13, room)
+    draw.text((_MARGIN, top + side + bottom - 24), warning, _ACCENT, font(13))
     return canvas
 
 
 def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
-    draw.text((_MARGIN, 16), reading.finding, _TEXT, _font(24, bold=True))
-    used = draw.textlength(reading.finding, _font(24, bold=True)) + 24
-    image = _fitted(reading.image, 13, room - used)
-    draw.text((_MARGIN + room, 26), image, _DIM, _font(13), anchor="ra")
-    summary = _fitted(reading.summary(), 15, room)
-    draw.text((_MARGIN, 56), summary, _TEXT, _font(15))
+    draw.text((_MARGIN, 16), reading.finding, _TEXT, font(24, bold=True))
+    used = draw.textlength(reading.finding, font(24, bold=True)) + 24
+    image = fitted(reading.image, 13, room - used)
+    draw.text((_MARGIN + room, 26), image, _DIM, font(13), anchor="ra")
+    summary = fitted(reading.summary(), 15, room)
+    draw.text((_MARGIN, 56), summary, _TEXT, font(15))
     if reading.abstention:
-        abstains = _fitted(f"abstains: {reading.abstention}", 14, room)
-        draw.text((_MARGIN, 82), abstains, _ACCENT, _font(14))
-    if draw.textlength(summary, _font(15)) > room - 200:
+        abstains = fitted(f"abstains: {reading.abstention}", 14, room)
+        draw.text((_MARGIN, 82), abstains, _ACCENT, font(14))
+    if draw.textlength(summary, font(15)) > room - 200:
         return
     x, y, length = _MARGIN + room - 180, 62, 180
     draw.rounded_rectangle((x, y, x + length, y + 8), 4, _TRACK)
@@ -204,28 +212,29 @@ def _header(draw: ImageDraw.ImageDraw, reading: Reading, room: int) -> None:
         draw.line((tick, y - 5, tick, y + 13), _TEXT, 2)
 
 
-def _footer(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, room: int) -> None:
-    draw.text(at, _fitted(text, 13, room), _ACCENT, _font(13))
-
-
 def _colour_bar(canvas: Image.Image, at: tuple[int, int], height: int) -> None:
     """The scale as it looks on a mid-gray image, with ticks at quarters."""
     draw = ImageDraw.Draw(canvas)
     x, y = at
-    ramp = np.linspace(1, 0, height, dtype=np.float32)[:, None].repeat(16, axis=1)
-    canvas.paste(Image.fromarray(_blend(np.full(ramp.shape, 110, np.uint8), ramp)), (x, y))
+    canvas.paste(Image.fromarray(colour_scale(height, 16)).rotate(90, expand=True), (x, y))
     draw.rectangle((x - 1, y - 1, x + 16, y + height), outline=_DIM)
     for share, text in ((1.0, "≥1"), (0.75, ".75"), (0.5, ".5"), (0.25, ".25"), (0.0, "0")):
         level = y + round((1 - share) * (height - 1))
         draw.line((x + 16, level, x + 20, level), _DIM)
         anchor = {1.0: "la", 0.0: "ls"}.get(share, "lm")
-        draw.text((x + 23, level), text, _TEXT, _font(12), anchor=anchor)
+        draw.text((x + 23, level), text, _TEXT, font(12), anchor=anchor)
     captions = ("share of the finding's reference activation", "share of the reference")
-    text = next((caption for caption in captions if draw.textlength(caption, _font(12)) <= height), "")
-    label = Image.new("RGB", (math.ceil(draw.textlength(text, _font(12))) + 2, 18), _BACKGROUND)
-    ImageDraw.Draw(label).text((0, 1), text, _DIM, _font(12))
+    text = next((caption for caption in captions if draw.textlength(caption, font(12)) <= height), "")
+    label = Image.new("RGB", (math.ceil(draw.textlength(text, font(12))) + 2, 18), _BACKGROUND)
+    ImageDraw.Draw(label).text((0, 1), text, _DIM, font(12))
     label = label.rotate(90, expand=True)
     canvas.paste(label, (x + 56, y + (height - label.height) // 2))
+
+
+def colour_scale(length: int, width: int, opacity: float = MAX_OPACITY) -> np.ndarray:
+    """uint8 (width, length, 3): the colours of maps from 0 to 1, left to right, as they look on a mid-gray image."""
+    ramp = np.linspace(0, 1, length, dtype=np.float32)[None].repeat(width, axis=0)
+    return _blend(np.full(ramp.shape, 110, np.uint8), ramp, opacity)
 
 
 def image_tile(image: np.ndarray, side: int) -> Image.Image:
@@ -236,24 +245,32 @@ def image_tile(image: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def map_tile(image: np.ndarray, heat: np.ndarray, side: int, opacity: float = MAX_OPACITY) -> Image.Image:
-    """An image (S, S) uint8 under its scaled map (h, w), as an RGB picture of `side` pixels.
+def map_tile(
+    image: np.ndarray, heat: np.ndarray, side: int, opacity: float = MAX_OPACITY, seen: int | None = None
+) -> Image.Image:
+    """An image under its scaled map, as an RGB picture.
 
-    `opacity`, in [0, 1], is that of the colours at the map's full strength.
+    Args:
+        image: uint8 (S, S).
+        heat: (h, w) of `scale_maps`.
+        side: of the picture in pixels.
+        opacity: of the colours at the map's full strength, in [0, 1].
+        seen: pixels per side of the image that the map was made of, where `image` shows it at another resolution.
     """
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not np.isfinite(heat).all():
         raise ValueError(f"map has shape {heat.shape} or non-finite values; expected finite (h, w) of scale_maps")
     gray = np.asarray(image_tile(image, side).getchannel(0))
-    return Image.fromarray(_blend(gray, upsample(heat, side, image=np.shape(image)[0]), opacity))
+    return Image.fromarray(_blend(gray, upsample(heat, side, image=seen or np.shape(image)[0]), opacity))
 
 
 def _withheld_tile(image: np.ndarray, side: int, why: str) -> Image.Image:
     tile = image_tile(image, side).point(lambda value: value * 0.3)
     draw = ImageDraw.Draw(tile)
     centre = side // 2
-    draw.text((centre, centre - 30), "map withheld", _TEXT, _font(20, bold=True), anchor="mm")
-    draw.multiline_text((centre, centre + 14), why, _TEXT, _font(15), anchor="mm", align="center", spacing=6)
+    draw.text((centre, centre - 30), "map withheld", _TEXT, font(20, bold=True), anchor="mm")
+    lines = textwrap.fill(why, 30)
+    draw.multiline_text((centre, centre + 14), lines, _TEXT, font(15), anchor="mm", align="center", spacing=6)
     return tile
 
 
@@ -333,15 +350,16 @@ def montage(
     height = top + rows * (tile_height + line) + 46
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, 18), _fitted(title, 22, width - 2 * _MARGIN, bold=True), _TEXT, _font(22, bold=True))
+    draw.text((_MARGIN, 18), fitted(title, 22, width - 2 * _MARGIN, bold=True), _TEXT, font(22, bold=True))
     for number, tile in enumerate(tiles):
         x = _MARGIN + number % columns * (tile_width + _GAP)
         y = top + number // columns * (tile_height + line)
         canvas.paste(tile.image, (x, y))
-        draw.text((x, y + tile_height + 7), _fitted(tile.caption, 14, tile_width), _TEXT, _font(14))
+        draw.text((x, y + tile_height + 7), fitted(tile.caption, 14, tile_width), _TEXT, font(14))
     if scale:
         _colour_bar(canvas, (width - _MARGIN - 74, top), tile_height)
-    _footer(draw, (_MARGIN, height - 32), footer(synthetic, own_images), width - 2 * _MARGIN)
+    warning = fitted(footer(synthetic, own_images), 13, width - 2 * _MARGIN)
+    draw.text((_MARGIN, height - 32), warning, _ACCENT, font(13))
     return canvas
 
 
@@ -363,17 +381,18 @@ def save_picture(path: str | Path, picture: Image.Image) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings, so that pictures look the same on every machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _fitted(text: str, size: int, room: float, bold: bool = False) -> str:
+def fitted(text: str, size: int, room: float, bold: bool = False) -> str:
     """The text, cut with an ellipsis where it is wider than `room` pixels."""
-    font = _font(size, bold)
-    if font.getlength(text) <= room:
+    # A letter takes more than a pixel.
+    face, text = font(size, bold), text[: int(room)]
+    if face.getlength(text) <= room:
         return text
-    while text and font.getlength(text + "…") > room:
+    while text and face.getlength(text + "…") > room:
         text = text[:-1]
     return text + "…" if text else ""

@@ -1,6 +1,6 @@
-"""What `predict` leaves: a table with a row per image, overlays, and contact sheets.
+"""Files of `predict`: a table with a row per image, overlays, and contact sheets.
 
-Columns of `images.csv`, UTF-8 with a header:
+Columns of `films.csv`, UTF-8 with a header:
 
 - `file`: as it was given; `./` is put before a name that a spreadsheet would take for a formula, and bytes that are no
   UTF-8 are written as `\\xNN`.
@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import csv
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from PIL import Image, ImageDraw
 
 from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.core.runs import atomic_path
-from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS
-from mlx_cxr.inference.predictor import ImageAnswer, Predictor
+from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS, OperatingPoints
+from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.case_page import by_margin
 from mlx_cxr.pages.overlay import Reading, Tile, draw_overlay, image_tile, map_tile, montage, save_picture
 
@@ -43,8 +42,8 @@ _NOTHING = LABELS.index("No Finding")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def row_of(answer: ImageAnswer, predictor: Predictor) -> dict[str, str]:
-    """An image's row of `images.csv`."""
+def row_of(answer: ImageAnswer, points: OperatingPoints) -> dict[str, str]:
+    """An image's row of `films.csv`."""
     image = answer.image
     row = dict.fromkeys(COLUMNS, "")
     row |= {"file": cell_of(image.name), "status": answer.status, "notes": "; ".join(image.notes)}
@@ -52,8 +51,8 @@ def row_of(answer: ImageAnswer, predictor: Predictor) -> dict[str, str]:
     if answer.answered:
         for k, label in enumerate(LABELS):
             row[f"{label} probability"] = f"{answer.probabilities[k]:.6f}"
-            if predictor.points.tuned[k]:
-                threshold = predictor.points.thresholds.values[k]
+            if points.tuned[k]:
+                threshold = points.thresholds.values[k]
                 row[f"{label} threshold"] = f"{threshold:.6f}"
                 row[f"{label} above_threshold"] = str(int(answer.probabilities[k] >= threshold))
             row[f"{label} call"] = STATE_WORDS[int(answer.states[k])]
@@ -61,7 +60,7 @@ def row_of(answer: ImageAnswer, predictor: Predictor) -> dict[str, str]:
 
 
 def cell_of(name: str) -> str:
-    """A file's name as it stands in `images.csv`."""
+    """A file's name as it stands in `films.csv`."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return f"./{text}" if text[:1] in _FORMULA else text
 
@@ -73,7 +72,7 @@ def shown_name(name: str) -> str:
 
 @contextmanager
 def images_table(path: Path) -> Iterator[csv.DictWriter]:
-    """A writer of `images.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
+    """A writer of `films.csv`; the file is there when the block ends, also by Ctrl-C, with what it has."""
     stopped = None
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -86,29 +85,23 @@ def images_table(path: Path) -> Iterator[csv.DictWriter]:
         raise stopped
 
 
-def called_findings(answer: ImageAnswer, predictor: Predictor) -> list[str]:
+def called_findings(answer: ImageAnswer, points: OperatingPoints) -> list[str]:
     """The findings called present, those furthest above their thresholds first; No Finding is none."""
-    order = by_margin(answer.probabilities, predictor.points)
-    return [LABELS[k] for k in order if answer.states[k] == PRESENT and LABELS[k] in MAPPED]
-
-
-@dataclass(frozen=True)
-class FindingMap:
-    """A called finding with its map: float32 (h, w), as `Predictor.maps`."""
-
-    finding: str
-    heat: np.ndarray
-
-
-def called_maps(answer: ImageAnswer, predictor: Predictor, most: int, method: str) -> list[FindingMap]:
-    """Maps of `most` called findings at most, in the order of `called_findings`."""
-    findings = called_findings(answer, predictor)[:most]
-    heats = predictor.maps(answer, findings, method) if findings else ()
-    return [FindingMap(finding, heat) for finding, heat in zip(findings, heats, strict=True)]
+    return [
+        LABELS[k]
+        for k in by_margin(answer.probabilities, points)
+        if answer.states[k] == PRESENT and LABELS[k] in MAPPED
+    ]
 
 
 def write_overlays(
-    folder: Path, number: int, answer: ImageAnswer, predictor: Predictor, maps: Sequence[FindingMap], method: str
+    folder: Path,
+    number: int,
+    answer: ImageAnswer,
+    points: OperatingPoints,
+    maps: Mapping[str, np.ndarray],
+    method: str,
+    synthetic: bool,
 ) -> None:
     """Write the image with each map as `<number>_<file>_<finding>.png`.
 
@@ -116,25 +109,19 @@ def write_overlays(
         folder: gets them.
         number: of the image in the table, from 1, as files of different folders may have one name.
         answer: of an image that is answered.
-        predictor: that gave it.
-        maps: of `called_maps`.
+        points: of the run that gave it.
+        maps: finding to float32 (h, w), as `Predictor.maps`.
         method: of the maps.
+        synthetic: the run was trained on the synthetic cohort.
     """
-    for one in maps:
-        k = LABELS.index(one.finding)
-        reading = Reading(
-            one.finding,
-            float(answer.probabilities[k]),
-            float(predictor.points.thresholds.values[k]),
-            image=shown_name(answer.image.name),
-            method=method,
-            synthetic=predictor.synthetic,
-            own_image=True,
-        )
-        # File systems allow 255 bytes, which a long name of its own may have used up.
-        stem = Path(shown_name(answer.image.name)).stem.encode()[:100].decode(errors="ignore")
-        name = f"{number:05}_{stem}_{one.finding.replace(' ', '_')}.png"
-        save_picture(folder / name, draw_overlay(answer.image.pixels, one.heat, reading))
+    shown = shown_name(answer.image.name)
+    # File systems allow 255 bytes, which a long name of its own may have used up.
+    stem = Path(shown).stem.encode()[:100].decode(errors="ignore")
+    known = {"image": shown, "method": method, "synthetic": synthetic, "own_image": True}
+    for finding, heat in maps.items():
+        reading = Reading.of(points, finding, answer.probabilities, **known)
+        name = f"{number:05}_{stem}_{finding.replace(' ', '_')}.png"
+        save_picture(folder / name, draw_overlay(answer.image.pixels, heat, reading))
 
 
 class ContactSheets:
@@ -144,17 +131,19 @@ class ContactSheets:
 
     Args:
         folder: gets the pages.
-        predictor: that gives the answers.
+        run: name of the run that gives the answers.
+        points: the run's.
+        synthetic: it was trained on the synthetic cohort.
     """
 
-    def __init__(self, folder: Path, predictor: Predictor) -> None:
-        self._folder, self._predictor = folder, predictor
+    def __init__(self, folder: Path, run: str, points: OperatingPoints, synthetic: bool) -> None:
+        self._folder, self._run, self._points, self._synthetic = folder, run, points, synthetic
         self._tiles: list[Tile] = []
         self.pages: list[Path] = []
 
-    def add(self, answer: ImageAnswer, maps: Sequence[FindingMap] = ()) -> None:
-        """Put an image on the page, under the first of its maps."""
-        self._tiles.append(self._tile(answer, maps))
+    def add(self, answer: ImageAnswer, heat: np.ndarray | None = None) -> None:
+        """Put an image on the page, under a map."""
+        self._tiles.append(self._tile(answer, heat))
         if len(self._tiles) == _ACROSS * _DOWN:
             self.finish()
 
@@ -163,12 +152,12 @@ class ContactSheets:
         if not self._tiles:
             return
         number = len(self.pages) + 1
-        title = f"{self._predictor.trained.folder.name}: films, page {number}"
-        sheet = montage(self._tiles, _ACROSS, title, self._predictor.synthetic, own_images=True)
+        title = f"{self._run}: films, page {number}"
+        sheet = montage(self._tiles, _ACROSS, title, self._synthetic, own_images=True)
         self.pages.append(save_picture(self._folder / f"contact_sheet_{number:02}.png", sheet))
         self._tiles = []
 
-    def _tile(self, answer: ImageAnswer, maps: Sequence[FindingMap]) -> Tile:
+    def _tile(self, answer: ImageAnswer, heat: np.ndarray | None) -> Tile:
         image = answer.image
         name = shown_name(image.name)
         if image.pixels is None:
@@ -177,9 +166,9 @@ class ContactSheets:
         if not answer.answered:
             dark = picture.point(lambda value: value * 0.35)
             return Tile(_worded(dark, name, "; ".join(image.concerns)), "not answered")
-        if maps and np.isfinite(maps[0].heat).all():
-            picture = map_tile(image.pixels, maps[0].heat, _TILE)
-        called, words = called_findings(answer, self._predictor), "nothing called present"
+        if heat is not None and np.isfinite(heat).all():
+            picture = map_tile(image.pixels, heat, _TILE)
+        called, words = called_findings(answer, self._points), "nothing called present"
         if called or answer.states[_NOTHING] == PRESENT:
             first = called[0] if called else LABELS[_NOTHING]
             more = f" +{len(called) - 1}" if len(called) > 1 else ""

@@ -92,13 +92,13 @@ def index_page(
         rows: each explanation with its file name, without the ending.
         scale: of `shared_scale`.
         notes: paragraphs before the table: the rule by which these were chosen, and the like.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
     """
     cells = "".join(
         f'<tr><td><a href="{html.escape(name)}.html">{html.escape(e.finding)}</a></td>'
         f"<td>{html.escape(e.study_id)}</td><td>{e.probability:.2f}</td><td>{html.escape(e.label) or '–'}</td>"
         f"<td>{signed(e.scores.report)}</td>"
-        f"<td>{_figures(e.scores.agreement()['integrated_gradients'])}</td>"
+        f"<td>{', '.join(number(r, 2) for r in e.scores.agreement()['integrated_gradients'].values())}</td>"
         f"<td>{'integrated gradients' if e.scores.trusted else 'leave-one-out'}</td>"
         f'<td><a href="{html.escape(name)}.png">picture</a></td></tr>'
         for e, name in rows
@@ -139,7 +139,7 @@ def write_explanations(
         run: the teacher's name.
         explanations: in the order of the index; where there are none, the index says so.
         rule: how they were chosen.
-        synthetic: whether the cohort is.
+        synthetic: the cohort is.
         record: `runs.provenance`.
 
     Returns:
@@ -189,10 +189,6 @@ def write_explanations(
         if path.stem not in kept:
             path.unlink()
     return folder
-
-
-def _figures(correlations: Mapping[str, float]) -> str:
-    return ", ".join(number(value, 2) for value in correlations.values())
 
 
 def _file_names(explanations: Sequence[TextExplanation]) -> list[str]:

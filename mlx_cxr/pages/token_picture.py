@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.explain.word_scores import READING, WHITE, TextExplanation, WordScores, shade, signed
+from mlx_cxr.pages.overlay import fitted, font
 
 _TEXT, _DIM, _LINE, _NOTICE = (24, 26, 30), (96, 101, 110), (210, 213, 218), (150, 75, 0)
 _MARGIN, _WIDTH = 32, 1120
@@ -36,35 +33,35 @@ def draw_picture(explanation: TextExplanation, scale: float) -> Image.Image:
     height = box[3] + 74 + 24 * len(account) + 16 + 22 * len(below) + 60
     canvas = Image.new("RGB", (_WIDTH, height), WHITE)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, 22), e.finding, _TEXT, _font(26, bold=True))
-    draw.text((_MARGIN, 60), e.summary(), _TEXT, _font(16))
-    about = _fitted(f"study {e.study_id}; the teacher reads: {e.reads}", 14, room)
-    draw.text((_MARGIN, 86), about, _DIM, _font(14))
+    draw.text((_MARGIN, 22), e.finding, _TEXT, font(26, bold=True))
+    draw.text((_MARGIN, 60), e.summary(), _TEXT, font(16))
+    about = fitted(f"study {e.study_id}; the teacher reads: {e.reads}", 14, room)
+    draw.text((_MARGIN, 86), about, _DIM, font(14))
     if e.abstention:
-        draw.text((_MARGIN, 110), _fitted(e.abstention_note(), 14, room), _NOTICE, _font(14, bold=True))
+        draw.text((_MARGIN, 110), fitted(e.abstention_note(), 14, room), _NOTICE, font(14, bold=True))
     draw.rectangle(box, outline=_LINE)
     y = top + 14
     for line, line_height in zip(lines, heights, strict=True):
         for x, width, word, value in line:
             left = box[0] + 12 + x
             draw.rounded_rectangle((left, y, left + width, y + 27), 4, shade(value, scale))
-            draw.text((left + width / 2, y + 20), word, _TEXT, _font(17), anchor="ms")
+            draw.text((left + width / 2, y + 20), word, _TEXT, font(17), anchor="ms")
             if _marked(value, scale):
-                draw.text((left + width / 2, y + 30), signed(value), _DIM, _font(11), anchor="ma")
+                draw.text((left + width / 2, y + 30), signed(value), _DIM, font(11), anchor="ma")
         y += line_height
     y = box[3] + 18
     _legend(draw, (_MARGIN, y), scale)
     y += 56
     for text, value in account:
-        font = _font(14, bold=text == account[-1][0])
-        draw.text((_MARGIN + 54, y), signed(value), _TEXT, font, anchor="ra")
-        draw.text((_MARGIN + 68, y), text, _TEXT, font)
+        face = font(14, bold=text == account[-1][0])
+        draw.text((_MARGIN + 54, y), signed(value), _TEXT, face, anchor="ra")
+        draw.text((_MARGIN + 68, y), text, _TEXT, face)
         y += 24
     y += 16
     for text in below:
-        draw.text((_MARGIN, y), text, _DIM, _font(14))
+        draw.text((_MARGIN, y), text, _DIM, font(14))
         y += 22
-    draw.text((_MARGIN, height - 36), footer(e.synthetic), _NOTICE, _font(14, bold=True))
+    draw.text((_MARGIN, height - 36), footer(e.synthetic), _NOTICE, font(14, bold=True))
     return canvas
 
 
@@ -77,10 +74,10 @@ def _laid_out(scores: WordScores, scale: float, room: float) -> list[list[tuple[
     lines: list[list[tuple[float, float, str, float]]] = [[]]
     x = 0.0
     for i, (word, value) in enumerate(zip(scores.words, np.asarray(scores.shown).tolist(), strict=True)):
-        word = _fitted(word, 17, room - 8)
-        width = _font(17).getlength(word) + 8
+        word = fitted(word, 17, room - 8)
+        width = font(17).getlength(word) + 8
         if _marked(value, scale):
-            width = max(width, _font(11).getlength(signed(value)) + 4)
+            width = max(width, font(11).getlength(signed(value)) + 4)
         if lines[-1] and (x + width > room or i in scores.line_starts):
             lines.append([])
             x = 0.0
@@ -100,37 +97,17 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], scale: float) -> Non
         (0.5, "ma", "0"),
         (1, "ra", f"≥ {signed(scale, 1)}"),
     ):
-        draw.text((x + share * length, y + 20), text, _TEXT, _font(12), anchor=anchor)
+        draw.text((x + share * length, y + 20), text, _TEXT, font(12), anchor=anchor)
     draw.text(
-        (x + length + 18, y + 7),
-        "effect on the logit: orange raised it, blue lowered it",
-        _TEXT,
-        _font(14),
-        anchor="lm",
+        (x + length + 18, y + 7), "effect on the logit: orange raised it, blue lowered it", _TEXT, font(14), anchor="lm"
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _fitted(text: str, size: int, room: float) -> str:
-    # A letter takes more than a pixel.
-    font, text = _font(size), text[: int(room)]
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"
 
 
 def _wrapped(text: str, size: int, room: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _font(size).getlength(longer) <= room:
+        if lines and font(size).getlength(longer) <= room:
             lines[-1] = longer
         else:
             lines.append(word)

@@ -95,7 +95,7 @@ def take(url: str, folder: Path, study: str = "") -> None:
 
 
 def _save(page, path: Path) -> None:
-    """What the window shows."""
+    """Save the window's content."""
     page.evaluate("() => document.activeElement.blur()")
     Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} KB")

@@ -1,4 +1,4 @@
-"""What the page says of a run's maps: the sentences that follow from its `localization.json`."""
+"""Sentences of the page on a run's maps: those that follow from its `localization.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page says in each of its states, by Streamlit's own test runner: no browser."""
+"""Texts and figures of the page in each of its states, by Streamlit's own test runner: no browser."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from dicom_files import dicom_bytes
+from PIL import Image, ImageFile
 
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.data import dicom
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.inference.predictor import Predictor
-from mlx_cxr.inference.report_reader import ReportReader
+from mlx_cxr.inference import Predictor, ReportReader
+from mlx_cxr.pages import overlay
+from mlx_cxr.pages.case_page import draw_case
 
 ROOT = Path(__file__).resolve().parents[2]
 TABS = ("Case", "Compare models", "Failures", "Explain", "About")
@@ -268,6 +272,48 @@ class TestWithRuns:
         assert not page.error
         said = predictor.predict([predictor.read(good.getvalue())])[0]
         assert float(rows_shown(page, "cnn")["Edema"][0]) == pytest.approx(said.probabilities[EDEMA], abs=5.1e-4)
+
+    def test_an_upload_is_decoded_once_and_a_map_upsampled_once_on_the_way_to_screen_and_pdf(self, page, monkeypatch):
+        from cxr_page import downloads
+        from page_cohort import chest
+
+        calls, cases = Counter(), []
+
+        def counted(owner, name):
+            original = getattr(owner, name)
+
+            def call(*arguments, **keywords):
+                calls[name] += 1
+                return original(*arguments, **keywords)
+
+            monkeypatch.setattr(owner, name, call)
+
+        counted(dicom, "read_dicom")
+        counted(overlay, "upsample")
+        counted(ImageFile.ImageFile, "load")
+        counted(Image.Image, "save")
+        made = downloads.case_page
+        monkeypatch.setattr(downloads, "case_page", lambda *given: cases.append(made(*given)) or cases[-1])
+        page.segmented_control(key="model").set_value("Side by side").run()
+        page.segmented_control(key="film_from").set_value("Upload").run()
+        calls.clear()
+        content = dicom_bytes(chest(1, True, True), "MONOCHROME1", 12)
+        page.file_uploader(key="upload").set_value(("film", content, "application/dicom")).run()
+        assert not page.error
+        assert calls["read_dicom"] == 1
+        page.selectbox(key="finding").set_value("Edema").run()
+        calls.clear()
+        page.toggle(key="show_withheld").set_value(True).run()
+        drawn = html_of(page).count("Colour scale of the map")
+        assert drawn == 2, "a map of each model"
+        icon = 1
+        assert calls == {"upsample": drawn, "save": 2 * drawn + icon}, "picture and scale each; nothing is decoded"
+        calls.clear()
+        page.toggle(key="as_seen").set_value(True).run()
+        assert calls == {"upsample": 2, "save": 4 + icon}
+        calls.clear()
+        assert draw_case(cases[-1], "pdf").startswith(b"%PDF")
+        assert (calls["read_dicom"], calls["load"], calls["upsample"]) == (0, 0, 1)
 
     def test_an_image_that_does_not_look_like_a_chest_gets_no_answer_unasked(self, page):
         page.segmented_control(key="film_from").set_value("Upload").run()

@@ -17,7 +17,7 @@ from prepared_images import apply, read_image
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
-from mlx_cxr.data.decoding import INVERTED, ImageError, Transform, decode_bytes, looks_inverted
+from mlx_cxr.data.decoding import INVERTED, ImageContent, ImageError, Transform, decode_bytes, looks_inverted
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 
@@ -461,3 +461,19 @@ class TestNotes:
         wrong = [name for name, image in images.items() if looks_inverted(image)]
         missed = [name for name, image in images.items() if not looks_inverted(ImageOps.invert(image))]
         assert wrong == missed == ["mhh_17ad0a56.jpg"]
+
+
+@pytest.mark.parametrize(("kind", "opened"), [("PNG", 1), ("JPEG", 2)])
+def test_a_content_is_decoded_once_for_all_transforms_a_jpeg_once_a_reduction(monkeypatch, kind, opened):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 300), np.uint8)).save(content, kind)
+    transforms = [Transform(48), Transform(300), Transform(250, "center_crop")]
+    wanted = [decode_bytes(content.getvalue(), transform) for transform in transforms]
+    opens, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *given, **known: opens.append(given) or original(*given, **known))
+    image = ImageContent(content.getvalue())
+    for transform, other in zip(transforms, wanted, strict=True):
+        made = image.decode(transform)
+        np.testing.assert_array_equal(made.gray, other.gray)
+        assert (made.notes, made.concerns) == (other.notes, other.concerns)
+    assert len(opens) == opened

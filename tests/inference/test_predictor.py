@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +18,7 @@ from PIL import Image
 from prepared_images import read_image
 from toy_cohort import make_cohort
 
-from mlx_cxr import evaluate_cnn, train_cnn
+from mlx_cxr import evaluate_cnn, inference, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS
@@ -112,6 +114,23 @@ def test_an_image_is_the_same_in_every_wrapping(predictor, tmp_path):
     assert [a.image.name for a in answers[:3]] == [str(path), str(path), "film"]
     sixteen, eight = (predictor.read(source).pixels for source in (wide.getvalue(), stretched.astype(np.uint8)))
     np.testing.assert_array_equal(sixteen, eight)
+
+
+def test_an_array_is_no_file_on_the_way(predictor, monkeypatch):
+    wanted = predictor.read(png(chest_image()))
+    monkeypatch.setattr(Image.Image, "save", None)
+    np.testing.assert_array_equal(predictor.read(chest_image()).pixels, wanted.pixels)
+
+
+def test_the_room_loads_mlx_for_the_models_only():
+    code = (
+        "import sys, mlx_cxr.inference.answers as a; print('mlx.core' in sys.modules); from mlx_cxr.inference import "
+    )
+    done = subprocess.run([sys.executable, "-c", code + "Predictor as P; print(P)"], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["False", str(Predictor)]
+    assert {"Predictor", "ReportReader"} <= set(dir(inference))
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
+        inference.Predicter  # noqa: B018
 
 
 def test_dicoms_of_every_kind_get_one_answer(predictor):

@@ -19,9 +19,9 @@ from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, WordScores
-from mlx_cxr.inference.predictor import ImageAnswer, ImageInput
-from mlx_cxr.inference.report_reader import ReportAnswer
+from mlx_cxr.inference.answers import ImageAnswer, ImageInput, ReportAnswer
 from mlx_cxr.pages.case_page import CasePage, Disagreement, ModelReading, by_margin, disagreements, draw_case
+from mlx_cxr.pages.overlay import Reading
 
 EDEMA, HEART, FRACTURE = (label_index(name) for name in ("Edema", "Cardiomegaly", "Fracture"))
 MADE = datetime(2026, 1, 2, 3, 4)
@@ -161,6 +161,21 @@ def test_the_png_shows_the_map_where_it_is_hot_and_none_where_it_is_withheld(cas
     assert "withheld, shown on request" in words_of(draw_case(replace(absent, show_withheld=True), "pdf", MADE))
     faint = pixels_of(draw_case(replace(case, opacity=0.2), "png", MADE))[top : top + side, left : left + side]
     assert 10 < np.ptp(faint, axis=-1)[side // 4, side // 2] < colour[side // 4, side // 2] / 2
+
+
+@pytest.mark.parametrize(
+    ("finding", "why"),
+    [
+        ("Cardiomegaly", "the model abstains on Cardiomegaly: both present and absent are plausible at 90 %"),
+        ("Fracture", "the model abstains on Fracture: too few examples with Fracture on validation (0; 9 needed at"),
+        ("Pneumonia", "p = 0.05 is below the threshold 0.30"),
+    ],
+)
+def test_the_reason_for_a_withheld_map_is_that_of_the_screen(case, finding, why):
+    model = case.models[0]
+    assert Reading.of(model.points, finding, model.answer.probabilities).withheld(case.heat).startswith(why)
+    text = words_of(draw_case(replace(case, finding=finding), "pdf", MADE)).replace(" ", "")
+    assert f"mapwithheld:{why.replace(' ', '')}" in text
 
 
 def test_dollar_signs_are_no_formulas_and_what_is_cut_is_said(case):

@@ -5,10 +5,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.evaluation.calibration import Calibration
+from mlx_cxr.evaluation.conformal import ConformalBands
+from mlx_cxr.evaluation.metrics import Thresholds
+from mlx_cxr.evaluation.operating_points import ABSTAIN, PRESENT, OperatingPoints
 from mlx_cxr.pages.overlay import (
     Reading,
     Tile,
     _colours,
+    colour_scale,
     draw_overlay,
     image_tile,
     map_tile,
@@ -58,6 +64,21 @@ def test_more_evidence_is_more_colour_and_over_one_clips():
         np.asarray(map_tile(image, np.full((2, 2), 1.0), 32)),
         np.asarray(map_tile(image, np.full((2, 2), 7.0), 32)),
     )
+
+
+@pytest.mark.parametrize("opacity", [0.2, 0.72])
+def test_the_scale_is_the_colours_of_a_map_on_gray(opacity):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(64, axis=0)
+    picture = np.asarray(map_tile(np.full((64, 64), 110, np.uint8), ramp, 64, opacity))
+    np.testing.assert_array_equal(colour_scale(64, 5, opacity), picture[:5])
+
+
+def test_a_finer_image_has_its_map_in_the_place_of_the_one_that_was_seen():
+    image = np.full((64, 64), 110, np.uint8)
+    fine = np.full((128, 128), 110, np.uint8)
+    wanted = np.asarray(map_tile(image, HEAT, 256))
+    np.testing.assert_array_equal(np.asarray(map_tile(fine, HEAT, 256, seen=64)), wanted)
+    assert (np.asarray(map_tile(fine, HEAT, 256)) != wanted).any()
 
 
 def test_the_palette_gets_lighter_all_the_way():
@@ -161,7 +182,8 @@ def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
 
 def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_same():
     plain = draw_overlay(IMAGE, HEAT, ABOVE, side=SIDE)
-    abstains = draw_overlay(IMAGE, HEAT, replace(ABOVE, abstention="both are plausible"), side=SIDE)
+    uncalled = replace(ABOVE, abstention="both are plausible")
+    abstains = draw_overlay(IMAGE, HEAT, uncalled, side=SIDE, show_withheld=True)
     assert (abstains.width, abstains.height) == (plain.width, plain.height + 26)
     header, line, rest = (
         (0, 0, plain.width, 80),
@@ -177,10 +199,45 @@ def test_a_picture_says_that_the_model_abstains_and_why_and_is_otherwise_the_sam
     assert (np.asarray(longer)[:, -LEFT + 1 :] == np.asarray(longer)[0, 0]).all()
 
 
-def test_abstention_does_not_lift_the_gate_nor_close_it():
-    for reading in (ABOVE, BELOW):
-        assert replace(reading, abstention="why").withheld(HEAT) == reading.withheld(HEAT)
-        assert replace(reading, abstention="why").summary() == reading.summary()
+def test_one_reason_for_withholding_a_map_and_abstention_before_the_threshold():
+    nan, none = np.full((8, 8), np.nan, np.float32), math.nan
+    uncalled = replace(BELOW, abstention="both are plausible at 90 %")
+    assert ABOVE.withheld(HEAT) == ""
+    assert BELOW.withheld(HEAT) == "p = 0.10 is below the threshold 0.40"
+    assert replace(BELOW, probability=0.3999).withheld(HEAT) == "p = 0.3999 is below the threshold 0.4000"
+    for reading in (uncalled, replace(uncalled, probability=0.8), replace(uncalled, threshold=none)):
+        for heat in (HEAT, nan):
+            assert reading.withheld(heat) == "the model abstains on Edema: both are plausible at 90 %"
+    assert replace(BELOW, threshold=none).withheld(nan) == "no scale: this finding never activated on validation"
+    assert replace(BELOW, threshold=none).withheld(HEAT) == "no threshold could be tuned for this finding"
+    assert uncalled.withheld(None) == "this run was evaluated without maps (evaluate_cnn --without_maps)"
+    assert "No Finding has no map" in replace(uncalled, finding="No Finding").withheld(None)
+    assert uncalled.summary() == BELOW.summary()
+
+
+def test_a_map_without_a_call_is_not_drawn_unasked():
+    uncalled = replace(ABOVE, abstention="both present and absent are plausible at 90 %")
+    assert saturation(panel(draw_overlay(IMAGE, HEAT, uncalled, side=SIDE), RIGHT)[26:]).max() <= 8
+    assert saturation(panel(draw_overlay(IMAGE, HEAT, uncalled, side=SIDE, show_withheld=True), RIGHT)).max() > 60
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.25, 0.35, 0.9])
+def test_a_reading_of_an_answer_is_withheld_just_where_it_is_not_called_present(probability):
+    sources = ("validation",) * 13 + ("default",)
+    points = OperatingPoints(
+        Calibration(np.ones(14), sources),
+        Thresholds(np.full(14, 0.3), sources, "f1"),
+        "empty_negative",
+        ConformalBands(0.1, np.full(14, 0.2), np.full(14, 0.4), np.array([50] * 13 + [0]), np.full(14, 50)),
+    )
+    probabilities = np.full(14, probability)
+    for k, state in enumerate(points.states(probabilities[None])[0]):
+        reading = Reading.of(points, LABELS[k], probabilities, image="film")
+        assert (reading.withheld(HEAT) == "") == (state == PRESENT)
+        assert bool(reading.abstention) == (state == ABSTAIN)
+        assert (reading.finding, reading.probability, reading.image) == (LABELS[k], probability, "film")
+        assert reading.withheld(HEAT).startswith(f"the model abstains on {LABELS[k]}: ") == (state == ABSTAIN)
+        np.testing.assert_equal(reading.threshold, 0.3 if k < 13 else math.nan)
 
 
 def test_bad_input_is_named():
