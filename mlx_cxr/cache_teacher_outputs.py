@@ -12,27 +12,22 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import provenance, read_json, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.soft_label_writer import SoftLabelWriter
-from mlx_cxr.data.soft_labels import SPLITS
-from mlx_cxr.evaluation.calibration import fit_temperatures
-from mlx_cxr.evaluation.predictions import Predictions, join, study_level
-from mlx_cxr.evaluation.scores import write_scores
-from mlx_cxr.inference.cost import write_cost
-from mlx_cxr.pages.results_page import write_results
-from mlx_cxr.teacher.dataset import Studies
-from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
-from mlx_cxr.teacher.prompt_order import order_effect
-from mlx_cxr.teacher.scoring import Answers, Collector, own_rows, score, shared_score
-from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher
-from mlx_cxr.training.distributed import World
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.data.soft_label_writer import SoftLabelWriter
+    from mlx_cxr.evaluation.predictions import Predictions
+    from mlx_cxr.teacher.dataset import Studies
+    from mlx_cxr.teacher.scoring import Answers
+    from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
+    from mlx_cxr.training.distributed import World
 
 log = logging.getLogger("mlx_cxr")
 
@@ -53,6 +48,14 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         SoftLabelError: an answer is not finite, or another process writes there.
         RankLostError: another process of the run is gone.
     """
+    from mlx_cxr.evaluation.predictions import join
+    from mlx_cxr.evaluation.scores import write_scores
+    from mlx_cxr.inference.cost import write_cost
+    from mlx_cxr.pages.results_page import write_results
+    from mlx_cxr.teacher.lora import WEIGHTS, adapters_off
+    from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher
+    from mlx_cxr.training.distributed import World
+
     machine, world = device.start("cache_teacher_outputs", parallel=True), World.join()
     teacher = TrainedTeacher.open(config.run_dir(teacher_run or config.teacher.run_name))
     material = Material.open(teacher.config)
@@ -105,6 +108,12 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
 
 def _cache(teacher: TrainedTeacher, material: Material, learned: Studies, world: World) -> np.ndarray:
     """Leave the soft labels in the run's folder; returns the validation studies' logits."""
+    import numpy as np
+
+    from mlx_cxr.core.labels import SCORING_PROTOCOLS
+    from mlx_cxr.data.soft_label_writer import SoftLabelWriter
+    from mlx_cxr.evaluation.calibration import fit_temperatures
+
     rows = np.flatnonzero((learned.frame["split"] == "validate").to_numpy())
     protocol = SCORING_PROTOCOLS[teacher.protocol]
     with SoftLabelWriter.open(
@@ -141,6 +150,11 @@ def _fill(
     writer: SoftLabelWriter | None, teacher: TrainedTeacher, material: Material, studies: Studies, world: World
 ) -> None:
     """Answer what is not answered yet, each rank its share; rank 0 has the writer."""
+    import numpy as np
+
+    from mlx_cxr.data.soft_labels import SPLITS
+    from mlx_cxr.teacher.scoring import Collector, own_rows, score
+
     todo = np.isin(np.arange(len(studies)), world.agree(lambda: writer.todo.tolist()))
     if not todo.all():
         log.info("going on: %d of %d studies are done", len(studies) - todo.sum(), len(studies))
@@ -165,12 +179,16 @@ def _fill(
 
 
 def _answers(teacher: TrainedTeacher, material: Material, studies: Studies, world: World) -> Answers:
+    from mlx_cxr.teacher.scoring import shared_score
+
     with world.one_after_another():
         images = material.images(teacher.base, studies, teacher.config)
     return shared_score(teacher.base, teacher.form, studies.prompts, images, teacher.config.teacher, world)
 
 
 def _write_order_effect(teacher: TrainedTeacher, material: Material, orders: int, seed: int) -> None:
+    from mlx_cxr.teacher.prompt_order import order_effect
+
     effect = order_effect(teacher.base, teacher.config, material, orders=orders, seed=seed).summary()
     write_json(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
     log.info(
@@ -183,6 +201,8 @@ def _write_order_effect(teacher: TrainedTeacher, material: Material, orders: int
 
 
 def _predictions(studies: Studies, logits: np.ndarray) -> Predictions:
+    from mlx_cxr.evaluation.predictions import study_level
+
     return study_level(studies.frame, studies.raw_labels, logits)
 
 

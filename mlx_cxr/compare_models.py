@@ -11,18 +11,14 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import atomic_path, provenance, write_json, write_text
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.evaluation.comparison import compare
-from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
-from mlx_cxr.pages.comparison_page import comparison_markdown
-from mlx_cxr.pages.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
-from mlx_cxr.pages.comparison_statement import gate_lines
-from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block, comparison_table
-from mlx_cxr.pages.readme import replace_block
+
+if TYPE_CHECKING:
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.evaluation.scored_runs import ScoredRun
 
 log = logging.getLogger("mlx_cxr")
 
@@ -58,6 +54,13 @@ def run(
         RunFormatError: a file is not what it should be.
         UserError: the README has no such block; the comparison itself is written then.
     """
+    from mlx_cxr.evaluation.comparison import compare
+    from mlx_cxr.evaluation.scored_runs import open_scored_run
+    from mlx_cxr.pages.comparison_page import comparison_markdown
+    from mlx_cxr.pages.comparison_statement import gate_lines
+    from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block, comparison_table
+    from mlx_cxr.pages.readme import replace_block
+
     student_run = student_run or config.distillation.run_name
     if control_runs is None:
         control_runs = [control_run_name(student_run, targets) for targets in config.comparison.controls]
@@ -97,6 +100,10 @@ def run(
 
 def draw(runs: Sequence[ScoredRun], folder: Path, config: Config) -> list[Path]:
     """Pictures of CNN, teacher and student on the studies that the table is about; returns their paths."""
+    from mlx_cxr.core.labels import SCORING_PROTOCOLS
+    from mlx_cxr.evaluation.scored_runs import shared_studies
+    from mlx_cxr.pages.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
+
     main = [one for one in runs if one.role != "graded teacher"]
     study_ids = shared_studies(main)
     arms = [Arm(one.title, one.on(study_ids), one.points) for one in main if one.role != "control"]

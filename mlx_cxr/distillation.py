@@ -10,26 +10,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
-from mlx_cxr.inference.trained_run import TrainedRun
-from mlx_cxr.models.convert import save_model
-from mlx_cxr.models.resnet import parameter_counts
-from mlx_cxr.training import classifier_run
-from mlx_cxr.training.classifier_task import TrainingData, classifier_task
-from mlx_cxr.training.distributed import ALONE, World
-from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
-from mlx_cxr.training.preprocessing import preprocessing_record
-from mlx_cxr.training.student import FeatureStudent
-from mlx_cxr.training.student_soft_labels import SoftTargets, read_soft_targets
+from mlx_cxr.training.distributed import ALONE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
+    from mlx_cxr.training.distributed import World
+    from mlx_cxr.training.losses import Loss
+    from mlx_cxr.training.student_soft_labels import SoftTargets
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -49,6 +45,15 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         UserError: the student would replace a run that it reads.
         DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
     """
+    from mlx_cxr.models.convert import save_model
+    from mlx_cxr.models.resnet import parameter_counts
+    from mlx_cxr.training import classifier_run
+    from mlx_cxr.training.classifier_task import TrainingData, classifier_task
+    from mlx_cxr.training.distributed import World
+    from mlx_cxr.training.preprocessing import preprocessing_record
+    from mlx_cxr.training.student import FeatureStudent
+    from mlx_cxr.training.student_soft_labels import read_soft_targets
+
     machine, world = device.start("distillation", parallel=True), World.join()
     settings = config.distillation
     run_dir = config.run_dir(settings.run_name if run_name is None else run_name)
@@ -118,6 +123,10 @@ def loss_and_targets(
     world: World = ALONE,
 ) -> tuple[Loss, np.ndarray]:
     """The loss, and its target rows: the hard labels alone where there are no soft ones."""
+    import numpy as np
+
+    from mlx_cxr.training.losses import distillation_loss, masked_bce
+
     settings = config.distillation
     if soft is None:
         return masked_bce(positive_weight, world), hard
@@ -139,6 +148,8 @@ def initial_section(config: Config) -> ModelConfig:
     Raises:
         RunFormatError: there is no such run, or it was trained for something else.
     """
+    from mlx_cxr.inference.trained_run import TrainedRun
+
     if config.distillation.init == "model":
         return config.model
     trained = TrainedRun.open(config.run_dir())

@@ -12,30 +12,20 @@ import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.decoding import Transform
-from mlx_cxr.data.masks import has_masks, load_masks
-from mlx_cxr.data.tables import DataError
-from mlx_cxr.evaluation.operating_points import OperatingPoints
-from mlx_cxr.evaluation.predictions import Predictions, join
-from mlx_cxr.evaluation.scores import write_scores
-from mlx_cxr.inference import explanation
-from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
-from mlx_cxr.inference.predictor import map_references, write_inference_record
-from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
-from mlx_cxr.pages import findings_page
-from mlx_cxr.pages.map_checks import localization_section, randomization_section
-from mlx_cxr.pages.results_page import write_results
-from mlx_cxr.training.cohort import Cohort, SplitData
-from mlx_cxr.training.scoring import image_forward
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.evaluation.operating_points import OperatingPoints
+    from mlx_cxr.evaluation.predictions import Predictions
+    from mlx_cxr.inference.trained_run import TrainedRun
+    from mlx_cxr.training.cohort import SplitData
 
 log = logging.getLogger("mlx_cxr")
 
@@ -53,6 +43,14 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
         DataError: manifest or pixel store missing or not matching, or no validation or test images.
         PredictionsError: the images of a study disagree.
     """
+    from mlx_cxr.data.tables import DataError
+    from mlx_cxr.evaluation.predictions import join
+    from mlx_cxr.evaluation.scores import write_scores
+    from mlx_cxr.inference.predictor import map_references, write_inference_record
+    from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
+    from mlx_cxr.pages.results_page import write_results
+    from mlx_cxr.training.cohort import Cohort
+
     machine = device.start("evaluate_cnn")
     trained = TrainedRun.open(config.run_dir(run_name))
     trained.check(config)
@@ -84,6 +82,11 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
 
 def measure_cost(trained: TrainedRun, test: SplitData, config: Config, machine: Mapping[str, Any]) -> None:
     """Write `cost.json`: parameters, and milliseconds per image of the forward pass on images in memory."""
+    import numpy as np
+
+    from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
+    from mlx_cxr.training.scoring import image_forward
+
     items = np.arange(min(config.evaluation.batch_size, len(test)))
     images = test.images.batch(items)
     forward = image_forward(trained.model)
@@ -117,6 +120,15 @@ def explain(
         points: thresholds and calibration, fitted on validation.
         config: the experiment.
     """
+    import numpy as np
+
+    from mlx_cxr.core.labels import MAPPED
+    from mlx_cxr.data.decoding import Transform
+    from mlx_cxr.data.masks import has_masks, load_masks
+    from mlx_cxr.inference import explanation
+    from mlx_cxr.pages import findings_page
+    from mlx_cxr.pages.map_checks import localization_section, randomization_section
+
     folder, settings, synthetic = trained.folder, config.explain, config.data.synthetic
     method, labels = settings.method, settings.labels or MAPPED
     batch_size = config.evaluation.batch_size

@@ -14,28 +14,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import mlx.core as mx
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_word
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.reports import decode
-from mlx_cxr.evaluation.operating_points import FILE as POINTS
-from mlx_cxr.evaluation.operating_points import OperatingPoints
-from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.explain.word_scores import TextExplanation
-from mlx_cxr.inference.report_reader import ReportReader, sections_to_read
-from mlx_cxr.pages.findings_page import outcomes
-from mlx_cxr.pages.token_page import write_explanations
-from mlx_cxr.teacher.image_embeddings import encode_images
-from mlx_cxr.teacher.lora import WEIGHTS
-from mlx_cxr.teacher.prompt import Prompt
-from mlx_cxr.teacher.teacher_run import ADAPTER, Material, TrainedTeacher, what_it_reads
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.evaluation.operating_points import OperatingPoints
+    from mlx_cxr.explain.word_scores import TextExplanation
+    from mlx_cxr.inference.report_reader import ReportReader
+    from mlx_cxr.teacher.prompt import Prompt
+    from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
 
 log = logging.getLogger("mlx_cxr")
 
@@ -92,6 +86,13 @@ def run(
         PredictionsError: its predictions cannot be read.
         DataError: a file is missing.
     """
+    from mlx_cxr.core.labels import LABELS
+    from mlx_cxr.evaluation.operating_points import FILE as POINTS
+    from mlx_cxr.inference.report_reader import ReportReader
+    from mlx_cxr.pages.token_page import write_explanations
+    from mlx_cxr.teacher.lora import WEIGHTS
+    from mlx_cxr.teacher.teacher_run import ADAPTER, Material
+
     if unknown := [name for name in findings if name not in LABELS]:
         raise ExplainReportError(f"{unknown[0]!r} is no finding; the 14 are: {', '.join(LABELS)}")
     if text is not None and study_ids:
@@ -138,6 +139,12 @@ def confident_true_positives(
     Returns:
         Study to columns; empty where no finding has a true positive.
     """
+    import numpy as np
+
+    from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+    from mlx_cxr.evaluation.predictions import read_predictions
+    from mlx_cxr.pages.findings_page import outcomes
+
     scored = read_predictions(run_dir / "predictions.csv")
     rows = np.flatnonzero(scored.predictions.split == "test")
     targets = SCORING_PROTOCOLS[protocol].apply(scored.predictions.raw_labels[rows])
@@ -166,6 +173,12 @@ def of_studies(
     Raises:
         ExplainReportError: a study is not in the manifest, or has not what the teacher reads.
     """
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_cxr.teacher.image_embeddings import encode_images
+    from mlx_cxr.teacher.teacher_run import what_it_reads
+
     frame = material.manifest.frame
     split_of = dict(zip(frame["study_id"].tolist(), frame["split"].tolist(), strict=True))
     if unknown := [study for study in wanted if study not in split_of]:
@@ -197,6 +210,8 @@ def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None)
         ExplainReportError: there is no such file, or the teacher needs an image.
         ReportReadingError: the report has none of the sections.
     """
+    from mlx_cxr.inference.report_reader import sections_to_read
+
     settings = teacher.config.teacher
     if settings.modality != "text":
         raise ExplainReportError(f"{teacher.folder} reads films too, and --text has none; name a study with --study_id")
@@ -210,6 +225,8 @@ def read_report(text: str) -> str:
     Raises:
         ExplainReportError: there is no such file.
     """
+    from mlx_cxr.data.reports import decode
+
     try:
         if Path(text).is_file():
             return decode(Path(text).read_bytes())[0]
@@ -222,6 +239,10 @@ def read_report(text: str) -> str:
 
 def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
     """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
+    import numpy as np
+
+    from mlx_cxr.core.labels import LABELS, label_word
+
     answer = reader.answer(asked.prompt, asked.image)
     columns = asked.columns
     if columns is None:

@@ -11,34 +11,19 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.config import Config
-from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, write_text
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.masks import has_masks, mask_folder
-from mlx_cxr.data.report_mentions import mentions
-from mlx_cxr.data.reports import select
-from mlx_cxr.data.study_reports import load_reports
-from mlx_cxr.evaluation.failure_results import analyse
-from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
-from mlx_cxr.evaluation.scored_runs import ScoredRun, open_scored_run, shared_studies
-from mlx_cxr.evaluation.shortcuts import study_metadata
-from mlx_cxr.evaluation.subgroups import age_bands
-from mlx_cxr.inference.explanation import study_maps
-from mlx_cxr.inference.trained_run import TrainedRun
-from mlx_cxr.pages.confusion_plot import plot_confusions
-from mlx_cxr.pages.failure_advice import closing_failures
-from mlx_cxr.pages.failure_page import Shown, failure_markdown
-from mlx_cxr.pages.failure_pictures import draw_failures, remove_stale
-from mlx_cxr.pages.figures import cohort_line
-from mlx_cxr.pages.relabeling import relabel_sheet
-from mlx_cxr.training.cohort import Cohort
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from mlx_cxr.core.config import Config
+    from mlx_cxr.data.manifest import Manifest
+    from mlx_cxr.evaluation.scored_runs import ScoredRun
 
 log = logging.getLogger("mlx_cxr")
 
@@ -62,6 +47,21 @@ def run(
         RunFormatError: the student is no trained run, was trained for something else, or was evaluated without maps.
         DataError: manifest, pixel store or reports missing or not matching.
     """
+    from mlx_cxr.core.labels import MAPPED
+    from mlx_cxr.data.study_reports import load_reports
+    from mlx_cxr.evaluation.failure_results import analyse
+    from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
+    from mlx_cxr.evaluation.scored_runs import open_scored_run, shared_studies
+    from mlx_cxr.inference.explanation import study_maps
+    from mlx_cxr.inference.trained_run import TrainedRun
+    from mlx_cxr.pages.confusion_plot import plot_confusions
+    from mlx_cxr.pages.failure_advice import closing_failures
+    from mlx_cxr.pages.failure_page import Shown, failure_markdown
+    from mlx_cxr.pages.failure_pictures import draw_failures, remove_stale
+    from mlx_cxr.pages.figures import cohort_line
+    from mlx_cxr.pages.relabeling import relabel_sheet
+    from mlx_cxr.training.cohort import Cohort
+
     machine = device.start("failure_analysis")
     student = open_scored_run(config.run_dir(student_run or config.distillation.run_name), "student")
     others = {
@@ -126,11 +126,18 @@ def closing_lines(folder: Path) -> str:
     Raises:
         RunFormatError: its `failures.json` is missing or unreadable.
     """
+    from mlx_cxr.pages.failure_advice import closing_failures
+
     return closing_failures(read_json(folder / "failures.json"))
 
 
 def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:
     """What is known of each test study, in the order of the student's: view, sex, age and age band."""
+    import pandas as pd
+
+    from mlx_cxr.evaluation.shortcuts import study_metadata
+    from mlx_cxr.evaluation.subgroups import age_bands
+
     wanted = manifest.frame[manifest.frame["study_id"].isin(student.test.study_ids)]
     known = study_metadata(wanted).set_index(wanted["study_id"].drop_duplicates().to_numpy())
     known = known.loc[student.test.study_ids].reset_index(drop=True)
@@ -142,6 +149,10 @@ def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:
 
 def training_shares(manifest: Manifest) -> np.ndarray:
     """(14,) shares of the training studies that have each finding; 0 without training studies."""
+    import numpy as np
+
+    from mlx_cxr.core.labels import LABELS
+
     first = ~manifest.frame["study_id"].duplicated().to_numpy() & (manifest.frame["split"] == "train").to_numpy()
     present = manifest.raw_labels[first] == 1
     return present.mean(axis=0) if len(present) else np.zeros(len(LABELS))
@@ -158,6 +169,11 @@ def drawn_findings(config: Config, images: list[list[str]]) -> np.ndarray | None
         float64 (N, 14), 1 or 0; No Finding is 1 where nothing but devices shows. None for other cohorts, whose masks
         need not be complete.
     """
+    import numpy as np
+
+    from mlx_cxr.core.labels import LABELS, label_index
+    from mlx_cxr.data.masks import has_masks, mask_folder
+
     if not (config.data.synthetic and has_masks(config.data.root)):
         return None
     drawn = np.zeros((len(images), len(LABELS)))
@@ -172,6 +188,8 @@ def drawn_findings(config: Config, images: list[list[str]]) -> np.ndarray | None
 
 def _optional(config: Config, role: str, named: str | None, default: str) -> ScoredRun | None:
     """A run that was named, or the default one where it is scored."""
+    from mlx_cxr.evaluation.scored_runs import open_scored_run
+
     folder = config.run_dir(named or default)
     if named is None and not (folder / "predictions.csv").exists():
         log.info("no scored %s run %s: its columns are left out", role, folder)
@@ -180,6 +198,9 @@ def _optional(config: Config, role: str, named: str | None, default: str) -> Sco
 
 
 def _excerpt(sections: dict[str, str] | None, label: str) -> str | None:
+    from mlx_cxr.data.report_mentions import mentions
+    from mlx_cxr.data.reports import select
+
     if sections is None:
         return None
     parts = select(sections, ("findings", "impression", "last_paragraph"), "all") or select(sections, ("whole",))

@@ -18,20 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance, write_json
 from mlx_cxr.core.stage import stage_parser, started
-from mlx_cxr.evaluation.operating_points import STATE_WORDS
-from mlx_cxr.inference.predictor import METHODS, Predictor
-from mlx_cxr.pages.prediction_files import ContactSheets, called_findings, images_table, row_of, write_overlays
 
 log = logging.getLogger("mlx_cxr")
 
 OVERLAYS = "overlays"
+METHODS = ("grad_cam", "grad_cam_pp", "hires_cam")
+"""Of `explain.grad_cam`, named here so that `--help` need not import it."""
 WRITTEN = re.compile(r"films\.csv|predict\.json|contact_sheet_\d+\.png")
 
 
@@ -71,6 +68,12 @@ def run(
         RunFormatError, ConfigError, ModelFormatError: as `Predictor.from_run`.
         OSError: the folder cannot be written.
     """
+    from tqdm import tqdm
+
+    from mlx_cxr.evaluation.operating_points import STATE_WORDS
+    from mlx_cxr.inference.predictor import Predictor
+    from mlx_cxr.pages.prediction_files import ContactSheets, called_findings, images_table, row_of, write_overlays
+
     machine = device.start("predict")
     predictor = Predictor.from_run(run_dir, batch_size, precision)
     if (overlays or contact_sheet) and method not in predictor.methods:

@@ -62,7 +62,7 @@ def write_run(
     reads: str | None = None,
     cost: dict[str, Any] | None = None,
 ) -> Path:
-    """A run folder as the stages leave it; `reads` makes it a teacher's.
+    """A run folder as the stages leave it; `reads` makes it a teacher's, a name with `cnn` a CNN's.
 
     Args:
         outputs: folder of all runs.
@@ -85,7 +85,9 @@ def write_run(
         "distillation": {"targets": targets, "alpha": 0.3, "temperature": 2.0, "init": "model"},
     }
     soft = {"path": f"outputs/{taught_by}/teacher_soft_labels.npy", "sha256": hashlib.sha256(SOFT).hexdigest()}
-    write_json(folder / "config.json", {"config": config, "inputs": {"soft_labels": soft} if taught_by else {}})
+    stage = "lfm_finetune" if reads is not None else "train_cnn" if "cnn" in name else "distillation"
+    inputs = provenance["inputs"] | ({"soft_labels": soft} if taught_by else {})
+    write_json(folder / "config.json", {"stage": stage, "config": config, "inputs": inputs})
     write_predictions(folder / "predictions.csv", predictions, points)
     made_from = {"manifest": manifest}
     write_operating_points(folder / "operating_points.json", points, run=name, synthetic=synthetic, made_from=made_from)

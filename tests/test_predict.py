@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from mlx_cxr.core.config import load_config
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
+from mlx_cxr.explain.grad_cam import Method
 from mlx_cxr.inference.predictor import Predictor, PredictorError
 from mlx_cxr.models.convert import load_model, save_model
+from mlx_cxr.pages import prediction_files
 from mlx_cxr.pages.prediction_files import COLUMNS, called_findings, cell_of, shown_name
 
 
@@ -157,14 +160,14 @@ def test_a_second_call_leaves_no_pictures_of_the_first(run_dir, images, tmp_path
 
 
 def test_ctrl_c_keeps_the_rows_that_are_there(run_dir, images, tmp_path, monkeypatch):
-    from mlx_cxr.pages import prediction_files
+    row_of = prediction_files.row_of
 
-    def stop_at_second(answer, predictor):
+    def stop_at_second(answer, points):
         if answer.image.name.endswith("b"):
             raise KeyboardInterrupt
-        return prediction_files.row_of(answer, predictor)
+        return row_of(answer, points)
 
-    monkeypatch.setattr(predict, "row_of", stop_at_second)
+    monkeypatch.setattr(prediction_files, "row_of", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         predict.run(run_dir, [images], tmp_path)
     assert [Path(row["file"]).name for row in table(tmp_path / "films.csv")] == ["a.jpg"]
@@ -240,3 +243,7 @@ def test_maps_that_the_run_does_not_have_are_refused(run_dir, images, tmp_path):
             predict.run(run_dir, [images], tmp_path, overlays=1)
     finally:
         record.write_text(kept)
+
+
+def test_the_methods_offered_are_those_of_the_maps():
+    assert get_args(Method) == predict.METHODS

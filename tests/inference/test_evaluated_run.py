@@ -45,12 +45,9 @@ def change_weights(folder):
     ("spoil", "message"),
     [
         (remove("config.json"), r"config\.json is missing: there is no such run"),
-        (
-            set_to("config.json", "stage", value="lfm_finetune"),
-            r"teacher's run\. Its folder adapter_weights/ is the exp",
-        ),
+        (set_to("config.json", "stage", value="lfm_finetune"), r"made by the stage 'lfm_finetune'; a run of train_cnn"),
         (set_to("config.json", "stage", value="build_manifest"), r"made by the stage 'build_manifest'"),
-        (set_to("config.json", "inputs", value={}), r"lacks 'config' or 'inputs\.manifest'"),
+        (set_to("config.json", "inputs", value={}), r"lacks 'config' or 'inputs\.manifest\.sha256'"),
         (
             remove("training.json"),
             r"training of .*first has not ended; .* mlx_cxr\.train_cnn --run_name first --resume",
