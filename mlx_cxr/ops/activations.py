@@ -2,8 +2,8 @@
 
 MLX's CPU backend on x86 calls a scalar exponential for each element: 12 ns, where a product takes 0.2. Half of a small
 teacher's time went there. A polynomial in ordinary vector arithmetic takes 2.5 ns and has the same error (1.4e-6
-relative within 30 of 0). Other devices and precisions keep MLX's own operations; `use_fast_ops(False)` turns these
-off, and `tests/teacher/test_fast_ops.py` holds each against the stock operation.
+relative within 30 of 0). Other devices and precisions keep MLX's own operations; `switch.use_fast_ops(False)` turns
+these off, and `tests/ops/test_activations.py` holds each against the stock operation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cxr.ops.streams import with_gradient
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _LOG2_E = 1.4426950408889634
 _POWER_OF_2 = (
@@ -28,18 +29,10 @@ _POWER_OF_2 = (
 _ROUNDING = 12582912.0
 """1.5 * 2^23: added to a float32 of small size, it leaves the nearest integer in the lowest bits."""
 
-_enabled = True
-
-
-def use_fast_ops(enabled: bool) -> None:
-    """Choose between the CPU paths of this module (default) and MLX's own operations, for graphs built from now on."""
-    global _enabled
-    _enabled = enabled
-
 
 def fast(x: mx.array) -> bool:
-    """Whether the CPU paths serve arrays such as `x`."""
-    return _enabled and x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+    """True if the CPU paths serve arrays such as `x`: they are on, and it is float32."""
+    return fast_ops_enabled() and x.dtype == mx.float32
 
 
 def compiled(function: Callable, **state: Any) -> Callable:

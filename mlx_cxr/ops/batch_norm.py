@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cxr.ops import conv, streams
+from mlx_cxr.ops import streams
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
@@ -119,7 +120,7 @@ def _channel_mean(parts: Sequence[mx.array]) -> mx.array:
 
     def share(x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        if conv.fast():
+        if fast_ops_enabled():
             return (mx.full((1, flat.shape[0]), 1.0 / count) @ flat)[0]
         return mx.sum(flat, axis=0) / count
 

@@ -24,6 +24,7 @@ import mlx.core as mx
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.workers import available_cores
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _MOST = 8
 _WIDTH = "1000"
@@ -38,7 +39,7 @@ def batch_parallel(streams: int | None = None, rows: int | None = None) -> Itera
     """Cut the batches of graphs that are built inside into parts, one per core; evaluate them inside too.
 
     Does nothing on another device than the CPU, with one core, where BLAS is limited to one thread, for batches of one
-    row, while another thread of this process is inside, or where the environment has `MLX_CXR_STREAMS=1`.
+    row, while another thread of this process is inside, with `MLX_CXR_STREAMS=1`, or where the switch is off.
 
     Args:
         streams: how many parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
@@ -53,7 +54,7 @@ def batch_parallel(streams: int | None = None, rows: int | None = None) -> Itera
     before = _active()
     wanted = streams or available()
     wanted = wanted if rows is None else min(wanted, max(rows, 1))
-    if before > 1 or mx.default_device().type != mx.DeviceType.cpu or wanted == 1:
+    if before > 1 or not fast_ops_enabled() or wanted == 1:
         yield before
         return
     if not _held.acquire(blocking=False):
@@ -76,12 +77,12 @@ def batch_parallel(streams: int | None = None, rows: int | None = None) -> Itera
 
 
 def available() -> int:
-    """How many parts `batch_parallel` makes of a batch unless it is told: `MLX_CXR_STREAMS`, or one per BLAS thread.
+    """Number of parts that a batch is cut into by default: `MLX_CXR_STREAMS`, or one per BLAS thread; 1 if off.
 
     Raises:
         UserError: `MLX_CXR_STREAMS` is no whole number above 0.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not fast_ops_enabled():
         return 1
     if asked := os.environ.get("MLX_CXR_STREAMS"):
         if not asked.isdecimal() or int(asked) < 1:
@@ -142,7 +143,7 @@ def here() -> mx.Stream:
 
 
 def _active() -> int:
-    return getattr(_own, "active", 1)
+    return getattr(_own, "active", 1) if fast_ops_enabled() else 1
 
 
 class _OpenBLAS:
@@ -161,6 +162,6 @@ class _OpenBLAS:
             return None
 
 
-if mx.default_device().type == mx.DeviceType.cpu:
+if fast_ops_enabled():
     # Read by MLX when it first evaluates something.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", _WIDTH)

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import preprocess
-from mlx_cxr.ops import batch_norm, conv
+from mlx_cxr.ops import batch_norm
+from mlx_cxr.ops.switch import fast_ops_enabled
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import ImageSource, epoch_order
 from mlx_cxr.training.distributed import ALONE, World, share_dropout
@@ -121,7 +122,7 @@ def _step(
 ) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
     """What `Task.step` is: one compiled graph; on the CPU backend, that of the optimizer alone.
 
-    MLX's compiler cannot take in the streams on which the parts of a batch are worked on there (`models.streams`), and
+    MLX's compiler cannot take in the streams on which the parts of a batch are worked on there (`ops.streams`), and
     the whole graph was no faster than its operations one by one.
     """
     precision = _PRECISION[training.precision]
@@ -159,7 +160,7 @@ def _step(
         value, gradients = gradient(images, targets)
         return value, descend(gradients)
 
-    if conv.fast():
+    if fast_ops_enabled():
         updated = [model.state, optimizer.state]
         descend = mx.compile(descend, inputs=updated, outputs=updated)
         return step
