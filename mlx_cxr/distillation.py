@@ -28,7 +28,7 @@ from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
 from mlx_cxr.training.preprocessing import preprocessing_record
 from mlx_cxr.training.student import FeatureStudent
-from mlx_cxr.training.student_soft_labels import SoftTargets, read_soft_targets
+from mlx_cxr.training.student_soft_labels import StudentSoftLabels, read_student_soft_labels
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -58,7 +58,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     inputs: dict[str, Path] = {}
     soft = None
     if settings.targets != "hard":
-        soft, inputs = read_soft_targets(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
+        soft, inputs = read_student_soft_labels(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
     validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     section = initial_section(config)
     if settings.init == "cnn":
@@ -112,7 +112,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 def loss_and_targets(
     config: Config,
     hard: np.ndarray,
-    soft: SoftTargets | None,
+    soft: StudentSoftLabels | None,
     positive_weight: np.ndarray | None,
     world: World = ALONE,
 ) -> tuple[Loss, np.ndarray]:

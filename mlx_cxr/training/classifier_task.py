@@ -30,7 +30,7 @@ _FLOAT16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on: the images, and as many rows of targets as the loss takes, in the images' order."""
+    """Training images, and rows of targets for the loss in the same order."""
 
     images: ImageSource
     targets: np.ndarray
@@ -59,7 +59,7 @@ def classifier_task(
 
     Args:
         model: initialized, frozen where wanted; takes preprocessed images with `model.config.in_channels` channels.
-        loss: logits and target rows to a scalar; told of `world`.
+        loss: logits and target rows to a scalar; made for `world`.
         data: training images and targets.
         validate: as `Task.validate`.
         training: epochs, batch size, learning rate and the rest. A step counts `batch_size` images, or all of
@@ -120,10 +120,10 @@ def _step(
     augmentation: AugmentConfig,
     world: World,
 ) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """What `Task.step` is: one compiled graph; on the CPU backend, that of the optimizer alone.
+    """Make `Task.step`: one compiled graph; with the CPU paths on, only the optimizer's update is compiled.
 
-    MLX's compiler cannot take in the streams on which the parts of a batch are worked on there (`ops.streams`), and
-    the whole graph was no faster than its operations one by one.
+    MLX's compiler does not support the streams of the parts of a batch (`ops.streams`), and the whole graph was no
+    faster there than its operations one by one.
     """
     precision = _PRECISION[training.precision]
     scale = _FLOAT16_LOSS_SCALE if precision == mx.float16 else 1.0
