@@ -25,7 +25,7 @@ _POWER_OF_2 = (
     0.0096715127675349,
     0.001326472542224,
 )
-"""Of a polynomial that is 1 at 0 and differs from 2^f by 9.2e-8 of it at most, for f in [-1/2, 1/2]."""
+"""Coefficients of a polynomial that is 1 at 0, and within 9.2e-8 of 2^f (relative) for f in [-1/2, 1/2]."""
 _ROUNDING = 12582912.0
 """1.5 * 2^23: added to a float32 of small size, it leaves the nearest integer in the lowest bits."""
 
@@ -38,8 +38,8 @@ def fast(x: mx.array) -> bool:
 def compiled(function: Callable, **state: Any) -> Callable:
     """`mx.compile` of a function, and on the CPU backend the function as it is.
 
-    There each fused loop is a run of the C++ compiler, 47 of them for a LoRA step or half a minute on two cores, and
-    the loops are no faster. `state` is `inputs` and `outputs`.
+    There each fused loop takes a run of the C++ compiler, 47 of them for a LoRA step or half a minute on two cores,
+    and the loops are no faster. `state` is `inputs` and `outputs`.
     """
     return function if mx.default_device().type == mx.DeviceType.cpu else mx.compile(function, **state)
 
@@ -67,8 +67,8 @@ def logsumexp(x: mx.array) -> mx.array:
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * up` (Shazeer, arXiv:2002.05202).
 
-    For its gradient it keeps `gate` and `up`; what lies between is computed again, which is two arrays of the
-    feed-forward width less per layer.
+    For its gradient it keeps `gate` and `up` and computes the rest again, which saves two arrays of the feed-forward
+    width per layer.
     """
     return with_gradient(_swiglu, _swiglu_gradient)(gate, up)
 

@@ -18,7 +18,7 @@ _ranks: mx.distributed.Group | None = None
 
 def share_statistics(group: mx.distributed.Group | None) -> None:
     """Take training statistics over equal parts of a batch on all ranks of `group`, in graphs built from now on; None
-    (default) takes them over what this process is given.
+    (default) takes them over this process's batch.
     """
     global _ranks
     _ranks = group
@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
         return self.freeze(keys=["running_mean", "running_var"], recurse=False)
 
     def affine(self) -> tuple[mx.array, mx.array]:
-        """float32 scale and shift (C,) that normalizing with the running statistics amounts to."""
+        """float32 scale and shift (C,) that are equivalent to normalizing with the running statistics."""
         scale = self.weight * mx.rsqrt(self.running_var + _EPS)
         return scale, self.bias - self.running_mean * scale
 

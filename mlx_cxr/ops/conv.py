@@ -102,7 +102,7 @@ _DEEP = 256
 
 
 def _slices(x: mx.array) -> int:
-    """Into how many batch slices a 3x3 convolution of `x` is cut, so that each slice's patches stay in cache.
+    """Number of batch slices of a 3x3 convolution of `x`, such that each slice's patches stay in cache.
 
     Only the wide maps of few channels gain: with many channels the matrix product outweighs the patches.
     """
@@ -176,7 +176,7 @@ def _weight_gradient(x: mx.array, dy: mx.array, kernel: int, stride: int, paddin
 
 
 def _patches(x: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
-    """(positions of the output, k * k * channels): what each output of a convolution sees of `x`."""
+    """(positions of the output, k * k * channels): the patch of `x` under each output of a convolution."""
     padded = mx.contiguous(mx.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))))
     n, height, width, c = padded.shape
     rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1

@@ -1,4 +1,4 @@
-"""A student that also gives features, to be held against its teacher's."""
+"""A student that also gives features, for the cosine distance to its teacher's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
 
 class FeatureStudent(nn.Module):
-    """A ResNet-18 with a linear projection of its pooled features, which training needs and the student does not.
+    """A ResNet-18 with a linear projection of its pooled features, which only training needs.
 
     `model(x)` is (B, 14 + H): the logits, then the projection.
 
@@ -30,7 +30,7 @@ class FeatureStudent(nn.Module):
 
     @property
     def config(self) -> ResNetConfig:
-        """The student's."""
+        """Configuration of the student."""
         return self.student.config
 
     def __call__(self, x: mx.array) -> mx.array:

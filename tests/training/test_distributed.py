@@ -215,7 +215,7 @@ def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, asked):
 
 def test_a_rank_of_a_launcher_that_mlx_cannot_reach_does_not_write_alone():
     code = "import mlx_cxr; from mlx_cxr.core import device; from mlx_cxr.core.errors import readable_errors\n"
-    code += "with readable_errors(): runtime.start('train_cnn', parallel=True)"
+    code += "with readable_errors(): device.start('train_cnn', parallel=True)"
     environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -227,7 +227,7 @@ def test_a_rank_of_a_launcher_that_mlx_cannot_reach_does_not_write_alone():
 def test_a_rank_whose_peer_never_starts_says_so(tmp_path):
     (tmp_path / "hosts.json").write_text('[["127.0.0.1:9"], ["256.0.0.1:9"]]')
     code = "import mlx_cxr; from mlx_cxr.core import device; from mlx_cxr.core.errors import readable_errors\n"
-    code += "with readable_errors(): runtime.start('train_cnn', parallel=True)"
+    code += "with readable_errors(): device.start('train_cnn', parallel=True)"
     environment = {**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
