@@ -10,22 +10,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import sha256_file
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
-from mlx_cxr.training.distributed import ALONE
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mlx_cxr.core.config import Config
-    from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-    from mlx_cxr.training.distributed import World
-    from mlx_cxr.training.losses import Loss
-    from mlx_cxr.training.student_soft_labels import SoftTargets
+    from mlx_cxr.core.config_schema import ModelConfig
 
 
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
@@ -51,8 +45,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     from mlx_cxr.training.classifier_task import TrainingData, classifier_task
     from mlx_cxr.training.distributed import World
     from mlx_cxr.training.preprocessing import preprocessing_record
-    from mlx_cxr.training.student import FeatureStudent
-    from mlx_cxr.training.student_soft_labels import read_soft_targets
+    from mlx_cxr.training.student import FeatureStudent, loss_and_targets, training_of_student
+    from mlx_cxr.training.student_soft_labels import read_student_soft_labels
 
     machine, world = device.start("distillation", parallel=True), World.join()
     settings = config.distillation
@@ -64,7 +58,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     inputs: dict[str, Path] = {}
     soft = None
     if settings.targets != "hard":
-        soft, inputs = read_soft_targets(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
+        soft, inputs = read_student_soft_labels(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
     validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     section = initial_section(config)
     if settings.init == "cnn":
@@ -72,11 +66,11 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     student, origin, weights = classifier_run.initial_network(config, section, hard)
     classifier_run.begin(config, run_dir, "distillation", inputs, machine, resume_state, world)
 
-    training = effective_training(config)
+    training = training_of_student(config)
     model, keeps_features = student, soft is not None and soft.features is not None
     if keeps_features:
         model = FeatureStudent(student, soft.features.shape[1], config.seed)
-    loss, targets = loss_and_targets(config, hard, soft, weights, world)
+    loss, targets = loss_and_targets(settings, hard, soft, weights, world)
     task = classifier_task(
         model,
         loss,
@@ -113,33 +107,6 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         },
     )
     return run_dir
-
-
-def loss_and_targets(
-    config: Config,
-    hard: np.ndarray,
-    soft: SoftTargets | None,
-    positive_weight: np.ndarray | None,
-    world: World = ALONE,
-) -> tuple[Loss, np.ndarray]:
-    """The loss, and its target rows: the hard labels alone where there are no soft ones."""
-    import numpy as np
-
-    from mlx_cxr.training.losses import distillation_loss, masked_bce
-
-    settings = config.distillation
-    if soft is None:
-        return masked_bce(positive_weight, world), hard
-    weight = 0.0 if soft.features is None else settings.feature_weight
-    parts = [hard, soft.logits, *([] if soft.features is None else [soft.features])]
-    loss = distillation_loss(settings.alpha, settings.temperature, positive_weight, weight, world)
-    return loss, np.concatenate(parts, 1)
-
-
-def effective_training(config: Config) -> TrainingConfig:
-    """The training section with the epochs and the learning rate of the distillation section, where it has them."""
-    changes: dict[str, Any] = {key: getattr(config.distillation, key) for key in ("epochs", "learning_rate")}
-    return config.training.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
 def initial_section(config: Config) -> ModelConfig:

@@ -31,7 +31,7 @@ from mlx_cxr.training.classifier_task import TrainingData
 from mlx_cxr.training.cohort import Cohort
 from mlx_cxr.training.loop import TrainingDivergedError
 from mlx_cxr.training.losses import distillation_loss, masked_bce
-from mlx_cxr.training.student_soft_labels import make_soft_targets
+from mlx_cxr.training.student_soft_labels import make_student_soft_labels
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def student_auc(run_dir: Path, kind: str) -> float:
     if kind == "hard":
         loss, targets = masked_bce(), hard
     else:
-        made = make_soft_targets(kind, soft, ids, hard, calibrated=True, seed=0)
+        made = make_student_soft_labels(kind, soft, ids, hard, calibrated=True, seed=0)
         loss, targets = distillation_loss(0.3, 2.0), np.concatenate([hard, made.logits], axis=1)
     aucs = []
     judge = validator(*square_images(200, 16, 1))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.bench.timing import LEAST_ROUNDS, Timing, alternate, seconds_of
-from mlx_cxr.ops import conv
+from mlx_cxr.ops.switch import fast_ops
 
 log = logging.getLogger("mlx_cxr")
 
@@ -215,11 +215,8 @@ def _too_slow(seconds: float, budget: float) -> str:
 @contextmanager
 def stock_operations() -> Iterator[None]:
     """Graphs that are built inside take MLX's own operations, not this package's paths for the CPU."""
-    conv.use_fast_ops(False)
-    try:
+    with fast_ops(False):
         yield
-    finally:
-        conv.use_fast_ops(True)
 
 
 def largest_difference(output: np.ndarray, reference: np.ndarray) -> float:

@@ -40,8 +40,12 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import run_folder
 
 
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be used; the message names the file, each key and the way out."""
+
+
 class Config(Section):
-    """Everything an experiment can be told."""
+    """Configuration of an experiment, a section for each part of it."""
 
     name: Name
     seed: Annotated[int, Field(ge=0)] = 0
@@ -102,76 +106,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
     Args:
         path: the YAML file.
         overrides: `dotted.key=value` texts; values are parsed as YAML.
-        direct: dotted keys written with `__`, such as `data__n_studies=500`; None leaves the YAML's value.
+        direct: dotted keys written with `__`, such as `data__n_studies=500`; None leaves the YAML's value. They win
+            over `overrides`.
 
     Raises:
-        ConfigError: a missing file, invalid YAML, an unknown key, a wrong type or range, an unset `${NAME}`; every
-            fault is listed with its key.
+        ConfigError: a missing file, invalid YAML, a key given twice, an override that is none, an unknown key, a wrong
+            type or range, an unset `${NAME}`; every fault is listed with its key.
     """
-    return _validated(read_settings(path, overrides, direct), path)
-
-
-def config_from_plain(plain: Mapping[str, Any], where: str | Path) -> Config:
-    """The `Config` that a run's `config.json` recorded.
-
-    Raises:
-        ConfigError: the record does not fit this version; names `where` and the keys.
-    """
-    return _validated(plain, where)
-
-
-def _validated(raw: Mapping[str, Any], where: str | Path) -> Config:
-    try:
-        # JSON mode: strict about types, yet a list may fill a tuple and text a path.
-        return Config.model_validate_json(json.dumps(raw, default=str))
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from None
-
-
-def _explain(fault: Mapping[str, Any]) -> str:
-    location = [str(part) for part in fault["loc"] if part != "[key]"]
-    key = ".".join(location) or "(whole file)"
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}"
-    if fault["type"] == "missing":
-        return f"key '{key}' is missing"
-    value = "" if isinstance(fault.get("input"), dict) else f" (got {fault.get('input')!r})"
-    return f"key '{key}': {fault['msg'].removeprefix('Value error, ')}{value}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        section = next(
-            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
-        )
-        if section is None:
-            return []
-    return list(section.model_fields)
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message names the file, each key and the way out."""
-
-
-def read_settings(path: str | Path, overrides: Sequence[str], direct: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values of a YAML file, with those of the command line put in their place.
-
-    Args:
-        path: the YAML file.
-        overrides: `dotted.key=value` texts; values are parsed as YAML.
-        direct: dotted keys written with `__`; None leaves the YAML's value. They win over `overrides`.
-
-    Returns:
-        Nested mappings; `${NAME}` and `${NAME:-default}` in texts are replaced by environment variables.
-
-    Raises:
-        ConfigError: a missing file, invalid YAML, a key given twice, an override that is none, an unset `${NAME}`.
-    """
+    # The file.
     path = Path(path)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -182,6 +124,8 @@ def read_settings(path: str | Path, overrides: Sequence[str], direct: Mapping[st
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+
+    # The command line: `--set`, then the stage's own options.
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -194,10 +138,11 @@ def read_settings(path: str | Path, overrides: Sequence[str], direct: Mapping[st
     for key, value in direct.items():
         if value is not None:
             _set_key(raw, key.replace("__", "."), value, f"--{key}")
-    return _expand(raw, path, "")
+    return config_from_plain(_expand(raw, path, ""), path)
 
 
 def _set_key(raw: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    """Set a key of nested sections, making those that are missing; `origin` is for the error message."""
     *parents, last = dotted.split(".")
     node = raw
     for part in parents:
@@ -210,6 +155,7 @@ def _set_key(raw: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
 
 
 def _expand(value: Any, path: Path, key: str) -> Any:
+    """Replace `${NAME}` and `${NAME:-default}` in all texts by environment variables."""
     if isinstance(value, dict):
         return {name: _expand(item, path, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
     if isinstance(value, list):
@@ -245,3 +191,69 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def config_from_plain(plain: Mapping[str, Any], where: str | Path) -> Config:
+    """Check plain data, such as a run's `config.json` recorded.
+
+    Raises:
+        ConfigError: they do not fit this version; names `where` and every faulty key.
+    """
+    try:
+        # JSON mode: strict about types, yet a list may fill a tuple and text a path.
+        return Config.model_validate_json(json.dumps(plain, default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    location = [str(part) for part in fault["loc"] if part != "[key]"]
+    key = ".".join(location) or "(whole file)"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}"
+    if fault["type"] == "missing":
+        return f"key '{key}' is missing"
+    value = "" if isinstance(fault.get("input"), dict) else f" (got {fault.get('input')!r})"
+    return f"key '{key}': {fault['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = next(
+            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two options every stage has: `--config` and repeatable `--set KEY=VALUE`."""
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the experiment, such as configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, such as training.epochs=3 (YAML value; repeatable)",
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
+    """The options of every stage that trains besides: `--run_name`, `--seed`, and `--resume` or `--overwrite`.
+
+    Args:
+        parser: of the stage.
+        run_name: the configuration's key that names the run by default.
+    """
+    parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
+    parser.add_argument("--seed", type=int)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")

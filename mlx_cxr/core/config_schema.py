@@ -15,12 +15,13 @@ from mlx_cxr.core.labels import LABELS, MAPPED, Empty, LabelPolicy, Uncertain
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Sections = tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Label = Literal[LABELS]  # type: ignore[valid-type]
 
 
 class Section(BaseModel):
-    """What every section is: frozen, strict about types, closed to unknown keys."""
+    """A section of the configuration: frozen, strict about types, closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -34,14 +35,13 @@ class DemoConfig(Section):
 
 
 class CsvSource(Section):
-    """How to read any table of images or of reports: column names, label mapping, separator. Used when `data.source` is
-    `csv`."""
+    """Reading of any table of images or of reports: column names, label mapping, separator; for `data.source: csv`."""
 
     table: Path
     """`.csv`, `.csv.gz`, or `.jsonl`, an object per line, whose keys are the columns."""
     separator: Annotated[str, Field(min_length=1)] = ","
     patient: str = "patient_id"
-    """May be the column of `study`, where a patient is not told from a study."""
+    """May be the column of `study`, where the table does not distinguish patients from studies."""
     study: str | None = "study_id"
     """None takes each image as a study of its own."""
     image: str | None = "image_file"
@@ -68,7 +68,7 @@ class CsvSource(Section):
 
     @property
     def text_only(self) -> bool:
-        """Whether these are reports without images."""
+        """True for reports without images."""
         return self.image is None
 
     @model_validator(mode="after")
@@ -83,22 +83,18 @@ class CsvSource(Section):
 
 
 class DataConfig(Section):
-    """Where the raw data lie and what of them becomes the manifest."""
+    """Location of the raw data, and selection of the part that becomes the manifest."""
 
     source: Literal["mimic-cxr-jpg", "csv"] = "mimic-cxr-jpg"
     synthetic: bool = False
     """True for the built-in cohort: every result and picture then says so."""
     root: Path
     work_dir: Path
-    """Where `manifest.csv`, `splits.json` and the pixel store go."""
+    """Folder for `manifest.csv`, `splits.json` and the pixel store."""
     reports: Path | None = None
     """Folder or zip of MIMIC-CXR reports; None looks for them beside the images and does without."""
-    report_sections: tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...] = (
-        "impression",
-        "findings",
-        "last_paragraph",
-    )
-    """What the manifest's text is made of; `reports.csv` has every section."""
+    report_sections: Sections = ("impression", "findings", "last_paragraph")
+    """Sections in the manifest's text; `reports.csv` has every section."""
     report_mode: Literal["first", "all"] = "first"
     """`first`: the first of `report_sections` that a report has (a fall-back order). `all`: all of them, in order."""
     labeler: Literal["chexpert", "negbio"] = "chexpert"
@@ -223,15 +219,12 @@ class ExplainConfig(Section):
 
 
 class PipelineConfig(Section):
-    """How far the pipeline goes, and what stops it."""
+    """Extent of the pipeline, and the gate that stops it."""
 
     teacher: bool = True
     """Go on after the CNN to teacher, student, comparison and failure analysis; needs reports."""
     min_val_auc: Fraction = 0.80
     """Least validation macro AUC of the CNN, per image."""
-
-
-Sections = tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...]
 
 
 class LoraConfig(Section):
@@ -258,7 +251,7 @@ class LoraConfig(Section):
 
 
 class FineTuningConfig(Section):
-    """How the teacher's adapters are trained."""
+    """Training of the teacher's adapters."""
 
     epochs: Count = 3
     batch_size: Count = 4
@@ -303,12 +296,12 @@ class TeacherConfig(Section):
     """A local folder, or a hub id (brought by `fetch_weights --what lfm`)."""
     run_name: Name = "lora_teacher_phase1"
     start_from: Name | None = None
-    """Run of another teacher on the same base whose adapter this one begins with: phase 2, which looks at the image
-    too, begins where phase 1 ended."""
+    """Run of another teacher on the same base whose adapter this one starts from: phase 2, which reads the image too,
+    starts from phase 1."""
     modality: Literal["text", "image", "image_text"] = "text"
     sections: Annotated[Sections, Field(min_length=1)] = ("findings",)
-    """What it may read of a report. MIMIC's labels were taken from the impression: a teacher that reads it learns the
-    labeler."""
+    """Sections of a report that it may read. MIMIC's labels were taken from the impression: a teacher that reads it
+    learns the labeler."""
     section_mode: Literal["first", "all"] = "all"
     """`all`: every section named that a report has. `first`: the first of them."""
     max_tokens: Annotated[int, Field(ge=192)] = 768
@@ -318,11 +311,11 @@ class TeacherConfig(Section):
     batch_size: Count = 8
     """Studies per forward pass when scoring."""
     memory_limit_gb: Positive | None = None
-    """What training may take; None takes 70 % of the machine's memory."""
+    """Memory that training may take; None takes 70 % of the machine's."""
     lora: LoraConfig = LoraConfig()
     training: FineTuningConfig = FineTuningConfig()
     tiny: TinyTeacherConfig | None = None
-    """Where given, the pipeline makes the base, at the folder `base`, as `make_tiny_teacher` does."""
+    """If given, the pipeline makes the base, at the folder `base`, as `make_tiny_teacher` does."""
 
 
 class DistillationConfig(Section):
@@ -330,8 +323,8 @@ class DistillationConfig(Section):
 
     run_name: Name = "student_v1"
     targets: Literal["teacher", "hard", "smoothed", "shuffled"] = "teacher"
-    """What the loss has beside the hard labels. Controls: `hard` has nothing; `smoothed` pulls each label towards its
-    prevalence as strongly as the teacher does on average; `shuffled` gives each study the soft label of another one."""
+    """Soft labels beside the hard ones. Controls: `hard` has none; `smoothed` pulls each label towards its prevalence
+    as strongly as the teacher does on average; `shuffled` gives each study the soft label of another one."""
     alpha: Fraction = 0.3
     """Weight of the hard labels; 1 - alpha is that of the soft ones."""
     temperature: Annotated[float, Field(ge=1.0)] = 2.0

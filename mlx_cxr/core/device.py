@@ -1,8 +1,7 @@
-"""The machine: which device MLX computes on, how much memory it may take, and which BLAS serves it on Linux; and
-whether this process is one of several that `mlx.launch` started.
+"""The machine that a stage runs on: MLX's device, memory and BLAS, and the processes (ranks) of one run.
 
-Measured facts behind this module: on Linux, `mlx[cpu]` links netlib's reference BLAS (7 GFLOP/s on two cores);
-`cblas_sgemm` is a dynamic symbol, so an OpenBLAS loaded globally before `mlx.core` serves it instead (about 220).
+On Linux, `mlx[cpu]` links netlib's reference BLAS (7 GFLOP/s on two cores); `cblas_sgemm` is a dynamic symbol, so an
+OpenBLAS loaded globally before `mlx.core` serves it instead (about 220).
 `opencv-python`, which mlx-vlm needs, ships one; a system OpenBLAS is preferred.
 """
 
@@ -34,11 +33,10 @@ _openblas: str | None = None
 def link_openblas() -> str | None:
     """On Linux, load an OpenBLAS globally so that MLX's float32 matrix products use it; elsewhere do nothing.
 
-    Does its work once, and only before `mlx.core` is imported. `MLX_CXR_OPENBLAS` names a library to use, or
-    `off`.
+    It has an effect once, and only before `mlx.core` is imported. `MLX_CXR_OPENBLAS` names a library to use, or `off`.
 
     Returns:
-        The path or name of the library that serves, or None where the stock BLAS does.
+        The path or name of the library in use, or None for the stock BLAS.
     """
     global _openblas
     if _openblas is not None or platform.system() != "Linux":
@@ -75,7 +73,7 @@ def keep_freed_memory() -> bool:
     cost more than the arithmetic (a BatchNorm step over 19 MB: 86 ms, then 28). One arena serves all threads.
 
     Returns:
-        Whether the C library took the settings.
+        True if the C library took the settings.
     """
     if platform.system() != "Linux":
         return False
@@ -90,7 +88,7 @@ def keep_freed_memory() -> bool:
 
 
 def device_kind() -> str:
-    """`metal`, `cuda` or `cpu`: what MLX's default device is."""
+    """MLX's default device: `metal`, `cuda` or `cpu`."""
     import mlx.core as mx
 
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -99,7 +97,7 @@ def device_kind() -> str:
 
 
 def configure_memory(cache_limit_gb: float = 1.0) -> dict[str, int]:
-    """Bound what MLX takes on a device with unified or graphics memory; does nothing on the CPU backend.
+    """Bound MLX's memory on a device with unified or graphics memory; does nothing on the CPU backend.
 
     The wired limit becomes the device's recommended working set, which macOS will not page out, and the cache of
     freed buffers is bounded, so that a training run does not push a 16 GB machine into swap.
@@ -125,7 +123,7 @@ def configure_memory(cache_limit_gb: float = 1.0) -> dict[str, int]:
 
 
 def describe() -> dict[str, Any]:
-    """What a run records of its machine: device, name, cores, memory in bytes, and the BLAS on Linux."""
+    """Record of the machine for a run: device, name, cores, memory in bytes, and the BLAS on Linux."""
     import mlx.core as mx
 
     kind = device_kind()
@@ -140,7 +138,7 @@ def describe() -> dict[str, Any]:
 
 
 def blas_name() -> str:
-    """One phrase for which library serves MLX's matrix products on the CPU backend."""
+    """Name of the library behind MLX's matrix products on the CPU backend, for people."""
     if platform.system() != "Linux":
         return "Accelerate"
     return f"OpenBLAS ({Path(_openblas).name})" if _openblas else "reference BLAS (slow; see the doctor stage)"
@@ -166,9 +164,9 @@ def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:
 
 
 def process_group() -> mx.distributed.Group | None:
-    """The processes that `mlx.launch` or `mpirun` started; None where this one runs by itself.
+    """The processes that `mlx.launch` or `mpirun` started; None for a process by itself.
 
-    MLX is asked only where their variables are set: it would load and start an MPI library that merely is there.
+    Without their environment variables MLX is not asked, as it would load and start any MPI library installed.
 
     Raises:
         UserError: the others cannot be reached.
@@ -204,7 +202,7 @@ def share_cores(group: mx.distributed.Group) -> int | None:
     in the environment stands above this.
 
     Returns:
-        How many threads it has now; None where it was left as it is.
+        Its number of threads now; None where it was left as it is.
     """
     import mlx.core as mx
 
@@ -222,15 +220,15 @@ def share_cores(group: mx.distributed.Group) -> int | None:
 
 
 def start(stage: str, verbose: bool = True, parallel: bool = False) -> dict[str, Any]:
-    """Set up a stage: logging to the terminal, memory limits, and one line that says what it runs on.
+    """Set up a stage: logging to the terminal, memory limits, and one line about the machine.
 
     Args:
         stage: its name.
-        verbose: say more than warnings.
-        parallel: whether it can be one run of several processes. Only rank 0 of them is verbose.
+        verbose: log more than warnings.
+        parallel: it can be one run of several processes. Only rank 0 of them is verbose.
 
     Returns:
-        `describe()`, and how many `processes` where there are several.
+        `describe()`, and the number of `processes` where there are several.
 
     Raises:
         UserError: `mlx.launch` has started several processes of a stage that is not parallel; or they do not find each

@@ -1,4 +1,4 @@
-"""How figures and warnings read, the same in every table, plot, picture and page."""
+"""Wording of figures and warnings, the same in every table, plot, picture and page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def footer(synthetic: bool, own_image: bool = False) -> str:
 
     Args:
         synthetic: the model was trained on the synthetic cohort.
-        own_image: what is shown is a user's image, not one of that cohort.
+        own_image: the picture shows a user's image, not one of that cohort.
     """
     if not synthetic:
         return f"{NOT_CLINICAL}."

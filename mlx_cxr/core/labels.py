@@ -1,4 +1,4 @@
-"""The 14 CheXpert findings, their order, and what an uncertain or empty label is taken to mean.
+"""The 14 CheXpert findings, their order, and the policies for uncertain and empty labels.
 
 Source values are kept as MIMIC-CXR-JPG ships them: 1 present, 0 absent, -1 uncertain, empty (NaN here) not
 mentioned. A policy turns them into training or scoring targets; it is applied when labels are read and never
@@ -56,7 +56,7 @@ def label_word(value: float) -> str:
 
 @dataclass(frozen=True)
 class LabelPolicy:
-    """What the source values -1 (uncertain) and empty (not mentioned) become.
+    """Rule for the source values -1 (uncertain) and empty (not mentioned).
 
     Attributes:
         uncertain: `zeros`, `ones`, `ignore` (masked) or `soft` (the value `soft_value`).
@@ -91,13 +91,11 @@ class LabelPolicy:
         targets = raw.copy()
         if self.empty == "negative":
             targets[np.isnan(raw)] = 0.0
+        values = {"zeros": 0.0, "ones": 1.0, "ignore": np.nan, "soft": self.soft_value}
         for column, name in enumerate(LABELS):
-            uncertain = raw[:, column] == -1
-            targets[uncertain, column] = self._uncertain_value(self.uncertain_per_label.get(name, self.uncertain))
+            rule = self.uncertain_per_label.get(name, self.uncertain)
+            targets[raw[:, column] == -1, column] = values[rule]
         return targets
-
-    def _uncertain_value(self, rule: Uncertain) -> float:
-        return {"zeros": 0.0, "ones": 1.0, "ignore": np.nan, "soft": self.soft_value}[rule]
 
 
 SCORING_PROTOCOLS: Mapping[str, LabelPolicy] = {

@@ -1,8 +1,8 @@
-"""Whether a step's outputs still belong to its inputs: by hash, with the reason in words.
+"""Ledger of the steps of a pipeline: tells by hash which are up to date, and for what reason the others are not.
 
-A step is recorded with the configuration it read and the SHA-256 of the files it read. It is up to date when
-both are the same now, its outputs are there, and the package has the same version. Code is not hashed: after
-changing some, say from which stage to start again.
+A step is recorded with the configuration it read and the SHA-256 of the files it read. It is up to date when both are
+the same now, its outputs exist, and the package has the same version. Code is not hashed: after a change of code, the
+pipeline is told the stage to start again from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a step's outputs depend on.
+    """Everything that a step's outputs depend on.
 
     Attributes:
         version: of this package.
@@ -35,7 +35,7 @@ class Fingerprint:
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerprint:
-    """The fingerprint of a step about to run.
+    """Take the fingerprint of a step about to run.
 
     Args:
         settings: the sections of `Config.plain()` that the step reads.
@@ -51,10 +51,10 @@ def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerpr
 
 
 class Ledger:
-    """What was done to get to the present state of a folder, in one JSON file.
+    """The steps that brought a folder to its present state, in one JSON file.
 
     Args:
-        path: the file; made when the first step is recorded.
+        path: the file; written when the first step is recorded.
 
     Raises:
         RunFormatError: the file is there but not a ledger.
@@ -70,7 +70,7 @@ class Ledger:
             self._steps = record["steps"]
 
     def why_run(self, step: str, now: Fingerprint, outputs: Sequence[Path]) -> str:
-        """Why a step has to run, in words; empty when its outputs are up to date."""
+        """The reason for running a step, in words; empty when its outputs are up to date."""
         then = self._steps.get(step)
         if then is None:
             return "not run before"
@@ -82,7 +82,7 @@ class Ledger:
         return f"{', '.join(missing)} is missing" if missing else ""
 
     def changes(self, step: str, now: Fingerprint) -> str:
-        """What differs from the recorded fingerprint, in words; empty when nothing does or nothing is recorded."""
+        """Differences from the recorded fingerprint, in words; empty without any, or when nothing is recorded."""
         then = self._steps.get(step)
         if then is None:
             return ""
@@ -98,7 +98,7 @@ class Ledger:
         return ""
 
     def record(self, step: str, fingerprint: Fingerprint, *, finished: bool) -> None:
-        """Write that a step was begun, or finished, with this fingerprint."""
+        """Record that a step was begun, or finished, with this fingerprint."""
         self._steps[step] = {"finished": finished, "fingerprint": asdict(fingerprint)}
         write_json(self.path, {"schema": SCHEMA, "steps": self._steps})
 

@@ -1,4 +1,4 @@
-"""Run folders, atomic writes, hashes and provenance: what makes a result traceable to what it was made from."""
+"""Run folders, atomic writes, hashes and provenance, by which a result is traced to its inputs."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def create_run(
         stage: the stage that makes it, such as `train_cnn`.
         config: the full configuration as plain data.
         inputs: role -> file the run reads; each is recorded with its SHA-256.
-        device: what `runtime.describe()` says.
+        device: `device.describe()`.
         overwrite: let an existing run of that name be replaced; its old files stay until they are.
 
     Raises:
@@ -256,7 +256,7 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
 def provenance(
     stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], device: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The record that every run keeps: command, config, versions, device, seed, commit, hashes of what it read."""
+    """Record of a run: command, configuration, versions, device, seed, commit, hashes of the files it read."""
     commit, dirty = git_state()
     return {
         "schema": 1,

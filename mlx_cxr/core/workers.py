@@ -33,12 +33,12 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
 
 @contextmanager
 def lean_start() -> Iterator[None]:
-    """Around whatever may start a worker: what it must not inherit.
+    """Keep from workers that are started in this context what they must not inherit.
 
-    "spawn" has a worker import the parent's main module anew: it would bring pandas and MLX into each, and run a user's
-    script again where it lacks the usual guard. And Ctrl-C reaches workers as well as their parent, which alone should
-    act on it; a signal that is blocked here stays blocked in them from their first instruction. Nor must numerical
-    libraries start threads of their own in each.
+    With "spawn" a worker imports the parent's main module anew: this would bring pandas and MLX into each, and run a
+    user's script again where it lacks the usual guard. Ctrl-C reaches workers as well as their parent, which alone
+    should act on it; a signal that is blocked here stays blocked in them from their first instruction. And numerical
+    libraries must not start threads of their own in each.
     """
     main, settings = sys.modules["__main__"], {name: os.environ.get(name) for name in _THREAD_SETTINGS}
     sys.modules["__main__"] = ModuleType("__main__")

@@ -1,4 +1,4 @@
-"""A trained run, checked against the data it is asked about: the record and weights that all answers come from."""
+"""A trained run, its record and weights, checked against the data that it is to score."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TrainedRun:
         return parameter_counts(model)
 
     def check(self, config: Config) -> None:
-        """Refuse to be shown other data than the run was trained for.
+        """Refuse other data than the run was trained for.
 
         Args:
             config: of the experiment whose manifest and images are to be scored.
@@ -118,7 +118,7 @@ def image_maps(
 def image_maps_by(
     model: ResNet18, images: ImageSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
 ) -> tuple[dict[Method, np.ndarray], np.ndarray]:
-    """As `image_maps`, by several methods, for which the trunk runs once."""
+    """As `image_maps`, by several methods, with one pass of the trunk."""
     network = FoldedResNet18.of(model)
     trunk = image_features(network)
     batches = [np.arange(len(images))[i : i + batch_size] for i in range(0, len(images), batch_size)]

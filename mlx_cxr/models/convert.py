@@ -70,7 +70,9 @@ def load_torchvision(path: str | Path) -> dict[str, mx.array]:
     stem, head = weights.get("conv1.weight"), weights.get("fc.weight")
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 and stem.shape[1] in (1, 3) else 3
     classes = head.shape[0] if head is not None and head.ndim == 2 else 1000
-    expected = {name: _nchw_shape(shape) for name, shape in _shapes(ResNetConfig(channels, classes)).items()}
+    expected = {}
+    for name, shape in _shapes(ResNetConfig(channels, classes)).items():
+        expected[name] = (shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape
     check_weights(path, weights, expected, "nchw")
     return {name: value.astype(mx.float32) for name, value in weights.items()}
 
@@ -98,7 +100,10 @@ def adapt(weights: Mapping[str, mx.array], config: ResNetConfig, seed: int = 0) 
     Raises:
         ModelFormatError: a one-channel stem for a three-channel model.
     """
-    adapted = {name: _to_nhwc(value) for name, value in weights.items()}
+    adapted = {
+        name: mx.contiguous(value.transpose(0, 2, 3, 1)) if value.ndim == 4 else value
+        for name, value in weights.items()
+    }
     have = adapted["conv1.weight"].shape[-1]
     if have == 3 and config.in_channels == 1:
         adapted["conv1.weight"], shift = _gray_stem(adapted["conv1.weight"])
@@ -193,7 +198,7 @@ def load_model(path: str | Path) -> ResNet18:
 
 
 def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tuple[ResNet18, dict[str, Any]]:
-    """The network that training starts from, and where its weights come from.
+    """The network that training starts from, and the provenance of its weights.
 
     `imagenet` takes `weights_dir/resnet18.tv_in1k.safetensors`, fetched from the hub when it is not there.
     Only when it is neither there nor to be had does training start from scratch, with a warning and the
@@ -214,6 +219,7 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
         ModelFormatError: a file that does not hold these weights.
         WeightsCorruptError: ImageNet weights that changed since they were fetched.
     """
+    # The published weights, or random ones where they cannot be had.
     wanted = ResNetConfig(in_channels=config.in_channels, dropout=config.dropout, output_stride=config.output_stride)
     if config.weights == "imagenet":
         try:
@@ -228,6 +234,8 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
         return model, {"weights": "imagenet", "requested": "imagenet", "head": "fresh", **_file_entry(path), **origin}
     if config.weights == "scratch":
         return _scratch(wanted, seed)
+
+    # A checkpoint of this package, head and all, or a file of torchvision or timm.
     path = Path(config.weights)
     arrays, header = read_safetensors(path)
     if header.get("format") == FORMAT:
@@ -248,7 +256,7 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
 
 
 def fetch_imagenet(weights_dir: str | Path, local: Path | None = None, again: bool = False) -> dict[str, Any]:
-    """Make sure that the ImageNet weights lie in `weights_dir`, checked; fetch them when they do not.
+    """Check the ImageNet weights in `weights_dir`; fetch them when they are not there.
 
     Args:
         weights_dir: the weights folder.
@@ -328,14 +336,6 @@ def _gray_stem(kernel: mx.array) -> tuple[mx.array, mx.array]:
     gray = (kernel * (GRAY_STD / std)).sum(axis=-1, keepdims=True)
     constant = (kernel * ((GRAY_MEAN - mx.array(RGB_MEAN)) / std)).sum(axis=(1, 2, 3))
     return gray, constant
-
-
-def _to_nhwc(value: mx.array) -> mx.array:
-    return mx.contiguous(value.transpose(0, 2, 3, 1)) if value.ndim == 4 else value
-
-
-def _nchw_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
 
 
 def _shapes(config: ResNetConfig) -> dict[str, tuple[int, ...]]:

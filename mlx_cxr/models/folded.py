@@ -1,4 +1,4 @@
-"""The ResNet-18 for inference: BatchNorm folded into the convolutions, in the precision and form that the device likes.
+"""The ResNet-18 for inference: BatchNorm folded into the convolutions, in the precision that suits the device.
 
 In evaluation a BatchNorm is one factor and one constant per channel, `BatchNorm.affine`; the factor goes into the
 kernel before it (Jacob et al., arXiv:1712.05877, section 3.2), and the constant becomes its bias.
@@ -24,13 +24,15 @@ _TOGETHER = 16
 
 
 class _FoldedConv(nn.Module):
-    def __init__(self, conv: nn.Module, norm: BatchNorm, dtype: mx.Dtype) -> None:
+    """A convolution and the BatchNorm after it."""
+
+    def __init__(self, layer: nn.Module, norm: BatchNorm, dtype: mx.Dtype) -> None:
         super().__init__()
         scale, shift = norm.affine()
-        self.weight = (conv.weight * scale[:, None, None, None]).astype(dtype)
+        self.weight = (layer.weight * scale[:, None, None, None]).astype(dtype)
         self.bias = shift.astype(dtype)
-        self.stride = getattr(conv, "stride", 2)
-        self.dilation = getattr(conv, "dilation", 1)
+        self.stride = getattr(layer, "stride", 2)
+        self.dilation = getattr(layer, "dilation", 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         kernel = self.weight.shape[1]
@@ -42,6 +44,8 @@ class _FoldedConv(nn.Module):
 
 
 class _FoldedBlock(nn.Module):
+    """A `BasicBlock` of folded convolutions."""
+
     def __init__(self, block: BasicBlock, dtype: mx.Dtype) -> None:
         super().__init__()
         self.first = _FoldedConv(block.conv1, block.bn1, dtype)
@@ -54,10 +58,7 @@ class _FoldedBlock(nn.Module):
 
 
 class FoldedResNet18(nn.Module):
-    """A `ResNet18` as it is in evaluation, cut at the last feature map like it (`explain.grad_cam.SplitNetwork`).
-
-    A copy: what happens to the network that it was made of later does not change it.
-    """
+    """A copy of a `ResNet18` in evaluation, cut at the last feature map like it (`explain.grad_cam.SplitNetwork`)."""
 
     def __init__(self, model: ResNet18, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -104,13 +105,12 @@ class FoldedResNet18(nn.Module):
 def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """`function` in the form that runs fastest here; its results are evaluated.
 
-    On the CPU backend a batch is worked on in parts, uncompiled: fused operations with a value per channel run there
+    On the CPU backend a batch is computed in parts, uncompiled: fused operations with a value per channel run there
     element by element, and made the forward pass 1.5 times as long. Large batches go through 16 images at a time, of
     which more fits the cache. Elsewhere one graph is compiled per shape.
 
     Args:
-        function: of a batch to what it says of each image, such as a network in evaluation mode whose weights stay as
-            they are.
+        function: of a batch (N, …) to a row per image, such as a network in evaluation mode with constant weights.
     """
     if not _computes_on_cpu():
         compiled = mx.compile(function)
@@ -134,12 +134,12 @@ def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], 
 
 
 def inference_network(model: ResNet18, trial: mx.array | None = None) -> FoldedResNet18:
-    """Fold `model` for this device: in float16 where that is faster and says the same, else in float32.
+    """Fold `model` for this device: in float16 where that is faster and gives the same logits, else in float32.
 
     Args:
         model: the network.
-        trial: preprocessed images (N, H, W, channels) to find out with; None takes float32. On the CPU backend, whose
-            matrix products are fast in float32 alone, float32 is taken without a trial.
+        trial: preprocessed images (N, H, W, channels) to compare the two on; None takes float32. The CPU backend,
+            whose matrix products are fast in float32 alone, takes float32 without a trial.
     """
     full = FoldedResNet18.of(model)
     if trial is None or _computes_on_cpu():

@@ -1,7 +1,7 @@
-"""Base weights that others publish: where they come from, under which licence, how they get under `weights/`.
+"""Base weights that others publish: their sources and licences, and fetching them to `weights/`.
 
-A fetched file or folder stands beside a JSON record of its source, revision, licence, sizes and SHA-256,
-written last: what has none was put there by hand, or not fetched to its end. `HF_HUB_OFFLINE` is respected.
+A fetched file or folder stands beside a JSON record of its source, revision, licence, sizes and SHA-256, written
+last: weights without one were put there by hand, or not fetched to their end. `HF_HUB_OFFLINE` is respected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,12 +54,17 @@ class Source:
     what: str
 
     def path(self, weights_dir: str | Path) -> Path:
-        """Where it lies once fetched."""
+        """The file or folder that holds it once fetched."""
         return Path(weights_dir) / self.name
 
     def record_path(self, weights_dir: str | Path) -> Path:
         """Its record."""
         return Path(weights_dir) / f"{self.name.removesuffix('.safetensors')}.json"
+
+    @property
+    def command(self) -> str:
+        """The command that fetches it."""
+        return f"python -m mlx_cxr.fetch_weights --what {'lfm' if self.file is None else 'resnet18'}"
 
 
 IMAGENET = Source(
@@ -115,7 +121,7 @@ def fetch_file(
 def fetch_folder(
     source: Source, weights_dir: str | Path, verify: Callable[[Path], None], local: Path | None = None
 ) -> dict[str, Any]:
-    """Bring a source of many files under `weights_dir` and record it; an interrupted download goes on.
+    """Bring a source of many files under `weights_dir` and record it; an interrupted download is resumed.
 
     Arguments, result and errors are those of `fetch_file`. A folder that `verify` refuses stays, without a
     record.
@@ -128,9 +134,14 @@ def fetch_folder(
             shutil.copytree(local, target, dirs_exist_ok=True)
         origin = {"source": "local folder", "revision": None}
     else:
-        revision = _latest_revision(source)
-        record_path.unlink(missing_ok=True)
-        _download_folder(source, revision, target)
+        from huggingface_hub import HfApi, snapshot_download
+
+        wanted = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
+        with _hub(source):
+            revision = HfApi().model_info(source.repo, timeout=_TIMEOUT_SECONDS).sha
+            record_path.unlink(missing_ok=True)
+            log.info("fetching %s from %s", source.what, source.repo)
+            snapshot_download(source.repo, revision=revision, local_dir=target, allow_patterns=wanted)
         origin = {"source": f"https://huggingface.co/{source.repo}", "revision": revision}
     verify(target)
     files = {
@@ -161,7 +172,9 @@ def check_record(source: Source, weights_dir: str | Path) -> dict[str, Any]:
     try:
         expected = {name: entry["sha256"] for name, entry in record["files"].items()}
     except (KeyError, TypeError, AttributeError):
-        raise WeightsCorruptError(f"{record_path} is not a record of fetched weights; {_again(source)}") from None
+        raise WeightsCorruptError(
+            f"{record_path} is not a record of fetched weights; fetch it again with `{source.command}`"
+        ) from None
     faults = []
     for name, sha256 in expected.items():
         if not (root / name).is_file():
@@ -169,7 +182,7 @@ def check_record(source: Source, weights_dir: str | Path) -> dict[str, Any]:
         elif (now := sha256_file(root / name)) != sha256:
             faults.append(f"{root / name} has SHA-256 {now[:12]}…, recorded was {sha256[:12]}…")
     if faults:
-        raise WeightsCorruptError("; ".join(faults) + f"; {_again(source)}")
+        raise WeightsCorruptError("; ".join(faults) + f"; fetch it again with `{source.command}`")
     return record
 
 
@@ -193,7 +206,7 @@ def check_language_model(folder: Path) -> None:
         faults.append("preprocessor_config.json (or processor_config.json) is missing")
     faults += _weight_faults(folder)
     if faults:
-        raise WeightsCorruptError(f"{folder}: " + "; ".join(faults) + f"; {_again(LFM)}")
+        raise WeightsCorruptError(f"{folder}: " + "; ".join(faults) + f"; fetch it again with `{LFM.command}`")
 
 
 def _weight_faults(folder: Path) -> list[str]:
@@ -243,7 +256,7 @@ def safetensors_names(path: Path) -> set[str]:
 
 
 def hub_is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids the network."""
+    """True if `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids the network."""
     yes = ("1", "on", "yes", "true")
     return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
@@ -254,14 +267,11 @@ def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]
     cached = try_to_load_from_cache(source.repo, source.file)
     if isinstance(cached, str):
         return Path(cached), {"source": f"{source.repo} (from the local hub cache)", "revision": None}
-    _refuse_when_offline(source)
-    try:
+    with _hub(source):
         # One request without retries first: a machine without network then knows in moments.
         remote = get_hf_file_metadata(hf_hub_url(source.repo, source.file), timeout=_TIMEOUT_SECONDS)
         log.info("fetching %s from %s", source.what, source.repo)
         found = Path(hf_hub_download(source.repo, source.file, revision=remote.commit_hash, local_dir=scratch))
-    except _network_errors() as error:
-        raise _unavailable(source, error) from None
     # For large files the hub's entity tag is their SHA-256; for small ones it is a 40-digit git hash.
     if remote.etag and len(remote.etag) == 64 and (got := sha256_file(found)) != remote.etag:
         raise WeightsCorruptError(
@@ -270,52 +280,24 @@ def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]
     return found, {"source": f"https://huggingface.co/{source.repo}", "revision": remote.commit_hash}
 
 
-def _latest_revision(source: Source) -> str | None:
-    from huggingface_hub import HfApi
-
-    _refuse_when_offline(source)
-    try:
-        return HfApi().model_info(source.repo, timeout=_TIMEOUT_SECONDS).sha
-    except _network_errors() as error:
-        raise _unavailable(source, error) from None
-
-
-def _download_folder(source: Source, revision: str | None, target: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
-    log.info("fetching %s from %s", source.what, source.repo)
-    try:
-        snapshot_download(source.repo, revision=revision, local_dir=target, allow_patterns=wanted)
-    except _network_errors() as error:
-        raise _unavailable(source, error) from None
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises on a failing network, its HTTP library's errors too; not a full disk."""
+@contextmanager
+def _hub(source: Source) -> Iterator[None]:
+    """Access to the hub: its client's network errors, of its HTTP library too, become WeightsUnavailableError."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    transport = tuple(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError))
-    return (HfHubHTTPError, *transport, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    def unavailable(reason: object) -> WeightsUnavailableError:
+        return WeightsUnavailableError(
+            f"{source.repo} could not be fetched ({reason}). Where there is a network, run `{source.command}`, "
+            "and copy the weights folder here, or give a downloaded copy with --from_file"
+        )
 
-
-def _refuse_when_offline(source: Source) -> None:
     if hub_is_offline():
-        raise _unavailable(source, "HF_HUB_OFFLINE is set")
-
-
-def _unavailable(source: Source, reason: object) -> WeightsUnavailableError:
-    what = "resnet18" if source is IMAGENET else "lfm"
-    return WeightsUnavailableError(
-        f"{source.repo} could not be fetched ({reason}). Where there is a network, run "
-        f"`python -m mlx_cxr.fetch_weights --what {what}`, and copy the weights folder here, or give a "
-        "downloaded copy with --from_file"
-    )
-
-
-def _again(source: Source) -> str:
-    what = "resnet18" if source is IMAGENET else "lfm"
-    return f"fetch it again with `python -m mlx_cxr.fetch_weights --what {what}`"
+        raise unavailable("HF_HUB_OFFLINE is set")
+    transport = tuple(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError))
+    try:
+        yield
+    except (HfHubHTTPError, *transport, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise unavailable(error) from None
 
 
 def _existing(path: Path) -> Path:

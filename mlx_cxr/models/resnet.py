@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_cxr.ops import conv, streams
 from mlx_cxr.ops.batch_norm import BatchNorm
@@ -20,7 +21,7 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """What fixes the network's shape.
+    """Configuration of the network's shape.
 
     Attributes:
         in_channels: 1 for gray images, 3 for weights that keep ImageNet's stem.
@@ -125,7 +126,7 @@ RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def preprocess(pixels: mx.array, in_channels: int) -> mx.array:
-    """Images as the network wants them; the only normalization in the package.
+    """Normalize images for the network; the only normalization in the package.
 
     Args:
         pixels: (N, H, W), uint8 in [0, 255] or float in [0, 1].
@@ -149,14 +150,14 @@ def initialize(model: ResNet18, seed: int, zero_init_residual: bool = False) -> 
         seed: of the draws.
         zero_init_residual: start the second BatchNorm's scale of each block at 0 instead of 1, so that a block
             starts as its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's option of that name).
-            What a cell of the last map sees then widens only as far as training asks for, and maps point better at
-            what they explain.
+            The receptive field of a cell of the last map then widens only as far as training asks for, and maps
+            localize better.
 
     The head is uniform within 1/sqrt(512).
     """
     rng = np.random.default_rng(seed)
     weights = []
-    for name, value in _flat_parameters(model):
+    for name, value in tree_flatten(model.parameters()):
         if value.ndim == 4:
             out_channels, height, width, _ = value.shape
             std = np.sqrt(2.0 / (out_channels * height * width))
@@ -170,16 +171,6 @@ def initialize(model: ResNet18, seed: int, zero_init_residual: bool = False) -> 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """`total` and `trainable` parameters; BatchNorm's running statistics count as neither."""
-    total = sum(v.size for name, v in _flat_parameters(model) if "running_" not in name)
-    trainable = sum(v.size for _, v in _flatten(model.trainable_parameters()))
+    total = sum(v.size for name, v in tree_flatten(model.parameters()) if "running_" not in name)
+    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
     return {"total": total, "trainable": trainable}
-
-
-def _flat_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
-    return _flatten(model.parameters())
-
-
-def _flatten(tree: dict) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(tree)

@@ -1,1 +1,1 @@
-"""MLX operations and their gradients for backends that lack a fast one; `use_fast_ops` turns all of them off."""
+"""MLX operations and their gradients for backends that lack a fast one; `switch` turns all of them off."""

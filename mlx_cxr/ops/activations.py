@@ -2,8 +2,8 @@
 
 MLX's CPU backend on x86 calls a scalar exponential for each element: 12 ns, where a product takes 0.2. Half of a small
 teacher's time went there. A polynomial in ordinary vector arithmetic takes 2.5 ns and has the same error (1.4e-6
-relative within 30 of 0). Other devices and precisions keep MLX's own operations; `use_fast_ops(False)` turns these
-off, and `tests/teacher/test_fast_ops.py` holds each against the stock operation.
+relative within 30 of 0). Other devices and precisions keep MLX's own operations; `switch.use_fast_ops(False)` turns
+these off, and `tests/ops/test_activations.py` holds each against the stock operation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cxr.ops.streams import with_gradient
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _LOG2_E = 1.4426950408889634
 _POWER_OF_2 = (
@@ -24,29 +25,21 @@ _POWER_OF_2 = (
     0.0096715127675349,
     0.001326472542224,
 )
-"""Of a polynomial that is 1 at 0 and differs from 2^f by 9.2e-8 of it at most, for f in [-1/2, 1/2]."""
+"""Coefficients of a polynomial that is 1 at 0, and within 9.2e-8 of 2^f (relative) for f in [-1/2, 1/2]."""
 _ROUNDING = 12582912.0
 """1.5 * 2^23: added to a float32 of small size, it leaves the nearest integer in the lowest bits."""
 
-_enabled = True
-
-
-def use_fast_ops(enabled: bool) -> None:
-    """Choose between the CPU paths of this module (default) and MLX's own operations, for graphs built from now on."""
-    global _enabled
-    _enabled = enabled
-
 
 def fast(x: mx.array) -> bool:
-    """Whether the CPU paths serve arrays such as `x`."""
-    return _enabled and x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+    """True if the CPU paths serve arrays such as `x`: they are on, and it is float32."""
+    return fast_ops_enabled() and x.dtype == mx.float32
 
 
 def compiled(function: Callable, **state: Any) -> Callable:
     """`mx.compile` of a function, and on the CPU backend the function as it is.
 
-    There each fused loop is a run of the C++ compiler, 47 of them for a LoRA step or half a minute on two cores, and
-    the loops are no faster. `state` is `inputs` and `outputs`.
+    There each fused loop takes a run of the C++ compiler, 47 of them for a LoRA step or half a minute on two cores,
+    and the loops are no faster. `state` is `inputs` and `outputs`.
     """
     return function if mx.default_device().type == mx.DeviceType.cpu else mx.compile(function, **state)
 
@@ -74,8 +67,8 @@ def logsumexp(x: mx.array) -> mx.array:
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * up` (Shazeer, arXiv:2002.05202).
 
-    For its gradient it keeps `gate` and `up`; what lies between is computed again, which is two arrays of the
-    feed-forward width less per layer.
+    For its gradient it keeps `gate` and `up` and computes the rest again, which saves two arrays of the feed-forward
+    width per layer.
     """
     return with_gradient(_swiglu, _swiglu_gradient)(gate, up)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cxr.ops import conv, streams
+from mlx_cxr.ops import streams
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
@@ -17,7 +18,7 @@ _ranks: mx.distributed.Group | None = None
 
 def share_statistics(group: mx.distributed.Group | None) -> None:
     """Take training statistics over equal parts of a batch on all ranks of `group`, in graphs built from now on; None
-    (default) takes them over what this process is given.
+    (default) takes them over this process's batch.
     """
     global _ranks
     _ranks = group
@@ -46,7 +47,7 @@ class BatchNorm(nn.Module):
         return self.freeze(keys=["running_mean", "running_var"], recurse=False)
 
     def affine(self) -> tuple[mx.array, mx.array]:
-        """float32 scale and shift (C,) that normalizing with the running statistics amounts to."""
+        """float32 scale and shift (C,) that are equivalent to normalizing with the running statistics."""
         scale = self.weight * mx.rsqrt(self.running_var + _EPS)
         return scale, self.bias - self.running_mean * scale
 
@@ -119,7 +120,7 @@ def _channel_mean(parts: Sequence[mx.array]) -> mx.array:
 
     def share(x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        if conv.fast():
+        if fast_ops_enabled():
             return (mx.full((1, flat.shape[0]), 1.0 / count) @ flat)[0]
         return mx.sum(flat, axis=0) / count
 

@@ -3,7 +3,7 @@
 On the CPU backend only the forward convolution with stride and padding reaches the BLAS: MLX's gradient of a
 strided convolution, any dilated convolution and the scatter behind `nn.MaxPool2d` run in plain loops and are tens
 of times slower. Here those are rewritten as sums of shifted matrix products, which are the same sums in another
-order; `tests/models/test_ops.py` holds each against the stock operation. `use_fast_ops(False)` turns them off.
+order; `tests/ops/test_conv.py` holds each against the stock operation. `switch.use_fast_ops(False)` turns them off.
 """
 
 from __future__ import annotations
@@ -12,19 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cxr.ops.streams import with_gradient
-
-_enabled = True
-
-
-def use_fast_ops(enabled: bool) -> None:
-    """Choose between the CPU paths of this module (default) and MLX's own operations, for graphs built from now on."""
-    global _enabled
-    _enabled = enabled
-
-
-def fast() -> bool:
-    """Whether graphs built now take the CPU paths."""
-    return _enabled and mx.default_device().type == mx.DeviceType.cpu
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 
 class Conv3x3(nn.Module):
@@ -73,7 +61,7 @@ class StemConv(nn.Module):
 
 def conv3x3(x: mx.array, weight: mx.array, stride: int, dilation: int) -> mx.array:
     """(N, H, W, C) and (O, 3, 3, C) -> (N, ceil(H / stride), ceil(W / stride), O); padding equals dilation."""
-    if not fast():
+    if not fast_ops_enabled():
         return mx.conv2d(x, weight, stride, dilation, dilation)
     if dilation == 2:
         return _dilated(x, weight)
@@ -84,14 +72,14 @@ def conv3x3(x: mx.array, weight: mx.array, stride: int, dilation: int) -> mx.arr
 
 def conv1x1(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     """(N, H, W, C) and (O, 1, 1, C) -> (N, ceil(H / stride), ceil(W / stride), O)."""
-    if not fast():
+    if not fast_ops_enabled():
         return mx.conv2d(x, weight, stride)
     return x[:, ::stride, ::stride] @ weight[:, 0, 0].T
 
 
 def stem_conv(x: mx.array, weight: mx.array) -> mx.array:
     """(N, H, W, C) and (O, 7, 7, C) -> (N, ceil(H / 2), ceil(W / 2), O); stride 2, padding 3."""
-    if not fast():
+    if not fast_ops_enabled():
         return mx.conv2d(x, weight, 2, 3)
     return with_gradient(lambda x, weight: mx.conv2d(x, weight, 2, 3), _stem_gradients)(x, weight)
 
@@ -114,7 +102,7 @@ _DEEP = 256
 
 
 def _slices(x: mx.array) -> int:
-    """Into how many batch slices a 3x3 convolution of `x` is cut, so that each slice's patches stay in cache.
+    """Number of batch slices of a 3x3 convolution of `x`, such that each slice's patches stay in cache.
 
     Only the wide maps of few channels gain: with many channels the matrix product outweighs the patches.
     """
@@ -188,7 +176,7 @@ def _weight_gradient(x: mx.array, dy: mx.array, kernel: int, stride: int, paddin
 
 
 def _patches(x: mx.array, kernel: int, stride: int, padding: int) -> mx.array:
-    """(positions of the output, k * k * channels): what each output of a convolution sees of `x`."""
+    """(positions of the output, k * k * channels): the patch of `x` under each output of a convolution."""
     padded = mx.contiguous(mx.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))))
     n, height, width, c = padded.shape
     rows, columns = (height - kernel) // stride + 1, (width - kernel) // stride + 1
@@ -202,7 +190,7 @@ def max_pool_3x3_s2(x: mx.array) -> mx.array:
     On the CPU the maximum is taken along columns and then along rows, over shifted slices; the gradient goes to
     the first maximum of each, as in the stock operation unless equal maxima stand in different rows.
     """
-    if not fast():
+    if not fast_ops_enabled():
         return nn.MaxPool2d(3, 2, 1)(x)
     pool_rows = with_gradient(_pool_rows, _pool_rows_gradient)
     return pool_rows(pool_rows(x.swapaxes(1, 2)).swapaxes(1, 2))

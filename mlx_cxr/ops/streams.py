@@ -1,12 +1,11 @@
-"""Parts of a batch on streams of their own: what the CPU backend computes with one thread is then done by all cores.
+"""Parts of a batch on streams of their own, so that the CPU backend uses all cores.
 
-MLX's CPU backend runs one operation of a stream at a time, and all of it but the matrix products on one core: the
-patches of a convolution, BatchNorm, ReLU, pooling. Inside `batch_parallel` a network's batch is cut into a part per
-core; each part has a stream, and each matrix product one thread. Outside of it, and on other devices, a batch is one
-part, and nothing here does anything.
+MLX's CPU backend runs one operation of a stream at a time, and all but the matrix products on one core: the patches of
+a convolution, BatchNorm, ReLU, pooling. Inside `batch_parallel` a network's batch is cut into a part per core; each
+part has a stream, and each matrix product one thread. Outside of it, and on other devices, a batch is one part.
 
-MLX hands a graph's operations to their streams in one order, a few ahead of what is computed. Where more than
-`MLX_BFS_MAX_WIDTH` arrays are open it goes into depth: the whole of one part before the next, one core after the other.
+MLX hands a graph's operations to their streams in one order, a few ahead of the computation. With more than
+`MLX_BFS_MAX_WIDTH` open arrays it goes depth-first: the whole of one part before the next, one core after the other.
 Its default, 20, is less than a training step of the teacher has; this module raises it, unless it is set already.
 """
 
@@ -24,28 +23,29 @@ import mlx.core as mx
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.workers import available_cores
+from mlx_cxr.ops.switch import fast_ops_enabled
 
 _MOST = 8
 _WIDTH = "1000"
 _own = threading.local()
-"""`streams`: those of this thread, as MLX gives a stream to a thread; `active`: how many of them are in use."""
+"""`streams` of this thread, as MLX gives a stream to a thread; `active`, the number of them in use."""
 _held = threading.Lock()
-"""By the thread that is inside: how many threads OpenBLAS has is one setting for all of them."""
+"""Held by the thread inside `batch_parallel`, as OpenBLAS's number of threads is one setting for the process."""
 
 
 @contextmanager
 def batch_parallel(streams: int | None = None, rows: int | None = None) -> Iterator[int]:
-    """Cut the batches of graphs that are built inside into parts, one per core; evaluate them inside too.
+    """Cut the batches of graphs built inside the context into parts, one per core; evaluate them inside it too.
 
     Does nothing on another device than the CPU, with one core, where BLAS is limited to one thread, for batches of one
-    row, while another thread of this process is inside, or where the environment has `MLX_CXR_STREAMS=1`.
+    row, while another thread of this process is inside, with `MLX_CXR_STREAMS=1`, or where the switch is off.
 
     Args:
-        streams: how many parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
-        rows: of the batches, whose parts have one at least; None for many.
+        streams: number of parts; None takes `MLX_CXR_STREAMS`, or as many as BLAS has threads, up to 8.
+        rows: of the batches, as a part has one at least; None for many.
 
     Yields:
-        How many parts a batch is cut into, at most; 1 means that nothing changes.
+        Largest number of parts of a batch; 1 means that nothing changes.
 
     Raises:
         UserError: `MLX_CXR_STREAMS` is no whole number above 0.
@@ -53,7 +53,7 @@ def batch_parallel(streams: int | None = None, rows: int | None = None) -> Itera
     before = _active()
     wanted = streams or available()
     wanted = wanted if rows is None else min(wanted, max(rows, 1))
-    if before > 1 or mx.default_device().type != mx.DeviceType.cpu or wanted == 1:
+    if before > 1 or not fast_ops_enabled() or wanted == 1:
         yield before
         return
     if not _held.acquire(blocking=False):
@@ -76,12 +76,12 @@ def batch_parallel(streams: int | None = None, rows: int | None = None) -> Itera
 
 
 def available() -> int:
-    """How many parts `batch_parallel` makes of a batch unless it is told: `MLX_CXR_STREAMS`, or one per BLAS thread.
+    """Number of parts that a batch is cut into by default: `MLX_CXR_STREAMS`, or one per BLAS thread; 1 if off.
 
     Raises:
         UserError: `MLX_CXR_STREAMS` is no whole number above 0.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not fast_ops_enabled():
         return 1
     if asked := os.environ.get("MLX_CXR_STREAMS"):
         if not asked.isdecimal() or int(asked) < 1:
@@ -137,12 +137,12 @@ def with_gradient(function: Callable[..., mx.array], gradient: Callable[..., Any
 
 
 def here() -> mx.Stream:
-    """The stream of the part that is being worked on."""
+    """The stream of the current part."""
     return mx.default_stream(mx.default_device())
 
 
 def _active() -> int:
-    return getattr(_own, "active", 1)
+    return getattr(_own, "active", 1) if fast_ops_enabled() else 1
 
 
 class _OpenBLAS:
@@ -161,6 +161,6 @@ class _OpenBLAS:
             return None
 
 
-if mx.default_device().type == mx.DeviceType.cpu:
+if fast_ops_enabled():
     # Read by MLX when it first evaluates something.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", _WIDTH)

@@ -19,10 +19,10 @@ def augment(images: mx.array, key: mx.array, config: AugmentConfig, part: tuple[
         images: uint8 or float (N, S, S); uint8 is scaled to [0, 1].
         key: an `mx.random.key`; the same key gives the same variants.
         config: largest amounts; each is drawn uniformly from its symmetric range.
-        part: (i, n): the images are part i of n equal ones of a batch, and get the variants that they have in it.
+        part: (i, n): the images are part i of n equal ones of a batch, and get the variants of their places in it.
 
     Returns:
-        float32 (N, S, S) in [0, 1]; what comes in from outside the image is 0, as letterbox padding is.
+        float32 (N, S, S) in [0, 1]; 0 outside the image, as letterbox padding is.
     """
     x = images.astype(mx.float32) / 255.0 if images.dtype == mx.uint8 else images.astype(mx.float32)
     n, side, _ = x.shape

@@ -16,7 +16,7 @@ class ImageSource:
 
     Args:
         images: uint8 (N, S, S), memory-mapped or not.
-        rows: int (M,), which of them belong here; item i of the source is `images[rows[i]]`.
+        rows: int (M,), the images of this source; its item i is `images[rows[i]]`.
         budget_gb: images are held on the device when all of them take less than this (GB, 1e9 bytes).
     """
 
@@ -35,7 +35,7 @@ class ImageSource:
 
     @property
     def resident(self) -> bool:
-        """Whether the images are held on the device."""
+        """True if the images are held on the device."""
         return self._resident is not None
 
     def batch(self, items: np.ndarray) -> mx.array:
@@ -45,7 +45,7 @@ class ImageSource:
         return mx.array(self._read(items))
 
     def batches(self, batches_of_items: Iterable[np.ndarray]) -> Iterator[mx.array]:
-        """Each batch in turn; from disk, the next one is read while the current one is worked on."""
+        """Each batch in turn; from disk, the next one is read while the current one is in use."""
         if self._resident is not None:
             for items in batches_of_items:
                 yield self.batch(items)
@@ -81,8 +81,8 @@ def _on_device(images: np.ndarray, rows: np.ndarray) -> mx.array:
 def epoch_order(items: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """The items of an epoch in batches: int (steps, batch_size), a function of seed and epoch alone.
 
-    The last partial batch is dropped, so that shapes stay fixed; another order each epoch sees to it that no image
-    is left out for good. A source smaller than one batch gives one batch of what there is.
+    The last partial batch is dropped, so that shapes stay fixed; as each epoch has another order, no image is left out
+    for good. A source smaller than one batch gives one batch of all of it.
     """
     order = np.random.default_rng([seed, epoch]).permutation(items)
     batch_size = min(batch_size, items)

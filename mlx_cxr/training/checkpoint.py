@@ -16,12 +16,14 @@ from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.models.weight_files import ModelFormatError, read_safetensors, write_safetensors
 from mlx_cxr.training.distributed import World
 
+STATE = "last/state.safetensors"
+"""The state's file in a run's folder."""
 _FORMAT = "mlx_cxr.training_state"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run stands.
+    """Progress of a training run.
 
     Attributes:
         step: optimizer steps done.
@@ -44,7 +46,7 @@ class Progress:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Progress:
-        """From what `asdict` and JSON have made of it; TypeError or KeyError where it is of another version."""
+        """Progress from the JSON of its `asdict`; TypeError or KeyError where that is of another version."""
         return cls(**plain | {"sums": tuple(plain["sums"])})
 
 
@@ -57,8 +59,8 @@ def save_state(
         path: the file.
         model: all its parameters are saved, with running statistics, or only those that are not frozen.
         optimizer: its state is saved.
-        progress: where the run stands.
-        trainable_only: leave out what is frozen.
+        progress: of the run.
+        trainable_only: leave out frozen parameters.
 
     Raises:
         OSError: the file cannot be written; what was there before is kept.
@@ -79,7 +81,7 @@ def load_state(
         model: of the same structure as the one that was saved, and frozen alike.
         optimizer: initialized with the model's trainable parameters.
         settings: hash of what may not change between a run and its resumption.
-        trainable_only: as it was saved; what is frozen is left as it is.
+        trainable_only: as it was saved; frozen parameters are left as they are.
 
     Raises:
         RunFormatError: the file is missing, is no training state, does not fit the model, or was made with other
@@ -116,14 +118,14 @@ def load_state(
 def share_state(
     progress: Progress, model: nn.Module, optimizer: optim.Optimizer, world: World, trainable_only: bool = False
 ) -> Progress:
-    """Give every rank the progress, weights and optimizer of rank 0, which need not have come from a file all can read.
+    """Give every rank the progress, weights and optimizer of rank 0; the others need not be able to read its files.
 
     Args:
         progress: of rank 0.
         model: changed in place on the other ranks.
         optimizer: likewise.
         world: the ranks.
-        trainable_only: whether what is frozen is left as it is.
+        trainable_only: leave frozen parameters as they are.
     """
     if world.size == 1:
         return progress

@@ -1,4 +1,4 @@
-"""What the stages that train a network on images share: its data, its start, its run's folder, and how it ends."""
+"""The steps that the stages training a network on images share: data, first weights, run folder, loop and summary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_labe
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
 from mlx_cxr.ops.streams import available, batch_parallel
+from mlx_cxr.training.checkpoint import STATE
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, TrainingResult, train
@@ -31,7 +32,7 @@ log = logging.getLogger("mlx_cxr")
 
 
 def open_images(config: Config) -> tuple[Cohort, SplitData, SplitData]:
-    """The cohort, and its training and validation images.
+    """Open the cohort, and its training and validation images.
 
     Raises:
         DataError: manifest or pixel store missing or not matching, or a patient in two splits.
@@ -50,7 +51,7 @@ def open_images(config: Config) -> tuple[Cohort, SplitData, SplitData]:
 def initial_network(
     config: Config, section: ModelConfig, targets: np.ndarray
 ) -> tuple[ResNet18, dict[str, Any], np.ndarray | None]:
-    """The network that training starts from.
+    """Make the network that training starts from.
 
     Args:
         config: the experiment.
@@ -58,7 +59,7 @@ def initial_network(
         targets: float (N, 14) in [0, 1], NaN where unknown; a fresh head starts at their prevalence.
 
     Returns:
-        The model, frozen as the section says; where its weights come from; and the weight (14,) of each finding's
+        The model, frozen as the section says; the provenance of its weights; and the weight (14,) of each finding's
         positives, or None for none.
 
     Raises:
@@ -73,7 +74,7 @@ def initial_network(
 
 
 def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALONE) -> bool:
-    """Whether there is a saved state to go on from, and it is asked for; rank 0 looks.
+    """True if resuming is asked for and there is a saved state to resume from; rank 0 looks.
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
@@ -82,7 +83,7 @@ def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALON
     def look() -> bool:
         if (run_dir / "config.json").exists() and not (resume or overwrite):
             raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
-        return resume and (run_dir / "last" / "state.safetensors").exists()
+        return resume and (run_dir / STATE).exists()
 
     return world.agree(look)
 
@@ -96,15 +97,15 @@ def begin(
     resume: bool,
     world: World = ALONE,
 ) -> None:
-    """Write the run's `config.json`, unless a saved state is gone on from; a run that saved none begins anew.
+    """Write the run's `config.json`, unless the run is resumed.
 
     Args:
         config: the experiment.
-        run_dir: the run's folder; `can_resume` has said that it may be written.
+        run_dir: the run's folder, which `can_resume` has passed.
         stage: `train_cnn` or `distillation`.
         inputs: role -> file that is read, beside manifest and pixel index.
         machine: `device.start`.
-        resume: whether `can_resume` said so.
+        resume: as `can_resume` returned it: a run that saved no state begins anew.
         world: rank 0 of it writes.
     """
     if not world.writes:
@@ -135,15 +136,15 @@ def fit(
     resume: bool,
     summary: Mapping[str, Any],
 ) -> TrainingResult:
-    """Run the loop, and write `training.json` with how it ended and what else is known of the run.
+    """Run the loop, and write `training.json` with its result and the given summary.
 
     Args:
-        task: what is trained.
-        training: epochs, patience and how often is saved and logged.
+        task: the network and its training.
+        training: epochs, patience, and steps between saves and log lines.
         seed: of the run.
         run_dir: its folder.
         settings: `settings_hash`.
-        resume: go on from the saved state.
+        resume: resume from the saved state.
         summary: further entries of `training.json`.
 
     Raises:
@@ -183,7 +184,7 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
         config: the experiment.
         training: its training section, or one with another number of epochs or learning rate.
         manifest_sha256: of the manifest.
-        others: what else decides them, as plain data.
+        others: further settings that decide them, as plain data.
     """
     plain = config.plain()
     settings = {key: plain[key] for key in ("seed", "labels", "model", "augment")}
@@ -193,7 +194,7 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
 
 
 def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callable[[ResNet18], dict[str, float]]:
-    """What the loop calls after each epoch: loss and macro AUC of a split, per image, -1 and empty counted as 0.
+    """Make the loop's validation: loss and macro AUC of a split, per image, -1 and empty counted as 0.
 
     Args:
         data: the split.

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_cxr.core.config_schema import AugmentConfig, TrainingConfig
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import preprocess
-from mlx_cxr.ops import batch_norm, conv
+from mlx_cxr.ops import batch_norm
+from mlx_cxr.ops.switch import fast_ops_enabled
 from mlx_cxr.training.augment import augment
 from mlx_cxr.training.batches import ImageSource, epoch_order
 from mlx_cxr.training.distributed import ALONE, World, share_dropout
@@ -29,7 +30,7 @@ _FLOAT16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on: the images, and as many rows of targets as the loss takes, in the images' order."""
+    """Training images, and rows of targets for the loss in the same order."""
 
     images: ImageSource
     targets: np.ndarray
@@ -58,7 +59,7 @@ def classifier_task(
 
     Args:
         model: initialized, frozen where wanted; takes preprocessed images with `model.config.in_channels` channels.
-        loss: logits and target rows to a scalar; told of `world`.
+        loss: logits and target rows to a scalar; made for `world`.
         data: training images and targets.
         validate: as `Task.validate`.
         training: epochs, batch size, learning rate and the rest. A step counts `batch_size` images, or all of
@@ -119,10 +120,10 @@ def _step(
     augmentation: AugmentConfig,
     world: World,
 ) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """What `Task.step` is: one compiled graph; on the CPU backend, that of the optimizer alone.
+    """Make `Task.step`: one compiled graph; with the CPU paths on, only the optimizer's update is compiled.
 
-    MLX's compiler cannot take in the streams on which the parts of a batch are worked on there (`models.streams`), and
-    the whole graph was no faster than its operations one by one.
+    MLX's compiler does not support the streams of the parts of a batch (`ops.streams`), and the whole graph was no
+    faster there than its operations one by one.
     """
     precision = _PRECISION[training.precision]
     scale = _FLOAT16_LOSS_SCALE if precision == mx.float16 else 1.0
@@ -159,7 +160,7 @@ def _step(
         value, gradients = gradient(images, targets)
         return value, descend(gradients)
 
-    if conv.fast():
+    if fast_ops_enabled():
         updated = [model.state, optimizer.state]
         descend = mx.compile(descend, inputs=updated, outputs=updated)
         return step

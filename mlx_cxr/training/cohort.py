@@ -1,4 +1,4 @@
-"""What a stage that trains or scores works on: manifest rows that have pixels, by split, with the leak check done."""
+"""The data of a stage that trains or scores: manifest rows that have pixels, by split, after the leak check."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Cohort:
 
     @classmethod
     def open(cls, config: Config) -> Cohort:
-        """Open what `build_manifest` and `prepare_images` made for this configuration.
+        """Open the manifest and pixel store of this configuration.
 
         Raises:
             DataError: a file is missing, they do not belong together, or a patient is in two splits.
@@ -61,7 +61,7 @@ class Cohort:
         wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
         chosen = np.flatnonzero(wanted)
         rows = self.store.rows(frame["image_id"].iloc[chosen])
-        # The splits share one budget: what does not fit as a whole is read from disk.
+        # The splits share one budget: a store that does not fit as a whole is read from disk.
         fits = self.store.images.nbytes <= self.budget_gb * 1e9
         images = ImageSource(self.store.images, rows, self.budget_gb if fits else 0.0)
         return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], images)

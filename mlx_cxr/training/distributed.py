@@ -1,8 +1,8 @@
 """Several processes as one run: parts of each batch, means over all of them, one writer, an end when one is lost.
 
 `mlx.launch -n 2 -- python -m mlx_cxr.train_cnn …` starts the same program on every rank. The batch of the configuration
-is divided among them, gradients are averaged, and rank 0 alone writes. Every rank holds the same weights, which is
-checked. Collectives match by their order, so whatever communicates is called by all ranks alike.
+is divided among them, gradients are averaged, and rank 0 alone writes. That every rank holds the same weights is
+checked. Collectives match by their order, so all ranks alike call whatever communicates.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class RanksDifferError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is. Alone, every method does nothing, or what one process does.
+    """The processes of a run, and this one's rank. For a single process, every method is the identity or a no-op.
 
     Attributes:
         rank: of this process, from 0.
-        size: how many there are.
+        size: number of processes.
         group: MLX's handle; None for one process.
     """
 
@@ -65,11 +65,11 @@ class World:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the run's files; one does."""
+        """True on the one process that writes the run's files."""
         return self.rank == 0
 
     def part(self, count: int, key: str) -> slice:
-        """Which of `count` things this rank takes; the ranks' parts are as large, do not overlap and leave none out.
+        """This rank's part of `count` things; the parts are of one size, disjoint and complete.
 
         Raises:
             UserError: `count` does not divide by the number of processes; names `key` and what would do.
@@ -101,7 +101,7 @@ class World:
         return everywhere
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` gives on rank 0, which alone calls it: JSON-ready."""
+        """Call `decide` on rank 0 alone, and return its JSON-ready result on every rank."""
         if self.size == 1:
             return decide()
         said = json.dumps(decide()).encode() if self.rank == 0 else b""
@@ -118,10 +118,10 @@ class World:
         return np.array(every)
 
     def rows_of_all(self, values: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        """Rows that the ranks have worked out among them.
+        """Gather rows that the ranks have computed among them.
 
         Args:
-            values: float (N, …); only the rows of this rank are looked at.
+            values: float (N, …); only this rank's rows are read.
             mine: bool (N,); true for one rank in each row.
 
         Returns:
@@ -136,12 +136,12 @@ class World:
         return np.array(total).astype(values.dtype)
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         self.gather(np.zeros(1, np.int32))
 
     @contextmanager
     def one_after_another(self) -> Iterator[None]:
-        """Rank 0 goes first, the others after it: they find on the disk what it has made there."""
+        """Let rank 0 go first, so that the others find the files that it makes."""
         if self.rank > 0:
             self.barrier()
         yield
@@ -149,23 +149,23 @@ class World:
             self.barrier()
 
     def check_same(self, what: str, text: str) -> None:
-        """See that all ranks have the same text.
+        """Check that all ranks have the same text.
 
         Raises:
-            RanksDifferError: they have not; says which.
+            RanksDifferError: they have not; names those that differ.
         """
         if self.size > 1:
             self._check(what, np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32))
 
     def check_same_weights(self, model: nn.Module, trainable_only: bool = False) -> None:
-        """See that all ranks have the same parameters and running statistics, by a sum over their bits.
+        """Check that all ranks have the same parameters and running statistics, by a sum over their bits.
 
         Args:
             model: its parameters are compared.
-            trainable_only: leave out what is frozen, such as a base that each rank has read from the same file.
+            trainable_only: leave out frozen ones, such as a base that each rank has read from the same file.
 
         Raises:
-            RanksDifferError: they have not; says which.
+            RanksDifferError: they have not; names those that differ.
         """
         if self.size == 1:
             return
@@ -186,7 +186,7 @@ class World:
             )
 
     def _evaluate(self, tree: Any, where: str) -> None:
-        """Without a limit: another rank may be slower, or rank 0 at something long that it does alone."""
+        """Evaluate without a time limit: another rank may be slower, or rank 0 busy with something it does alone."""
         with self._connection(where):
             mx.eval(tree)
 
@@ -201,12 +201,12 @@ class World:
 
     @contextmanager
     def waiting(self, where: str) -> Iterator[None]:
-        """Around an evaluation that communicates, where no rank should be long in coming.
+        """Context of an evaluation that communicates, where no rank should take long.
 
-        MLX's ring says that a peer is gone to the first exchange that misses it and leaves those queued behind that
-        one waiting for ever, where no exception can reach. `mlx.launch` ends the others when it sees a process die; it
-        does not see a machine go. So the process ends itself, with status 3, when this takes longer than
-        `MLX_CXR_RANK_TIMEOUT` seconds (600).
+        MLX's ring reports a lost peer to the first exchange that misses it, and leaves those queued behind that one
+        waiting for ever, where no exception can reach. `mlx.launch` ends the others when a process dies, but not when
+        a machine goes. So the process ends itself, with status 3, when this takes longer than `MLX_CXR_RANK_TIMEOUT`
+        seconds (600).
 
         Args:
             where: for the message, such as `step 12`.

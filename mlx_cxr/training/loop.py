@@ -1,10 +1,9 @@
 """The training loop: one compiled step, validated each epoch, resumable to the same weights.
 
-What is trained is a `Task`: `classifier_task` makes one of a network that reads images, the teacher one of its
-adapters. What a step does depends on the seed and the step's number only (order, augmentation, dropout), so a run that
-was killed and resumed ends where an unbroken one does. A step is evaluated once; the loss is added up on the device and
-read once per logging interval. A GPU is given the next step while it is at one; on the CPU backend, where the host has
-nothing else to do, that gains nothing. On several ranks each does its part of the step, and rank 0 writes.
+It trains a `Task`: `classifier_task` makes one of a network that reads images, the teacher one of its adapters. A step
+depends on the seed and its own number only (order, augmentation, dropout), so a run that was killed and resumed ends
+where an unbroken one does. A step is evaluated once; the loss is added up on the device and read once per logging
+interval. On several ranks each does its part of the step, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import append_jsonl, write_text
-from mlx_cxr.training.checkpoint import Progress, load_state, save_state, share_state
+from mlx_cxr.training.checkpoint import STATE, Progress, load_state, save_state, share_state
 from mlx_cxr.training.distributed import ALONE, World
 
 
@@ -38,25 +37,25 @@ class TrainingDataError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what.
+    """A model to train, with its step, its data and its validation.
 
     Attributes:
-        model: what `step` trains; put into training mode before each epoch.
+        model: trained by `step`; put into training mode before each epoch.
         optimizer: initialized with the model's trainable parameters (`make_optimizer`).
         step: the arrays of one batch -> loss and gradient norm, both scalars. Compiled with the state of model,
             optimizer and `mx.random` as inputs and outputs, which it updates in place.
         batches: (epoch, steps to leave out at its beginning) -> the arguments of `step`, one tuple a step. The same
             each time it is asked.
-        steps_per_epoch: how many there are in every epoch.
+        steps_per_epoch: number of batches, the same in every epoch.
         samples: (epoch, steps left out) -> samples in the rest of the epoch, for the rate.
-        validate: called with the model after each epoch; gives `loss` and `macro_auc`, which is maximized, and what
-            else is to be logged.
+        validate: called with the model after each epoch; gives `loss`, `macro_auc`, which is maximized, and any other
+            figures to log.
         keep: writes the best weights to a path, atomically.
         best_name: that path, relative to the run's folder.
-        trainable_only: whether the state to resume from leaves out what is frozen: a base that can be loaded again.
+        trainable_only: leave frozen parameters out of the state to resume from, as a base that can be loaded again.
         tokens: as `samples`, for a rate in tokens beside it.
-        unit: what a sample is called.
-        remedy: what the message says to do when the loss is no number.
+        unit: name of a sample.
+        remedy: advice in the message when the loss is not finite.
         world: the ranks that take a step together; its loss and norm, and what `validate` gives, are those of all.
     """
 
@@ -78,7 +77,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended."""
+    """Outcome of a run."""
 
     best_auc: float
     best_epoch: int
@@ -103,15 +102,15 @@ def train(
     """Train `task.model` in place and leave its best weights in `run_dir`.
 
     Args:
-        task: what is trained, and on what.
-        epochs: how many, at most.
+        task: the model, its step, its data and its validation.
+        epochs: largest number of epochs.
         seed: fixes what `mx.random` gives each step.
         patience: epochs without a better validation macro AUC before stopping; 0 never stops early.
         save_every: steps between saves of the state to resume from; each epoch's end is one too.
         log_every: steps between lines of `metrics.jsonl`.
         run_dir: gets `metrics.jsonl`, `task.best_name`, and `last/state.safetensors` to resume from.
         settings: hash of what may not change between a run and its resumption.
-        resume: go on from `last/state.safetensors`; otherwise these three files of an earlier run are removed.
+        resume: resume from `last/state.safetensors`; otherwise these three files of an earlier run are removed.
 
     Raises:
         TrainingDivergedError: the loss or its gradient became NaN or infinite; the last saved state stays.
@@ -120,10 +119,10 @@ def train(
         RanksDifferError: the ranks were given other settings, or their weights have come apart.
         RankLostError: another rank is gone.
     """
-    state_path, metrics_path, best_path = (
-        run_dir / name for name in ("last/state.safetensors", "metrics.jsonl", task.best_name)
-    )
-    world = task.world
+    world, steps_per_epoch = task.world, task.steps_per_epoch
+    state_path, metrics_path, best_path = (run_dir / name for name in (STATE, "metrics.jsonl", task.best_name))
+
+    # Every rank begins as rank 0 does: with fresh weights, or with the last saved state.
     world.check_same("data or settings", settings)
     progress = Progress(settings=settings)
     if world.writes:
@@ -132,16 +131,19 @@ def train(
             progress = load_state(state_path, task.model, task.optimizer, settings, task.trainable_only)
             _forget_after(metrics_path, progress.step)
     progress = share_state(progress, task.model, task.optimizer, world, task.trainable_only)
-    clock = _Clock(progress.seconds)
-    stopped_early = False
+    clock, stopped_early = _Clock(progress.seconds), False
 
-    for epoch in range(progress.step // task.steps_per_epoch, epochs):
+    for epoch in range(progress.step // steps_per_epoch, epochs):
         if stopped_early := 0 < patience <= progress.stale_epochs:
             break
-        skip = progress.step - epoch * task.steps_per_epoch
+
+        # Train on the epoch's batches; a resumed run skips those that it has seen.
+        skip = progress.step - epoch * steps_per_epoch
         losses = _RunningLoss(progress.sums, skip, min(skip, progress.step % log_every), task.remedy)
+        ahead, previous = _device_runs_ahead(), []
         bar = tqdm(
-            total=task.steps_per_epoch,
+            task.batches(epoch, skip),
+            total=steps_per_epoch,
             initial=skip,
             unit="step",
             desc=f"epoch {epoch + 1}/{epochs}",
@@ -149,60 +151,52 @@ def train(
             disable=None if world.writes else True,
         )
         task.model.train()
-        ahead, before = _device_runs_ahead(), []
-
-        def is_read(step: int) -> bool:
-            """Whether the sums are looked at after so many steps."""
-            return step % log_every == 0 or step % save_every == 0 or step % task.steps_per_epoch == 0
-
         clock.lap()
-        for batch in task.batches(epoch, skip):
-            mx.random.seed(_step_seed(seed, progress.step))
+        for batch in bar:
+            # The draws of a step depend on its number, so that a resumed run repeats those of an unbroken one.
+            mx.random.seed(int(np.random.SeedSequence([seed, progress.step]).generate_state(1, np.uint64)[0]))
             losses.add(*task.step(*batch))
-            with world.waiting(f"step {progress.step + 1}"):
-                if ahead:
-                    mx.async_eval(task.model.state, task.optimizer.state, losses.arrays)
-                    # With the step before done, one at most is under way, and memory does not grow.
-                    mx.eval(before)
-                    before = losses.arrays
-                    if is_read(progress.step + 1):
-                        mx.eval(before)
-                else:
-                    mx.eval(task.model.state, task.optimizer.state, losses.arrays)
             progress = replace(progress, step=progress.step + 1)
-            bar.update()
-            if progress.step % log_every == 0:
+            ends, logs, saves = (progress.step % every == 0 for every in (steps_per_epoch, log_every, save_every))
+            with world.waiting(f"step {progress.step}"):
+                stepped = (task.model.state, task.optimizer.state, losses.arrays)
+                if ahead and not (ends or logs or saves):
+                    # The device computes this step while the next is built; never two of them, or memory would grow.
+                    mx.async_eval(*stepped)
+                    mx.eval(previous)
+                else:
+                    mx.eval(*stepped)
+                previous = losses.arrays
+
+            # Read the loss, which ends the run where it is not finite, before such weights are saved.
+            if logs:
                 mean, norm = losses.interval(progress.step)
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if world.writes:
                     append_jsonl(metrics_path, {"kind": "step", "step": progress.step, "loss": mean, "grad_norm": norm})
-            if progress.step % save_every == 0 and progress.step % task.steps_per_epoch:
+            if saves and not ends:
                 sums = losses.finite_sums(progress.step)
                 world.check_same_weights(task.model, task.trainable_only)
                 if world.writes:
                     reached = replace(progress, seconds=clock.total(), sums=sums)
                     save_state(state_path, task.model, task.optimizer, reached, task.trainable_only)
-        bar.close()
         train_loss = losses.epoch(progress.step)
         seconds = clock.lap()
-        rates = {"samples_per_second": task.samples(epoch, skip) / seconds}
-        if task.tokens is not None:
-            rates["tokens_per_second"] = task.tokens(epoch, skip) / seconds
+
+        # Validate, and keep the weights if they are the best so far.
         world.check_same_weights(task.model, task.trainable_only)
         figures = task.validate(task.model)
         if math.isnan(figures["macro_auc"]):
             raise TrainingDataError("the validation macro AUC is undefined: no label has both classes there")
-        improved = figures["macro_auc"] > progress.best_auc
-        if improved and world.writes:
-            task.keep(best_path)
-        progress = replace(
-            progress,
-            best_auc=figures["macro_auc"] if improved else progress.best_auc,
-            best_epoch=epoch + 1 if improved else progress.best_epoch,
-            stale_epochs=0 if improved else progress.stale_epochs + 1,
-            seconds=clock.total(),
-            sums=(0.0, 0.0, 0.0),
-        )
+        if improved := figures["macro_auc"] > progress.best_auc:
+            standing = {"best_auc": figures["macro_auc"], "best_epoch": epoch + 1, "stale_epochs": 0}
+            if world.writes:
+                task.keep(best_path)
+        else:
+            standing = {"stale_epochs": progress.stale_epochs + 1}
+        progress = replace(progress, **standing, seconds=clock.total(), sums=(0.0, 0.0, 0.0))
+
+        # Log the epoch, and save the state to resume from.
         record = {
             "kind": "epoch",
             "epoch": epoch + 1,
@@ -210,7 +204,8 @@ def train(
             "train_loss": train_loss,
             **{f"val_{name}": value for name, value in figures.items()},
             "learning_rate": float(task.optimizer.learning_rate),
-            **rates,
+            "samples_per_second": task.samples(epoch, skip) / seconds,
+            **({} if task.tokens is None else {"tokens_per_second": task.tokens(epoch, skip) / seconds}),
             "seconds": progress.seconds,
             "peak_memory_bytes": mx.get_peak_memory(),
             "active_memory_bytes": mx.get_active_memory(),
@@ -219,12 +214,12 @@ def train(
         if world.writes:
             append_jsonl(metrics_path, record)
             save_state(state_path, task.model, task.optimizer, progress, task.trainable_only)
-            _say_epoch(record, epochs, improved, task.unit)
+            _print_epoch(record, epochs, improved, task.unit)
 
     return TrainingResult(
         best_auc=progress.best_auc,
         best_epoch=progress.best_epoch,
-        epochs=progress.step // task.steps_per_epoch,
+        epochs=progress.step // steps_per_epoch,
         steps=progress.step,
         seconds=progress.seconds,
         stopped_early=stopped_early,
@@ -232,7 +227,7 @@ def train(
 
 
 class _RunningLoss:
-    """Sums on the device, read once per interval and before a save, where one that is no number ends the run."""
+    """Sums of loss and gradient norm on the device; reading them raises TrainingDivergedError if one is not finite."""
 
     def __init__(self, sums: tuple[float, float, float], epoch_steps: int, interval_steps: int, remedy: str) -> None:
         self.arrays = [mx.array(value) for value in sums]
@@ -266,6 +261,8 @@ class _RunningLoss:
 
 
 class _Clock:
+    """Seconds of training, those before a resumption included, and of its laps."""
+
     def __init__(self, before: float) -> None:
         self._before, self._start, self._lap = before, time.perf_counter(), time.perf_counter()
 
@@ -278,22 +275,20 @@ class _Clock:
 
 
 def _device_runs_ahead() -> bool:
+    """True on a GPU. On the CPU backend the host has nothing else to do, and it would gain nothing."""
     return mx.default_device().type != mx.DeviceType.cpu
 
 
 def _clear(run_dir: Path, state_path: Path, metrics_path: Path, best_path: Path, resume: bool) -> None:
+    """Remove temporary files of a killed run, and unless it is resumed its other files too."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    # What kills in the middle of a save left behind, 130 MB each.
+    # A kill in the middle of a save leaves 130 MB each time.
     for folder in {run_dir, state_path.parent, best_path.parent}:
         for stray in folder.glob(".*.safetensors"):
             stray.unlink()
     if not resume:
         for old in (state_path, metrics_path, best_path):
             old.unlink(missing_ok=True)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
 
 def _forget_after(metrics_path: Path, step: int) -> None:
@@ -305,7 +300,7 @@ def _forget_after(metrics_path: Path, step: int) -> None:
         write_text(metrics_path, "".join(f"{line}\n" for line in kept))
 
 
-def _say_epoch(record: dict, epochs: int, improved: bool, unit: str) -> None:
+def _print_epoch(record: dict, epochs: int, improved: bool, unit: str) -> None:
     tokens = f"  {record['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in record else ""
     tqdm.write(
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "

@@ -1,4 +1,4 @@
-"""Losses over the 14 findings. A loss takes logits and target rows and returns a scalar; NaN targets have no say."""
+"""Losses over the 14 findings. A loss takes logits and target rows and returns a scalar; NaN targets are masked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.training.distributed import ALONE, World
 
 Loss = Callable[[mx.array, mx.array], mx.array]
-"""(outputs (B, C), targets (B, K)) -> scalar. C is 14 logits, and H features where a network gives them; K is what the
-loss needs: 14 hard labels, then for `distillation_loss` 14 soft ones and H features.
+"""(outputs (B, C), targets (B, K)) -> scalar. C is 14 logits, and H features where a network gives them; K is 14
+hard labels, then for `distillation_loss` 14 soft ones and H features.
 
 On several ranks the mean of their losses is the loss of the whole batch, however its known targets are spread."""
 
@@ -61,16 +61,16 @@ def distillation_loss(
     """`alpha * hard + (1 - alpha) * T^2 * soft`, after Hinton et al., arXiv:1503.02531, for sigmoid outputs.
 
     `hard` is `masked_bce`. `soft` is the cross-entropy between sigmoid(teacher logit / T) and sigmoid(logit / T), the
-    mean over the entries that have a teacher logit, and 0 where a batch has none. The softened sigmoids' gradient
-    falls as 1 / T^2, which the factor makes up for: as T grows, `T^2 * soft` tends to have the gradient
+    mean over the entries that have a teacher logit, and 0 where a batch has none. The factor makes up for the gradient
+    of the softened sigmoids, which falls as 1 / T^2: as T grows, `T^2 * soft` tends to have the gradient
     (logit - teacher logit) / 4 per entry.
 
     Args:
         alpha: weight of the hard labels, in [0, 1]; at 1 the loss is `masked_bce`.
         temperature: T, at least 1.
-        positive_weight: float (14,) of the hard labels, from `positive_weights`; the soft ones are taken as they are.
+        positive_weight: float (14,) of the hard labels, from `positive_weights`; the soft ones have none.
         feature_weight: of the mean of 1 - cosine(outputs[:, 14:], targets[:, 28:]), over the studies that have
-            features; 0 leaves them alone.
+            features; 0 ignores them.
         world: the ranks that share a batch.
 
     Returns:
@@ -113,7 +113,7 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
     Args:
         targets: float (N, 14) in [0, 1], NaN where unknown.
         rule: `none`, `inverse_sqrt` (sqrt(n0 / n1)) or `balanced` (n0 / n1).
-        largest: upper bound, so that a finding with three positives does not rule the gradient; at least 1.
+        largest: upper bound, so that a finding with three positives does not dominate the gradient; at least 1.
 
     Returns:
         float32 (14,) in [1 / largest, largest], or None for `none`. A finding without positives gets `largest`, one
@@ -136,10 +136,10 @@ def positive_weights(targets: np.ndarray, rule: str, largest: float) -> np.ndarr
 
 
 def prior_logits(targets: np.ndarray, positive_weight: np.ndarray | None = None) -> np.ndarray:
-    """The logits that minimize `masked_bce` when nothing is known of the image: where a fresh head's bias starts.
+    """The constant logits that minimize `masked_bce`: the initial bias of a fresh head.
 
     A head that starts at 0 learns to say "rare" through its weights, which makes the evidence of most images negative
-    and their class-activation maps empty; with the prior in the bias the weights hold what speaks for and against
+    and their class-activation maps empty; with the prior in the bias the weights hold the evidence for and against
     (Lin et al., Focal Loss, arXiv:1708.02002, section 4.1, start a rare class's bias so).
 
     Args:

@@ -1,4 +1,4 @@
-"""The preprocessing that a network was trained with, as data that is kept with its run and compared later."""
+"""Record of the preprocessing that a network was trained with, kept with its run and compared later."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mlx_cxr.data.decoding import Transform
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
 
 DICOM_RECIPE = "mimic"
-"""How a DICOM becomes an image like those that were trained on; see `data.dicom`."""
+"""Recipe by which a DICOM becomes an image like those of the training data; see `data.dicom`."""
 
 
 def preprocessing_record(config: Config) -> dict[str, Any]:
-    """What this version does to an image of this experiment, from file to network input, JSON-ready.
+    """Record of this version's preprocessing of an experiment's images, from file to network input, JSON-ready.
 
     Returns:
         `transform` (as `Transform.plain`), `normalization` (`in_channels`, and `mean` and `std` per channel of images

@@ -20,9 +20,9 @@ def image_features(network: FoldedResNet18) -> Callable[[mx.array], mx.array]:
 
 
 def image_forward(model: ResNet18) -> Callable[[mx.array], mx.array]:
-    """Images (B, S, S) as the pixel store has them -> float32 logits (B, 14), evaluated, by the weights of this moment.
+    """Images (B, S, S) as the pixel store has them -> float32 logits (B, 14), evaluated, by the present weights.
 
-    A ResNet-18 is folded for it (`models.folded`), and scores as it does in evaluation, whatever mode it is in.
+    A ResNet-18 is folded for it (`models.folded`), and scores as in evaluation, whatever mode it is in.
     """
     network = FoldedResNet18.of(model) if isinstance(model, ResNet18) else model
     channels = model.config.in_channels

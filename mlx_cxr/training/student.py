@@ -1,4 +1,4 @@
-"""A student that also gives features, to be held against its teacher's."""
+"""A student: its network, where it also gives features, its loss and its training section."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_cxr.core.config import Config
+from mlx_cxr.core.config_schema import DistillationConfig, TrainingConfig
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
+from mlx_cxr.training.distributed import ALONE, World
+from mlx_cxr.training.losses import Loss, distillation_loss, masked_bce
+from mlx_cxr.training.student_soft_labels import StudentSoftLabels
 
 
 class FeatureStudent(nn.Module):
-    """A ResNet-18 with a linear projection of its pooled features, which training needs and the student does not.
+    """A ResNet-18 with a linear projection of its pooled features, held against its teacher's in training only.
 
     `model(x)` is (B, 14 + H): the logits, then the projection.
 
@@ -30,9 +35,40 @@ class FeatureStudent(nn.Module):
 
     @property
     def config(self) -> ResNetConfig:
-        """The student's."""
+        """Configuration of the student."""
         return self.student.config
 
     def __call__(self, x: mx.array) -> mx.array:
         maps = self.student.features(x)
         return mx.concatenate([self.student.head(maps), self.projection(mx.mean(maps, axis=(1, 2)))], axis=1)
+
+
+def loss_and_targets(
+    settings: DistillationConfig,
+    hard: np.ndarray,
+    soft: StudentSoftLabels | None,
+    positive_weight: np.ndarray | None,
+    world: World = ALONE,
+) -> tuple[Loss, np.ndarray]:
+    """The loss of a student, and its target rows: the hard labels alone where there are no soft ones.
+
+    Args:
+        settings: weights and temperature.
+        hard: float32 (N, 14) in [0, 1], NaN for no information.
+        soft: of the same N images; None for a student of hard labels.
+        positive_weight: (14,) weights of the positives of `hard`; None for equal ones.
+        world: the processes of the run.
+    """
+    if soft is None:
+        return masked_bce(positive_weight, world), hard
+    weight = 0.0 if soft.features is None else settings.feature_weight
+    parts = [hard, soft.logits, *([] if soft.features is None else [soft.features])]
+    loss = distillation_loss(settings.alpha, settings.temperature, positive_weight, weight, world)
+    return loss, np.concatenate(parts, 1)
+
+
+def training_of_student(config: Config) -> TrainingConfig:
+    """The training section with the epochs and the learning rate of the distillation section, where it has them."""
+    section = config.distillation
+    changes = {"epochs": section.epochs, "learning_rate": section.learning_rate}
+    return config.training.model_copy(update={key: value for key, value in changes.items() if value is not None})

@@ -15,7 +15,7 @@ from mlx_cxr.core.config_schema import FineTuningConfig, TeacherConfig, TinyTeac
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.models.resnet import ResNetConfig
-from mlx_cxr.ops import conv
+from mlx_cxr.ops import conv, switch
 
 SIZE = 48
 PEAKS = {("mlx", "float32"): 100.0, ("torch", "float32"): 100.0}
@@ -78,11 +78,11 @@ def test_a_contender_with_other_weights_is_wrong_and_not_timed(uncompiled, model
 
 def test_stock_means_stock_and_fast_operations_come_back():
     with stock_operations():
-        assert not conv.fast()
-    assert conv._enabled
+        assert not switch.fast_ops_enabled()
+    assert switch._enabled
     with pytest.raises(RuntimeError), stock_operations():
         raise RuntimeError
-    assert conv._enabled
+    assert switch._enabled
 
 
 def test_torch_compile_stops_when_its_time_is_used_up():

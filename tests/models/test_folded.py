@@ -11,7 +11,7 @@ from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.models import folded
 from mlx_cxr.models.folded import FoldedResNet18, evaluated, inference_network
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
-from mlx_cxr.ops.conv import use_fast_ops
+from mlx_cxr.ops.switch import fast_ops
 
 
 def network(channels: int = 1, stride: int = 32, seed: int = 3) -> ResNet18:
@@ -42,15 +42,12 @@ def relative_error(got: mx.array, wanted: mx.array) -> float:
 @pytest.mark.parametrize(("channels", "stride"), [(1, 32), (3, 16)])
 def test_logits_and_maps_are_those_of_the_network(channels, stride, fast):
     model, x = network(channels, stride), images(3, 71, channels)
-    use_fast_ops(fast)
-    try:
+    with fast_ops(fast):
         net = FoldedResNet18.of(model)
         assert relative_error(net.features(x), model.features(x)) < 1e-5
         assert relative_error(net(x), model(x)) < 1e-5
         assert relative_error(evaluated(net)(x), model(x)) < 1e-5
         assert relative_error(mx.compile(net)(x), model(x)) < 1e-5
-    finally:
-        use_fast_ops(True)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float16, 5e-3), (mx.bfloat16, 5e-2)])

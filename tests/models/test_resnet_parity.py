@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
-from mlx_cxr.ops.conv import use_fast_ops
+from mlx_cxr.ops.switch import fast_ops
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: parity with it is not checked here")
 
@@ -23,9 +23,8 @@ CASES = [
 
 @pytest.fixture(params=[True, False], ids=["fast-ops", "stock-ops"])
 def ops_choice(request):
-    use_fast_ops(request.param)
-    yield request.param
-    use_fast_ops(True)
+    with fast_ops(request.param):
+        yield request.param
 
 
 def pair(channels: int, stride: int, seed: int = 3) -> tuple[ResNet18, TorchResNet18]:

@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_cxr.ops import activations
+from mlx_cxr.ops.switch import fast_ops
 
 RNG = np.random.default_rng(0)
 X = np.concatenate([np.linspace(-30, 30, 4001), RNG.normal(0, 1, 3997), [0.0, -0.0]]).astype(np.float32).reshape(4, -1)
-
-
-@pytest.fixture
-def stock():
-    """MLX's own operations, for as long as a test takes."""
-    activations.use_fast_ops(False)
-    yield
-    activations.use_fast_ops(True)
 
 
 def float64(name: str) -> np.ndarray:
@@ -50,11 +43,8 @@ def test_values_and_gradients_are_those_of_mlx(name):
         return np.array(value), np.array(gradient)
 
     ours = slope()
-    activations.use_fast_ops(False)
-    try:
+    with fast_ops(False):
         theirs = slope()
-    finally:
-        activations.use_fast_ops(True)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6 * np.abs(b).max())
 
@@ -71,11 +61,8 @@ def test_the_gated_activation_and_its_gradients_are_those_of_silu(enabled, dtype
         out = mx.grad(total, argnums=(0, 1))(gate.astype(dtype), up.astype(dtype))
         return [np.array(a.astype(mx.float32)) for a in (function(gate, up), *out)]
 
-    activations.use_fast_ops(enabled)
-    try:
+    with fast_ops(enabled):
         ours = gradients(activations.swiglu, dtype)
-    finally:
-        activations.use_fast_ops(True)
     theirs = gradients(lambda a, b: nn.silu(a) * b, mx.float32)
     slack = 1e-5 if dtype == mx.float32 else 5e-2
     for a, b in zip(ours, theirs, strict=True):
@@ -93,11 +80,11 @@ def test_what_is_no_number_stays_none_and_what_is_too_large_saturates():
     assert np.isnan(np.array(activations.swiglu(x[:1], x[:1]))).all()
 
 
-def test_turned_off_and_for_other_precisions_the_operations_are_mlx_own(stock):
+def test_turned_off_and_for_other_precisions_the_operations_are_mlx_own():
     x = mx.array(X)
-    np.testing.assert_array_equal(np.array(activations.exp(x)), np.array(mx.exp(x)))
-    np.testing.assert_array_equal(np.array(activations.softmax(x)), np.array(mx.softmax(x, axis=-1)))
-    activations.use_fast_ops(True)
+    with fast_ops(False):
+        np.testing.assert_array_equal(np.array(activations.exp(x)), np.array(mx.exp(x)))
+        np.testing.assert_array_equal(np.array(activations.softmax(x)), np.array(mx.softmax(x, axis=-1)))
     half = x.astype(mx.float16)
     np.testing.assert_array_equal(np.array(activations.sigmoid(half)), np.array(mx.sigmoid(half)))
     assert not activations.fast(half)

@@ -15,6 +15,7 @@ from toy_teacher import opened, perturbed_adapters, prompts_of, quantized_copy
 from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
 from mlx_cxr.ops import activations
 from mlx_cxr.ops.streams import batch_parallel
+from mlx_cxr.ops.switch import fast_ops
 from mlx_cxr.teacher.decoder import Dropout, decode, decoder_layer, projections
 from mlx_cxr.teacher.lora import attach_lora
 from mlx_cxr.teacher.prompt import PromptFormat, padded
@@ -27,9 +28,8 @@ TEXTS = ("Edema. Clear lungs, normal heart.", "The heart is enlarged " * 9, "No 
 @pytest.fixture(params=[True, False], ids=["fast", "stock"])
 def either(request):
     """With the CPU paths and without."""
-    activations.use_fast_ops(request.param)
-    yield request.param
-    activations.use_fast_ops(True)
+    with fast_ops(request.param):
+        yield request.param
 
 
 def adapted(folder, **settings: object):

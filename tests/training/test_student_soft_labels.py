@@ -1,4 +1,4 @@
-"""Soft targets and their controls: looked up by study, as strong as the teacher, no study's own when shuffled."""
+"""Soft labels and their controls: looked up by study, as strong as the teacher, no study's own when shuffled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from mlx_cxr.data.soft_labels import SoftLabelError, SoftLabels
-from mlx_cxr.training.student_soft_labels import make_soft_targets
+from mlx_cxr.training.student_soft_labels import make_student_soft_labels
 
 STUDIES = 40
 IDS = [f"s{i:03}" for i in range(STUDIES)]
@@ -38,7 +38,7 @@ def teacher(hard: np.ndarray, ids=IDS, features: int | None = None) -> SoftLabel
 
 def made(kind: str, soft: SoftLabels, ids=IDS, hard=None, **options):
     hard = labels_of() if hard is None else hard
-    return make_soft_targets(kind, soft, ids, hard, **{"calibrated": True, "seed": 0} | options)
+    return make_student_soft_labels(kind, soft, ids, hard, **{"calibrated": True, "seed": 0} | options)
 
 
 def test_the_teachers_logits_are_looked_up_by_study_and_calibrated():
