@@ -1,4 +1,4 @@
-"""Store the answers of the teacher: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
+"""Cache the teacher's soft labels: `python -m mlx_cxr.cache_teacher_outputs --config configs/demo.yaml`.
 
 Writes into the teacher's run: its soft labels of the training and validation studies, for a student to learn from
 (`teacher_soft_labels.npy`, `teacher_study_ids.json`), and, kept apart from them, its predictions of validation and test

@@ -1,4 +1,4 @@
-"""Make a folder others can use without this package: `python -m mlx_cxr.export --run outputs/student_v1 --to DIR`.
+"""Export a run for use without this package: `python -m mlx_cxr.export --run outputs/student_v1 --to DIR`.
 
 The run is an evaluated CNN's or student's. Writes into the folder `model.safetensors` (this package's layout),
 `model.torchvision.safetensors`, `config.json`, `preprocessing.json`, `operating_points.json`, `labels.json`,

@@ -1,4 +1,4 @@
-"""Where a student fails, and why it may: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
+"""Analyse a student's failures and their likely causes: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
 
 Reads runs that are scored already, and writes into `outputs/<student_run>/failure_analysis/`: `failures.csv` (every
 error on test), `relabel.csv` (a sheet for reading images anew, blind to label and model) and `relabel_key.csv`,

@@ -1,4 +1,4 @@
-"""Answer for images: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
+"""Predict the findings of images: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
 
 JPEG, PNG, TIFF, BMP and DICOM, whatever their names. Writes into the folder `--out`: `films.csv`, a row per file (see
 `prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.

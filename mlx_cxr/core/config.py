@@ -230,30 +230,3 @@ def _known_keys(location: Sequence[str]) -> list[str]:
         if section is None:
             return []
     return list(section.model_fields)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two options every stage has: `--config` and repeatable `--set KEY=VALUE`."""
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the experiment, such as configs/demo.yaml")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key, such as training.epochs=3 (YAML value; repeatable)",
-    )
-
-
-def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
-    """The options of every stage that trains besides: `--run_name`, `--seed`, and `--resume` or `--overwrite`.
-
-    Args:
-        parser: of the stage.
-        run_name: the configuration's key that names the run by default.
-    """
-    parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
-    parser.add_argument("--seed", type=int)
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")

@@ -1,1 +1,1 @@
-"""What people read: tables, plots, pictures, Markdown and HTML from results; no MLX."""
+"""The pages that people read: tables, plots, pictures, Markdown and HTML from results; no MLX."""
