@@ -1,4 +1,4 @@
-"""Time training, inference and maps on this machine: `python -m mlx_cxr.benchmark [--against torch] [--update_readme README.md]`.
+"""Time training and inference on this machine: `python -m mlx_cxr.benchmark [--against torch]`.
 
 Times the ResNet-18's forward pass and training step, Grad-CAM, the training input and the teacher, in one process and
 in turn, against PyTorch with the same weights where asked; outputs are compared first. Without a configuration or a run

@@ -1,4 +1,4 @@
-"""Explain a teacher's answers by the words of the reports: `python -m mlx_cxr.explain_report --config configs/demo.yaml`.
+"""Explain a teacher's answers by words of reports: `python -m mlx_cxr.explain_report --config configs/demo.yaml`.
 
 By default the most confident true positives of each finding among the test studies; with `--study_id` or `--text` the
 reports that are named. Writes `outputs/<teacher_run>/text_explanation/`: for each report and finding a page

@@ -1,4 +1,4 @@
-"""Analyse a student's failures and their likely causes: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
+"""Analyse a student's failures and their causes: `python -m mlx_cxr.failure_analysis --config configs/demo.yaml`.
 
 Reads runs that are scored already, and writes into `outputs/<student_run>/failure_analysis/`: `failures.csv` (every
 error on test), `relabel.csv` (a sheet for reading images anew, blind to label and model) and `relabel_key.csv`,
@@ -132,7 +132,7 @@ def closing_lines(folder: Path) -> str:
 
 
 def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:
-    """What is known of each test study, in the order of the student's: view, sex, age and age band."""
+    """Metadata of each test study, in the order of the student's: view, sex, age and age band."""
     import pandas as pd
 
     from mlx_cxr.evaluation.shortcuts import study_metadata

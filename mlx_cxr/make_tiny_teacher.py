@@ -1,4 +1,4 @@
-"""Make a small stand-in for the published base of the teacher: `python -m mlx_cxr.make_tiny_teacher --config configs/demo.yaml`.
+"""Make a small stand-in for the published base: `python -m mlx_cxr.make_tiny_teacher --config configs/demo.yaml`.
 
 Writes a complete checkpoint of LFM2.5-VL's architecture (about a million parameters) to `teacher.base`, its language
 model trained on the reports of the training split: for machines and tests without the published base. No result of a
