@@ -12,7 +12,7 @@ import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.runs import provenance, write_json
@@ -46,6 +46,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation.predictions import join
     from mlx_cxr.evaluation.scores import write_scores
+    from mlx_cxr.inference.cost import measure_image_cost
     from mlx_cxr.inference.predictor import map_references, write_inference_record
     from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
     from mlx_cxr.pages.results_page import write_results
@@ -69,7 +70,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     predictions = join(*parts)
     points, results = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
     write_results(trained.folder, results, predictions, points)
-    measure_cost(trained, test, config, machine)
+    measure_image_cost(trained, test, config, machine)
     references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
     write_inference_record(trained, references, len(validation))
     if maps:
@@ -78,28 +79,6 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
         for stale in ("localization.json", "findings.md"):
             (trained.folder / stale).unlink(missing_ok=True)
     return trained.folder
-
-
-def measure_cost(trained: TrainedRun, test: SplitData, config: Config, machine: Mapping[str, Any]) -> None:
-    """Write `cost.json`: parameters, and milliseconds per image of the forward pass on images in memory."""
-    import numpy as np
-
-    from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
-    from mlx_cxr.training.scoring import image_forward
-
-    items = np.arange(min(config.evaluation.batch_size, len(test)))
-    images = test.images.batch(items)
-    forward = image_forward(trained.model)
-    per_image, images_timed = milliseconds_per_sample(lambda: forward(images), len(items))
-    write_cost(
-        trained.folder,
-        parameters=trained.parameters,
-        ms_per_sample=per_image,
-        samples=images_timed,
-        batch_size=len(items),
-        what=f"one film of {config.pixels.size} px in memory, forward pass in batches of {len(items)}",
-        device=machine,
-    )
 
 
 def explain(

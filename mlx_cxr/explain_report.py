@@ -10,53 +10,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mlx_cxr.core.config import Config
     from mlx_cxr.evaluation.operating_points import OperatingPoints
-    from mlx_cxr.explain.word_scores import TextExplanation
-    from mlx_cxr.inference.report_reader import ReportReader
-    from mlx_cxr.teacher.prompt import Prompt
-    from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
+
 
 log = logging.getLogger("mlx_cxr")
 
 FOLDER = "text_explanation"
-
-
-class ExplainReportError(UserError, ValueError):
-    """A study, report or finding that cannot be explained; says why."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One report to explain.
-
-    Attributes:
-        study_id: or `text`.
-        prompt: what the teacher reads.
-        image: float16 (T, H), or None.
-        raw_labels: float32 (14,), or None for a text without labels.
-        columns: findings to explain; None leaves it to the answers.
-    """
-
-    study_id: str
-    prompt: Prompt
-    image: np.ndarray | None
-    raw_labels: np.ndarray | None
-    columns: tuple[int, ...] | None
 
 
 def run(
@@ -88,6 +57,7 @@ def run(
     """
     from mlx_cxr.core.labels import LABELS
     from mlx_cxr.evaluation.operating_points import FILE as POINTS
+    from mlx_cxr.inference.asked_reports import ExplainReportError, explained, of_studies, of_text
     from mlx_cxr.inference.report_reader import ReportReader
     from mlx_cxr.pages.token_page import write_explanations
     from mlx_cxr.teacher.lora import WEIGHTS
@@ -158,100 +128,6 @@ def confident_true_positives(
             study = str(scored.predictions.study_ids[rows[row]])
             wanted[study] = (*wanted.get(study, ()), k)
     return wanted
-
-
-def of_studies(
-    wanted: Mapping[str, tuple[int, ...] | None], teacher: TrainedTeacher, material: Material
-) -> list[Asked]:
-    """Studies as the teacher reads them, in the order asked.
-
-    Args:
-        wanted: study to findings.
-        teacher: who reads.
-        material: what it reads.
-
-    Raises:
-        ExplainReportError: a study is not in the manifest, or has not what the teacher reads.
-    """
-    import mlx.core as mx
-    import numpy as np
-
-    from mlx_cxr.teacher.image_embeddings import encode_images
-    from mlx_cxr.teacher.teacher_run import what_it_reads
-
-    frame = material.manifest.frame
-    split_of = dict(zip(frame["study_id"].tolist(), frame["split"].tolist(), strict=True))
-    if unknown := [study for study in wanted if study not in split_of]:
-        raise ExplainReportError(f"study {unknown[0]!r} is not in {teacher.config.manifest_path}")
-    splits = tuple(sorted({split_of[study] for study in wanted}))
-    studies = material.studies(teacher.config, teacher.form, *splits)
-    place = {study: i for i, study in enumerate(studies.study_ids)}
-    if lacking := [study for study in wanted if study not in place]:
-        raise ExplainReportError(
-            f"study {lacking[0]!r} has not what this teacher reads ({what_it_reads(teacher.config)}), "
-            "so it has no answer to explain"
-        )
-    asked = []
-    for study, columns in wanted.items():
-        i = place[study]
-        image = None
-        if material.store is not None:
-            pixels = material.store.images[material.store.rows([studies.frame["image_id"].iloc[i]])]
-            tokens = encode_images(teacher.base, pixels, teacher.config.teacher.image_size)
-            image = np.array(tokens.astype(mx.float16))[0]
-        asked.append(Asked(study, studies.prompts[i], image, studies.raw_labels[i], columns))
-    return asked
-
-
-def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None) -> Asked:
-    """A report that is given as a text or a file; one without headings counts as the first section that may be read.
-
-    Raises:
-        ExplainReportError: there is no such file, or the teacher needs an image.
-        ReportReadingError: the report has none of the sections.
-    """
-    from mlx_cxr.inference.report_reader import sections_to_read
-
-    settings = teacher.config.teacher
-    if settings.modality != "text":
-        raise ExplainReportError(f"{teacher.folder} reads films too, and --text has none; name a study with --study_id")
-    wanted = sections_to_read(read_report(text), settings)
-    return Asked("text", teacher.form.prompt(wanted), None, None, columns)
-
-
-def read_report(text: str) -> str:
-    """The file of that name, or the text itself; what looks like a file's name has to be one.
-
-    Raises:
-        ExplainReportError: there is no such file.
-    """
-    from mlx_cxr.data.reports import decode
-
-    try:
-        if Path(text).is_file():
-            return decode(Path(text).read_bytes())[0]
-    except OSError:  # too long for a file's name
-        return text
-    if re.fullmatch(r"\S+\.\w{1,5}|\S*/\S*", text):
-        raise ExplainReportError(f"--text {text}: there is no such file; a report itself goes between quotes")
-    return text
-
-
-def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
-    """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
-    import numpy as np
-
-    from mlx_cxr.core.labels import LABELS, label_word
-
-    answer = reader.answer(asked.prompt, asked.image)
-    columns = asked.columns
-    if columns is None:
-        above = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()
-        columns = tuple(above or [int(np.argmax(answer.probabilities))])
-    findings = [LABELS[k] for k in columns]
-    log.info("study %s: %s", asked.study_id, ", ".join(findings))
-    labels = () if asked.raw_labels is None else [label_word(float(asked.raw_labels[k])) for k in columns]
-    return reader.explain(answer, findings, asked.study_id, labels)
 
 
 def build_parser() -> argparse.ArgumentParser:

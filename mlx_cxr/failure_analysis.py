@@ -18,12 +18,9 @@ from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, wr
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-
     from mlx_cxr.core.config import Config
-    from mlx_cxr.data.manifest import Manifest
     from mlx_cxr.evaluation.scored_runs import ScoredRun
+
 
 log = logging.getLogger("mlx_cxr")
 
@@ -52,6 +49,7 @@ def run(
     from mlx_cxr.evaluation.failure_results import analyse
     from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
     from mlx_cxr.evaluation.scored_runs import open_scored_run, shared_studies
+    from mlx_cxr.evaluation.study_table import drawn_findings, study_table, training_shares
     from mlx_cxr.inference.explanation import study_maps
     from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.pages.confusion_plot import plot_confusions
@@ -129,61 +127,6 @@ def closing_lines(folder: Path) -> str:
     from mlx_cxr.pages.failure_advice import closing_failures
 
     return closing_failures(read_json(folder / "failures.json"))
-
-
-def study_table(manifest: Manifest, student: ScoredRun) -> pd.DataFrame:
-    """Metadata of each test study, in the order of the student's: view, sex, age and age band."""
-    import pandas as pd
-
-    from mlx_cxr.evaluation.shortcuts import study_metadata
-    from mlx_cxr.evaluation.subgroups import age_bands
-
-    wanted = manifest.frame[manifest.frame["study_id"].isin(student.test.study_ids)]
-    known = study_metadata(wanted).set_index(wanted["study_id"].drop_duplicates().to_numpy())
-    known = known.loc[student.test.study_ids].reset_index(drop=True)
-    bands = age_bands(known["age"].to_numpy())
-    return pd.DataFrame(
-        {"view": student.test.view_groups(), "sex": known["sex"], "age": known["age"], "age_band": bands}
-    )
-
-
-def training_shares(manifest: Manifest) -> np.ndarray:
-    """(14,) shares of the training studies that have each finding; 0 without training studies."""
-    import numpy as np
-
-    from mlx_cxr.core.labels import LABELS
-
-    first = ~manifest.frame["study_id"].duplicated().to_numpy() & (manifest.frame["split"] == "train").to_numpy()
-    present = manifest.raw_labels[first] == 1
-    return present.mean(axis=0) if len(present) else np.zeros(len(LABELS))
-
-
-def drawn_findings(config: Config, images: list[list[str]]) -> np.ndarray | None:
-    """What shows in the images of each study, by the masks of the synthetic cohort.
-
-    Args:
-        config: of which `data` is used.
-        images: of each of N studies, the paths of its images.
-
-    Returns:
-        float64 (N, 14), 1 or 0; No Finding is 1 where nothing but devices shows. None for other cohorts, whose masks
-        need not be complete.
-    """
-    import numpy as np
-
-    from mlx_cxr.core.labels import LABELS, label_index
-    from mlx_cxr.data.masks import has_masks, mask_folder
-
-    if not (config.data.synthetic and has_masks(config.data.root)):
-        return None
-    drawn = np.zeros((len(images), len(LABELS)))
-    for row, paths in enumerate(images):
-        for path in paths:
-            for mask in mask_folder(config.data.root, path).glob("*.png"):
-                drawn[row, label_index(mask.stem.replace("_", " "))] = 1
-    nothing, devices = label_index("No Finding"), label_index("Support Devices")
-    drawn[:, nothing] = ~np.delete(drawn, (nothing, devices), axis=1).any(axis=1)
-    return drawn
 
 
 def _optional(config: Config, role: str, named: str | None, default: str) -> ScoredRun | None:

@@ -19,7 +19,7 @@ from mlx_cxr import build_manifest, cache_teacher_outputs
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
-from mlx_cxr.teacher import scoring
+from mlx_cxr.teacher import scoring, soft_label_cache
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
 
 SOFT = ("teacher_soft_labels.npy", "teacher_study_ids.json")
@@ -178,13 +178,13 @@ def test_killed_and_resumed_is_bit_equal(toy):
 def test_a_second_run_has_nothing_left_to_score(toy, cached, monkeypatch):
     before = {name: sha256_file(cached / name) for name in SOFT}
     scored = []
-    real = cache_teacher_outputs.score
+    real = scoring.score
 
     def counting(base, form, prompts, *rest, **named):
         scored.append(len(prompts))
         return real(base, form, prompts, *rest, **named)
 
-    for module in (cache_teacher_outputs, scoring):
+    for module in (soft_label_cache, scoring):
         monkeypatch.setattr(module, "score", counting)
     cache_teacher_outputs.run(toy.config(), cached.name)
     assert scored == [len(TEST)]

@@ -10,7 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.runs import write_json
+from mlx_cxr.inference.trained_run import TrainedRun
+from mlx_cxr.training.cohort import SplitData
+from mlx_cxr.training.scoring import image_forward
 
 
 def milliseconds_per_sample(
@@ -55,7 +59,7 @@ def write_cost(
         samples: number of samples timed.
         batch_size: samples per batch.
         what: phrase that names the sample, its size and the pass that is timed.
-        device: `runtime.describe()`.
+        device: `core.device.describe()`.
 
     Returns:
         The path.
@@ -71,4 +75,20 @@ def write_cost(
             "what": what,
             "device": dict(device),
         },
+    )
+
+
+def measure_image_cost(trained: TrainedRun, test: SplitData, config: Config, machine: Mapping[str, Any]) -> None:
+    """Write the `cost.json` of a network: its forward pass on a batch of test images in memory."""
+    items = np.arange(min(config.evaluation.batch_size, len(test)))
+    images, forward = test.images.batch(items), image_forward(trained.model)
+    per_image, samples = milliseconds_per_sample(lambda: forward(images), len(items))
+    write_cost(
+        trained.folder,
+        parameters=trained.parameters,
+        ms_per_sample=per_image,
+        samples=samples,
+        batch_size=len(items),
+        what=f"one film of {config.pixels.size} px in memory, forward pass in batches of {len(items)}",
+        device=machine,
     )
