@@ -168,7 +168,7 @@ def test_help_is_quick():
         "pydantic",
         "mlx_vlm",
     }
-    build = "".join(f"import mlx_cxr.{stage}; mlx_cxr.{stage}.build_parser(); " for stage in STAGES)
+    build = "; ".join(f"import mlx_cxr.{stage}; mlx_cxr.{stage}.build_parser()" for stage in STAGES)
     assert not modules_loaded_by(build) & heavy
 
 
