@@ -19,7 +19,7 @@ from mlx_cxr.synthetic.canvas import Finding
 from mlx_cxr.synthetic.devices import BYSTANDERS, tube_height
 from mlx_cxr.synthetic.devices import LABEL as DEVICE_LABEL
 from mlx_cxr.synthetic.findings import OPACITIES, broken_ribs, lesion_radius
-from mlx_cxr.synthetic.grammar import capital, page, pick, pick_weighted, spin, typo
+from mlx_cxr.synthetic.grammar import capital, page, pick, spin, typo
 from mlx_cxr.synthetic.labeler import Seen, merge
 from mlx_cxr.synthetic.opening import Scene, opening_sections
 
@@ -92,27 +92,26 @@ class Report:
 
 
 def write_report(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> Report:
-    """The report of one study.
-
-    Args:
-        seen: findings that the radiologist saw.
-        scene: patient, views and reasons.
-        rng: the wording.
-    """
-    layout = pick_weighted({"both": 0.64, "impression": 0.18, "findings": 0.12, "plain": 0.06}, rng)
+    """The report of one study, from the findings that the radiologist saw; `rng` decides the wording."""
+    layout = str(rng.choice(["both", "impression", "findings", "plain"], p=[0.64, 0.18, 0.12, 0.06]))
     body = _findings(seen, scene, rng)
     summary = _impression(seen, scene, rng)
     parts = opening_sections(scene, rng)
-    found = concluded = None
+    found = None if layout == "impression" else merge([mentions for _, mentions in body])
+    concluded = None
     if layout in ("both", "findings"):
-        found = merge([m for _, m in body])
         parts.append((pick(["FINDINGS", "FINDINGS", "FINDINGS", "FINDING"], rng), _paragraph(body, rng)))
     if layout in ("both", "impression"):
         concluded = merge([m for _, m in summary])
-        parts.append((pick(["IMPRESSION", "IMPRESSION", "IMPRESSION", "CONCLUSION"], rng), _summary_text(summary, rng)))
+        heading = pick(["IMPRESSION", "IMPRESSION", "IMPRESSION", "CONCLUSION"], rng)
+        texts = [text for text, _ in summary if text]
+        if len(texts) > 1 and rng.random() < 0.55:
+            text = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
+        else:
+            text = "  ".join(texts)
+        parts.append((heading, typo(text, rng)))
     if layout == "plain":
         # One paragraph under no heading, as older reports have it: a labeler takes the last section.
-        found = merge([m for _, m in body])
         parts.append(("", _paragraph(body, rng)))
     return Report(page(parts, rng), found, concluded)
 
@@ -329,13 +328,6 @@ def _negations(known: set[str], chances: Mapping[str, float], rng: np.random.Gen
 def _paragraph(sentences: list[Sentence], rng: np.random.Generator) -> str:
     gap = pick(["  ", "  ", " "], rng)
     return typo(gap.join(text for text, _ in sentences if text), rng)
-
-
-def _summary_text(sentences: list[Sentence], rng: np.random.Generator) -> str:
-    texts = [text for text, _ in sentences if text]
-    if len(texts) > 1 and rng.random() < 0.55:
-        return typo("\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1)), rng)
-    return typo("  ".join(texts), rng)
 
 
 def _text(entry: phrases.Text) -> tuple[str, str | None]:
