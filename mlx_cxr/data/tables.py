@@ -27,15 +27,7 @@ log = logging.getLogger("mlx_cxr")
 
 LABEL_ALIASES: Mapping[str, str] = {"Airspace Opacity": "Lung Opacity"}
 """Other names of the 14 in published tables (`mimic-cxr-2.1.0-test-set-labeled.csv`)."""
-LABEL_VALUES: Mapping[str, float] = {
-    "1": 1.0,
-    "1.0": 1.0,
-    "0": 0.0,
-    "0.0": 0.0,
-    "-1": -1.0,
-    "-1.0": -1.0,
-    "": np.nan,
-}
+LABEL_VALUES: Mapping[str, float] = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
 _OTHER_SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -220,7 +212,7 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> pd.DataFrame:
+def _read_csv(path: Path, separator: str, encoding: str) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             # Rows longer than the header would otherwise be cut, or shift every column.
@@ -234,7 +226,6 @@ def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> p
                 encoding_errors="replace" if encoding == "cp1252" else "strict",
                 engine="c" if len(separator) == 1 else "python",
                 index_col=False,
-                **options,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable table separated by {separator!r}: {error}") from None

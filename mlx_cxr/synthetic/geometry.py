@@ -151,7 +151,6 @@ def splat_sections(
     """Project weighted points, placed across a line at `centers + Σ axes·offsets`; far cheaper than each on its own.
 
     Args:
-        view: the exposure.
         centers: (N, 3) cm.
         axes: directions across the line, each (N, 3); short beside the distance to the source.
         offsets: for each axis, cm along it: (N, K) or (1, K).
@@ -205,7 +204,6 @@ def paint(view: View, outline: np.ndarray, softness: float) -> np.ndarray:
     """A filled polygon facing the beam.
 
     Args:
-        view: the exposure.
         outline: (N, 3) corners, cm.
         softness: blur of its edge, pixels.
 
@@ -247,7 +245,6 @@ def tube(view: View, path: np.ndarray, radius: float | np.ndarray, wall: float |
     """Thickness map (cm) of a round tube along a polyline.
 
     Args:
-        view: the exposure.
         path: (N, 3) cm.
         radius: cm, one value or (N,).
         wall: thickness of the shell in cm; None for a solid rod.
@@ -280,7 +277,6 @@ def noise_field(rng: np.random.Generator, shape: tuple[int, int], cell: float, o
     """Smooth noise of zero mean and unit deviation.
 
     Args:
-        rng: the stream it is drawn from.
         shape: (rows, columns).
         cell: size of the largest feature in pixels; each octave halves it and its weight.
         octaves: number of sizes that are summed.

@@ -162,25 +162,19 @@ def _impression(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> lis
 
 
 def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence:
-    """A sentence about one finding, with what it mentions.
-
-    Args:
-        item: the finding, its certainty and its change.
-        rng: the wording.
-        brief: as in an impression: a fragment rather than a sentence.
-    """
+    """A sentence about one finding, with what it mentions; `brief`, a fragment, as in an impression."""
     label = item.finding.label
     fields = _fields(item.finding, rng)
     if item.value == -1:
-        text, extra = _text(pick(phrases.HEDGED[label], rng))
+        text, also = _text(pick(phrases.HEDGED[label], rng))
         # What is possibly opacity is put as opacity; the hedge is on its cause.
-        return capital(spin(text, rng, fields)), {**({extra: 1} if extra else {}), label: -1}
+        return capital(spin(text, rng, fields)), {**dict.fromkeys(also, 1), label: -1}
     fresh = item.change in ("first", "new")
     if fresh and not brief and label in phrases.SENTENCE and rng.random() < 0.4:
-        text, extra = _text(pick(phrases.SENTENCE[label], rng))
-        return capital(spin(text, rng, fields)), {**({extra: 1} if extra else {}), label: 1}
+        text, also = _text(pick(phrases.SENTENCE[label], rng))
+        return capital(spin(text, rng, fields)), dict.fromkeys((*also, label), 1)
     variants = phrases.NOUN[label]
-    text, extra = _text(pick(variants[_variant(item.finding, variants)], rng))
+    text, also = _text(pick(variants[_variant(item.finding, variants)], rng))
     noun = spin(text.lstrip("@"), rng, fields)
     head = noun.split(" consistent")[0].split(" compatible")[0]
     many = re.search(r"(effusions|fractures|nodules|masses|opacities|plaques)\b", head) is not None
@@ -193,8 +187,7 @@ def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence
     }
     value = 0 if item.change == "resolved" else 1
     frame = pick((BRIEF if brief else FULL)[item.change], rng)
-    mentions = {label: value} | ({extra: value} if extra else {})
-    return capital(spin(frame, rng, fields)), mentions
+    return capital(spin(frame, rng, fields)), dict.fromkeys((label, *also), value)
 
 
 FULL: dict[str, list[str]] = {
@@ -330,6 +323,6 @@ def _paragraph(sentences: list[Sentence], rng: np.random.Generator) -> str:
     return typo(gap.join(text for text, _ in sentences if text), rng)
 
 
-def _text(entry: phrases.Text) -> tuple[str, str | None]:
-    """A grammar, and the label that it mentions besides its own."""
-    return entry if isinstance(entry, tuple) else (entry, None)
+def _text(entry: str) -> tuple[str, tuple[str, ...]]:
+    """A grammar without its mark, and the labels that it mentions besides its own."""
+    return entry.removeprefix("+"), ("Lung Opacity",) if entry.startswith("+") else ()

@@ -96,8 +96,6 @@ def draw(anatomy: Anatomy, tree: Tree, gain: np.ndarray | None = None) -> np.nda
     """Thickness of the vessels in cm.
 
     Args:
-        anatomy: whose lungs.
-        tree: the vessels.
         gain: factor on the radius of each sample, (N,); None leaves them.
 
     Returns:
