@@ -66,8 +66,7 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
 
     Args:
         data: `reports` (None looks under `root`), `root`, `report_sections` and `report_mode` are used.
-        patients: patient id of each study.
-        studies: study ids, each once.
+        patients, studies: ids of each study and its patient; each study once.
         workers: processes; 0 takes one per core. The result does not depend on it.
 
     Raises:
@@ -189,10 +188,9 @@ def _stores(data: DataConfig) -> Iterator[tuple[list[_Folder | _Zip], str]]:
     if named is not None and not named.exists():
         raise DataError(f"data.reports {named}: no such folder or zip; leave it out to do without reports")
     with ExitStack() as open_files:
-        places = [named] if named is not None else [data.root, data.root / "reports"]
         stores: list[_Folder | _Zip] = []
         wheres: list[Path] = []
-        for place in places:
+        for place in [data.root, data.root / "reports"] if named is None else [named]:
             if place.is_dir():
                 tops = [top for top in (place / "files", place) if _has_patient_groups(top)]
                 stores += [_Folder(top) for top in tops]

@@ -100,7 +100,6 @@ def build_store(
     Args:
         path: `images_<size>.npy`.
         manifest: its images are stored, in its order.
-        transform: the geometry of the stored images.
         root: folder that the manifest's paths are relative to.
         workers: decoding processes; 0 takes one per core.
         rebuild: decode every image again.

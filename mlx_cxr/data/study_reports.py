@@ -38,7 +38,6 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
     """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.
 
     Args:
-        path: the file.
         reports: study id -> each of `reports.SECTIONS`.
 
     Returns:
@@ -60,7 +59,6 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
     """Read and check a file of `write_reports`.
 
     Args:
-        path: the file.
         manifest: the one beside it, if the two are to be checked against each other.
 
     Raises:
