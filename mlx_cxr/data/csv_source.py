@@ -148,21 +148,8 @@ def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame
     columns = {name: label for name in table.columns if (label := label_of_name(name))} | source.label_map
     if source.labels_covered is not None:
         columns = {name: label for name, label in columns.items() if label in source.labels_covered}
-    expected = source.labels_covered or LABELS
-    _refuse_near_misses([label for label in expected if label not in columns.values()], table, columns, source)
-    if not columns:
-        raise DataError(
-            f"{source.table}: no column is one of the 14 labels; set data.csv.findings to the column that lists them, "
-            f"or map columns in data.csv.label_map. Columns there: {', '.join(table.columns)}"
-        )
-    labels = pd.DataFrame(index=table.index)
-    for name, label in columns.items():
-        values = label_values(table, {label: name}, source.table)[label]
-        labels[label] = _stronger(labels[label], values) if label in labels else values
-    return labels, {}
-
-
-def _refuse_near_misses(unserved: list[str], table: pd.DataFrame, columns: dict[str, str], source: CsvSource) -> None:
+    # A label without a column may have one by a name that is nearly its own.
+    unserved = [label for label in source.labels_covered or LABELS if label not in columns.values()]
     spare = [name for name in table.columns if name not in columns]
     for label in unserved:
         if near := difflib.get_close_matches(label, spare, n=1, cutoff=0.85):
@@ -175,11 +162,19 @@ def _refuse_near_misses(unserved: list[str], table: pd.DataFrame, columns: dict[
             f"{source.table}: no column for {', '.join(unserved)} of data.csv.labels_covered; map one in "
             f"data.csv.label_map. Columns there: {', '.join(table.columns)}"
         )
-
-
-def _stronger(a: pd.Series, b: pd.Series) -> pd.Series:
-    rank = {1.0: 3, -1.0: 2, 0.0: 1}
-    return a.where(a.map(rank).fillna(0) >= b.map(rank).fillna(0), b)
+    if not columns:
+        raise DataError(
+            f"{source.table}: no column is one of the 14 labels; set data.csv.findings to the column that lists them, "
+            f"or map columns in data.csv.label_map. Columns there: {', '.join(table.columns)}"
+        )
+    labels, rank = pd.DataFrame(index=table.index), {1.0: 3, -1.0: 2, 0.0: 1}
+    for name, label in columns.items():
+        values = label_values(table, {label: name}, source.table)[label]
+        if label in labels:
+            other = labels[label]
+            values = other.where(other.map(rank).fillna(0) >= values.map(rank).fillna(0), values)
+        labels[label] = values
+    return labels, {}
 
 
 def _relative(paths: pd.Series, root: Path, source: CsvSource) -> pd.Series:

@@ -46,7 +46,6 @@ def decode_images(jobs: Sequence[tuple[int, Path]], transform: Transform, worker
 
     Args:
         jobs: (row, path of the image).
-        transform: the geometry of the results.
         workers: processes; 0 takes one per core. With 1, or very few images, this process does it alone.
 
     Raises:

@@ -168,7 +168,9 @@ class ImageContent:
         except ImageError:
             raise
         except UnidentifiedImageError:
-            raise ImageError(_unidentified(data)) from None
+            damaged = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM"))
+            reason = "damaged: an image by its first bytes, but not by what follows" + _AGAIN
+            raise ImageError(reason if damaged else describe(data)) from None
         except Image.DecompressionBombError:
             raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
         except MemoryError:
@@ -189,9 +191,7 @@ def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", ins
 
     Args:
         path: of a JPEG, PNG, TIFF, BMP or DICOM file, whatever its suffix.
-        transform: the geometry of the result.
-        recipe: how a DICOM's values become gray levels; see `dicom`.
-        inspect: look for `DecodedImage.concerns`, which training does not need.
+        recipe, inspect: see `ImageContent`.
 
     Raises:
         ImageError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
@@ -257,8 +257,11 @@ def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) 
         if reduces:
             if image.mode != "L":
                 notes.append(image.mode)
-                # Reduced to gray below, a JPEG has lost its colours.
-                colour = _small_colour_jpeg(data) if inspect else None
+                if inspect:
+                    # Reduced to gray below, a JPEG has lost its colours.
+                    with Image.open(io.BytesIO(data), formats=FORMATS) as small:
+                        small.draft("RGB", (128, 128))
+                        colour = small.convert("RGB")
             scale = transform.reduction(*size)
             image.draft("L", (size[0] // scale, size[1] // scale))
         if getattr(image, "n_frames", 1) > 1:
@@ -272,12 +275,6 @@ def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) 
         if inspect and colour is None and image.mode not in _GRAY_MODES and not image.mode.startswith("I;"):
             colour = image.convert("RGB")
         return _Opened(_gray(image, notes), size, scale, colour, tuple(notes), reduces=reduces)
-
-
-def _small_colour_jpeg(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        image.draft("RGB", (128, 128))
-        return image.convert("RGB")
 
 
 def _finished(opened: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
@@ -304,7 +301,6 @@ def squared(
 
     Args:
         gray: mode `L`.
-        transform: the geometry of the result.
         image_size: (width, height) of the image.
         scale: by which `gray` is smaller than the image, as it was reduced while decoding.
 
@@ -378,10 +374,3 @@ def _read(path: Path) -> bytes:
 def _ends(jpeg: bytes) -> bool:
     """True if an end-of-image marker follows the last scan: a tail of zeros would otherwise decode as gray."""
     return jpeg.endswith(b"\xff\xd9") or jpeg.rfind(b"\xff\xd9") > jpeg.rfind(b"\xff\xda")
-
-
-def _unidentified(data: bytes) -> str:
-    """Reason for a file that Pillow does not recognize, be it of another type or an image with a damaged header."""
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM")):
-        return "damaged: an image by its first bytes, but not by what follows" + _AGAIN
-    return describe(data)

@@ -50,14 +50,9 @@ _NOT_FRONTAL = {
 _FEW_LEVELS = 16
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _DECODERS = {
-    "JPEGExtended12Bit": "pylibjpeg pylibjpeg-libjpeg",
-    "JPEGLossless": "pylibjpeg pylibjpeg-libjpeg",
-    "JPEGLosslessSV1": "pylibjpeg pylibjpeg-libjpeg",
-    "JPEGLSLossless": "pyjpegls",
-    "JPEGLSNearLossless": "pyjpegls",
-    "HTJ2KLossless": "pylibjpeg pylibjpeg-openjpeg",
-    "HTJ2KLosslessRPCL": "pylibjpeg pylibjpeg-openjpeg",
-    "HTJ2K": "pylibjpeg pylibjpeg-openjpeg",
+    **dict.fromkeys(("JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1"), "pylibjpeg pylibjpeg-libjpeg"),
+    **dict.fromkeys(("JPEGLSLossless", "JPEGLSNearLossless"), "pyjpegls"),
+    **dict.fromkeys(("HTJ2KLossless", "HTJ2KLosslessRPCL", "HTJ2K"), "pylibjpeg pylibjpeg-openjpeg"),
 }
 """Keyword of a transfer syntax -> packages that give pydicom a decoder for it."""
 

@@ -61,7 +61,6 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
         the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
 
     Args:
-        path: the file.
         frame: str columns `TEXT_COLUMNS`, and 14 label columns of 1 / 0 / -1 / NaN.
 
     Returns:
@@ -106,11 +105,7 @@ def load_manifest(path: str | Path) -> Manifest:
 
 
 def check_patient_splits(frame: pd.DataFrame) -> None:
-    """Raise DataError, naming patients, when a patient is in more than one split.
-
-    Args:
-        frame: columns `patient_id` and `split`.
-    """
+    """Raise DataError, naming patients, when a `patient_id` of the rows is in more than one `split`."""
     pairs = frame[["patient_id", "split"]].drop_duplicates()
     leaked = pairs.loc[pairs["patient_id"].duplicated(), "patient_id"].unique()
     if len(leaked):
@@ -144,7 +139,6 @@ def write_splits(path: str | Path, frame: pd.DataFrame, sha256: str, about: Mapp
     """Write `splits.json`: `manifest_sha256`, the entries of `about`, and patient ids and counts of each split.
 
     Args:
-        path: the file.
         frame: the manifest's rows.
         sha256: of the manifest.
         about: such as source, seed and whether the split is the source's.

@@ -47,7 +47,6 @@ def load_masks(
     Args:
         root: `data.root`.
         image_path: the image's path as the manifest has it.
-        transform: the one its pixels were prepared with.
         labels: findings wanted; None takes all that have a mask.
 
     Returns:
@@ -112,7 +111,6 @@ def apply_mask(mask: np.ndarray, transform: Transform) -> np.ndarray:
 
     Args:
         mask: (H, W), non-zero on the finding; H, W are the image's.
-        transform: the one the image was prepared with.
 
     Returns:
         bool (S, S); all False where the mask is empty or lies outside a centre crop.

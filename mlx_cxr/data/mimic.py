@@ -78,19 +78,27 @@ def read_mimic(data: DataConfig) -> SourceRows:
     metadata = _read(paths["metadata"], ["dicom_id", "subject_id", "study_id", "ViewPosition"], optional=["StudyDate"])
     refuse_blank(metadata, "dicom_id", paths["metadata"])
     refuse_duplicates(metadata, "dicom_id", paths["metadata"], "image")
+    image, patient, study = (metadata[name] for name in ("dicom_id", "subject_id", "study_id"))
     frame = pd.DataFrame(
         {
-            "image_id": metadata["dicom_id"],
-            "patient_id": metadata["subject_id"],
-            "study_id": metadata["study_id"],
+            "image_id": image,
+            "patient_id": patient,
+            "study_id": study,
             "view": metadata["ViewPosition"].str.upper(),
-            "path": _image_paths(metadata),
+            "path": "files/p" + patient.str.slice(0, 2) + "/p" + patient + "/s" + study + "/" + image + ".jpg",
             "date": metadata.get("StudyDate", ""),
         }
     )
     rows = SourceRows(frame, read=len(frame), inputs=paths).of_views(data.views)
-    rows = _join_labels(rows, paths["labels"])
-    rows = _join_splits(rows, paths["split"])
+    labels = _read(paths["labels"], ["subject_id", "study_id", *LABELS])
+    refuse_duplicates(labels, "study_id", paths["labels"], "study")
+    values = label_values(labels, {label: label for label in LABELS}, paths["labels"])
+    rows = _joined(rows, ("study_id", "study_id"), labels, values, paths["labels"], "no label row")
+    splits = _read(paths["split"], ["dicom_id", "subject_id", "study_id", "split"])
+    refuse_duplicates(splits, "dicom_id", paths["split"], "image")
+    refuse_blank(splits, "split", paths["split"])
+    values = normalized_splits(splits["split"], paths["split"]).to_frame()
+    rows = _joined(rows, ("image_id", "dicom_id"), splits, values, paths["split"], "no split row")
     rows = _join_patients(rows, data.patients_table)
     frame = rows.frame.assign(text="")[[*TEXT_COLUMNS, *LABELS]]
     refuse_inconsistent_studies(frame, paths["split"], "download the tables again")
@@ -109,31 +117,32 @@ def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.Da
     return table
 
 
-def _image_paths(metadata: pd.DataFrame) -> pd.Series:
-    patient, study = metadata["subject_id"], metadata["study_id"]
-    return "files/p" + patient.str.slice(0, 2) + "/p" + patient + "/s" + study + "/" + metadata["dicom_id"] + ".jpg"
+def _joined(
+    rows: SourceRows, ids: tuple[str, str], table: pd.DataFrame, values: pd.DataFrame, path: Path, lacking: str
+) -> SourceRows:
+    """Rows with further columns, found by an id (its name in the rows, in the table); those that lack it are dropped.
 
+    Args:
+        table: ids, of the file at `path`.
+        values: the columns to add, a row per row of `table`.
+        lacking: reason under which dropped rows are counted.
 
-def _join_labels(rows: SourceRows, path: Path) -> SourceRows:
-    table = _read(path, ["subject_id", "study_id", *LABELS])
-    refuse_duplicates(table, "study_id", path, "study")
-    labels = label_values(table, {label: label for label in LABELS}, path)
-    place = _place(rows.frame["study_id"], table["study_id"])
-    _refuse_other_patient(rows.frame, table, place, path)
-    kept = rows.keep(place >= 0, "no label row")
-    labels = labels.iloc[place[place >= 0]].reset_index(drop=True)
-    return replace(kept, frame=pd.concat([kept.frame, labels], axis=1))
-
-
-def _join_splits(rows: SourceRows, path: Path) -> SourceRows:
-    table = _read(path, ["dicom_id", "subject_id", "study_id", "split"])
-    refuse_duplicates(table, "dicom_id", path, "image")
-    refuse_blank(table, "split", path)
-    splits = normalized_splits(table["split"], path)
-    place = _place(rows.frame["image_id"], table["dicom_id"])
-    _refuse_other_patient(rows.frame, table, place, path)
-    kept = rows.keep(place >= 0, "no split row")
-    return replace(kept, frame=kept.frame.assign(split=splits.iloc[place[place >= 0]].to_numpy()))
+    Raises:
+        DataError: a row of the table is of another patient or study.
+    """
+    place = _place(rows.frame[ids[0]], table[ids[1]])
+    for ours, theirs in (("patient_id", "subject_id"), ("study_id", "study_id")):
+        other = table[theirs].to_numpy()[np.maximum(place, 0)]
+        wrong = np.flatnonzero((rows.frame[ours].to_numpy() != other) & (place >= 0))
+        if wrong.size:
+            known = rows.frame.iloc[wrong[0]]
+            raise DataError(
+                f"{path}, row {row_number(table, place[wrong[0]])}: {theirs} {other[wrong[0]]!r}, but the metadata "
+                f"table has {known[ours]!r} for image {known['image_id']}; take both of one version"
+            )
+    kept = rows.keep(place >= 0, lacking)
+    values = values.iloc[place[place >= 0]].reset_index(drop=True)
+    return replace(kept, frame=pd.concat([kept.frame, values], axis=1))
 
 
 def _join_patients(rows: SourceRows, path: Path | None) -> SourceRows:
@@ -165,15 +174,3 @@ def _join_patients(rows: SourceRows, path: Path | None) -> SourceRows:
 def _place(ids: pd.Series, of: pd.Series) -> np.ndarray:
     """Row of each id in `of`, -1 where absent; int (N,)."""
     return pd.Index(of).get_indexer(pd.Index(ids))
-
-
-def _refuse_other_patient(frame: pd.DataFrame, table: pd.DataFrame, place: np.ndarray, path: Path) -> None:
-    for ours, theirs in (("patient_id", "subject_id"), ("study_id", "study_id")):
-        other = table[theirs].to_numpy()[np.maximum(place, 0)]
-        wrong = np.flatnonzero((frame[ours].to_numpy() != other) & (place >= 0))
-        if wrong.size:
-            row = place[wrong[0]]
-            raise DataError(
-                f"{path}, row {row_number(table, row)}: {theirs} {other[wrong[0]]!r}, but the metadata table has "
-                f"{frame[ours].iloc[wrong[0]]!r} for image {frame['image_id'].iloc[wrong[0]]}; take both of one version"
-            )

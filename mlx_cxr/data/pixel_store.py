@@ -69,8 +69,6 @@ class PixelStore:
 
         Args:
             path: `images_<size>.npy`.
-            manifest: whose images it must hold.
-            transform: how they must have been prepared.
 
         Raises:
             DataError: it is not there, incomplete, damaged, or made for something else.

@@ -66,8 +66,7 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
 
     Args:
         data: `reports` (None looks under `root`), `root`, `report_sections` and `report_mode` are used.
-        patients: patient id of each study.
-        studies: study ids, each once.
+        patients, studies: ids of each study and its patient; each study once.
         workers: processes; 0 takes one per core. The result does not depend on it.
 
     Raises:
@@ -91,19 +90,19 @@ def read_reports(data: DataConfig, patients: Sequence[str], studies: Sequence[st
     if data.reports is not None and len(studies) and not found:
         raise DataError(
             f"data.reports {data.reports} holds none of {len(studies)} reports; the first one looked for is "
-            f"{_member(patients[0], studies[0])}. Set it to the folder or zip that this path starts from"
+            f"files/{_member(patients[0], studies[0])}. Set it to the folder or zip that this path starts from"
         )
     counts = {
         "found": len(found),
         "missing": len(studies) - len(found),
         "not UTF-8": sum(not utf8 for _, utf8 in found.values()),
     }
-    texts, served_by = dict.fromkeys(studies, ""), []
+    texts, served_by = dict.fromkeys(studies, ""), Counter()
     for study, (sections, _) in found.items():
         texts[study], served = joined_text(sections, data.report_sections, data.report_mode)
-        served_by.append(_named(served))
+        served_by[" + ".join(served) or "none"] += 1
     by_study = {study: sections for study, (sections, _) in found.items()}
-    return ReportTexts(texts, by_study, counts, _counted(served_by), where if found else None)
+    return ReportTexts(texts, by_study, counts, dict(served_by.most_common()), where if found else None)
 
 
 def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
@@ -119,14 +118,14 @@ def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
     """
     columns = list(data.csv.sections) if data.csv is not None and data.csv.sections else ["text"]
     written: dict[str, dict[str, list[str]]] = {}
-    texts, served_by = {}, []
+    texts, served_by = {}, Counter()
     for image, study, *cells in frame[["image_id", "study_id", *columns]].itertuples(index=False):
         row = dict(zip(columns, cells, strict=True))
         report = _report_of(row)
         wanted = ("whole",) if "text" in row and not has_headings(row["text"]) else data.report_sections
         texts[image], served = joined_text(report, wanted, data.report_mode)
         if any(cells):
-            served_by.append(_named(served))
+            served_by[" + ".join(served) or "none"] += 1
             parts = written.setdefault(study, {name: [] for name in columns})
             for name, text in row.items():
                 parts[name] += [text] if text and text not in parts[name] else []
@@ -134,21 +133,14 @@ def reports_of_table(data: DataConfig, frame: pd.DataFrame) -> ReportTexts:
         study: _report_of({name: "\n\n".join(cells) for name, cells in parts.items()})
         for study, parts in written.items()
     }
-    counts = {"found": len(served_by), "missing": len(texts) - len(served_by), "not UTF-8": 0}
+    found = served_by.total()
+    counts = {"found": found, "missing": len(texts) - found, "not UTF-8": 0}
     where = "the table's text column" if columns == ["text"] else "the table's section columns"
-    return ReportTexts(texts, by_study, counts, _counted(served_by), where if served_by else None)
+    return ReportTexts(texts, by_study, counts, dict(served_by.most_common()), where if found else None)
 
 
 def _report_of(cells: dict[str, str]) -> dict[str, str]:
     return section_texts(cells["text"]) if "text" in cells else texts_of_sections(cells)
-
-
-def _named(served: Sequence[str]) -> str:
-    return " + ".join(served) or "none"
-
-
-def _counted(names: Sequence[str]) -> dict[str, int]:
-    return dict(Counter(names).most_common())
 
 
 def cut_all(batches: Iterable[Sequence[bytes | None]], workers: int) -> Iterator[list[Cut | None]]:
@@ -196,10 +188,9 @@ def _stores(data: DataConfig) -> Iterator[tuple[list[_Folder | _Zip], str]]:
     if named is not None and not named.exists():
         raise DataError(f"data.reports {named}: no such folder or zip; leave it out to do without reports")
     with ExitStack() as open_files:
-        places = [named] if named is not None else [data.root, data.root / "reports"]
         stores: list[_Folder | _Zip] = []
         wheres: list[Path] = []
-        for place in places:
+        for place in [data.root, data.root / "reports"] if named is None else [named]:
             if place.is_dir():
                 tops = [top for top in (place / "files", place) if _has_patient_groups(top)]
                 stores += [_Folder(top) for top in tops]
@@ -219,7 +210,7 @@ class _Folder:
 
     def read(self, patient: str, study: str) -> bytes | None:
         try:
-            return (self._top / f"p{patient[:2]}" / f"p{patient}" / f"s{study}.txt").read_bytes()
+            return (self._top / _member(patient, study)).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -238,7 +229,7 @@ class _Zip:
         self._members = {"/".join(name.split("/")[-3:]): name for name in names}
 
     def read(self, patient: str, study: str) -> bytes | None:
-        member = self._members.get(_member(patient, study).removeprefix("files/"))
+        member = self._members.get(_member(patient, study))
         try:
             return None if member is None else self._archive.read(member)
         except (zipfile.BadZipFile, zlib.error) as error:
@@ -246,7 +237,7 @@ class _Zip:
 
 
 def _member(patient: str, study: str) -> str:
-    return f"files/p{patient[:2]}/p{patient}/s{study}.txt"
+    return f"p{patient[:2]}/p{patient}/s{study}.txt"
 
 
 def _has_patient_groups(folder: Path) -> bool:

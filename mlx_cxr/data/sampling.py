@@ -61,8 +61,7 @@ def split_patients(frame: pd.DataFrame, validation_fraction: float, test_fractio
 
     Args:
         frame: columns `patient_id`, `study_id` and the 14 labels (1, 0, -1, NaN).
-        validation_fraction: share of the patients.
-        test_fraction: share of the patients.
+        validation_fraction, test_fraction: shares of the patients.
         seed: of the order in which patients are dealt.
 
     Returns:
@@ -86,8 +85,7 @@ def sample_studies(
     Args:
         frame: columns `patient_id`, `study_id`, `split` and the 14 labels (1, 0, -1, NaN).
         n_studies: studies wanted; all rows are kept when there are no more.
-        validation_fraction: least share of the sample for validation.
-        test_fraction: least share of the sample for test.
+        validation_fraction, test_fraction: least shares of the sample.
         seed: of the order in which patients are dealt.
 
     Returns:
@@ -112,15 +110,11 @@ def sample_studies(
 
 
 def sample_sizes(there: dict[str, int], n_studies: int, least: dict[str, float]) -> dict[str, int]:
-    """Studies that each split gives to a sample; see `sample_studies`.
+    """Studies that each split gives to a sample (see `sample_studies`), together `n_studies` or all there are.
 
     Args:
         there: split -> studies it has.
-        n_studies: studies wanted in all.
         least: split -> least share of the sample, as far as it has them.
-
-    Returns:
-        split -> studies, together `n_studies` or all there are.
     """
     total = sum(there.values())
     if n_studies >= total:

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -93,9 +92,7 @@ class SoftLabelWriter:
     def __enter__(self) -> SoftLabelWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -171,10 +168,8 @@ class SoftLabelWriter:
                 partial.replace(final)
             else:
                 final.unlink(missing_ok=True)
-        made_for = hash_of(self._key)
-        write_json(
-            index_path, {"schema": SCHEMA, **self._key, "header": header, "made_for": made_for, "sha256": hashes}
-        )
+        about = {"header": header, "made_for": hash_of(self._key), "sha256": hashes}
+        write_json(index_path, {"schema": SCHEMA, **self._key, **about})
         self._key_path.unlink()
         self.close()
         return index_path
@@ -212,7 +207,12 @@ class SoftLabelWriter:
             return False
 
     def _begin(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> None:
-        finished = self._is_finished()
+        """Start from the finished soft labels in the folder if they are of this key, else from blank ones."""
+        try:
+            load_soft_labels(self._folder)
+            finished = read_json(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
+        except SoftLabelError:
+            finished = False
         self._key_path.unlink(missing_ok=True)
         for partial, final in _moves(self._folder):
             if partial in sizes:
@@ -222,14 +222,6 @@ class SoftLabelWriter:
                     else:
                         _write_blank(temporary, *sizes[partial])
         write_json(self._key_path, {"key": hash_of(self._key)})
-
-    def _is_finished(self) -> bool:
-        """True if the finished soft labels in the folder are of this key."""
-        try:
-            load_soft_labels(self._folder)
-            return read_json(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
-        except SoftLabelError:
-            return False
 
 
 class _RowFile:

@@ -100,7 +100,6 @@ def build_store(
     Args:
         path: `images_<size>.npy`.
         manifest: its images are stored, in its order.
-        transform: the geometry of the stored images.
         root: folder that the manifest's paths are relative to.
         workers: decoding processes; 0 takes one per core.
         rebuild: decode every image again.
@@ -138,7 +137,10 @@ def build_store(
     if not lacking:
         if len(places) > 1:
             _write_whole(path, list(indexes.values()), manifest, transform)
-        _remove_others(path, places)
+        # Arrays, begun or finished, of a store of fewer or more shards than these are removed.
+        kept = {file for array in places for file in (array, array.with_suffix(".json"), *partial_paths(array))}
+        for file in {*files_of_shards(path), path} - kept:
+            file.unlink(missing_ok=True)
     parts = [own[shard.path] for shard in shards] if lacking else list(indexes.values())
     unreadable, notes = (
         {image_id: said for part in parts for image_id, said in part[key].items()} for key in ("unreadable", "notes")
@@ -170,20 +172,14 @@ def _make_all(
     return indexes, decoded
 
 
-def file_sizes(paths: Sequence[str]) -> np.ndarray:
-    """int64 (N,): bytes of each file, -1 where there is none."""
-    sizes = np.full(len(paths), -1, dtype=np.int64)
-    for row, path in enumerate(paths):
-        with suppress(OSError):
-            sizes[row] = os.stat(path).st_size  # noqa: PTH116  twice as fast as Path.stat, for 377,000 images
-    return sizes
-
-
 def _planned(path: Path, frame: pd.DataFrame, manifest_sha256: str, transform: Transform, root: Path) -> _Shard:
     """Plan the array file of some rows; refuses when most images are not there."""
     names = frame["path"].tolist()
-    start = os.path.join(root, "")  # noqa: PTH118  as `root / name`, but for 377,000 images
-    sizes = file_sizes([start + name for name in names])
+    # Bytes of each file, -1 where there is none; without `Path`, in half the time for 377,000 images.
+    start, sizes = os.path.join(root, ""), np.full(len(names), -1, dtype=np.int64)  # noqa: PTH118
+    for row, name in enumerate(names):
+        with suppress(OSError):
+            sizes[row] = os.stat(start + name).st_size  # noqa: PTH116
     missing = [(root / names[row], "no such file") for row in np.flatnonzero(sizes < 0)]
     _refuse_if_most(missing, len(names), root)
     key = {
@@ -215,9 +211,13 @@ def _build(
                 for decoded in decode_images(jobs, transform, workers):
                     if decoded.reason is None:
                         partial.write(decoded)
-                    else:
-                        _refuse_if_gone(root, root / names[decoded.row])
+                    elif root.is_dir():
                         reasons[decoded.row] = decoded.reason
+                    else:
+                        raise DataError(
+                            f"data.root {root} is gone while {root / names[decoded.row]} was to be read: is its disk "
+                            "still there? What was written is kept; run the same command again"
+                        )
                     bar.update()
             _refuse_if_most([(root / names[row], reasons[row]) for row in sorted(reasons)], len(names), root)
             unreadable = {ids[row]: reasons[row] for row in sorted(reasons)}
@@ -250,13 +250,6 @@ def _write_whole(path: Path, parts: Sequence[Mapping[str, Any]], manifest: Manif
         write_json(path.with_suffix(".json"), index)
 
 
-def _remove_others(path: Path, places: Sequence[Path]) -> None:
-    """Remove the arrays, begun or finished, that belong to a store of fewer or more shards than these."""
-    kept = {file for array in places for file in (array, array.with_suffix(".json"), *partial_paths(array))}
-    for file in {*files_of_shards(path), path} - kept:
-        file.unlink(missing_ok=True)
-
-
 def _up_to_date(shard: _Shard) -> dict[str, Any] | None:
     """The index of an array file that need not be made again; None where it must."""
     index = _read(shard.path)
@@ -287,14 +280,6 @@ def _check_space(path: Path, todo: Sequence[_Shard]) -> None:
             errno.ENOSPC,
             f"{path} needs {needed / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free there; make room, set "
             "data.work_dir to another disk, or choose a smaller pixels.size or data.n_studies",
-        )
-
-
-def _refuse_if_gone(root: Path, path: Path) -> None:
-    if not root.is_dir():
-        raise DataError(
-            f"data.root {root} is gone while {path} was to be read: is its disk still there? "
-            "What was written is kept; run the same command again"
         )
 
 

@@ -38,7 +38,6 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
     """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.
 
     Args:
-        path: the file.
         reports: study id -> each of `reports.SECTIONS`.
 
     Returns:
@@ -60,7 +59,6 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
     """Read and check a file of `write_reports`.
 
     Args:
-        path: the file.
         manifest: the one beside it, if the two are to be checked against each other.
 
     Raises:
@@ -77,13 +75,10 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
     refuse_duplicates(table, "study_id", path, "study")
     texts = table[list(SECTIONS)].to_dict("records")
     sections = dict(zip(table["study_id"].tolist(), texts, strict=True))
-    if manifest is not None:
-        _refuse_other_studies(path, sections, manifest.frame)
-    return StudyReports(sections, sha256_file(path))
-
-
-def _refuse_other_studies(path: Path, sections: Mapping[str, Mapping[str, str]], frame: pd.DataFrame) -> None:
-    again = "they were not made together: run build_manifest again"
+    if manifest is None:
+        return StudyReports(sections, sha256_file(path))
+    # Every report is of a study of the manifest, and every study with a text has one.
+    frame, again = manifest.frame, "they were not made together: run build_manifest again"
     known = set(frame["study_id"])
     if strange := [study for study in sections if study not in known]:
         raise DataError(f"{path}: study {strange[0]!r} is not in the manifest ({len(strange)} such in all); {again}")
@@ -93,3 +88,4 @@ def _refuse_other_studies(path: Path, sections: Mapping[str, Mapping[str, str]],
             f"{path}: study {lacking[0]!r} has a text in the manifest and no report here "
             f"({len(lacking)} such in all); {again}"
         )
+    return StudyReports(sections, sha256_file(path))

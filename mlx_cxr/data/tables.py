@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,7 @@ log = logging.getLogger("mlx_cxr")
 
 LABEL_ALIASES: Mapping[str, str] = {"Airspace Opacity": "Lung Opacity"}
 """Other names of the 14 in published tables (`mimic-cxr-2.1.0-test-set-labeled.csv`)."""
-LABEL_VALUES: Mapping[str, float] = {
-    "1": 1.0,
-    "1.0": 1.0,
-    "0": 0.0,
-    "0.0": 0.0,
-    "-1": -1.0,
-    "-1.0": -1.0,
-    "": np.nan,
-}
+LABEL_VALUES: Mapping[str, float] = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
 _OTHER_SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -58,7 +50,6 @@ def read_table(
     warning.
 
     Args:
-        path: the table.
         columns: columns that must be there; None takes all that there are.
         optional: columns that are read where they are there.
         renamed: name in the file -> name to know the column by, where the latter is not there as well.
@@ -73,9 +64,8 @@ def read_table(
             there).
     """
     path = Path(path)
-    encoding = _encoding(path)
     # Not `usecols`: with it pandas no longer notices rows with too many cells.
-    table = _read_csv(path, separator, encoding)
+    table = _read_csv(path, separator, _encoding(path))
     table = table.rename(columns={old: new for old, new in (renamed or {}).items() if new not in table.columns})
     header = [str(name) for name in table.columns]
     _refuse_missing(path, columns or (), header, _separator_hint(header, separator, separator_key))
@@ -95,7 +85,6 @@ def read_json_lines(path: str | Path, columns: Sequence[str], *, separator: str)
     object somewhere, or a list with one in it, are left out.
 
     Args:
-        path: the file.
         columns: keys that must be there, in some line at least.
         separator: put between the items of a list.
 
@@ -139,7 +128,6 @@ def label_values(table: pd.DataFrame, columns: Mapping[str, str], path: str | Pa
     Args:
         table: text columns, one row per row of the file at `path`.
         columns: label (one of the 14) -> its column in `table`.
-        path: named in errors.
 
     Returns:
         float32 columns, one per label asked for, index as in `table`: 1, 0, -1 or NaN for an empty cell.
@@ -220,7 +208,7 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> pd.DataFrame:
+def _read_csv(path: Path, separator: str, encoding: str) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             # Rows longer than the header would otherwise be cut, or shift every column.
@@ -234,7 +222,6 @@ def _read_csv(path: Path, separator: str, encoding: str, **options: object) -> p
                 encoding_errors="replace" if encoding == "cp1252" else "strict",
                 engine="c" if len(separator) == 1 else "python",
                 index_col=False,
-                **options,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable table separated by {separator!r}: {error}") from None
@@ -272,7 +259,10 @@ def _json_cell(value: Any, separator: str) -> str | None:
 
 def _refuse_missing(path: Path, wanted: Sequence[str], header: Sequence[str], hint: str = "") -> None:
     if missing := [name for name in wanted if name not in header]:
-        hint = hint or _near_names(missing, header)
+        near = {name: close for name in missing for close in difflib.get_close_matches(name, header, n=1, cutoff=0.75)}
+        if near and not hint:
+            name, close = next(iter(near.items()))
+            hint = f"did you mean {close!r} by {name!r}? "
         raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
 
 
@@ -283,13 +273,6 @@ def _separator_hint(header: Sequence[str], separator: str, key: str | None) -> s
         if other != separator and other in header[0]:
             way_out = f"set {key}: {other!r}" if key else f"save it separated by {separator!r}"
             return f"its cells look separated by {other!r}, not by {separator!r}: {way_out}; "
-    return ""
-
-
-def _near_names(missing: Iterable[str], there: Sequence[str]) -> str:
-    for name in missing:
-        if near := difflib.get_close_matches(name, there, n=1, cutoff=0.75):
-            return f"did you mean {near[0]!r} by {name!r}? "
     return ""
 
 

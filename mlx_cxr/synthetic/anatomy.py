@@ -8,7 +8,7 @@ Roentgenology*). The cardiothoracic ratio, heart width over inner chest width, i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -85,7 +85,6 @@ class Shape:
         dome_left: the same on the left.
         sulcus: side of a deep sulcus (-1, 0, 1) in a supine pneumothorax.
         supine: the patient lies or half lies.
-        arms_up: the arms are out of the field (lateral).
     """
 
     ratio: float
@@ -95,14 +94,12 @@ class Shape:
     dome_left: float = 0.0
     sulcus: int = 0
     supine: bool = False
-    arms_up: bool = False
 
 
 class Anatomy:
     """One patient in one posture seen in one view; every layer is float32 cm on the view's half grid."""
 
     def __init__(self, patient: Patient, shape: Shape, view: View) -> None:
-        """Place the solids."""
         self.patient, self.shape, self.view = patient, shape, view
         self.heart_scale = shape.ratio * 2 * patient.width / HEART_WIDTH
         self.unit = patient.height / 20.5
@@ -159,25 +156,22 @@ class Anatomy:
         top = 0.07 * (ax - 4.6) ** 2
         return np.sqrt(1 - (1 - np.clip((y - top) / 7.0, 0, 1)) ** 2)
 
-    def heart_solids(self) -> list[Ellipsoid]:
-        """Left ventricle, right atrium, right ventricle and the outflow tract."""
+    def heart(self) -> np.ndarray:
+        """Thickness of the heart: left ventricle, right atrium, right ventricle and the outflow tract."""
         s, top = self.heart_scale, self.heart_level()
         dx = self.shape.shift
         flat = 0.25 if self.shape.supine else 0.0
-        return [
+        solids = [
             Ellipsoid((2.9 * s + dx, top, 2.0), (6.4 * s, 4.5 * s, 4.6 * s), 0.62 - flat),
             Ellipsoid((-1.6 * s + dx, top - 0.4, 1.5), (2.95 * s, 4.4 * s, 3.6 * s), 0.05),
             Ellipsoid((1.2 * s + dx, top + 1.0, 4.0), (4.6 * s, 3.9 * s, 3.4 * s), 0.3),
             Ellipsoid((1.9 * s + dx, top - 3.6 * s, 2.2), (3.2 * s, 5.0 * s, 2.8 * s), -0.38),
         ]
+        return _union([solid.chord(self.view) for solid in solids])
 
     def heart_level(self) -> float:
         """Level of the heart's centre, y in cm; it rides on the diaphragm."""
         return self.base - 3.5 * self.heart_scale + 1.6
-
-    def heart(self) -> np.ndarray:
-        """Thickness of the heart."""
-        return _union([solid.chord(self.view) for solid in self.heart_solids()])
 
     def great_vessels(self) -> np.ndarray:
         """Thickness of aorta, main pulmonary artery, caval vein and the tissue between them."""
@@ -275,12 +269,8 @@ class Anatomy:
             return np.zeros_like(self.view.plane()[0])
         fall = 1.0 if self.shape.supine else 0.0
         out, top = 8.3 + 1.6 * fall, 0.74 * p.height - 0.6 * fall
-        solids = [
-            Ellipsoid(
-                (s * out, top, p.depth + 1.0), (p.breast * 1.06, p.breast, p.breast * (0.75 - 0.25 * fall)), s * 0.25
-            )
-            for s in (RIGHT, LEFT)
-        ]
+        radii = (p.breast * 1.06, p.breast, p.breast * (0.75 - 0.25 * fall))
+        solids = [Ellipsoid((s * out, top, p.depth + 1.0), radii, s * 0.25) for s in (RIGHT, LEFT)]
         _, y = self.view.plane(p.depth)
         # The upper half slopes into the chest wall; the lower border is sharp, as skin meets air there.
         slope = smoothstep(y, top - p.breast, top + 0.35 * p.breast)
@@ -296,9 +286,8 @@ class Anatomy:
         top = self.dome(LEFT)
         gas = np.zeros_like(self.view.plane()[0])
         if shown:
-            gas += Ellipsoid((6.0 + dx, top + dy + size * flat, 1.0), (size * 1.25, size * flat, size), 0.15).chord(
-                self.view
-            )
+            spot = (6.0 + dx, top + dy + size * flat, 1.0)
+            gas += Ellipsoid(spot, (size * 1.25, size * flat, size), 0.15).chord(self.view)
         for here, (a, b, c) in zip(colon, loops, strict=True):
             if here:
                 spot = (5.0 + 5 * a, top + 6 + 3 * b, 3.0)
@@ -324,12 +313,3 @@ def _union(chords: list[np.ndarray]) -> np.ndarray:
     for chord in chords[1:]:
         total += np.square(np.square(chord))
     return np.sqrt(np.sqrt(total))
-
-
-def cardiothoracic_ratio(anatomy: Anatomy) -> float:
-    """Heart width over inner chest width as drawn: both read off the solids, in true cm."""
-    view = replace(anatomy.view, tilt=0.0, turn=0.0)
-    heart = Anatomy(anatomy.patient, anatomy.shape, view).heart() > 0
-    columns = np.flatnonzero(heart.any(axis=0))
-    x, _ = view.plane(2.0)
-    return float((x[0, columns[-1]] - x[0, columns[0]]) / (2 * anatomy.patient.width))

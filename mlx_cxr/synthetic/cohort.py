@@ -93,7 +93,6 @@ class StudyPlan:
     """One study.
 
     Attributes:
-        patient: the patient.
         study_id: 8 digits.
         when: date and time, shifted into the future as MIMIC's are.
         findings: those truly there, by label.
@@ -126,13 +125,11 @@ class Cohort:
 
 
 def plan_cohort(patients: int, seed: int) -> Cohort:
-    """Draw a cohort.
-
-    Args:
-        patients: number of patients.
-        seed: fixes everything.
-    """
-    ids = _unique(np.random.default_rng((seed, 1)), patients, 10_000_000, 20_000_000)
+    """Draw a cohort of so many patients; `seed` fixes everything."""
+    rng = np.random.default_rng((seed, 1))
+    ids: dict[int, None] = {}
+    while len(ids) < patients:
+        ids[int(rng.integers(10_000_000, 20_000_000))] = None
     studies: list[StudyPlan] = []
     for number, subject_id in enumerate(ids):
         studies.extend(_patient_studies(subject_id, number, seed))
@@ -192,53 +189,27 @@ def _images(bedside: bool, rng: np.random.Generator) -> tuple[tuple[ImagePlan, .
     return tuple(images), views, procedure
 
 
-_REASONS: dict[str, tuple[str, ...]] = {
-    "heart failure": (
-        "CHF, shortness of breath",
-        "dyspnea on exertion",
-        "leg swelling and dyspnea",
-        "CHF exacerbation",
-        "hypoxia",
-    ),
-    "pneumonia": (
-        "cough and fever",
-        "productive cough",
-        "fever, leukocytosis",
-        "hypoxia and cough",
-        "shortness of breath",
-    ),
-    "intensive care": (
-        "respiratory failure, intubated",
-        "s/p CABG",
-        "sepsis",
-        "hypoxia",
-        "s/p surgery",
-        "line placement",
-        "altered mental status",
-    ),
-    "trauma": ("s/p fall", "MVC, chest pain", "rib pain after fall", "trauma"),
-    "cancer": ("lung cancer", "weight loss", "metastatic cancer", "cough, smoker", "known malignancy"),
-    "pleural disease": ("asbestos exposure", "chronic dyspnea", "cough", "follow up"),
-    "pneumothorax": ("acute chest pain", "pleuritic chest pain", "s/p biopsy", "dyspnea"),
-    "wide mediastinum": ("chest pain", "chest pain radiating to back", "hypertension", "lymphoma"),
-    "long-term device": ("s/p pacemaker", "chest pain", "device check", "weakness"),
+_REASONS: dict[str, str] = {
+    "heart failure": "CHF, shortness of breath|dyspnea on exertion|leg swelling and dyspnea|CHF exacerbation|hypoxia",
+    "pneumonia": "cough and fever|productive cough|fever, leukocytosis|hypoxia and cough|shortness of breath",
+    "intensive care": "respiratory failure, intubated|s/p CABG|sepsis|hypoxia|s/p surgery|line placement|"
+    "altered mental status",
+    "trauma": "s/p fall|MVC, chest pain|rib pain after fall|trauma",
+    "cancer": "lung cancer|weight loss|metastatic cancer|cough, smoker|known malignancy",
+    "pleural disease": "asbestos exposure|chronic dyspnea|cough|follow up",
+    "pneumothorax": "acute chest pain|pleuritic chest pain|s/p biopsy|dyspnea",
+    "wide mediastinum": "chest pain|chest pain radiating to back|hypertension|lymphoma",
+    "long-term device": "s/p pacemaker|chest pain|device check|weakness",
 }
+"""Reasons of the referrer by condition, separated by `|`."""
 _COMMON = (
-    "cough",
-    "chest pain",
-    "shortness of breath",
-    "fever",
-    "pre-op evaluation",
-    "dizziness",
-    "syncope",
-    "weakness",
-    "positive PPD",
-    "abdominal pain",
+    *("cough", "chest pain", "shortness of breath", "fever", "pre-op evaluation"),
+    *("dizziness", "syncope", "weakness", "positive PPD", "abdominal pain"),
 )
 
 
 def _reasons(conditions: tuple[str, ...], bedside: bool) -> tuple[str, ...]:
-    own = tuple(reason for name in conditions for reason in _REASONS.get(name, ()))
+    own = tuple(reason for name in conditions if name in _REASONS for reason in _REASONS[name].split("|"))
     return own + _COMMON[: 3 if own else len(_COMMON)] + (("interval change", "ICU patient") if bedside else ())
 
 
@@ -268,10 +239,3 @@ def _split(studies: list[StudyPlan], rng: np.random.Generator) -> dict[int, str]
             wanted[chosen] -= patients[subject]
             part[subject] = list(SPLIT)[chosen]
     return part
-
-
-def _unique(rng: np.random.Generator, count: int, low: int, high: int) -> list[int]:
-    found: dict[int, None] = {}
-    while len(found) < count:
-        found[int(rng.integers(low, high))] = None
-    return list(found)

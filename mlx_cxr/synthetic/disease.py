@@ -96,10 +96,7 @@ class History:
     """Findings and devices of a patient over all studies.
 
     Attributes:
-        patient: the patient.
         conditions: names from `CONDITIONS`.
-        episodes: the findings.
-        stays: the devices.
         drain_side: side of a chest tube.
         studies: number of studies.
         device_seed: fixes each device's course through the body.
@@ -132,13 +129,7 @@ class History:
 
 
 def sample_history(patient: Patient, severity: tuple[float, float], rng: np.random.Generator) -> History:
-    """Conditions, findings and devices of a patient.
-
-    Args:
-        patient: the patient.
-        severity: the two parameters of the Beta distribution of a finding's worst severity.
-        rng: the source of chance.
-    """
+    """Conditions, findings and devices of a patient; `severity` is the Beta distribution of findings at their worst."""
     conditions = tuple(name for name, share in CONDITIONS.items() if rng.random() < share)
     studies = 1 + min(int(rng.poisson(1.15 if conditions else 0.85)), 6)
     return _HistorySampler(patient, conditions, studies, severity, rng).history()

@@ -65,9 +65,7 @@ class View:
         rows, columns = (self.rows + 1) // 2, (self.columns + 1) // 2
         u = ((np.arange(columns) * 2 + 1) - self.columns / 2) * self.pixel
         v = ((np.arange(rows) * 2 + 1) - self.rows / 2) * self.pixel
-        return self._to_patient(*np.meshgrid(u.astype(np.float32), v.astype(np.float32)))
-
-    def _to_patient(self, u: np.ndarray, v: np.ndarray) -> Plane:
+        u, v = np.meshgrid(u.astype(np.float32), v.astype(np.float32))
         cos, sin = np.float32(np.cos(self.tilt)), np.float32(np.sin(self.tilt))
         across, down = cos * u + sin * v + self.center[0], -sin * u + cos * v + self.center[1]
         return (across if self.frontal else -across), down
@@ -103,12 +101,6 @@ class View:
         big = Image.fromarray(np.ascontiguousarray(half, dtype=np.float32)).resize(size, Image.Resampling.BILINEAR)
         return np.asarray(big)[: self.rows, : self.columns]
 
-    def half(self, full: np.ndarray) -> np.ndarray:
-        """An image-size layer averaged onto the half grid; float32 (rows/2, columns/2)."""
-        size = ((self.columns + 1) // 2, (self.rows + 1) // 2)
-        image = Image.fromarray(np.ascontiguousarray(full, dtype=np.float32))
-        return np.asarray(image.resize(size, Image.Resampling.BOX))
-
 
 @dataclass(frozen=True)
 class Ellipsoid:
@@ -123,12 +115,6 @@ class Ellipsoid:
     center: tuple[float, float, float]
     radii: tuple[float, float, float]
     tilt: float = 0.0
-
-    def moved(self, dx: float = 0.0, dy: float = 0.0, scale: float = 1.0) -> Ellipsoid:
-        """A copy shifted by (dx, dy) cm with its radii scaled."""
-        x, y, z = self.center
-        rx, ry, rz = self.radii
-        return Ellipsoid((x + dx, y + dy, z), (rx * scale, ry * scale, rz * scale), self.tilt)
 
     def level(self, view: View) -> np.ndarray:
         """1 at the centre of the outline, 0 on it, negative outside: float32 (rows/2, columns/2)."""
@@ -154,22 +140,6 @@ class Ellipsoid:
         return schur.astype(np.float32), np.float32(2 / np.sqrt(form[along, along]))
 
 
-def splat(view: View, points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Project weighted points and return their areal density.
-
-    Args:
-        view: the exposure.
-        points: (N, 3) cm.
-        weights: (N,), volumes in cm³ (or any quantity).
-
-    Returns:
-        float32 (rows, columns), weight per cm² of detector: cm of thickness for volumes. Bilinear, so a regular
-        lattice of points finer than a pixel makes an even layer.
-    """
-    column, row = view.project(np.asarray(points, np.float32))
-    return _deposit(view, column, row, np.asarray(weights, np.float32), np.zeros((view.rows, view.columns), np.float32))
-
-
 def splat_sections(
     view: View,
     centers: np.ndarray,
@@ -178,15 +148,18 @@ def splat_sections(
     weights: np.ndarray,
     onto: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Like `splat` for points placed across a line: `centers + Σ axes·offsets`, far cheaper than each on its own.
+    """Project weighted points, placed across a line at `centers + Σ axes·offsets`; far cheaper than each on its own.
 
     Args:
-        view: the exposure.
         centers: (N, 3) cm.
         axes: directions across the line, each (N, 3); short beside the distance to the source.
         offsets: for each axis, cm along it: (N, K) or (1, K).
-        weights: (N, K).
+        weights: (N, K), volumes in cm³ (or any quantity).
         onto: float32 (rows, columns) to add to; None starts from nothing.
+
+    Returns:
+        float32 (rows, columns), weight per cm² of detector: cm of thickness for volumes. Bilinear, so a regular
+        lattice of points finer than a pixel makes an even layer.
     """
     centers = np.asarray(centers, np.float32)
     column, row = view.project(centers)
@@ -213,8 +186,7 @@ def _deposit(view: View, column: np.ndarray, row: np.ndarray, weights: np.ndarra
     # Only the box that the points lie in is summed: most things are small.
     first_column, first_row = int(left.min()), int(top.min())
     wide, high = int(left.max()) - first_column + 2, int(top.max()) - first_row + 2
-    index = (top - first_row) * wide + (left - first_column)
-    index = index.astype(np.intp)
+    index = ((top - first_row) * wide + (left - first_column)).astype(np.intp)
     lower = weights * down_share
     upper = weights - lower
     lower_right, upper_right = lower * right_share, upper * right_share
@@ -232,7 +204,6 @@ def paint(view: View, outline: np.ndarray, softness: float) -> np.ndarray:
     """A filled polygon facing the beam.
 
     Args:
-        view: the exposure.
         outline: (N, 3) corners, cm.
         softness: blur of its edge, pixels.
 
@@ -270,23 +241,18 @@ def smooth_curve(knots: np.ndarray, count: int = 60) -> np.ndarray:
     return 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
 
 
-def tube(
-    view: View, path: np.ndarray, radius: float | np.ndarray, wall: float | None = None, step: float | None = None
-) -> np.ndarray:
+def tube(view: View, path: np.ndarray, radius: float | np.ndarray, wall: float | None = None) -> np.ndarray:
     """Thickness map (cm) of a round tube along a polyline.
 
     Args:
-        view: the exposure.
         path: (N, 3) cm.
         radius: cm, one value or (N,).
         wall: thickness of the shell in cm; None for a solid rod.
-        step: spacing of the samples along the path in cm; None takes 0.8 of a pixel.
 
     Returns:
         float32 (rows, columns).
     """
-    step = step or view.pixel * 0.8
-    line = resample(np.column_stack([path, np.broadcast_to(radius, len(path))]), step)
+    line = resample(np.column_stack([path, np.broadcast_to(radius, len(path))]), view.pixel * 0.8)
     points, radii = line[:, :3], line[:, 3]
     count = int(np.clip(np.ceil(2.6 * radii.max() / view.pixel), 3, 48))
     offsets = (np.arange(count) + 0.5) / count * 2 - 1
@@ -296,26 +262,21 @@ def tube(
         chords = chords - np.sqrt(np.maximum(inner**2 - offsets**2, 0))
     # A few samples stand for the section: they are made to hold its area.
     chords = chords * (np.pi / 4 * (1 - inner**2) / chords.mean())
-    spacing = np.linalg.norm(np.diff(points, axis=0), axis=1).mean() if len(points) > 1 else step
+    spacing = np.linalg.norm(np.diff(points, axis=0), axis=1).mean()
     depth = points[:, 2] if view.frontal else points[:, 0]
-    # Weights are volumes scaled by m², as `splat` divides by the area on the detector.
+    # Weights are volumes scaled by m², as `splat_sections` divides by the area on the detector.
     scale = view.magnification(depth) ** 2
     weights = (scale * radii**2 * 4 / count * spacing)[:, None] * chords
-    return splat_sections(view, points, (_sideways(view, points),), (radii[:, None] * offsets,), weights)
-
-
-def _sideways(view: View, points: np.ndarray) -> np.ndarray:
-    tangent = np.gradient(points, axis=0) if len(points) > 1 else np.array([[0.0, 1.0, 0.0]])
     beam = np.array([0.0, 0.0, 1.0] if view.frontal else [1.0, 0.0, 0.0])
-    side = np.cross(tangent, beam)
-    return side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-6)
+    side = np.cross(np.gradient(points, axis=0), beam)
+    side = side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-6)
+    return splat_sections(view, points, (side,), (radii[:, None] * offsets,), weights)
 
 
 def noise_field(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves: int = 3) -> np.ndarray:
     """Smooth noise of zero mean and unit deviation.
 
     Args:
-        rng: the source of chance.
         shape: (rows, columns).
         cell: size of the largest feature in pixels; each octave halves it and its weight.
         octaves: number of sizes that are summed.

@@ -30,11 +30,6 @@ def pick(options: Sequence[Option], rng: np.random.Generator) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
-def pick_weighted(options: Mapping[str, float], rng: np.random.Generator) -> str:
-    """One key, by its share; shares sum to 1."""
-    return str(rng.choice(list(options), p=list(options.values())))
-
-
 def capital(text: str) -> str:
     """The text with its first letter large, the others as they are."""
     return text[:1].upper() + text[1:]
@@ -47,13 +42,10 @@ def page(parts: list[tuple[str, str]], rng: np.random.Generator) -> str:
         blocks = text.split("\n")
         blocks[0] = f"{name}:  {blocks[0]}" if name else blocks[0]
         if name and rng.random() < 0.3 and name in ("FINDINGS", "IMPRESSION"):
-            lines.append(f" {name}:  ")
-            lines.append(" ")
+            lines += [f" {name}:  ", " "]
             blocks = text.split("\n")
         for block in blocks:
-            lines += textwrap.wrap(
-                block, 78, initial_indent=" ", subsequent_indent=" ", fix_sentence_endings=False
-            ) or [" "]
+            lines += textwrap.wrap(block, 78, initial_indent=" ", subsequent_indent=" ") or [" "]
         lines.append(" ")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -62,11 +54,8 @@ def typo(text: str, rng: np.random.Generator) -> str:
     """Now and then two letters change places inside a long word that no labeler looks for."""
     if rng.random() > 0.05:
         return text
-    words = list(
-        re.finditer(
-            r"\b(compared|unchanged|interval|approximately|terminates|identified|demonstrated|contours)\b", text
-        )
-    )
+    long = r"\b(compared|unchanged|interval|approximately|terminates|identified|demonstrated|contours)\b"
+    words = list(re.finditer(long, text))
     if not words:
         return text
     word = words[int(rng.integers(len(words)))]

@@ -51,9 +51,6 @@ def render_image(
         seed: position, inspiration, exposure and noise of this image.
         supine: lying or half lying (bedside AP); an upright AP is False.
 
-    Returns:
-        The image with its masks.
-
     Raises:
         ValueError: an unknown view or a size under 64.
     """
@@ -62,7 +59,7 @@ def render_image(
     if size < 64:
         raise ValueError(f"a short side of {size} px is too small to render; use 64 or more")
     pose, quantum, marker = (np.random.default_rng((seed, stream)) for stream in (1, 2, 3))
-    shape = _shape(patient, findings, kind, supine, pose)
+    shape = _shape(patient, findings, supine, pose)
     view = _view(patient, kind, size, supine, pose)
     anatomy = Anatomy(patient, shape, view)
     canvas = blank_canvas(anatomy)
@@ -79,9 +76,7 @@ def render_image(
     return SyntheticImage(pixels, _finished_masks(canvas, findings), view, shape.ratio)
 
 
-def _shape(
-    patient: Patient, findings: Mapping[str, Finding], kind: Kind, supine: bool, rng: np.random.Generator
-) -> Shape:
+def _shape(patient: Patient, findings: Mapping[str, Finding], supine: bool, rng: np.random.Generator) -> Shape:
     breath = float(np.clip(rng.normal(2.6 if supine else 0.7, 0.9), 0, 5))
     right = left = breath + rng.normal(0, 0.25)
     left += rng.normal(0, 0.3)
@@ -108,7 +103,6 @@ def _shape(
         dome_left=float(min(left, 6.0)),
         sulcus=(air.side or LEFT) if air and supine and air.kind == "deep sulcus" else 0,
         supine=supine,
-        arms_up=kind == "LATERAL",
     )
 
 
@@ -124,7 +118,7 @@ def _view(patient: Patient, kind: Kind, size: int, supine: bool, rng: np.random.
     pixel = field / columns
     sideways, down = rng.normal(0, 0.8 if supine else 0.4), rng.normal(0, 1.0 if supine else 0.6)
     middle = 0.57 * patient.height - (0.4 if landscape else -0.6) + down
-    distance, gap = (180.0, patient.depth + 2.5 + 0.5 * patient.fat)
+    distance, gap = 180.0, patient.depth + 2.5 + 0.5 * patient.fat
     if kind == "AP":
         distance, gap = (float(rng.uniform(100, 125)) if supine else 180.0), patient.depth + 4.5 + 0.5 * patient.fat
     if kind == "LATERAL":

@@ -70,17 +70,17 @@ def read_study(
     Args:
         truth: findings of this study, by label.
         before: those of the patient's study before it; None for the first.
-        reader: the chances of error.
-        rng: the source of chance.
     """
     seen = []
     for label in LABELS:
         finding = truth.get(label)
-        if finding is None or (label == DEVICE_LABEL and not supported(finding)):
+        if finding is None:
             continue
         s = finding.severity
         if label == DEVICE_LABEL:
-            seen.append(Seen(finding, 1, _change(finding, before)))
+            # Wires and leads are no support devices to CheXpert.
+            if any(name not in BYSTANDERS for name in finding.kind.split("|")):
+                seen.append(Seen(finding, 1, _change(finding, before)))
             continue
         if rng.random() < reader.missed * max(0.0, 1 - s / 0.5):
             continue
@@ -96,11 +96,6 @@ def read_study(
         if label not in truth and label != DEVICE_LABEL and finding.severity > 0.3 and rng.random() < 0.6:
             seen.append(Seen(finding, 0, "resolved"))
     return seen
-
-
-def supported(finding: Finding) -> bool:
-    """True if any of the devices is a support device to CheXpert (wires and leads are not)."""
-    return any(name not in BYSTANDERS for name in finding.kind.split("|"))
 
 
 def _change(finding: Finding, before: Mapping[str, Finding] | None) -> Change:
@@ -122,8 +117,7 @@ def merge(mentions: list[Mapping[str, int]]) -> dict[str, int]:
     rank = {1: 2, -1: 1, 0: 0}
     for mention in mentions:
         for label, value in mention.items():
-            if label not in merged or rank[value] > rank[merged[label]]:
-                merged[label] = value
+            merged[label] = max(value, merged.get(label, value), key=rank.__getitem__)
     return merged
 
 
@@ -150,7 +144,6 @@ def spoil(
         error: by label, the share of its positives that the labeler gets wrong; it also invents so many, so
             that precision and recall are each about 1 - error.
         share: by label, how frequent positives are.
-        rng: the source of chance.
 
     Returns:
         (14,) labels, each 1, 0, -1 or NaN.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.workers import lean_start, worker_pool
-from mlx_cxr.synthetic.cohort import Cohort, ImagePlan, StudyPlan
+from mlx_cxr.synthetic.cohort import Cohort, StudyPlan
 from mlx_cxr.synthetic.image import render_image
 
 QUALITY = 95
@@ -82,16 +82,25 @@ def write_tables(cohort: Cohort, root: Path, shapes: list[tuple[int, int]]) -> N
     metadata, split = [], []
     images = [(study, plan) for study in cohort.studies for plan in study.images]
     for (study, plan), (rows, columns) in zip(images, shapes, strict=True):
-        ids = {"dicom_id": plan.dicom_id, "subject_id": study.patient.subject_id, "study_id": study.study_id}
-        metadata.append(ids | _metadata(study, plan, rows, columns))
-        split.append(
+        dicom, subject = plan.dicom_id, study.patient.subject_id
+        metadata.append(
             {
-                "dicom_id": plan.dicom_id,
+                "dicom_id": dicom,
+                "subject_id": subject,
                 "study_id": study.study_id,
-                "subject_id": ids["subject_id"],
-                "split": cohort.split[ids["subject_id"]],
+                "PerformedProcedureStepDescription": study.procedure,
+                "ViewPosition": plan.view_position,
+                "Rows": rows,
+                "Columns": columns,
+                "StudyDate": study.when.strftime("%Y%m%d"),
+                "StudyTime": study.when.strftime("%H%M%S.%f")[:-3],
+                "ProcedureCodeSequence_CodeMeaning": study.procedure,
+                "ViewCodeSequence_CodeMeaning": _VIEW_CODES[plan.view_position],
+                "PatientOrientationCodeSequence_CodeMeaning": "Recumbent" if plan.supine else "Erect",
             }
         )
+        ids = {"dicom_id": dicom, "study_id": study.study_id, "subject_id": subject}
+        split.append(ids | {"split": cohort.split[subject]})
     _write_gzip(root / "mimic-cxr-2.0.0-metadata.csv.gz", metadata)
     _write_gzip(root / "mimic-cxr-2.0.0-split.csv.gz", split)
     for labeler in ("chexpert", "negbio"):
@@ -106,20 +115,6 @@ def write_tables(cohort: Cohort, root: Path, shapes: list[tuple[int, int]]) -> N
         root / "patients.csv.gz",
         [{"subject_id": p.subject_id, "gender": p.sex, "anchor_age": p.age} for p in patients.values()],
     )
-
-
-def _metadata(study: StudyPlan, plan: ImagePlan, rows: int, columns: int) -> dict[str, object]:
-    return {
-        "PerformedProcedureStepDescription": study.procedure,
-        "ViewPosition": plan.view_position,
-        "Rows": rows,
-        "Columns": columns,
-        "StudyDate": study.when.strftime("%Y%m%d"),
-        "StudyTime": study.when.strftime("%H%M%S.%f")[:-3],
-        "ProcedureCodeSequence_CodeMeaning": study.procedure,
-        "ViewCodeSequence_CodeMeaning": _VIEW_CODES[plan.view_position],
-        "PatientOrientationCodeSequence_CodeMeaning": "Recumbent" if plan.supine else "Erect",
-    }
 
 
 def _write_gzip(path: Path, rows: list[dict[str, object]]) -> None:

@@ -19,7 +19,7 @@ from mlx_cxr.synthetic.canvas import Finding
 from mlx_cxr.synthetic.devices import BYSTANDERS, tube_height
 from mlx_cxr.synthetic.devices import LABEL as DEVICE_LABEL
 from mlx_cxr.synthetic.findings import OPACITIES, broken_ribs, lesion_radius
-from mlx_cxr.synthetic.grammar import capital, page, pick, pick_weighted, spin, typo
+from mlx_cxr.synthetic.grammar import capital, page, pick, spin, typo
 from mlx_cxr.synthetic.labeler import Seen, merge
 from mlx_cxr.synthetic.opening import Scene, opening_sections
 
@@ -92,27 +92,26 @@ class Report:
 
 
 def write_report(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> Report:
-    """The report of one study.
-
-    Args:
-        seen: findings that the radiologist saw.
-        scene: patient, views and reasons.
-        rng: the wording.
-    """
-    layout = pick_weighted({"both": 0.64, "impression": 0.18, "findings": 0.12, "plain": 0.06}, rng)
+    """The report of one study, from the findings that the radiologist saw; `rng` decides the wording."""
+    layout = str(rng.choice(["both", "impression", "findings", "plain"], p=[0.64, 0.18, 0.12, 0.06]))
     body = _findings(seen, scene, rng)
     summary = _impression(seen, scene, rng)
     parts = opening_sections(scene, rng)
-    found = concluded = None
+    found = None if layout == "impression" else merge([mentions for _, mentions in body])
+    concluded = None
     if layout in ("both", "findings"):
-        found = merge([m for _, m in body])
         parts.append((pick(["FINDINGS", "FINDINGS", "FINDINGS", "FINDING"], rng), _paragraph(body, rng)))
     if layout in ("both", "impression"):
         concluded = merge([m for _, m in summary])
-        parts.append((pick(["IMPRESSION", "IMPRESSION", "IMPRESSION", "CONCLUSION"], rng), _summary_text(summary, rng)))
+        heading = pick(["IMPRESSION", "IMPRESSION", "IMPRESSION", "CONCLUSION"], rng)
+        texts = [text for text, _ in summary if text]
+        if len(texts) > 1 and rng.random() < 0.55:
+            text = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
+        else:
+            text = "  ".join(texts)
+        parts.append((heading, typo(text, rng)))
     if layout == "plain":
         # One paragraph under no heading, as older reports have it: a labeler takes the last section.
-        found = merge([m for _, m in body])
         parts.append(("", _paragraph(body, rng)))
     return Report(page(parts, rng), found, concluded)
 
@@ -163,25 +162,19 @@ def _impression(seen: list[Seen], scene: Scene, rng: np.random.Generator) -> lis
 
 
 def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence:
-    """A sentence about one finding, with what it mentions.
-
-    Args:
-        item: the finding, its certainty and its change.
-        rng: the wording.
-        brief: as in an impression: a fragment rather than a sentence.
-    """
+    """A sentence about one finding, with what it mentions; `brief`, a fragment, as in an impression."""
     label = item.finding.label
     fields = _fields(item.finding, rng)
     if item.value == -1:
-        text, extra = _text(pick(phrases.HEDGED[label], rng))
+        text, also = _text(pick(phrases.HEDGED[label], rng))
         # What is possibly opacity is put as opacity; the hedge is on its cause.
-        return capital(spin(text, rng, fields)), {**({extra: 1} if extra else {}), label: -1}
+        return capital(spin(text, rng, fields)), {**dict.fromkeys(also, 1), label: -1}
     fresh = item.change in ("first", "new")
     if fresh and not brief and label in phrases.SENTENCE and rng.random() < 0.4:
-        text, extra = _text(pick(phrases.SENTENCE[label], rng))
-        return capital(spin(text, rng, fields)), {**({extra: 1} if extra else {}), label: 1}
+        text, also = _text(pick(phrases.SENTENCE[label], rng))
+        return capital(spin(text, rng, fields)), dict.fromkeys((*also, label), 1)
     variants = phrases.NOUN[label]
-    text, extra = _text(pick(variants[_variant(item.finding, variants)], rng))
+    text, also = _text(pick(variants[_variant(item.finding, variants)], rng))
     noun = spin(text.lstrip("@"), rng, fields)
     head = noun.split(" consistent")[0].split(" compatible")[0]
     many = re.search(r"(effusions|fractures|nodules|masses|opacities|plaques)\b", head) is not None
@@ -194,8 +187,7 @@ def state(item: Seen, rng: np.random.Generator, brief: bool = False) -> Sentence
     }
     value = 0 if item.change == "resolved" else 1
     frame = pick((BRIEF if brief else FULL)[item.change], rng)
-    mentions = {label: value} | ({extra: value} if extra else {})
-    return capital(spin(frame, rng, fields)), mentions
+    return capital(spin(frame, rng, fields)), dict.fromkeys((label, *also), value)
 
 
 FULL: dict[str, list[str]] = {
@@ -331,13 +323,6 @@ def _paragraph(sentences: list[Sentence], rng: np.random.Generator) -> str:
     return typo(gap.join(text for text, _ in sentences if text), rng)
 
 
-def _summary_text(sentences: list[Sentence], rng: np.random.Generator) -> str:
-    texts = [text for text, _ in sentences if text]
-    if len(texts) > 1 and rng.random() < 0.55:
-        return typo("\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1)), rng)
-    return typo("  ".join(texts), rng)
-
-
-def _text(entry: phrases.Text) -> tuple[str, str | None]:
-    """A grammar, and the label that it mentions besides its own."""
-    return entry if isinstance(entry, tuple) else (entry, None)
+def _text(entry: str) -> tuple[str, tuple[str, ...]]:
+    """A grammar without its mark, and the labels that it mentions besides its own."""
+    return entry.removeprefix("+"), ("Lung Opacity",) if entry.startswith("+") else ()

@@ -1,13 +1,12 @@
 """The wording of reports, as small grammars: `[a|b]` is a choice (nested, may be empty), `<name>` a field.
 
-A noun phrase that begins with `@` takes an article. A pair (text, label) also mentions that label as present. The words
-follow the mention lists of the CheXpert labeler (Irvin et al., arXiv:1901.07031), so that a labeler of that kind
-reads from the text what was meant; the sentences are written for this package and come from no report.
+A noun phrase that begins with `@` takes an article. A text that begins with `+` also mentions Lung Opacity as present;
+the mark itself is not written. The words follow the mention lists of the CheXpert labeler (Irvin et al.,
+arXiv:1901.07031), so that a labeler of that kind reads from the text what was meant; the sentences are written for this
+package and come from no report.
 """
 
 from __future__ import annotations
-
-Text = str | tuple[str, str]
 
 SIZE = {
     "small": "[small|small|trace|tiny|minimal]",
@@ -32,7 +31,7 @@ LOBES = {
     "both": "[both lungs|both lung bases|the lung bases bilaterally]",
 }
 
-NOUN: dict[str, dict[str, list[Text]]] = {
+NOUN: dict[str, dict[str, list[str]]] = {
     "Atelectasis": {
         "plate": [
             "[|mild |minimal ]<side> [basilar|basal|lung base] atelectasis",
@@ -62,17 +61,8 @@ NOUN: dict[str, dict[str, list[Text]]] = {
         "": [
             "@[focal |dense |confluent |]consolidation [in|within] the <lobe>",
             "consolidation [in|of|within] the <lobe>",
-            (
-                (
-                    "@[dense|confluent|large] [|airspace ]opacity in the <lobe> [compatible|consistent] "
-                    "with consolidation"
-                ),
-                "Lung Opacity",
-            ),
-            (
-                "[|confluent |dense ]airspace opacification [in|of] the <lobe> consistent with consolidation",
-                "Lung Opacity",
-            ),
+            "+@[dense|confluent|large] [|airspace ]opacity in the <lobe> [compatible|consistent] with consolidation",
+            "+[|confluent |dense ]airspace opacification [in|of] the <lobe> consistent with consolidation",
         ]
     },
     "Edema": {
@@ -146,7 +136,7 @@ NOUN: dict[str, dict[str, list[Text]]] = {
         ],
     },
     "Pleural Other": {
-        ("apical cap"): [
+        "apical cap": [
             "[|<grade> ]<side> apical pleural thickening",
             "<side> [biapical |apical |]pleural thickening",
         ],
@@ -160,31 +150,22 @@ NOUN: dict[str, dict[str, list[Text]]] = {
             "<side> [calcified |]pleural thickening",
             "pleural thickening with calcified plaques on the <side>",
         ],
-        ("both"): [
+        "both": [
             "[|<grade> ]bilateral pleural thickening",
             "bilateral [calcified |]pleural thickening[| and plaques]",
         ],
     },
     "Pneumonia": {
         "": [
-            (
-                "[patchy|multifocal|heterogeneous] opacities in the <lobe> [compatible|consistent] with pneumonia",
-                "Lung Opacity",
-            ),
+            "+[patchy|multifocal|heterogeneous] opacities in the <lobe> [compatible|consistent] with pneumonia",
             "<lobebare> pneumonia",
-            (
-                "@[patchy|focal] opacity in the <lobe> [consistent with|compatible with|representing] pneumonia",
-                "Lung Opacity",
-            ),
+            "+@[patchy|focal] opacity in the <lobe> [consistent with|compatible with|representing] pneumonia",
             "pneumonia [in|of|involving] the <lobe>",
         ],
         "both": [
             "multifocal pneumonia",
             "bilateral [|multifocal ]pneumonia",
-            (
-                "[patchy|multifocal] bilateral opacities [compatible|consistent] with [|multifocal ]pneumonia",
-                "Lung Opacity",
-            ),
+            "+[patchy|multifocal] bilateral opacities [compatible|consistent] with [|multifocal ]pneumonia",
         ],
     },
     "Pneumothorax": {
@@ -197,7 +178,7 @@ NOUN: dict[str, dict[str, list[Text]]] = {
 }
 """Noun phrases by label and variant."""
 
-SENTENCE: dict[str, list[Text]] = {
+SENTENCE: dict[str, list[str]] = {
     "Cardiomegaly": [
         "The heart is <gradely> enlarged.",
         "[The cardiac silhouette|Cardiac silhouette|The heart size|Heart size] is <gradely> enlarged.",
@@ -209,11 +190,8 @@ SENTENCE: dict[str, list[Text]] = {
             "vasculature, [compatible|consistent] with pulmonary edema."
         ),
         (
-            (
-                "[Diffuse|Bilateral|Perihilar] [hazy |interstitial |]opacities are [consistent|"
-                "compatible] with <grade> pulmonary edema."
-            ),
-            "Lung Opacity",
+            "+[Diffuse|Bilateral|Perihilar] [hazy |interstitial |]opacities are [consistent|"
+            "compatible] with <grade> pulmonary edema."
         ),
     ],
     "Pleural Effusion": [
@@ -228,11 +206,8 @@ SENTENCE: dict[str, list[Text]] = {
     ],
     "Atelectasis": [
         (
-            (
-                "[Streaky|Linear|Patchy] <side> basilar [opacity|opacities], [likely|most likely] "
-                "[representing |reflecting |]atelectasis."
-            ),
-            "Lung Opacity",
+            "+[Streaky|Linear|Patchy] <side> basilar [opacity|opacities], [likely|most likely] "
+            "[representing |reflecting |]atelectasis."
         ),
         "There is volume loss at the <side> [base|lung base] with atelectasis.",
     ],
@@ -246,9 +221,7 @@ SENTENCE: dict[str, list[Text]] = {
             "with @<size> pneumothorax."
         )
     ],
-    "Lung Lesion": [
-        ("[A rounded|A focal] nodular opacity of <cm> [projects over|is seen in] the <side> lung.", "Lung Opacity")
-    ],
+    "Lung Lesion": ["+[A rounded|A focal] nodular opacity of <cm> [projects over|is seen in] the <side> lung."],
     "Consolidation": ["[The <lobe> is consolidated|There is consolidation of the <lobe>][|, with air bronchograms]."],
     "Fracture": [
         "[Cortical step-off|Deformity] of <side> ribs [is consistent|is compatible|in keeping] with fracture."
@@ -256,9 +229,9 @@ SENTENCE: dict[str, list[Text]] = {
 }
 """Whole sentences for a finding that is new or seen for the first time."""
 
-HEDGED: dict[str, list[Text]] = {
+HEDGED: dict[str, list[str]] = {
     "Atelectasis": [
-        ("@[streaky|faint] <side> basilar opacity may [represent|reflect] atelectasis.", "Lung Opacity"),
+        "+@[streaky|faint] <side> basilar opacity may [represent|reflect] atelectasis.",
         "[Possible|Probable] [minimal |]<side> basilar atelectasis.",
     ],
     "Cardiomegaly": [
@@ -303,11 +276,8 @@ HEDGED: dict[str, list[Text]] = {
     "Pneumonia": [
         "[Possible|Questionable] [early |]pneumonia [in|at] the <lobe>.",
         (
-            (
-                "@[patchy|vague|subtle] opacity in the <lobe>, [could represent|may represent|concerning "
-                "for|suspicious for] pneumonia."
-            ),
-            "Lung Opacity",
+            "+@[patchy|vague|subtle] opacity in the <lobe>, [could represent|may represent|concerning "
+            "for|suspicious for] pneumonia."
         ),
         "Pneumonia [in|at] the <lobe> [cannot be excluded|is not excluded][| in the appropriate clinical setting].",
     ],

@@ -70,8 +70,6 @@ def expose(attenuation: np.ndarray, view: View, exposure: Exposure, rng: np.rand
 
     Args:
         attenuation: float32 (rows, columns), the line integral of µ.
-        view: the geometry, for its pixel pitch.
-        exposure: quanta, scatter and blur.
         rng: the quantum noise.
 
     Returns:
@@ -101,10 +99,10 @@ def display(density: np.ndarray, view: View, exposure: Exposure) -> np.ndarray:
     inside = sample[patient] if patient.mean() > 0.2 else sample.ravel()
     low, high = np.percentile(inside, (0.7, 99.5) if view.frontal else (3.0, 97.0))
     high += 0.05 * (high - low)
-    levels = (np.clip((shown - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32)
-    counts = np.bincount(
-        (np.clip((inside - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32), minlength=1024
-    ).astype(np.float64)
+    levels, of_patient = (
+        (np.clip((part - low) / max(high - low, 1e-6), 0, 1) * 1023).astype(np.int32) for part in (shown, inside)
+    )
+    counts = np.bincount(of_patient, minlength=1024).astype(np.float64)
     counts = np.minimum(counts, counts.sum() * 0.006)
     curve = np.cumsum(counts) / counts.sum()
     ramp = np.linspace(0, 1, 1024)

@@ -32,13 +32,13 @@ def hilum(anatomy: Anatomy, side: int) -> np.ndarray:
     return np.array([side * 3.3 + 0.8 * s.shift, level - 0.15 * (anatomy.patient.height - anatomy.base), -0.3])
 
 
-def grow(anatomy: Anatomy, generations: int = 8) -> Tree:
+def grow(anatomy: Anatomy) -> Tree:
     """Arteries and veins of both lungs, the same for a patient on every image but for posture."""
-    parts = [_grow_side(anatomy, side, generations) for side in (RIGHT, LEFT)]
+    parts = [_grow_side(anatomy, side) for side in (RIGHT, LEFT)]
     return Tree(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _grow_side(anatomy: Anatomy, side: int, generations: int) -> tuple[np.ndarray, ...]:
+def _grow_side(anatomy: Anatomy, side: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng((anatomy.patient.seed, 21, side + 1))
     root = hilum(anatomy, side)
     # Direction (lateral, down, forward), length in cm and radius of the segmental trunks.
@@ -62,7 +62,7 @@ def _grow_side(anatomy: Anatomy, side: int, generations: int) -> tuple[np.ndarra
     radii = 1.3 * trunks[:, 4] * rng.uniform(0.85, 1.15, len(trunks))
     out: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     toward_side = np.array([side, 1.0, 1.0])
-    for _ in range(generations):
+    for _ in range(8):
         directions = heads / np.linalg.norm(heads, axis=1, keepdims=True)
         sag = rng.normal(0, 0.12, heads.shape) * lengths[:, None]
         count = max(4, int(lengths.max() / 0.07))
@@ -96,8 +96,6 @@ def draw(anatomy: Anatomy, tree: Tree, gain: np.ndarray | None = None) -> np.nda
     """Thickness of the vessels in cm.
 
     Args:
-        anatomy: whose lungs.
-        tree: the vessels.
         gain: factor on the radius of each sample, (N,); None leaves them.
 
     Returns:
@@ -123,8 +121,8 @@ def draw(anatomy: Anatomy, tree: Tree, gain: np.ndarray | None = None) -> np.nda
     return total
 
 
-def airway_paths(anatomy: Anatomy) -> list[tuple[np.ndarray, float]]:
-    """Trachea and main bronchi: centre lines (60, 3) cm and radii."""
+def airways(anatomy: Anatomy) -> np.ndarray:
+    """Thickness of air in trachea and main bronchi, cm: float32 (rows, columns)."""
     s, u = anatomy.shape, anatomy.unit
     carina = np.array([0.3 + 0.9 * s.shift, 8.3 * u, -1.5])
     bow = 0.35 * anatomy.patient.aorta
@@ -132,17 +130,13 @@ def airway_paths(anatomy: Anatomy) -> list[tuple[np.ndarray, float]]:
         np.array([[0.0, -9.0, 1.5], [0.1, 0.0, 0.5], [bow * -0.6 + 0.5 * s.shift, 5.0 * u, -0.8], carina])
     )
     right, left = hilum(anatomy, RIGHT), hilum(anatomy, LEFT)
-    return [
+    tubes = [
         (trachea, 0.85),
         (_bronchus(carina, right, [0.1, 0.1, 0.0], [0.6, 1.2, -0.6]), 0.6),
         (_bronchus(carina, left, [0.0, 0.5, 0.0], [-0.4, 1.6, -0.8]), 0.52),
     ]
+    return sum(tube(anatomy.view, path, radius) for path, radius in tubes)
 
 
 def _bronchus(carina: np.ndarray, root: np.ndarray, sag: list[float], beyond: list[float]) -> np.ndarray:
     return smooth_curve(np.array([carina, (carina + root) / 2 + np.array(sag), root + np.array(beyond)]))
-
-
-def airways(anatomy: Anatomy) -> np.ndarray:
-    """Thickness of air in trachea and main bronchi, cm: float32 (rows, columns)."""
-    return sum(tube(anatomy.view, path, radius) for path, radius in airway_paths(anatomy))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_cxr.synthetic.anatomy import HEART_WIDTH, LEFT, RIGHT, Anatomy, Shape, cardiothoracic_ratio, sample_patient
+from mlx_cxr.synthetic.anatomy import HEART_WIDTH, LEFT, RIGHT, Anatomy, Shape, sample_patient
 from mlx_cxr.synthetic.geometry import View
 
 
@@ -15,6 +15,13 @@ def patient(seed=1):
 
 def view_of(person, kind="PA"):
     return View(kind, 440, 400, 0.1, 180.0, person.depth + 2.5, (0.0, 0.57 * person.height))
+
+
+def cardiothoracic_ratio(anatomy):
+    """Heart width over inner chest width as drawn: both read off the solids, in true cm."""
+    x, _ = anatomy.view.plane(2.0)
+    columns = np.flatnonzero((anatomy.heart() > 0).any(axis=0))
+    return (x[0, columns[-1]] - x[0, columns[0]]) / (2 * anatomy.patient.width)
 
 
 def test_heart_width_at_scale_one():

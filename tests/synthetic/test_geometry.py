@@ -10,7 +10,6 @@ from mlx_cxr.synthetic.geometry import (
     paint,
     resample,
     smooth_curve,
-    splat,
     splat_sections,
     tube,
 )
@@ -98,13 +97,13 @@ def test_splat_keeps_the_total_and_its_centre():
     rng = np.random.default_rng(0)
     points = rng.uniform((-8, 2, -5), (8, 16, 5), (500, 3))
     weights = rng.uniform(0.5, 1.5, 500)
-    layer = splat(view, points, weights)
+    layer = splat_sections(view, points, (), (), weights[:, None])
     assert layer.sum() * view.pixel**2 == pytest.approx(weights.sum(), rel=1e-5)
     column, row = view.project(points)
     rows, columns = np.mgrid[0:200, 0:160] + 0.5
     assert (layer * columns).sum() / layer.sum() == pytest.approx((column * weights).sum() / weights.sum(), abs=1e-2)
     assert (layer * rows).sum() / layer.sum() == pytest.approx((row * weights).sum() / weights.sum(), abs=1e-2)
-    outside = splat(view, np.array([[500.0, 0, 0]]), np.array([1.0]))
+    outside = splat_sections(view, np.array([[500.0, 0, 0]]), (), (), np.array([[1.0]]))
     assert outside.shape == (200, 160)
     assert not outside.any()
 
@@ -116,7 +115,7 @@ def test_sections_fall_where_their_points_do():
     axis = rng.normal(0, 1, (50, 3)) * [1, 1, 0]
     offsets, weights = rng.uniform(-1, 1, (50, 4)), rng.uniform(0.5, 1.5, (50, 4))
     points = centers[:, None] + axis[:, None] * offsets[..., None]
-    expected = splat(view, points.reshape(-1, 3), weights.ravel())
+    expected = splat_sections(view, points.reshape(-1, 3), (), (), weights.reshape(-1, 1))
     got = splat_sections(view, centers, (axis,), (offsets,), weights)
     np.testing.assert_allclose(got, expected, atol=2e-3 * expected.max())
     twice = splat_sections(view, centers, (axis,), (offsets,), weights, onto=got.copy())
