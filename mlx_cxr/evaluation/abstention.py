@@ -78,7 +78,6 @@ class ExpectedCoverage(TypedDict):
 
     positive_coverage: list[float]
     negative_coverage: list[float]
-    """Lower and upper end."""
 
 
 class AbstentionEntry(TypedDict):
@@ -108,8 +107,8 @@ class FindingCalls:
         truth: bool (n,), the label.
         above_threshold: bool (n,), the bare comparison of the probability with the threshold.
         made: bool (n,), the studies that a call is made on; on the others the model abstains.
-        present_plausible: bool (n,), whether the conformal set holds "present".
-        absent_plausible: bool (n,), whether it holds "absent".
+        present_plausible: bool (n,), the conformal set holds "present".
+        absent_plausible: bool (n,), it holds "absent".
         confidences: `risk_coverage.RANKINGS` to float64 (n,).
     """
 
@@ -130,13 +129,9 @@ class FindingCalls:
 def finding_calls(
     validation: Predictions, test: Predictions, points: OperatingPoints, protocol: str
 ) -> list[FindingCalls]:
-    """Calls and abstentions on test, a finding at a time.
+    """Calls and abstentions on test, a finding at a time, under a protocol of `labels.SCORING_PROTOCOLS`.
 
-    Args:
-        validation: the studies that the points were fitted to.
-        test: the studies to judge.
-        points: fitted on validation.
-        protocol: of the test targets, a key of `labels.SCORING_PROTOCOLS`.
+    `validation` are the studies that the points were fitted to.
     """
     decided = points.decide(test.logits)
     p, targets = decided.probabilities, SCORING_PROTOCOLS[protocol].apply(test.raw_labels)
@@ -154,14 +149,7 @@ def finding_calls(
 def abstention_section(
     validation: Predictions, test: Predictions, points: OperatingPoints, resamples: PatientResamples
 ) -> AbstentionEntry:
-    """The section, for every protocol.
-
-    Args:
-        validation: the studies that the points were fitted to.
-        test: the studies to score.
-        points: fitted on validation.
-        resamples: of the patients of test.
-    """
+    """The section, for every protocol; `validation` are the studies that the points were fitted to."""
     bands = points.bands
     counts = zip(LABELS, bands.positives.tolist(), bands.negatives.tolist(), strict=True)
     sections = {}
@@ -225,11 +213,13 @@ def _protocol(findings: list[FindingCalls], meant: np.ndarray, resamples: Patien
     values = statistic(np.ones((1, len(resamples.patient_of_row))))[0]
     replicates = patient_bootstrap(statistic, resamples)
     curves = {name: np.stack([_risk_at(finding, name) for finding in findings]) for name in RANKINGS}
-    per_label = {}
-    for k, label in enumerate(LABELS):
-        intervals = [percentile_interval(float(values[k, i]), replicates[:, k, i]) for i in range(len(FIGURES))]
-        per_label[label] = {name: interval.plain() for name, interval in zip(FIGURES, intervals, strict=True)}
-        per_label[label]["risk_at"] = {name: curve[k].tolist() for name, curve in curves.items()}
+    per_label = {
+        label: {
+            **{f: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain() for i, f in enumerate(FIGURES)},
+            "risk_at": {name: curve[k].tolist() for name, curve in curves.items()},
+        }
+        for k, label in enumerate(LABELS)
+    }
     masked = np.where(meant[:, None], values, np.nan)
     macro = {name: macro_interval(masked[:, i], replicates[:, :, i]).plain() for i, name in enumerate(FIGURES)}
     nothing = np.full(len(COVERAGES), np.nan)

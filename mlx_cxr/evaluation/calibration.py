@@ -90,11 +90,7 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> tuple[float, str
 
 
 def fit_temperatures(logits: np.ndarray, targets: np.ndarray) -> Calibration:
-    """`fit_temperature` of each column.
-
-    Args:
-        logits: (N, L) of the validation split.
-        targets: (N, L), each 1, 0 or NaN (left out).
+    """`fit_temperature` of each column of logits and targets (N, L).
 
     Raises:
         ValueError: shapes differ, or a logit is not finite.
@@ -127,10 +123,7 @@ def reliability(
     Raises:
         ValueError: shapes differ, bins < 1, an unknown binning, or a probability outside [0, 1].
     """
-    probabilities, targets = (
-        np.asarray(probabilities, dtype=np.float64),
-        np.asarray(targets, dtype=np.float64),
-    )
+    probabilities, targets = np.asarray(probabilities, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if probabilities.shape != targets.shape or probabilities.ndim != 1:
         raise ValueError(f"probabilities {probabilities.shape} and targets {targets.shape}: both must be (N,)")
     if bins < 1:

@@ -28,8 +28,10 @@ from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import (
     BinsEntry,
     BootstrapEntry,
-    LabelMetrics,
+    ComparedMetrics,
+    Counts,
     Metrics,
+    ModelMetrics,
     ProtocolScores,
     protocol_section,
     score_protocol,
@@ -58,7 +60,7 @@ class ModelEntry(TypedDict):
     parameters: int | None
     trainable: int | None
     ms_per_sample: float | None
-    """Name, role and title; numbers of parameters; time of a prediction."""
+    """Numbers of parameters, and time of a prediction."""
     cost: dict[str, Any] | None
     """Content of `cost.json`."""
     make_cost: str | None
@@ -86,39 +88,22 @@ class StudentEntry(ModelEntry):
     alpha: float
     temperature: float
     init: str
-    """As trained."""
 
 
-class CompareCounts(TypedDict):
+class CompareCounts(Counts):
     """Studies that all of the models scored."""
 
-    studies: int
-    patients: int
     runs: dict[str, RunCounts]
-    """Numbers of them, and of the studies of each run."""
 
 
 class RunCounts(TypedDict):
-    """Studies of a run."""
+    """Test studies of a run, and those left out as another run has no score for them."""
 
     test_studies: int
     left_out: int
-    """On test, and of these left out as another run has no score for them."""
 
 
-class MetricDifferences(TypedDict):
-    """Differences of two models: less is better of `brier`, more of the others."""
-
-    roc_auc: IntervalEntry
-    average_precision: IntervalEntry
-    f1: IntervalEntry
-    sensitivity: IntervalEntry
-    specificity: IntervalEntry
-    brier: IntervalEntry
-    """Of `metrics.METRICS`."""
-
-
-class LabelDifferences(MetricDifferences):
+class LabelDifferences(ComparedMetrics):
     """Differences on a finding."""
 
     p_value: float | None
@@ -129,7 +114,7 @@ class LabelDifferences(MetricDifferences):
 class ControlEntry(TypedDict):
     """The student minus a control."""
 
-    macro: MetricDifferences
+    macro: ComparedMetrics
     """Of the means."""
     verdict: Verdict
     """Of macro ROC-AUC: the interval lies above 0, below 0, or reaches it."""
@@ -139,15 +124,6 @@ class DifferenceEntry(ControlEntry):
     """The first model minus the second."""
 
     per_label: dict[str, LabelDifferences]
-    """By finding."""
-
-
-class ModelMetrics(TypedDict):
-    """Metrics of a model, as in `test_results.json`."""
-
-    macro: Metrics
-    per_label: dict[str, LabelMetrics]
-    """Means, and by finding."""
 
 
 class RetentionEntry(TypedDict):
@@ -180,14 +156,12 @@ class ComparedProtocol(TypedDict):
     controls: dict[str, ControlEntry]
     """By run."""
     retention: RetentionEntry
-    """Of the student."""
 
 
 class VerdictInterval(IntervalEntry):
     """A difference with its verdict."""
 
     verdict: Verdict
-    """As in `ControlEntry`."""
 
 
 class GradedTeacher(TeacherEntry):
@@ -234,7 +208,6 @@ class Gates(TypedDict):
 
     teacher_beats_cnn: TeacherGate
     retention: RetentionGate
-    """Each with its figure."""
 
 
 class Comparison(TypedDict):
@@ -282,12 +255,9 @@ def compare(
 
     Args:
         runs: one `cnn`, one `teacher`, one `student`, and any `control` and `graded teacher`.
-        experiment: the configuration's name.
         min_retention: least share of the teacher's macro ROC-AUC that the student should keep.
         samples: bootstrap resamples; 0 gives no intervals.
-        seed: of the resamples.
         bins: of the calibration error.
-        provenance: `runs.provenance`.
 
     Raises:
         ComparisonError: the runs cannot be compared; see `scored_runs.check_teacher` and `shared_studies`.
@@ -335,9 +305,7 @@ def retention(student: np.ndarray, teacher: np.ndarray, cnn: np.ndarray) -> Rete
     """Part of the teacher that the student keeps, by macro ROC-AUC.
 
     Args:
-        student: (1 + B,) macro ROC-AUC, first on the data, then on each resample of patients.
-        teacher: (1 + B,), the same of the teacher.
-        cnn: (1 + B,), the same of the CNN.
+        student, teacher, cnn: (1 + B,) macro ROC-AUC, first on the data, then on each resample of patients.
     """
     gap, gain = teacher - cnn, student - cnn
     share = np.divide(student, teacher, out=np.full(len(student), np.nan), where=teacher > 0)
@@ -406,7 +374,7 @@ def _protocol(
         if run.role == "control":
             macro = _macro_difference(of["student"], scores[run.name])
             controls[run.name] = {"macro": macro, "verdict": verdict(macro["roc_auc"])}
-    first = next(iter(sections.values()))
+    first = sections[arms["cnn"].name]
     return {
         **{key: first[key] for key in ("meaning", "macro_labels", "single_class")},
         "models": {run: {key: section[key] for key in ("macro", "per_label")} for run, section in sections.items()},
@@ -417,24 +385,20 @@ def _protocol(
 
 
 def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarray) -> DifferenceEntry:
-    tests = [
-        paired_delong(first.targets[:, k], first.logits[:, k], second.logits[:, k], patient_ids)
-        for k in range(len(LABELS))
-    ]
-    p_values = np.array([test.p_value for test in tests])
+    columns = zip(first.targets.T, first.logits.T, second.logits.T, strict=True)
+    p_values = np.array([paired_delong(*column, patient_ids).p_value for column in columns])
     values, replicates = first.values - second.values, first.replicates - second.replicates
     per_label = {}
     for k, (label, p, adjusted) in enumerate(zip(LABELS, p_values, holm(p_values), strict=True)):
         per_label[label] = {
-            metric: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain()
-            for metric, i in _COLUMN.items()
+            **{m: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain() for m, i in _COLUMN.items()},
+            **{"p_value": float(p), "p_holm": float(adjusted)},
         }
-        per_label[label] |= {"p_value": float(p), "p_holm": float(adjusted)}
     macro = _macro_difference(first, second)
     return {"macro": macro, "verdict": verdict(macro["roc_auc"]), "per_label": per_label}
 
 
-def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> MetricDifferences:
+def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> ComparedMetrics:
     values = np.where(first.scored[:, None], first.values - second.values, np.nan)
     replicates = first.replicates - second.replicates
     return {metric: macro_interval(values[:, i], replicates[:, :, i]).plain() for metric, i in _COLUMN.items()}

@@ -52,15 +52,15 @@ class ConformalBands:
 
     @property
     def fitted(self) -> np.ndarray:
-        """bool (L,): whether there are enough studies of both classes for either to be ruled out."""
+        """bool (L,): there are enough studies of both classes for either to be ruled out."""
         return np.minimum(self.positives, self.negatives) >= self.needed
 
     def present_plausible(self, probabilities: np.ndarray) -> np.ndarray:
-        """bool (N, L): whether the conformal sets of probabilities (N, L) hold "present"."""
+        """bool (N, L): the conformal sets of probabilities (N, L) hold "present"."""
         return probabilities >= self.lower
 
     def absent_plausible(self, probabilities: np.ndarray) -> np.ndarray:
-        """bool (N, L): whether the conformal sets of probabilities (N, L) hold "absent"."""
+        """bool (N, L): the conformal sets of probabilities (N, L) hold "absent"."""
         return probabilities <= self.upper
 
 
@@ -73,8 +73,7 @@ def fit_bands(probabilities: np.ndarray, targets: np.ndarray, alpha: float) -> C
         alpha: in (0, 1).
 
     Raises:
-        ValueError: shapes differ, alpha is not in (0, 1), a target is not 1, 0 or NaN, or a probability is outside
-            [0, 1] or NaN.
+        ValueError: shapes differ, or alpha, a target or a probability is out of range.
     """
     p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if p.ndim != 2 or p.shape != y.shape:

@@ -18,10 +18,6 @@ MIN_COUNT = 5
 def confusions(judged: Judged, resamples: PatientResamples) -> dict[str, Any]:
     """Share of each finding among the false positives of another, against its share anyway.
 
-    Args:
-        judged: the studies.
-        resamples: of their patients.
-
     Returns:
         Each of the 14 to `false_positives` and `present`: each other finding to `count` (false positives with it),
         `base_rate` (its share among all studies whose label of the first is 0, from which its false positives come) and
@@ -68,9 +64,8 @@ def confused_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for called, entry in found.items()
         for present, cell in entry["present"].items()
     ]
-    return sorted(
-        (pair for pair in pairs if pair["low"] > 1 and pair["count"] >= MIN_COUNT), key=lambda pair: -pair["value"]
-    )
+    clear = (pair for pair in pairs if pair["low"] > 1 and pair["count"] >= MIN_COUNT)
+    return sorted(clear, key=lambda pair: -pair["value"])
 
 
 def lifts_with_an_interval(found: Mapping[str, Any]) -> int:

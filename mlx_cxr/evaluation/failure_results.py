@@ -31,12 +31,7 @@ import pandas as pd
 
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.evaluation.bootstrap import (
-    LEVEL,
-    PatientResamples,
-    patient_bootstrap,
-    patient_resamples,
-)
+from mlx_cxr.evaluation.bootstrap import LEVEL, PatientResamples, patient_bootstrap, patient_resamples
 from mlx_cxr.evaluation.confusions import confused_pairs, confusions, lifts_with_an_interval
 from mlx_cxr.evaluation.failures import (
     NOISE,
@@ -99,8 +94,6 @@ def analyse(
         teacher_margin: as `failures.conditions`.
         rare_share: findings with a smaller share of training studies are rare.
         samples: bootstrap resamples; 0 gives no intervals.
-        seed: of the resamples.
-        provenance: `runs.provenance`.
     """
     judged = judge(student)
     calls = {name: Calls.of(run, judged.study_ids) for name, run in others.items()}
@@ -116,6 +109,13 @@ def analyse(
     pairs = zip(failures["label"], failures["probability"], strict=True)
     abstention = [student.points.reason(label_index(label), probability) for label, probability in pairs]
     failures.insert(failures.columns.get_loc("threshold") + 1, "abstention", abstention)
+    counted = {
+        "positives": judged.targets == 1,
+        "negatives": judged.targets == 0,
+        "false_positives": judged.false_positive,
+        "false_negatives": judged.false_negative,
+    }
+    scored = judged.scored.any(axis=0)
     results = {
         "schema": SCHEMA,
         "run": student.name,
@@ -124,14 +124,28 @@ def analyse(
         "protocol": PROTOCOL,
         "fitted_under": student.settings["fitted_under"],
         "threshold_rule": student.settings["threshold_rule"],
-        "counts": _counts(judged) | {"abstained_failures": sum(map(bool, abstention))},
+        "counts": {
+            "studies": len(judged.study_ids),
+            "patients": len(set(judged.patient_ids.tolist())),
+            "pairs": int(judged.scored.sum()),
+            **{name: int(cells.sum()) for name, cells in counted.items()},
+            "without_threshold": [label for label, there in zip(LABELS, scored, strict=True) if not there],
+            "abstained_failures": sum(map(bool, abstention)),
+        },
         "models": {name: _about(others.get(name), calls.get(name)) for name in ("cnn", "teacher")},
         "settings": {
             "teacher_margin": teacher_margin,
             "rare_share": rare_share,
             "rare": [label for label, is_rare in zip(LABELS, rare, strict=True) if is_rare],
         },
-        "per_label": _per_label(judged, category, names, training_share),
+        "per_label": {
+            label: {
+                **{name: int(cells[:, k].sum()) for name, cells in counted.items()},
+                "training_share": float(training_share[k]),
+                "categories": {name: int((judged.error[:, k] & (category[:, k] == name)).sum()) for name in names},
+            }
+            for k, label in enumerate(LABELS)
+        },
         "categories": category_rates(judged, {name: category == name for name in names}, resamples),
         "conditions": category_rates(judged, found, resamples),
         "drawing": None if drawn is None else label_check(judged, category, names, drawn, resamples),
@@ -154,7 +168,6 @@ def category_rates(
     Args:
         judged: the N studies.
         members: name to bool (N, 14), which studies and findings are in it.
-        resamples: of the patients of the studies.
 
     Returns:
         Name to `false_positives`, `false_negatives`, `pairs` (scored ones, right or wrong), `share_of_errors`,
@@ -167,6 +180,10 @@ def category_rates(
         "fp_ratio": (judged.false_positive, judged.targets == 0),
         "fn_ratio": (judged.false_negative, judged.targets == 1),
     }
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return _quotient(np.stack([_quotient(sums[:, :2]), _quotient(sums[:, 2:])], axis=1))
+
     result = {}
     for name, member in members.items():
         entry: dict[str, Any] = {
@@ -178,7 +195,7 @@ def category_rates(
         }
         for key, (wrong, pool) in kinds.items():
             counts = np.stack([part.sum(axis=1) for part in (wrong & member, wrong, pool & member, pool)], axis=1)
-            entry[key] = _interval_of(counts.astype(np.float64), _ratio_of_shares, resamples)
+            entry[key] = _interval_of(counts.astype(np.float64), ratio, resamples)
         result[name] = entry
     return result
 
@@ -193,7 +210,6 @@ def label_check(
         category: (N, 14) of `failures.categorize`.
         names: of the categories.
         drawn: (N, 14), 1 where a finding shows in an image of the study, else 0.
-        resamples: of the patients of the studies.
 
     Returns:
         `categories`: name to `errors`, `wrong_labels` and the interval `share`, and the same under `all errors` and
@@ -235,26 +251,8 @@ def _quotient(sums: np.ndarray) -> np.ndarray:
     return sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan)
 
 
-def _ratio_of_shares(sums: np.ndarray) -> np.ndarray:
-    return _quotient(np.stack([_quotient(sums[:, :2]), _quotient(sums[:, 2:])], axis=1))
-
-
 def _share_of(pool: np.ndarray, member: np.ndarray) -> float:
     return float((pool & member).sum() / pool.sum()) if pool.any() else float("nan")
-
-
-def _counts(judged: Judged) -> dict[str, Any]:
-    scored = judged.scored.any(axis=0)
-    return {
-        "studies": len(judged.study_ids),
-        "patients": len(set(judged.patient_ids.tolist())),
-        "pairs": int(judged.scored.sum()),
-        "positives": int((judged.targets == 1).sum()),
-        "negatives": int((judged.targets == 0).sum()),
-        "false_positives": int(judged.false_positive.sum()),
-        "false_negatives": int(judged.false_negative.sum()),
-        "without_threshold": [label for label, there in zip(LABELS, scored, strict=True) if not there],
-    }
 
 
 def _about(run: ScoredRun | None, calls: Calls | None) -> dict[str, Any] | None:
@@ -264,19 +262,3 @@ def _about(run: ScoredRun | None, calls: Calls | None) -> dict[str, Any] | None:
     if run.teacher is not None:
         about |= {"reads": run.teacher["reads"], "reads_label_source": run.reads_label_source}
     return about
-
-
-def _per_label(
-    judged: Judged, category: np.ndarray, names: Sequence[str], training_share: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    return {
-        label: {
-            "positives": int((judged.targets[:, k] == 1).sum()),
-            "negatives": int((judged.targets[:, k] == 0).sum()),
-            "false_positives": int(judged.false_positive[:, k].sum()),
-            "false_negatives": int(judged.false_negative[:, k].sum()),
-            "training_share": float(training_share[k]),
-            "categories": {name: int((judged.error[:, k] & (category[:, k] == name)).sum()) for name in names},
-        }
-        for k, label in enumerate(LABELS)
-    }

@@ -167,11 +167,7 @@ def conditions(
 
 
 def categorize(found: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The category of every study and finding, (N, 14) str: the first condition that holds, else `OTHER`.
-
-    Args:
-        found: of `conditions`.
-    """
+    """The category of every study and finding, (N, 14) str: the first of `conditions` that holds, else `OTHER`."""
     category = np.full(next(iter(found.values())).shape, OTHER, dtype=object)
     for name in reversed(found):
         category[found[name]] = name

@@ -47,8 +47,7 @@ class ImageScores:
 
     def __post_init__(self) -> None:
         n = len(self.patient_ids)
-        arms = {"maps": self.maps, **self.controls}
-        for arm, scores in arms.items():
+        for arm, scores in {"maps": self.maps, **self.controls}.items():
             if set(scores) != set(self.maps):
                 raise ValueError(f"{self.label}, {arm}: scores {sorted(scores)}, but the maps have {sorted(self.maps)}")
             for name, values in scores.items():
@@ -64,8 +63,6 @@ def localization_table(
     Args:
         findings: one per label; all with the same score and control names; at least one image each.
         samples: bootstrap resamples; 0 gives no intervals.
-        seed: of the resamples.
-        synthetic: whether images and masks are synthetic.
         method: what made the maps, such as `grad_cam`.
 
     Returns:
@@ -100,9 +97,10 @@ def localization_table(
             arms[control, "difference"] = [f.maps[score] - x for f, x in zip(findings, theirs, strict=True)]
         for keys, columns in arms.items():
             entries, whole = _intervals(columns, bounds, resamples)
-            for finding, entry in zip(findings, entries, strict=True):
-                _put(per_label[finding.label], (score, *keys), entry)
-            _put(overall, (score, *keys), whole)
+            for place, entry in zip((*per_label.values(), overall), (*entries, whole), strict=True):
+                for key in (score, *keys[:-1]):
+                    place = place.setdefault(key, {})
+                place[keys[-1]] = entry
     return {
         "schema": SCHEMA,
         "synthetic": synthetic,
@@ -171,9 +169,3 @@ def _intervals(
     replicates = patient_bootstrap(means, resamples)
     entries = [percentile_interval(float(v), replicates[:, i]).plain() for i, v in enumerate(value)]
     return entries, macro_interval(value, replicates).plain()
-
-
-def _put(entry: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    for key in keys[:-1]:
-        entry = entry.setdefault(key, {})
-    entry[keys[-1]] = value

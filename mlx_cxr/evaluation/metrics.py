@@ -11,22 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sklearn.metrics import (
-    average_precision_score,
-    brier_score_loss,
-    confusion_matrix,
-    roc_auc_score,
-)
+from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score
 
-METRICS: tuple[str, ...] = (
-    "roc_auc",
-    "average_precision",
-    "f1",
-    "sensitivity",
-    "specificity",
-    "precision",
-    "brier",
-)
+METRICS = ("roc_auc", "average_precision", "f1", "sensitivity", "specificity", "precision", "brier")
 """Order of the last axis of `weighted_metrics`; keys of `label_metrics`."""
 
 DEFAULT_THRESHOLD = 0.5
@@ -58,8 +45,7 @@ def roc_auc_per_label(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
         float64 (L,) in [0, 1]; NaN where a column lacks a class.
 
     Raises:
-        ValueError: shapes differ, a target is not 1, 0 or NaN, or a score is not finite; names row and
-            column.
+        ValueError: shapes differ, a target is not 1, 0 or NaN, or a score is not finite; names row and column.
     """
     targets, scores = _checked(targets, scores)
     return np.array([_roc_auc(*_scored(y, s)) for y, s in zip(targets.T, scores.T, strict=True)])
@@ -122,10 +108,7 @@ def weighted_metrics(
     one sort serves all resamples, and tied scores are one group (the Mann-Whitney form of ROC-AUC).
 
     Args:
-        targets: (N,), each 1, 0 or NaN (left out).
-        scores: (N,), ranked.
-        probabilities: (N,) in [0, 1].
-        threshold: operating point in [0, 1].
+        targets, scores, probabilities, threshold: as `label_metrics`.
         weights: (B, N), not negative.
 
     Returns:
@@ -175,16 +158,11 @@ def choose_thresholds(targets: np.ndarray, probabilities: np.ndarray, rule: Lite
     if rule not in ("youden", "f1"):
         raise ValueError(f"threshold rule {rule!r}: choose 'youden' or 'f1'")
     targets, probabilities = _checked(targets, probabilities)
-    values, sources = [], []
-    for y, p in zip(targets.T, probabilities.T, strict=True):
-        y, p = _scored(y, p)
-        if len(np.unique(y)) < 2:
-            values.append(DEFAULT_THRESHOLD)
-            sources.append("default")
-            continue
-        values.append(_operating_point(y, p, rule))
-        sources.append("validation")
-    return Thresholds(np.array(values, dtype=np.float64), tuple(sources), rule)
+    values = np.full(targets.shape[1], DEFAULT_THRESHOLD)
+    tuned = both_classes(targets)
+    for k in np.flatnonzero(tuned):
+        values[k] = _operating_point(*_scored(targets[:, k], probabilities[:, k]), rule)
+    return Thresholds(values, tuple("validation" if there else "default" for there in tuned), rule)
 
 
 def _operating_point(y: np.ndarray, p: np.ndarray, rule: str) -> float:

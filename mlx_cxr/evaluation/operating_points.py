@@ -29,7 +29,6 @@ FILE = "operating_points.json"
 PRESENT, ABSENT, ABSTAIN = 1, 0, -1
 STATE_WORDS = {PRESENT: "present", ABSENT: "absent", ABSTAIN: "abstain"}
 
-
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -223,19 +222,18 @@ def points_of_entries(
         KeyError: a finding or a value is missing.
     """
 
-    def column(key: str, dtype: type = np.float64) -> np.ndarray:
-        return np.array([entries[label][key] for label in LABELS], dtype=dtype)
-
-    def sources(key: str) -> tuple[str, ...]:
+    def column(key: str) -> tuple[Any, ...]:
         return tuple(entries[label][key] for label in LABELS)
 
+    temperatures, thresholds, lower, upper = (
+        np.array(column(key), dtype=np.float64) for key in ("temperature", "threshold", "lower", "upper")
+    )
+    counts = (np.array(column(key), dtype=np.int64) for key in ("positives", "negatives"))
     return OperatingPoints(
-        Calibration(column("temperature"), sources("temperature_source")),
-        Thresholds(column("threshold"), sources("threshold_source"), rule),
+        Calibration(temperatures, column("temperature_source")),
+        Thresholds(thresholds, column("threshold_source"), rule),
         protocol,
-        ConformalBands(
-            alpha, column("lower"), column("upper"), column("positives", np.int64), column("negatives", np.int64)
-        ),
+        ConformalBands(alpha, lower, upper, *counts),
     )
 
 
@@ -244,12 +242,7 @@ def write_operating_points(
 ) -> Path:
     """Write `operating_points.json` atomically and return its path.
 
-    Args:
-        path: of the file, in the run's folder.
-        points: fitted on validation.
-        run: the run's name.
-        synthetic: the cohort is.
-        made_from: role to the SHA-256 of what the predictions came from.
+    `made_from` is role to the SHA-256 of what the predictions came from.
     """
     return write_json(
         path,

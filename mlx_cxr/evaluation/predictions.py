@@ -29,7 +29,8 @@ COLUMNS: tuple[str, ...] = (
 )
 VIEW_GROUPS: tuple[str, ...] = ("AP", "PA", "mixed", "other")
 
-_TEXT_COLUMNS = ("split", "patient_id", "study_id", "view")
+_FIELDS = {"split": "split", "patient_id": "patient_ids", "study_id": "study_ids", "view": "views"}
+"""Text columns to the fields of `Predictions`."""
 _AGAIN = "run evaluate_cnn again (for a teacher cache_teacher_outputs)"
 _STATES = {word: state for state, word in STATE_WORDS.items()}
 _RAW_TEXT = {"1": 1.0, "0": 0.0, "-1": -1.0, "": np.nan}
@@ -52,8 +53,7 @@ class Predictions:
         logits: float32 (N, 14), finite, before temperature scaling.
 
     Raises:
-        PredictionsError: lengths differ, a study appears twice, a patient in two splits, a logit is not
-            finite.
+        PredictionsError: lengths differ, a study appears twice, a patient in two splits, a logit is not finite.
         ValueError: a raw label outside {1, 0, -1, NaN}.
     """
 
@@ -82,7 +82,13 @@ class Predictions:
         ids, counts = np.unique(self.study_ids, return_counts=True)
         if (counts > 1).any():
             raise PredictionsError(f"study {ids[counts > 1][0]} appears {counts.max()} times; score each once")
-        check_no_leak(self.patient_ids, self.split)
+        pairs = pd.DataFrame({"patient": self.patient_ids, "split": self.split}).drop_duplicates()
+        leaked = pairs.loc[pairs["patient"].duplicated(), "patient"].unique()
+        if len(leaked):
+            raise PredictionsError(
+                f"{len(leaked)} patients are in more than one split, such as {', '.join(map(str, leaked[:5]))}; "
+                "run build_manifest again"
+            )
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -129,17 +135,6 @@ class ScoredPredictions:
     states: np.ndarray
 
 
-def check_no_leak(patient_ids: np.ndarray, split: np.ndarray) -> None:
-    """Raise PredictionsError when a patient is in two splits, naming some of those."""
-    pairs = pd.DataFrame({"patient": patient_ids, "split": split}).drop_duplicates()
-    leaked = pairs.loc[pairs["patient"].duplicated(), "patient"].unique()
-    if len(leaked):
-        raise PredictionsError(
-            f"{len(leaked)} patients are in more than one split, such as {', '.join(map(str, leaked[:5]))}; "
-            "run build_manifest again"
-        )
-
-
 def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.ndarray) -> Predictions:
     """Average the images of a study in logit space.
 
@@ -152,16 +147,15 @@ def study_level(frame: pd.DataFrame, raw_labels: np.ndarray, image_logits: np.nd
         One row per study in order of first appearance; the logit is the mean over its images.
 
     Raises:
-        PredictionsError: a column is missing, lengths differ, or the images of a study disagree in patient,
-            split or labels; names the study.
+        PredictionsError: a column is missing, lengths differ, or a study's images disagree in patient, split or labels.
     """
-    missing = [name for name in _TEXT_COLUMNS if name not in frame.columns]
+    missing = [name for name in _FIELDS if name not in frame.columns]
     if missing:
         raise PredictionsError(f"manifest rows lack the column(s) {', '.join(missing)}; run build_manifest again")
     raw, logits = np.asarray(raw_labels, dtype=np.float32), np.asarray(image_logits, dtype=np.float64)
     if not len(frame) == len(raw) == len(logits):
         raise PredictionsError(f"{len(frame)} manifest rows, {len(raw)} labels and {len(logits)} logits")
-    columns = {name: frame[name].to_numpy(dtype=str) for name in _TEXT_COLUMNS}
+    columns = {name: frame[name].to_numpy(dtype=str) for name in _FIELDS}
     study_of_image, studies = pd.factorize(columns["study_id"])
     first = np.unique(study_of_image, return_index=True)[1]
     for name in ("patient_id", "split"):
@@ -199,7 +193,7 @@ def join(*parts: Predictions) -> Predictions:
 
 
 def write_predictions(path: str | Path, predictions: Predictions, points: OperatingPoints) -> Path:
-    """Write `predictions.csv` atomically: UTF-8, a header, a row per study and label, in the order of `LABELS`.
+    """Write `predictions.csv` atomically and return its path: UTF-8, a row per study and label, by `LABELS`.
 
     Columns:
         split: `validate` or `test`.
@@ -212,13 +206,10 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
         threshold: float64 in [0, 1], the label's operating point, chosen on validation.
         above_threshold: 1 where probability >= threshold, else 0.
         call: `present`, `absent` or `abstain`, as `OperatingPoints.decide`.
-
-    Returns:
-        The path.
     """
     n, k = predictions.logits.shape
     decided, thresholds = points.decide(predictions.logits), points.thresholds.values
-    per_study = {name: np.repeat(getattr(predictions, _field(name)), k) for name in _TEXT_COLUMNS}
+    per_study = {name: np.repeat(getattr(predictions, field), k) for name, field in _FIELDS.items()}
     raw = predictions.raw_labels.ravel()
     table = pd.DataFrame(
         {
@@ -242,9 +233,8 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
     """Read and check what `write_predictions` wrote; logits, probabilities and thresholds come back exactly.
 
     Raises:
-        PredictionsError: the file is missing or not such a table: a column lacks, a study has not each label
-            once, a value is out of range, a study's rows disagree, a patient is in two splits; names the file
-            and row.
+        PredictionsError: the file is missing or not such a table: a column lacks, a study has not each label once, a
+            value is out of range, a study's rows disagree, a patient is in two splits; names the file and row.
     """
     path = Path(path)
     table = _read_table(path)
@@ -256,7 +246,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
             f"{path}, line {row + 2}: label {table['label'].iloc[row]!r} is out of place; "
             "each study has the 14 in the order of labels.LABELS"
         )
-    for name in (*_TEXT_COLUMNS, "threshold"):
+    for name in (*_FIELDS, "threshold"):
         blocks = table[name].to_numpy().reshape(-1, k)
         reference = blocks[0] if name == "threshold" else blocks[:, :1]
         if len(bad := np.argwhere(blocks != reference)):
@@ -274,7 +264,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
     heads = table.iloc[::k]
     try:
         predictions = Predictions(
-            **{_field(name): heads[name].to_numpy(dtype=str) for name in _TEXT_COLUMNS},
+            **{field: heads[name].to_numpy(dtype=str) for name, field in _FIELDS.items()},
             raw_labels=table["raw_label"].map(_RAW_TEXT).to_numpy(dtype=np.float32).reshape(-1, k),
             logits=numbers["logit"].astype(np.float32).reshape(-1, k),
         )
@@ -325,7 +315,3 @@ def _refuse_disagreement(bad: np.ndarray, studies: Sequence[str], study_of_image
     if bad.any():
         study = studies[study_of_image[int(np.argmax(bad))]]
         raise PredictionsError(f"study {study}: its films disagree in {what}; run build_manifest again")
-
-
-def _field(column: str) -> str:
-    return {"split": "split", "patient_id": "patient_ids", "study_id": "study_ids", "view": "views"}[column]

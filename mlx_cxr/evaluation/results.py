@@ -53,11 +53,10 @@ class Counts(TypedDict):
 
     studies: int
     patients: int
-    """Numbers of them."""
 
 
-class Metrics(TypedDict):
-    """Metrics of a finding, or their unweighted means."""
+class ComparedMetrics(TypedDict):
+    """Metrics of a finding, or their unweighted means; in a comparison, differences of two models."""
 
     roc_auc: IntervalEntry
     average_precision: IntervalEntry
@@ -65,11 +64,16 @@ class Metrics(TypedDict):
     f1: IntervalEntry
     sensitivity: IntervalEntry
     specificity: IntervalEntry
-    precision: IntervalEntry
-    """Of the calibrated probability at the threshold. `precision` is null where
-    nothing is above the threshold, and its mean is over the other findings."""
+    """Of the calibrated probability at the threshold."""
     brier: IntervalEntry
-    """Of the calibrated probability."""
+    """Of the calibrated probability; less is better."""
+
+
+class Metrics(ComparedMetrics):
+    """All metrics of a finding, or their unweighted means."""
+
+    precision: IntervalEntry
+    """At the threshold; null where nothing is above it, and its mean is over the other findings."""
     brier_uncalibrated: float | None
     ece_uncalibrated: float | None
     ece: float | None
@@ -86,14 +90,18 @@ class LabelMetrics(Metrics):
     """Studies with, without, and without a target under the protocol."""
 
 
-class ProtocolEntry(TypedDict):
+class ModelMetrics(TypedDict):
+    """Metrics of a model by finding, and their means."""
+
+    per_label: dict[str, LabelMetrics]
+    macro: Metrics
+
+
+class ProtocolEntry(ModelMetrics):
     """Metrics under a protocol of `labels.SCORING_PROTOCOLS`."""
 
     meaning: str
     """Meaning of -1 and empty labels, in words."""
-    per_label: dict[str, LabelMetrics]
-    macro: Metrics
-    """By finding, and their means."""
     macro_labels: list[str]
     """Findings of the means: those with both classes on test."""
     single_class: list[str]
@@ -115,7 +123,6 @@ class BinsEntry(TypedDict):
 
     count: int
     kind: Literal["equal_width"]
-    """Number and kind."""
 
 
 class ValidationEntry(TypedDict):
@@ -181,14 +188,9 @@ def evaluate(
     """The content of `test_results.json`.
 
     Args:
-        predictions: with the splits `validate` and `test`.
-        points: fitted on that validation split.
-        run: the run's name.
-        synthetic: the cohort is.
+        predictions: with the splits `validate`, which `points` were fitted on, and `test`.
         samples: bootstrap resamples; 0 gives no intervals.
-        seed: of the resamples.
         bins: of the calibration error.
-        provenance: `runs.provenance`.
         train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
         test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
         score: the score of a study, in words.
@@ -265,13 +267,9 @@ class ProtocolScores:
 def score_protocol(
     test: Predictions, protocol: str, points: OperatingPoints, resamples: PatientResamples
 ) -> ProtocolScores:
-    """Every metric of every label, and its replicates.
+    """Every metric of every label under a protocol of `labels.SCORING_PROTOCOLS`, and its replicates.
 
-    Args:
-        test: the studies to score.
-        protocol: of their targets, a key of `labels.SCORING_PROTOCOLS`.
-        points: fitted on validation.
-        resamples: of the patients of these studies; models that share it can be compared replicate by replicate.
+    Models that share the resamples of patients can be compared replicate by replicate.
     """
     targets = SCORING_PROTOCOLS[protocol].apply(test.raw_labels).astype(np.float64)
     logits = test.logits.astype(np.float64)
@@ -290,13 +288,11 @@ def score_protocol(
 def protocol_section(scores: ProtocolScores, bins: int) -> ProtocolEntry:
     """An entry of `protocols` in `test_results.json`."""
     values, replicates, scored = scores.values, scores.replicates, scores.scored
-    uncalibrated = expit(scores.logits)
-    pairs = list(zip(uncalibrated.T, scores.targets.T, strict=True))
-    calibrated = zip(scores.probabilities.T, scores.targets.T, strict=True)
+    triples = list(zip(scores.targets.T, expit(scores.logits).T, scores.probabilities.T, strict=True))
     numbers = {
-        "brier_uncalibrated": [label_metrics(y, p, p, 0.5)["brier"] for p, y in pairs],
-        "ece_uncalibrated": [expected_calibration_error(p, y, bins) for p, y in pairs],
-        "ece": [expected_calibration_error(p, y, bins) for p, y in calibrated],
+        "brier_uncalibrated": [label_metrics(y, raw, raw, 0.5)["brier"] for y, raw, _ in triples],
+        "ece_uncalibrated": [expected_calibration_error(raw, y, bins) for y, raw, _ in triples],
+        "ece": [expected_calibration_error(p, y, bins) for y, _, p in triples],
     }
     per_label = {}
     for k, label in enumerate(LABELS):

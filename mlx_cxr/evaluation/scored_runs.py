@@ -116,11 +116,7 @@ class ScoredRun:
 
 
 def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
-    """Read and check a run.
-
-    Args:
-        folder: the run's.
-        role: its role in the comparison.
+    """Read and check a run for its role in the comparison.
 
     Raises:
         ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
@@ -157,17 +153,15 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
         },
     )
     expected = points.calibration.probabilities(scored.predictions.logits)
-    if not np.array_equal(scored.thresholds, points.thresholds.values) or not np.allclose(
-        scored.probabilities, expected, rtol=0, atol=1e-9
-    ):
+    same = np.array_equal(scored.thresholds, points.thresholds.values)
+    other = None
+    if not same or not np.allclose(scored.probabilities, expected, rtol=0, atol=1e-9):
+        other = f"thresholds or temperatures than {path}"
+    elif not np.array_equal(scored.states, points.states(scored.probabilities)):
+        other = f"calls than {path} says"
+    if other:
         raise ComparisonError(
-            f"{folder / 'predictions.csv'} has other thresholds or temperatures than {path}: they are of different "
-            f"evaluations; {_again(role, folder)}"
-        )
-    if not np.array_equal(scored.states, points.states(scored.probabilities)):
-        raise ComparisonError(
-            f"{folder / 'predictions.csv'} has other calls than {path} says: they are of different evaluations; "
-            f"{_again(role, folder)}"
+            f"{folder / 'predictions.csv'} has other {other}: they are of different evaluations; {_again(role, folder)}"
         )
     run = open_run(folder, _STAGES[role][0].split()[0])
     soft_labels = next((entry for entry in run.inputs.values() if Path(entry["path"]).name == SOFT_LABELS), None)
@@ -191,13 +185,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
 
 
 def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:
-    """The test studies that every one of the runs scored.
-
-    Args:
-        runs: at least one, each once.
-
-    Returns:
-        (N,) str, sorted; N > 0.
+    """The test studies that every one of at least one run scored: (N,) str, sorted; N > 0.
 
     Raises:
         ComparisonError: a run is named twice, two of them come from different data or were fitted differently, give a

@@ -29,7 +29,6 @@ def fit_operating_points(
     same split made. Coverage on test, which `test_results.json` has, tells how much it took.
 
     Args:
-        validation: of one split, not test.
         protocol: a key of `labels.SCORING_PROTOCOLS`.
         rule: as `metrics.choose_thresholds`.
         alpha: in (0, 1), as `conformal.fit_bands`.
@@ -63,8 +62,6 @@ def write_scores(
             are left out.
         protocol: of the validation targets that temperatures and thresholds are fitted to, a key of
             `labels.SCORING_PROTOCOLS`.
-        manifest: of these studies.
-        config: the experiment.
         record: `runs.provenance`, kept in the results.
         score: the score of a study, in words.
 

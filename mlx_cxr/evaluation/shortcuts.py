@@ -28,12 +28,11 @@ from mlx_cxr.evaluation.predictions import study_views
 
 
 class AucEntry(TypedDict):
-    """ROC-AUC of a finding among some of the studies."""
+    """ROC-AUC of a finding among some of the studies, with the number of each class."""
 
     positives: int
     negatives: int
     roc_auc: IntervalEntry
-    """With the number of studies of each class."""
 
 
 class ViewMeans(TypedDict):
@@ -51,7 +50,6 @@ class ViewEntry(TypedDict):
     studies: int
     per_label: dict[str, AucEntry]
     macro: ViewMeans
-    """Size of the group, its findings, and their means."""
 
 
 class DevicesEntry(TypedDict):
@@ -59,7 +57,6 @@ class DevicesEntry(TypedDict):
 
     with_devices: AucEntry
     without_devices: AucEntry
-    """By the target of Support Devices."""
 
 
 class MetadataAucs(TypedDict):
@@ -84,7 +81,6 @@ class MetadataEntry(TypedDict):
     """Metadata that it sees."""
     per_label: dict[str, MetadataAucs]
     macro: MetadataMeans
-    """By finding, and their means."""
 
 
 def auc_intervals(
@@ -167,9 +163,8 @@ def metadata_scores(train: pd.DataFrame, train_targets: np.ndarray, test: pd.Dat
     indicator for unknown.
 
     Args:
-        train: `study_metadata` of the training studies.
+        train, test: `study_metadata`.
         train_targets: (N train, L), each 1, 0 or NaN (left out).
-        test: `study_metadata` of the studies to score.
 
     Returns:
         float64 (N test, L); 0 throughout for a label that training has only one class of.
@@ -195,12 +190,10 @@ def metadata_only(
     """ROC-AUC on test of `metadata_scores`, and how much the model adds.
 
     Args:
-        train: `study_metadata` of training.
-        train_targets: (N train, 14).
-        test: `study_metadata` of the N test studies.
-        targets: (N, 14), each 1, 0 or NaN (left out).
+        train, train_targets, test: as `metadata_scores`.
+        targets: (N, 14) of test, each 1, 0 or NaN (left out).
         scores: (N, 14), the model's logits, for the difference.
-        resamples: of the patients of the N rows.
+        resamples: of the patients of test.
     """
     targets = np.where(both_classes(train_targets), targets, np.nan)
     values, replicates = auc_intervals(targets, metadata_scores(train, train_targets, test), resamples)

@@ -60,7 +60,6 @@ def subgroup_tables(judged: Judged, groups: Mapping[str, np.ndarray], resamples:
     Args:
         judged: the N studies.
         groups: attribute to the group of each study.
-        resamples: of the patients of these studies.
 
     Returns:
         Attribute to group, in the order of their names, to `studies`, `patients`, `positives` (labels), `small` (fewer
@@ -80,9 +79,6 @@ def subgroup_tables(judged: Judged, groups: Mapping[str, np.ndarray], resamples:
 
 def gaps(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Gaps that can be told from noise.
-
-    Args:
-        tables: of `subgroup_tables`.
 
     Returns:
         `looked_at` (gaps with an interval), `apart` (those whose interval excludes 0), and `largest`: of these the one
@@ -104,9 +100,8 @@ def _entry(
 ) -> dict[str, Any]:
     """A group's figures; `values` (14, 3) and `replicates` (B, 14, 3) are those of all studies."""
     y, patients = judged.targets[rows], judged.patient_ids[rows]
-    enough = np.array(
-        [all(len(set(patients[column == value])) >= MIN_PATIENTS for value in (0, 1)) for column in y.T], dtype=bool
-    )
+    fewest = [min(len(set(patients[column == value])) for value in (0, 1)) for column in y.T]
+    enough = np.array(fewest) >= MIN_PATIENTS
     ours, our_replicates = _figures(judged, rows, resamples)
     ours = np.where(enough[:, None], ours, np.nan)
     sensitivity = FIGURES.index("sensitivity")

@@ -26,11 +26,11 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.explain.word_scores import TextExplanation, signed
 from mlx_cxr.inference.answers import ImageAnswer, ReportAnswer
+from mlx_cxr.pages.figures import BLUE, GREEN, VERMILION
 from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, colour_scale, map_tile
 
 _INK, _DIM, _BAND, _WARNING = "#16181c", "#5b616b", "#d5d9e0", "#7a4b00"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
-"""Okabe and Ito's blue, vermilion and green: told apart under the common colour deficiencies."""
+_COLOURS = (BLUE, VERMILION, GREEN)
 _MARKERS = ("o", "D", "^")
 _WIDTH, _HEIGHT = 8.27, 11.69
 _DPI = 144
@@ -45,8 +45,7 @@ class Disagreement:
         finding: its name.
         image_state: PRESENT or ABSENT.
         report_state: the other one.
-        image_probability: calibrated, in [0, 1].
-        report_probability: calibrated, in [0, 1].
+        image_probability, report_probability: calibrated, in [0, 1].
     """
 
     finding: str

@@ -56,14 +56,7 @@ class Arm:
 def plot_roc_comparison(path: str | Path, arms: Sequence[Arm], protocol: str, synthetic: bool) -> Path:
     """Write the ROC curves of up to three models over each other, per finding and as means, as a PNG.
 
-    Args:
-        path: of the PNG, written atomically.
-        arms: the models, all on the same studies in the same order.
-        protocol: a key of `labels.SCORING_PROTOCOLS`.
-        synthetic: the cohort is; the footer then says so.
-
-    Returns:
-        The path.
+    The models are scored on the same studies in the same order, under a protocol of `labels.SCORING_PROTOCOLS`.
     """
     figure = page("ROC on the test split", cohort_line(arms[0].test, protocol))
     panels = finding_panels(figure, "false positive rate (1 - specificity)", "sensitivity")
@@ -102,13 +95,6 @@ def plot_calibration_comparison(
     Above, observed rate against probability; below, the error of each finding before and after temperature scaling on
     one scale for all models. Findings with one class are left out, as of the means in the tables. As
     `plot_roc_comparison`.
-
-    Args:
-        path: of the PNG.
-        arms: the models.
-        protocol: a key of `labels.SCORING_PROTOCOLS`.
-        synthetic: the cohort is.
-        bins: of the calibration error.
     """
     figure = page("Calibration on the test split", cohort_line(arms[0].test, protocol))
     grid = figure.add_gridspec(
@@ -137,8 +123,7 @@ def plot_calibration_comparison(
     below[0].set_xlim(left=0)
     legend(figure, {"before scaling": ("D", VERMILION, "--"), "after temperature scaling": ("o", BLUE, "-")})
     explained = f"Above, each marker is a group of equally many answers. ECE: {bins} bins of equal width."
-    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
-    return save(figure, path, synthetic)
+    return save(figure, path, synthetic, explained)
 
 
 def _error_panel(ax: Axes, errors: np.ndarray, labelled: bool) -> None:

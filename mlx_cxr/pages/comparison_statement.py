@@ -63,13 +63,9 @@ def findings_sentence(difference: Mapping[str, Any]) -> str:
     ahead = [label for label in apart if per_label[label]["roc_auc"]["value"] > 0]
     behind = [label for label in apart if label not in ahead]
     lead = f"By finding (DeLong by patient, Holm over {len(tested)}, p < {SIGNIFICANCE}) the student "
-    parts = [
-        *([f"is better than the CNN on {', '.join(ahead)}"] if ahead else []),
-        *(
-            [f"worse on {', '.join(behind)}" if ahead else f"is worse than the CNN on {', '.join(behind)}"]
-            * bool(behind)
-        ),
-    ]
+    parts = [f"is better than the CNN on {', '.join(ahead)}"] if ahead else []
+    if behind:
+        parts.append(f"{'worse' if ahead else 'is worse than the CNN'} on {', '.join(behind)}")
     return lead + (" and ".join(parts) or "differs from the CNN on none") + "."
 
 
@@ -106,9 +102,8 @@ def control_verdicts(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[s
     verdicts = []
     for run, entry in section["controls"].items():
         _, better, otherwise = CONTROLS[targets[run]]
-        said = {"better": "better", "worse": "worse"}.get(entry["verdict"], entry["verdict"])
         meaning = better if entry["verdict"] == "better" else otherwise
-        verdicts.append((targets[run], entry["macro"]["roc_auc"], f"{said}: {meaning}"))
+        verdicts.append((targets[run], entry["macro"]["roc_auc"], f"{entry['verdict']}: {meaning}"))
     return verdicts
 
 

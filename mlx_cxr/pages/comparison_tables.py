@@ -150,9 +150,9 @@ def cost_note(comparison: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def intervals_line(comparison: Mapping[str, Any]) -> str:
-    """Meaning of the brackets."""
-    samples = comparison["bootstrap"]["samples"]
+def intervals_line(results: Mapping[str, Any]) -> str:
+    """Meaning of the brackets on a page of results with `bootstrap`."""
+    samples = results["bootstrap"]["samples"]
     if not samples:
         return "No intervals: no resamples were asked for."
     return f"In brackets 95 % intervals from {samples} resamples of patients."

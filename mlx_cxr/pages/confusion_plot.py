@@ -18,17 +18,7 @@ _FADED, _TOO_FEW = 0.25, "#E2E2E2"
 
 
 def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, synthetic: bool) -> Path:
-    """Write the matrix of lifts as a PNG.
-
-    Args:
-        path: of the PNG, written atomically.
-        found: of `confusions`.
-        cohort: a line on what it is about.
-        synthetic: the cohort is; the footer then says so.
-
-    Returns:
-        The path.
-    """
+    """Write the matrix of lifts of `confusions` as a PNG, and return its path; `cohort` is a line on the studies."""
     figure = page("What is there when a finding is called wrongly", cohort)
     ax = figure.add_axes((0.19, 0.21, 0.68, 0.68))
     lift, clear = np.full((len(LABELS), len(LABELS)), np.nan), np.zeros((len(LABELS), len(LABELS)), dtype=bool)
@@ -45,16 +35,8 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
         if not np.isnan(lift[a, b]):
             cell, strong = found[LABELS[a]]["present"][LABELS[b]], clear[a, b] and not 0.4 < lift[a, b] < 2.5
             text = f"{number(lift[a, b], 1)}\nn={cell['count']}"
-            ax.text(
-                b,
-                a,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if strong else BLACK,
-                fontweight="bold" if clear[a, b] else "normal",
-            )
+            look = {"color": "white" if strong else BLACK, "fontweight": "bold" if clear[a, b] else "normal"}
+            ax.text(b, a, text, ha="center", va="center", fontsize=8, **look)
     called = [f"{label} ({found[label]['false_positives']})" for label in LABELS]
     ax.set_yticks(range(len(LABELS)), called, fontsize=10)
     ax.set_xticks(range(len(LABELS)), LABELS, fontsize=10, rotation=35, ha="right", rotation_mode="anchor")
@@ -71,5 +53,4 @@ def plot_confusions(path: str | Path, found: Mapping[str, Any], cohort: str, syn
         "n: false positives with that label. Bold: the interval excludes 1; the others are faded. "
         f"Gray: fewer than {MIN_COUNT} to compare."
     )
-    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
-    return save(figure, path, synthetic)
+    return save(figure, path, synthetic, explained)

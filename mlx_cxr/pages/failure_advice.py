@@ -40,11 +40,7 @@ def gap_sentence(gaps: Mapping[str, Any]) -> str:
 
 
 def closing_failures(results: Mapping[str, Any]) -> str:
-    """The main points as plain text for a terminal, with the notice.
-
-    Args:
-        results: the content of `failures.json`, as computed or read back.
-    """
+    """The main points of `failures.json` as plain text for a terminal, with the notice."""
     counts = results["counts"]
     errors = counts["false_positives"] + counts["false_negatives"]
     lines = [
@@ -58,11 +54,7 @@ def closing_failures(results: Mapping[str, Any]) -> str:
 
 
 def next_steps(results: Mapping[str, Any]) -> list[str]:
-    """Sentences, each by a rule of its own; with no errors, that there are none.
-
-    Args:
-        results: the content of `failures.json`, as computed or read back.
-    """
+    """Sentences, each by a rule of its own on `failures.json`; with no errors, that there are none."""
     counts = results["counts"]
     errors = counts["false_positives"] + counts["false_negatives"]
     if not errors:

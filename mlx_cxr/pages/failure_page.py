@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UN
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES, MIN_PATIENTS
 from mlx_cxr.pages.failure_advice import gap_sentence, next_steps
-from mlx_cxr.pages.tables import columns_of, finding_table, markdown_table
+from mlx_cxr.pages.tables import columns_of, escaped, finding_table, markdown_table
 
 TITLES = {"student": "student", "cnn": "CNN", "teacher": "teacher"}
 PAIRS_SHOWN = 5
@@ -94,11 +93,8 @@ def _failures(results: Mapping[str, Any]) -> list[str]:
         if boot["samples"]
         else "No resamples were asked for, so there are no intervals. "
     )
-    left_out = (
-        f" Left out, as validation could choose no threshold: {', '.join(counts['without_threshold'])}."
-        if counts["without_threshold"]
-        else ""
-    )
+    left_out = ", ".join(counts["without_threshold"])
+    left_out = f" Left out, as validation could choose no threshold: {left_out}." if left_out else ""
 
     def share(finding: str, part: str, whole: str) -> str:
         entry = results["per_label"][finding]
@@ -192,7 +188,7 @@ def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
         header.append("shows in the film, by the drawing")
         cells.append("yes" if row["drawn"] else "no")
     said = {None: "There is no report.", "": "The report does not name it."}.get(error.report)
-    quote = said or "> " + re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", error.report or "")
+    quote = said or "> " + escaped(error.report or "")
     return [
         f"### {place}. {row['label']}: {row['error']}",
         "",
@@ -238,14 +234,12 @@ def _categories(results: Mapping[str, Any]) -> list[str]:
 
 def _rate_table(rates: Mapping[str, Any]) -> list[str]:
     header = ["", "false positives", "false negatives", "share of errors", "share of pairs", "ratio"]
+    shares = ("share_of_errors", "share_of_pairs")
     rows = [
         [
             name,
             *(str(entry[key]) for key in ("false_positives", "false_negatives")),
-            *(
-                "–" if np.isnan(entry[key]) else f"{100 * entry[key]:.0f} %"
-                for key in ("share_of_errors", "share_of_pairs")
-            ),
+            *("–" if np.isnan(share) else f"{100 * share:.0f} %" for share in (entry[key] for key in shares)),
             *(interval_text(entry[key], 2) for key in ("ratio", "fp_ratio", "fn_ratio")),
         ]
         for name, entry in rates.items()
@@ -341,11 +335,8 @@ def _confusions(results: Mapping[str, Any], picture: str) -> list[str]:
         "",
     ]
     if not pairs:
-        return [
-            *lines,
-            f"No pair of at least {MIN_COUNT} has an interval above 1, of {results['lifts']} looked at.",
-            "",
-        ]
+        none = f"No pair of at least {MIN_COUNT} has an interval above 1, of {results['lifts']} looked at."
+        return [*lines, none, ""]
     lines += [
         f"Of {results['lifts']} pairs {len(pairs)} come together at least {MIN_COUNT} times and have an interval above "
         f"1 (about {0.025 * results['lifts']:.1f} would by chance alone). The highest:",

@@ -33,7 +33,6 @@ def draw_failures(
         frame: manifest rows of all N images of their studies.
         pixels: uint8 (N, S, S).
         maps: of those images, with every label of `failures`.
-        config: the experiment; `data` and `pixels` are used.
 
     Returns:
         The pictures' paths relative to `folder`, one for each row, in their order.

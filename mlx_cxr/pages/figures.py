@@ -103,8 +103,13 @@ def legend(figure: Figure, entries: Mapping[str, tuple[str, str, str]]) -> None:
     figure.legend(handles=handles, ncols=len(handles), frameon=False, fontsize=11, **place)
 
 
-def save(figure: Figure, path: str | Path, synthetic: bool) -> Path:
-    """Write a figure with the footer as a PNG, atomically; the footer is in the file's metadata too."""
+def save(figure: Figure, path: str | Path, synthetic: bool, explained: str = "") -> Path:
+    """Write a figure with the footer as a PNG, atomically; the footer is in the file's metadata too.
+
+    `explained` stands at the bottom right.
+    """
+    if explained:
+        figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
     figure.text(0.04, 0.018, footer(synthetic), fontsize=11, color=VERMILION, fontweight="bold")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Warning": footer(synthetic)})

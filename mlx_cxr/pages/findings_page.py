@@ -22,6 +22,7 @@ from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.overlay import METHOD_NAMES, Reading, draw_overlay, save_picture
+from mlx_cxr.pages.tables import escaped, markdown_table
 
 OUTCOMES = ("true positive", "false positive", "false negative")
 PICTURES = "grad_cam"
@@ -130,10 +131,7 @@ def finding_summaries(
         maps: of the N test images.
         frame: their manifest rows.
         pixels: from an image's row to its uint8 (S, S) pixels.
-        test: predictions, a row per study.
-        points: thresholds and calibration, fitted on validation.
         per_outcome: cases per finding and outcome.
-        synthetic: True for the synthetic cohort.
         masks: per image, finding to mask; None without masks.
     """
     targets = SCORING_PROTOCOLS[points.protocol].apply(test.raw_labels)
@@ -189,10 +187,8 @@ def write_findings(
     """
     cases = [case for summary in summaries for case in summary.cases]
     write_pictures(folder, cases)
-    text = findings_markdown(
-        run, summaries, synthetic=synthetic, method=method, protocol=MEANINGS[points.protocol], sections=sections
-    )
-    path = write_text(folder / "findings.md", text)
+    known = {"synthetic": synthetic, "method": method, "protocol": MEANINGS[points.protocol], "sections": sections}
+    path = write_text(folder / "findings.md", findings_markdown(run, summaries, **known))
     remove_stale(folder, cases)
     return path
 
@@ -229,9 +225,7 @@ def findings_markdown(
     """The page.
 
     Args:
-        run: the run's name.
         findings: in the order of their sections.
-        synthetic: True for the synthetic cohort.
         method: a key of `overlay.METHOD_NAMES`.
         protocol: in words, the policy on uncertain and empty labels.
         sections: Markdown to put before the findings, such as the localization table.
@@ -262,11 +256,8 @@ def findings_markdown(
 def _section(finding: FindingSummary) -> list[str]:
     lines = [f"## {finding.finding}", ""]
     if finding.threshold is None:
-        return [
-            *lines,
-            "Validation has only one class of it, so no threshold could be chosen, and no call is shown.",
-            "",
-        ]
+        none = "Validation has only one class of it, so no threshold could be chosen, and no call is shown."
+        return [*lines, none, ""]
     counts = ", ".join(f"{n} {name} ({finding.abstained[name]})" for name, n in finding.counts.items())
     lines += [f"Threshold {number(finding.threshold)}; studies (of them abstained on): {counts}.", ""]
     for outcome in OUTCOMES:
@@ -283,7 +274,8 @@ def _case(case: Case) -> list[str]:
     reading = case.reading
     title = f"{reading.finding}, {case.outcome} {case.rank}"
     call = f"abstains: {reading.abstention}" if reading.abstention else reading.call_words
-    facts = f"| {reading.probability:.3f} | {number(reading.threshold)} | {call} | {reading.label_words} |"
+    facts = [f"{reading.probability:.3f}", number(reading.threshold), call, reading.label_words]
+    header = ["probability", "threshold", "call", "report label", "map lies on the finding?", "clinician's comment"]
     empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
     quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
     return [
@@ -293,10 +285,7 @@ def _case(case: Case) -> list[str]:
         "",
         *empty,
         *quote,
-        "| probability | threshold | call | report label | map lies on the finding? | clinician's comment |",
-        "| --- | --- | --- | --- | --- | --- |",
-        f"{facts} ☐ yes ☐ in part ☐ no ☐ cannot tell | &nbsp; |",
-        "",
+        *markdown_table(header, [[*facts, "☐ yes ☐ in part ☐ no ☐ cannot tell", "&nbsp;"]]),
     ]
 
 
@@ -305,4 +294,4 @@ def _excerpt(text: str) -> str:
     line = " ".join(text.split())
     if len(line) > EXCERPT:
         line = line[:EXCERPT].rsplit(" ", 1)[0] + " …"
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", line)
+    return escaped(line)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.pages.tables import markdown_table
 
 SCORE_NAMES = {
     "hit": "Pointing game: share of films whose map peaks on the finding",
@@ -54,23 +55,26 @@ def localization_markdown(
         lines += [f"In brackets 95 % intervals from {boot['samples']} resamples of patients.", ""]
     for score, heading in names.items():
         controls = [name for name in table["macro"][score] if name != "maps"]
-        differences = [f"maps − {control}" for control in (*against, "strongest")]
-        header = ["finding", "films", "maps", *controls, *differences]
-        lines += [f"**{heading}**", "", "| " + " | ".join(header) + " |"]
-        lines.append("| " + " | ".join("---:" if name == "films" else "---" for name in header) + " |")
+        rows = []
         for name, images, entry in table_rows(table):
             arms, verdict = entry[score], map_verdict(entry, score)
-            cells = [interval_text(arms["maps"]), *(number(arms[control]["mean"]["value"]) for control in controls)]
-            cells += [interval_text(arms[control]["difference"]) for control in against]
-            cells.append(f"{interval_text(verdict.difference)} {verdict.control}")
-            lines.append(f"| {name} | {images} | " + " | ".join(cells) + " |")
-        lines.append("")
+            means = (number(arms[control]["mean"]["value"]) for control in controls)
+            differences = (interval_text(arms[control]["difference"]) for control in against)
+            strongest = f"{interval_text(verdict.difference)} {verdict.control}"
+            rows.append([name, images, interval_text(arms["maps"]), *means, *differences, strongest])
+        heads = ["finding", "films", "maps", *controls, *(f"maps − {control}" for control in (*against, "strongest"))]
+        lines += [f"**{heading}**", "", *markdown_table(heads, rows, right=(1,))]
     return "\n".join(lines)
 
 
 def localization_section(table: Mapping[str, Any]) -> list[str]:
     """The content of `localization.json` as a section."""
-    lines = [
+    rows = []
+    for name, entry in table["per_label"].items():
+        figures = (entry["films"], f"{entry['mask_area']:.1%}", entry["empty_maps"], entry["called"])
+        rows.append([name, *map(str, figures), number(entry["hit_when_called"])])
+    header = ["finding", "films", "mean mask area", "empty maps", "called positive", "pointing game when called"]
+    return [
         "## Do the maps find the finding?",
         "",
         f"Films: {table['selection']}, called positive or not. Controls on the same films: random maps of the same "
@@ -84,13 +88,8 @@ def localization_section(table: Mapping[str, Any]) -> list[str]:
         localization_markdown(table, SCORE_NAMES),
         "**The films scored**",
         "",
-        "| finding | films | mean mask area | empty maps | called positive | pointing game when called |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *markdown_table(header, rows, right=range(1, 6)),
     ]
-    for name, entry in table["per_label"].items():
-        figures = (entry["films"], f"{entry['mask_area']:.1%}", entry["empty_maps"], entry["called"])
-        lines.append(f"| {name} | {' | '.join(map(str, figures))} | {number(entry['hit_when_called'])} |")
-    return [*lines, ""]
 
 
 def randomization_section(labels: Sequence[str], check: Mapping[str, np.ndarray]) -> list[str]:
@@ -101,22 +100,17 @@ def randomization_section(labels: Sequence[str], check: Mapping[str, np.ndarray]
         check: of `explain.faithfulness.randomization_check`: step to float (draws, K, N).
     """
     draws, _, images = next(iter(check.values())).shape
-    header = ["finding", *(f"randomized: {step}" for step in check)]
-    lines = [
+    rows = [[label, *(number(_mean(values[:, k]), 2) for values in check.values())] for k, label in enumerate(labels)]
+    rows.append([f"**mean of {len(labels)}**", *(number(_mean(values), 2) for values in check.values())])
+    return [
         "## Do the maps depend on what was learned?",
         "",
         "Rank correlation of each map with that of the network whose last layers were shuffled (Adebayo et al., 2018), "
         f"mean over {draws} shuffles of {images} test films. Near 0: they do. Near 1: the maps would "
         "look the same without the training.",
         "",
-        "| " + " | ".join(header) + " |",
-        "| " + " | ".join("---" for _ in header) + " |",
+        *markdown_table(["finding", *(f"randomized: {step}" for step in check)], rows),
     ]
-    for k, label in enumerate(labels):
-        cells = [number(_mean(values[:, k]), 2) for values in check.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    overall = [number(_mean(values), 2) for values in check.values()]
-    return [*lines, f"| **mean of {len(labels)}** | " + " | ".join(overall) + " |", ""]
 
 
 def _mean(values: np.ndarray) -> float:

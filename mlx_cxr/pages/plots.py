@@ -48,16 +48,9 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def plot_roc(path: str | Path, test: Predictions, points: OperatingPoints, synthetic: bool) -> Path:
-    """Write ROC curves per finding with the operating point, and their mean, as a PNG.
+    """Write ROC curves per finding with the operating point, and their mean, as a PNG, and return its path.
 
-    Args:
-        path: of the PNG, written atomically.
-        test: predictions of the test split.
-        points: fitted on validation; the plot follows its protocol.
-        synthetic: the cohort is; the footer then says so.
-
-    Returns:
-        The path.
+    The plot follows the protocol of `points`.
     """
     figure, panels = _page("ROC", test, points, "false positive rate (1 - specificity)", "sensitivity")
     curves = []
@@ -121,9 +114,8 @@ def plot_reliability(
     if pooled:
         reliability_panel(panels[-1], *(np.concatenate(parts) for parts in zip(*pooled, strict=True)), bins)
     explained = f"Each marker is a group of equally many studies. ECE: {bins} bins of equal width."
-    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
     legend(figure, {"before scaling": ("D", VERMILION, "--"), "after temperature scaling": ("o", BLUE, "-")})
-    return save(figure, path, synthetic)
+    return save(figure, path, synthetic, explained)
 
 
 def plot_risk_coverage(
@@ -131,15 +123,7 @@ def plot_risk_coverage(
 ) -> Path:
     """Write risk-coverage curves per finding with where abstention puts the model, and their mean; as `plot_roc`.
 
-    Args:
-        path: of the PNG, written atomically.
-        validation: predictions that the points were fitted to; they rank the calls.
-        test: predictions of the test split.
-        points: fitted on validation; the plot follows its protocol.
-        synthetic: the cohort is; the footer then says so.
-
-    Returns:
-        The path.
+    `validation`, which the points were fitted to, ranks the calls.
     """
     figure, panels = _page("Risk and coverage", test, points, "share of studies called", "share of wrong calls")
     curves: dict[str, list[Curve]] = {ranking: [] for ranking in RANKINGS}
@@ -170,10 +154,9 @@ def plot_risk_coverage(
     for ax in panels:
         ax.set(ylim=(-0.02 * highest, 1.1 * highest), yticks=_round_ticks(highest), aspect="auto")
     explained = f"A call is made where the conformal set at alpha {points.bands.alpha:g} is what the threshold says."
-    figure.text(0.985, 0.018, explained, ha="right", fontsize=10, color=BLACK)
     entries = {name: ("", colour, line) for colour, line, name in _RANKING_STYLES.values()}
     legend(figure, {"calls made": ("o", VERMILION, ""), **entries, "all called": ("", GRAY, ":")})
-    return save(figure, path, synthetic)
+    return save(figure, path, synthetic, explained)
 
 
 def mean_roc(curves: list[Curve]) -> Curve:
@@ -236,8 +219,7 @@ def reliability_panel(ax: Axes, y: np.ndarray, before: np.ndarray, after: np.nda
     Args:
         ax: over the unit square.
         y: (N,) targets, each 1 or 0.
-        before: (N,) probabilities before temperature scaling.
-        after: (N,) after it.
+        before, after: (N,) probabilities before and after temperature scaling.
         bins: of the calibration error.
     """
     diagonal(ax)

@@ -110,8 +110,7 @@ def write_overlays(
         number: of the image in the table, from 1, as files of different folders may have one name.
         answer: of an image that is answered.
         points: of the run that gave it.
-        maps: finding to float32 (h, w), as `Predictor.maps`.
-        method: of the maps.
+        maps: finding to float32 (h, w), as `Predictor.maps`, by `method`.
         synthetic: the run was trained on the synthetic cohort.
     """
     shown = shown_name(answer.image.name)

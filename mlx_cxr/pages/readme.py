@@ -13,18 +13,11 @@ from mlx_cxr.core.runs import atomic_path, read_json, write_text
 from mlx_cxr.evaluation.localization_table import map_verdict
 from mlx_cxr.pages.map_checks import CONTROL_NAMES, found, table_rows
 from mlx_cxr.pages.results_page import closing_table
+from mlx_cxr.pages.tables import markdown_table
 
 
 def replace_block(path: str | Path, name: str, text: str) -> Path:
     """Put `text` between the lines `<!-- begin NAME -->` and `<!-- end NAME -->` of a Markdown file, atomically.
-
-    Args:
-        path: the file.
-        name: of the block.
-        text: Markdown, without the markers.
-
-    Returns:
-        `path`.
 
     Raises:
         UserError: the file is missing, or does not hold each marker once and in order.
@@ -51,7 +44,7 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
     Args:
         readme: the Markdown file; the picture lies at `PICTURE` from its folder.
         run_dir: an evaluated run of a cohort with masks.
-        seconds: how long the pipeline took.
+        seconds: that the pipeline took.
 
     Raises:
         UserError: the README has no such block, or the run has no map to show.
@@ -84,7 +77,8 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             verdict = map_verdict(entry, score)
             cells += [number(entry[score]["maps"]["value"], 2), f"{number(verdict.mean, 2)} {verdict.control}"]
             cells += [interval_text(verdict.difference, 2)] * (score != "iou")
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    header = ["finding", "films", "hit rate", "control", "difference", "within half a cell", "control", "difference"]
     return "\n".join(
         [
             f"What the demo printed ({where}; the stages took {seconds / 60:.1f} minutes). These lines and the picture "
@@ -100,11 +94,7 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             "by patient. The picture above is the most confident true positive of the finding that maps hit best "
             f"beyond its strongest control ({label}).",
             "",
-            "| finding | films | hit rate | control | difference | within half a cell | control | difference | IoU | "
-            "control |",
-            "| --- | ---: | ---: | --- | --- | ---: | --- | --- | ---: | --- |",
-            *rows,
-            "",
+            *markdown_table([*header, "IoU", "control"], rows, right=(1, 2, 5, 8)),
             _verdict(table["per_label"]),
         ]
     )

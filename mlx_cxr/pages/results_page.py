@@ -13,6 +13,7 @@ from mlx_cxr.core.runs import write_text
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.pages import plots
+from mlx_cxr.pages.comparison_tables import intervals_line
 from mlx_cxr.pages.tables import (
     Column,
     calibration_column,
@@ -47,8 +48,7 @@ def write_results(folder: Path, results: Mapping[str, Any], predictions: Predict
     Args:
         folder: the run's.
         results: the content of its `test_results.json`.
-        predictions: with the splits `validate` and `test`.
-        points: fitted on that validation split.
+        predictions: with the splits `validate`, which `points` were fitted on, and `test`.
 
     Raises:
         OSError: a file cannot be written; what was there before is kept.
@@ -72,19 +72,14 @@ def write_results(folder: Path, results: Mapping[str, Any], predictions: Predict
 
 def results_markdown(results: Mapping[str, Any]) -> str:
     """The page, from the content of `test_results.json` (`results.evaluate`, or the file read back)."""
-    counts, boot = results["counts"], results["bootstrap"]
-    intervals = (
-        f"In brackets 95 % intervals from {boot['samples']} resamples of patients."
-        if boot["samples"]
-        else "No intervals: no resamples were asked for."
-    )
+    counts = results["counts"]
     lines = [
         f"# Test results of `{results['run']}`",
         "",
         *notice_lines(results["synthetic"]),
         f"Test split: {counts['test']['studies']} studies of {counts['test']['patients']} patients; a study's score is "
-        f"{results['score']}. {intervals} Thresholds (rule: {results['threshold_rule']}) and temperatures "
-        f"were fitted on {counts['validate']['studies']} validation studies under the protocol "
+        f"{results['score']}. {intervals_line(results)} Thresholds (rule: {results['threshold_rule']}) and "
+        f"temperatures were fitted on {counts['validate']['studies']} validation studies under the protocol "
         f"`{results['fitted_under']}`. Figures of different protocols are not comparable.",
         "",
     ]
@@ -128,10 +123,8 @@ def _protocol(name: str, protocol: Mapping[str, Any], points: Mapping[str, Any],
     meaning = f"Here {protocol['meaning']}.{fitted if name != fitted_under else ''}"
     lines = [f"## Protocol `{name}`", "", meaning, ""]
     if protocol["single_class"]:
-        lines += [
-            f"Left out of the means, as test has only one class of them: {', '.join(protocol['single_class'])}.",
-            "",
-        ]
+        labels = ", ".join(protocol["single_class"])
+        lines += [f"Left out of the means, as test has only one class of them: {labels}.", ""]
     defaults = [label for label in LABELS if points[label]["threshold_source"] == "default"]
 
     def threshold(finding: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: 
     """Lines of a Markdown table, and an empty one; columns at the positions `right` are set to the right."""
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)] + [""]
+
+
+def escaped(text: str) -> str:
+    """Text with Markdown's own characters escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
 
 
 def finding_table(
@@ -41,9 +47,12 @@ def columns_of(section: Mapping[str, Any], heads: Mapping[str, str]) -> list[Col
         section: entries of the findings, and their means.
         heads: key of an entry to the head of its column. Its value is an interval or a count; empty where it lacks.
     """
-    return [
-        (head, lambda finding, key=key: _text(entry_of(section, finding).get(key, ""))) for key, head in heads.items()
-    ]
+
+    def cell(finding: str | None, key: str) -> str:
+        value = entry_of(section, finding).get(key, "")
+        return interval_text(value) if isinstance(value, Mapping) else str(value)
+
+    return [(head, lambda finding, key=key: cell(finding, key)) for key, head in heads.items()]
 
 
 def calibration_column(section: Mapping[str, Any], head: str) -> Column:
@@ -64,7 +73,3 @@ def mean_head(section: Mapping[str, Any]) -> str:
 def entry_of(section: Mapping[str, Any], finding: str | None) -> Mapping[str, Any]:
     """The entry of a finding, or with None the means."""
     return section["macro"] if finding is None else section["per_label"][finding]
-
-
-def _text(value: Mapping[str, Any] | int | str) -> str:
-    return interval_text(value) if isinstance(value, Mapping) else str(value)

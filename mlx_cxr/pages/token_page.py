@@ -21,19 +21,12 @@ from mlx_cxr.pages.token_picture import draw_picture
 
 STRONGEST = 10
 """Words in a page's table."""
-
-
 RAMP = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
 """The scale's colours from lowering to raising, for a CSS gradient."""
 
 
 def words_html(scores: WordScores, scale: float) -> str:
-    """A report's words, each on a ground that says how it moved the logit; a new section begins a line.
-
-    Args:
-        scores: of the words, which are escaped here.
-        scale: of `shared_scale`.
-    """
+    """A report's words, escaped, each on a ground that says how it moved the logit; a new section begins a line."""
     parts = []
     rows = zip(scores.words, scores.shown, scores.contributions, scores.left_out, strict=True)
     for i, (word, shown, contribution, without) in enumerate(rows):
@@ -46,12 +39,7 @@ def words_html(scores: WordScores, scale: float) -> str:
 
 
 def html_page(explanation: TextExplanation, scale: float) -> str:
-    """The page of one finding in one report, complete in itself.
-
-    Args:
-        explanation: what it shows.
-        scale: of `shared_scale`.
-    """
+    """The page of one finding in one report, complete in itself; `scale` is of `shared_scale`."""
     e, scores = explanation, explanation.scores
     account = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{signed(value)}</td></tr>" for name, value in explanation.account()
@@ -92,7 +80,6 @@ def index_page(
         rows: each explanation with its file name, without the ending.
         scale: of `shared_scale`.
         notes: paragraphs before the table: the rule by which these were chosen, and the like.
-        synthetic: the cohort is.
     """
     cells = "".join(
         f'<tr><td><a href="{html.escape(name)}.html">{html.escape(e.finding)}</a></td>'
@@ -135,11 +122,9 @@ def write_explanations(
     `integrated_gradients`, `gradient_x_input`, `leave_one_out`.
 
     Args:
-        folder: gets the files.
         run: the teacher's name.
         explanations: in the order of the index; where there are none, the index says so.
-        rule: how they were chosen.
-        synthetic: the cohort is.
+        rule: by which they were chosen.
         record: `runs.provenance`.
 
     Returns:
@@ -202,10 +187,7 @@ def _spread(agreements: Sequence[float]) -> dict[str, float | int]:
     """Median, lowest and highest of those that are defined, and how many these are."""
     defined = np.array([value for value in agreements if not np.isnan(value)])
     figures = (np.median(defined), defined.min(), defined.max()) if defined.size else (np.nan,) * 3
-    return {
-        "explanations": len(defined),
-        **dict(zip(("median", "lowest", "highest"), map(float, figures), strict=True)),
-    }
+    return {"explanations": len(defined)} | dict(zip(("median", "lowest", "highest"), map(float, figures), strict=True))
 
 
 def _document(title: str, synthetic: bool, body: str) -> str:

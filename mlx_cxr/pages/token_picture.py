@@ -14,13 +14,9 @@ _MARGIN, _WIDTH = 32, 1120
 
 
 def draw_picture(explanation: TextExplanation, scale: float) -> Image.Image:
-    """The same as a picture, 1120 pixels wide and as high as the report needs.
+    """The same as a picture, 1120 pixels wide and as high as the report needs; `scale` is of `shared_scale`.
 
     Words of at least a quarter of the scale carry their figure.
-
-    Args:
-        explanation: what it shows.
-        scale: of `shared_scale`.
     """
     e, room = explanation, _WIDTH - 2 * _MARGIN
     lines = _laid_out(e.scores, scale, room - 24)
@@ -92,15 +88,11 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], scale: float) -> Non
     for step in range(length):
         draw.line((x + step, y, x + step, y + 14), shade(2 * step / (length - 1) - 1, 1.0))
     draw.rectangle((x - 1, y - 1, x + length, y + 15), outline=_LINE)
-    for share, anchor, text in (
-        (0, "la", f"≤ {signed(-scale, 1)}"),
-        (0.5, "ma", "0"),
-        (1, "ra", f"≥ {signed(scale, 1)}"),
-    ):
+    ticks = ((0, "la", f"≤ {signed(-scale, 1)}"), (0.5, "ma", "0"), (1, "ra", f"≥ {signed(scale, 1)}"))
+    for share, anchor, text in ticks:
         draw.text((x + share * length, y + 20), text, _TEXT, font(12), anchor=anchor)
-    draw.text(
-        (x + length + 18, y + 7), "effect on the logit: orange raised it, blue lowered it", _TEXT, font(14), anchor="lm"
-    )
+    meaning = "effect on the logit: orange raised it, blue lowered it"
+    draw.text((x + length + 18, y + 7), meaning, _TEXT, font(14), anchor="lm")
 
 
 def _wrapped(text: str, size: int, room: float) -> list[str]:
