@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_cxr import benchmark
-from mlx_cxr.bench import contenders, grad_cam, run_all
+from mlx_cxr.bench import SECTIONS, contenders, grad_cam, run_all
 from mlx_cxr.bench.torch_side import TorchMissingError
 from mlx_cxr.core.config import config_from_plain
 from mlx_cxr.core.runs import RunFormatError
@@ -152,7 +152,7 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     benchmark.main([])
     config, options = seen[0]
     assert config is None
-    assert options["only"] == run_all.SECTIONS
+    assert options["only"] == SECTIONS
     assert options["teacher_size"] == "tiny"
     mimic = Path(__file__).parents[1] / "configs" / "mimic.yaml"
     monkeypatch.setenv("MIMIC_CXR_JPG", str(tmp_path))

@@ -285,11 +285,11 @@ def test_another_manifest_labels_or_reports_are_refused(toy, cached, tmp_path, c
 
 
 def test_a_run_that_is_none_or_unfinished_or_of_another_stage_is_refused(toy, cached, capsys):
-    assert "there is no such run; run lfm_finetune" in failure(capsys, toy, "absent")
+    assert "there is no such run; make it with lfm_finetune" in failure(capsys, toy, "absent")
     unfinished = copied_run(cached, "unfinished")
     (unfinished / "training.json").unlink()
     message = failure(capsys, toy, "unfinished")
-    assert "was not trained to its end" in message
+    assert "has not ended" in message
     assert "--run_name unfinished --resume" in message
     assert not (unfinished / "teacher_soft_labels.partial.npy").exists()
     other = copied_run(cached, "of_a_cnn")

@@ -76,7 +76,7 @@ def test_a_run_that_cannot_be_read_is_named_with_its_reason(open_page, tmp_path)
     assert not page.exception
     (torn,) = (error for error in refused(page) if error.startswith("torn"))
     assert "is not readable JSON" in torn
-    assert sum("names the stage" in error for error in refused(page)) == 2
+    assert sum("was made by the stage" in error for error in refused(page)) == 2
 
 
 def test_the_page_is_for_this_machine_alone_and_reports_nothing():
