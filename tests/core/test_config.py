@@ -13,7 +13,7 @@ from mlx_cxr.core.config import Config, ConfigError, add_config_arguments, confi
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import RunNameError
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "name: trial\ndata:\n  root: raw\n  work_dir: made\n"
 
 
