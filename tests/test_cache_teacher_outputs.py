@@ -294,7 +294,9 @@ def test_a_run_that_is_none_or_unfinished_or_of_another_stage_is_refused(toy, ca
     assert not (unfinished / "teacher_soft_labels.partial.npy").exists()
     other = copied_run(cached, "of_a_cnn")
     write_json(other / "config.json", {**read_json(other / "config.json"), "stage": "train_cnn"})
-    assert "is of the stage 'train_cnn', not of a teacher" in failure(capsys, toy, "of_a_cnn")
+    assert "was made by the stage 'train_cnn'; a run of lfm_finetune is asked for here" in failure(
+        capsys, toy, "of_a_cnn"
+    )
 
 
 def test_a_damaged_or_foreign_adapter_is_refused(toy, cached, capsys):

@@ -232,7 +232,8 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
     path, stages = folder / "config.json", stages or tuple(WEIGHTS)
     if not path.exists():
         raise RunFormatError(
-            f"{path} is missing: there is no such run; make it with {' or '.join(stages)}, or give another's name or folder"
+            f"{path} is missing: there is no such run; make it with {' or '.join(stages)}, or give another's name or "
+            "folder"
         )
     whole = read_json(path)
     stage = whole.get("stage") if isinstance(whole, dict) else None
