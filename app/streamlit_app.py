@@ -15,9 +15,9 @@ from cxr_page.case import case_tab
 from cxr_page.compare import compare_tab
 from cxr_page.explain import explain_tab
 from cxr_page.failures import failures_tab
+from cxr_page.images import keep_uploads_in_memory
 from cxr_page.look import STYLES, banner, guarded, icon, plain
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunIndex, scan
-from cxr_page.uploads import keep_uploads_in_memory
 
 from mlx_cxr.core.formatting import NOT_CLINICAL
 

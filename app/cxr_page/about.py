@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import streamlit as st
 
-from cxr_page.look import block, esc, html_table, network_address, plain
+from cxr_page.look import block, choose, esc, html_table, network_address, plain
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunIndex
 from mlx_cxr import __version__
@@ -59,8 +58,7 @@ def about_tab(index: RunIndex) -> None:
     block(html_table("Installed versions", ["package", "version"], [[esc(k), esc(v)] for k, v in versions.items()]))
     st.markdown(
         "mlx_cxr is under the MIT licence. Weights that training starts from have their own licences "
-        "(weights/README.md); "
-        "weights trained on credentialed data, such as MIMIC-CXR, may not be passed on."
+        "(weights/README.md); weights trained on credentialed data, such as MIMIC-CXR, may not be passed on."
     )
 
 
@@ -84,20 +82,11 @@ def _card(index: RunIndex) -> None:
     if not runs:
         st.info("No CNN or student is evaluated, so there is no model card.")
         return
-    entry = runs[0]
-    if len(runs) > 1:
-        entry = st.selectbox("Model", runs, format_func=lambda run: f"{run.name} ({run.kind})", key="card_of")
-    text = _card_text(str(entry.folder), entry.stamp)
+    entry = choose("Model", runs, lambda run: f"{run.name} ({run.kind})", "card_of")
+    text, file = _card_text(str(entry.folder), entry.stamp), f"MODEL_CARD_{entry.name}.md"
     with st.container(border=True, height=620):
-        show_markdown(text, Path(entry.folder))
-    st.download_button(
-        "Download the model card",
-        text,
-        f"MODEL_CARD_{entry.name}.md",
-        "text/markdown",
-        key="card_file",
-        on_click="ignore",
-    )
+        show_markdown(text, entry.folder)
+    st.download_button("Download the model card", text, file, "text/markdown", key="card_file", on_click="ignore")
 
 
 @st.cache_resource(max_entries=8, show_spinner="Filling in the model card …")

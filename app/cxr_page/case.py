@@ -101,7 +101,12 @@ def _choose_image(models: Sequence[Opened], left: DeltaGenerator, right: DeltaGe
             return _sample(cohort, models[0].name)
         if cohort.absent:
             note(f"{cohort.absent} Uploads work.")
-        return _upload()
+        uploaded = st.file_uploader(
+            "Chest film: JPEG, PNG or DICOM, up to 100 MB",
+            key="upload",
+            help="Told by its content, not by its name. Kept in memory, gone when the page is closed.",
+        )
+    return None if uploaded is None else CaseImage.of_upload(uploaded.name, uploaded.getvalue())
 
 
 def cohort_for(opened: Opened) -> Cohort:
@@ -119,14 +124,10 @@ def _sample(cohort: Cohort, run: str) -> CaseImage | None:
         offered = {wanted: sample} | offered
     if st.session_state.get("sample") not in offered:
         st.session_state["sample"] = next(iter(offered))
-
-    def title(image_id: str) -> str:
-        return offered[image_id].title
-
     chosen = st.selectbox(
         f"Test film ({len(offered)} of the test split of {run}, which its training has not seen)",
         list(offered),
-        format_func=title,
+        format_func=lambda image_id: offered[image_id].title,
         key="sample",
     )
     sample: Sample = offered[chosen]
@@ -136,15 +137,6 @@ def _sample(cohort: Cohort, run: str) -> CaseImage | None:
             "give the mean of its films."
         )
     return CaseImage.of_sample(sample)
-
-
-def _upload() -> CaseImage | None:
-    uploaded = st.file_uploader(
-        "Chest film: JPEG, PNG or DICOM, up to 100 MB",
-        key="upload",
-        help="Told by its content, not by its name. Kept in memory, gone when the page is closed.",
-    )
-    return None if uploaded is None else CaseImage.of_upload(uploaded.name, uploaded.getvalue())
 
 
 def _answers(models: Sequence[Opened], image: CaseImage) -> list[ImageAnswer] | None:

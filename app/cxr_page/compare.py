@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from cxr_page.look import block, esc, html_table, note, picture, plain, whiskers
+from cxr_page.look import block, choose, esc, html_table, note, picture, plain, whiskers
 from cxr_page.pages import without_pictures
 from cxr_page.run_index import RunIndex
 from mlx_cxr.core.formatting import interval_text, number
@@ -38,9 +39,7 @@ def compare_tab(index: RunIndex) -> None:
             "student are scored."
         )
         return
-    chosen = usable[0]
-    if len(usable) > 1:
-        chosen = st.selectbox("Comparison", usable, format_func=lambda one: one.folder.name, key="comparison")
+    chosen = choose("Comparison", usable, lambda one: one.folder.name, "comparison")
     record = chosen.record
     names = list(record["protocols"])
     first = record["fitted_under"]
@@ -75,7 +74,11 @@ def compare_tab(index: RunIndex) -> None:
     with st.expander("Differences between models, paired by patient"):
         st.markdown("\n".join(differences_table(record, protocol)))
     _pictures(chosen.folder, protocol)
-    _files(chosen.folder)
+    csv = chosen.folder / "final_comparison.csv"
+    if csv.is_file():
+        st.download_button(
+            "Download the table as CSV", csv.read_bytes(), csv.name, "text/csv", key="csv", on_click="ignore"
+        )
 
 
 def _macro(record: Mapping[str, Any], section: Mapping[str, Any]) -> None:
@@ -126,14 +129,13 @@ def _findings(record: Mapping[str, Any], section: Mapping[str, Any]) -> None:
     note("–: test has one class of the finding only, so the figure is undefined.")
 
 
-def _pictures(folder, protocol: str) -> None:
+def _pictures(folder: Path, protocol: str) -> None:
     st.subheader("ROC and calibration", anchor=False)
     shown = {
-        f"roc_{protocol}.png": "ROC curves of CNN, teacher and student for each finding; the areas are in "
-        "the table above.",
-        "calibration_comparison.png": "Reliability of CNN, teacher and student before and after temperature "
-        "scaling; the "
-        "calibration errors (ECE) are in the table above.",
+        f"roc_{protocol}.png": "ROC curves of CNN, teacher and student for each finding; the areas are in the table "
+        "above.",
+        "calibration_comparison.png": "Reliability of CNN, teacher and student before and after temperature scaling; "
+        "the calibration errors (ECE) are in the table above.",
     }
     for name, alt in shown.items():
         path = folder / name
@@ -141,11 +143,3 @@ def _pictures(folder, protocol: str) -> None:
             picture(path.read_bytes(), alt, caption=alt)
         else:
             note(f"{name} is missing; compare_models makes it.")
-
-
-def _files(folder) -> None:
-    path = folder / "final_comparison.csv"
-    if path.is_file():
-        st.download_button(
-            "Download the table as CSV", path.read_bytes(), path.name, "text/csv", key="csv", on_click="ignore"
-        )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from cxr_page.look import note, plain
+from cxr_page.look import choose, note, plain
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
 from mlx_cxr.core.labels import LABELS
@@ -61,9 +61,7 @@ def explain_tab(index: RunIndex) -> None:
         st.info("No run has maps on test yet: evaluate_cnn makes them.")
         return
     st.divider()
-    entry = runs[0]
-    if len(runs) > 1:
-        entry = st.selectbox("Run", runs, format_func=lambda run: run.name, key="explained")
+    entry = choose("Run", runs, lambda run: run.name, "explained")
     sections = sections_of((entry.folder / "findings.md").read_text(encoding="utf-8"))
     checks = {head: body for head, body in sections.items() if head and head not in LABELS}
     st.subheader(plain(f"Are the maps of {entry.name} worth looking at?"), anchor=False)

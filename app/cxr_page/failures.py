@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from cxr_page.case import cohort_for, open_image
-from cxr_page.look import guarded, note, picture, plain
+from cxr_page.look import choose, guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CONTROL, STUDENT, RunEntry, RunIndex
@@ -42,9 +42,7 @@ def failures_tab(index: RunIndex) -> None:
     if not analysed:
         st.info("No student's failures were analysed yet: ./scripts/demo does, and so does failure_analysis.")
         return
-    entry = analysed[0]
-    if len(analysed) > 1:
-        entry = st.selectbox("Student", analysed, format_func=lambda run: run.name, key="failures_of")
+    entry = choose("Student", analysed, lambda run: run.name, "failures_of")
     folder = entry.folder / _FOLDER
     results = read_json(folder / "failures.json")
     lead, *points = closing_failures(results).splitlines()

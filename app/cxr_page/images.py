@@ -52,6 +52,19 @@ class CaseImage:
         return cls(f"upload {hashlib.sha256(content).hexdigest()[:16]}", shown, content)
 
 
+def keep_uploads_in_memory() -> None:
+    """Have the server keep an upload in memory while it arrives, as it does afterwards.
+
+    Streamlit's server takes uploads with Starlette, which writes what is over 1 MB into a temporary file until the
+    upload is complete. Older versions, with Tornado, never did.
+    """
+    try:
+        from starlette.formparsers import MultiPartParser
+    except ImportError:
+        return
+    MultiPartParser.spool_max_size = 2 * 2**20 * st.get_option("server.maxUploadSize")
+
+
 def content_of(image: CaseImage) -> ImageContent:
     """The image's file; of the present image it stays decoded, so that models and the page need it decoded once."""
     key, content = st.session_state.get("content", ("", None))

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import streamlit as st
 from PIL import Image, ImageDraw
@@ -19,6 +19,7 @@ from mlx_cxr.core.formatting import NOT_CLINICAL, SYNTHETIC
 
 log = logging.getLogger("mlx_cxr.page")
 
+T = TypeVar("T")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$:!&])")
 
 STYLES = """<style>
@@ -138,6 +139,11 @@ def accepted(function: Callable, **wanted: Any) -> dict[str, Any]:
     """Those of some keywords that the installed Streamlit knows: `alt` is younger than the oldest that is supported."""
     known = inspect.signature(function).parameters
     return {key: value for key, value in wanted.items() if key in known}
+
+
+def choose(title: str, options: Sequence[T], name: Callable[[T], str], key: str) -> T:
+    """One of the options; the reader is asked where there are several."""
+    return options[0] if len(options) == 1 else st.selectbox(title, options, format_func=name, key=key)
 
 
 def picture(content: bytes, alt: str, caption: str | None = None) -> None:

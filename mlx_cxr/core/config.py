@@ -18,24 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from mlx_cxr.core.config_schema import (
-    AugmentConfig,
-    ComparisonConfig,
-    DataConfig,
-    DemoConfig,
-    DistillationConfig,
-    EvaluationConfig,
-    ExplainConfig,
-    FailureConfig,
-    LabelsConfig,
-    ModelConfig,
-    Name,
-    PipelineConfig,
-    PixelsConfig,
-    Section,
-    TeacherConfig,
-    TrainingConfig,
-)
+from mlx_cxr.core import config_schema as sections
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.runs import run_folder
 
@@ -44,28 +27,28 @@ class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; the message names the file, each key and the way out."""
 
 
-class Config(Section):
+class Config(sections.Section):
     """Configuration of an experiment, a section for each part of it."""
 
-    name: Name
+    name: sections.Name
     seed: Annotated[int, Field(ge=0)] = 0
     outputs: Path = Path("outputs")
     weights_dir: Path = Path("weights")
-    run_name: Name = "cnn_baseline"
-    data: DataConfig
-    demo: DemoConfig = DemoConfig()
-    pixels: PixelsConfig = PixelsConfig()
-    labels: LabelsConfig = LabelsConfig()
-    model: ModelConfig = ModelConfig()
-    augment: AugmentConfig = AugmentConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    explain: ExplainConfig = ExplainConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    distillation: DistillationConfig = DistillationConfig()
-    comparison: ComparisonConfig = ComparisonConfig()
-    failure: FailureConfig = FailureConfig()
-    pipeline: PipelineConfig = PipelineConfig()
+    run_name: sections.Name = "cnn_baseline"
+    data: sections.DataConfig
+    demo: sections.DemoConfig = sections.DemoConfig()
+    pixels: sections.PixelsConfig = sections.PixelsConfig()
+    labels: sections.LabelsConfig = sections.LabelsConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    augment: sections.AugmentConfig = sections.AugmentConfig()
+    training: sections.TrainingConfig = sections.TrainingConfig()
+    evaluation: sections.EvaluationConfig = sections.EvaluationConfig()
+    explain: sections.ExplainConfig = sections.ExplainConfig()
+    teacher: sections.TeacherConfig = sections.TeacherConfig()
+    distillation: sections.DistillationConfig = sections.DistillationConfig()
+    comparison: sections.ComparisonConfig = sections.ComparisonConfig()
+    failure: sections.FailureConfig = sections.FailureConfig()
+    pipeline: sections.PipelineConfig = sections.PipelineConfig()
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration as JSON-ready data."""
@@ -104,7 +87,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
     """Read and check an experiment's YAML.
 
     Args:
-        path: the YAML file.
         overrides: `dotted.key=value` texts; values are parsed as YAML.
         direct: dotted keys written with `__`, such as `data__n_studies=500`; None leaves the YAML's value. They win
             over `overrides`.
@@ -224,9 +206,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     section: Any = Config
     for part in location:
         annotation = section.model_fields[part].annotation
-        section = next(
-            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
-        )
+        alternatives = (annotation, *getattr(annotation, "__args__", ()))
+        section = next((one for one in alternatives if hasattr(one, "model_fields")), None)
         if section is None:
             return []
     return list(section.model_fields)

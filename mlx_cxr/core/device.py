@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_cxr.core import workers
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.stage import log_to_terminal
 
@@ -75,16 +76,13 @@ def keep_freed_memory() -> bool:
     Returns:
         True if the C library took the settings.
     """
-    if platform.system() != "Linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2
-    settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28))
-    taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
-    return all(taken)
+    settings = {
+        workers.M_ARENA_MAX: 1,
+        workers.M_MMAP_MAX: 0,
+        workers.M_TRIM_THRESHOLD: 2**31 - 1,
+        workers.M_TOP_PAD: workers.KEPT_BYTES,
+    }
+    return platform.system() == "Linux" and workers.set_malloc(settings)
 
 
 def device_kind() -> str:
@@ -100,10 +98,7 @@ def configure_memory(cache_limit_gb: float = 1.0) -> dict[str, int]:
     """Bound MLX's memory on a device with unified or graphics memory; does nothing on the CPU backend.
 
     The wired limit becomes the device's recommended working set, which macOS will not page out, and the cache of
-    freed buffers is bounded, so that a training run does not push a 16 GB machine into swap.
-
-    Args:
-        cache_limit_gb: GB (1e9 bytes) of freed buffers kept for reuse.
+    freed buffers is bounded (GB of 1e9 bytes), so that a training run does not push a 16 GB machine into swap.
 
     Returns:
         The limits that were set, in bytes; empty on the CPU.
@@ -223,9 +218,8 @@ def start(stage: str, verbose: bool = True, parallel: bool = False) -> dict[str,
     """Set up a stage: logging to the terminal, memory limits, and one line about the machine.
 
     Args:
-        stage: its name.
-        verbose: log more than warnings.
-        parallel: it can be one run of several processes. Only rank 0 of them is verbose.
+        verbose: log more than warnings; of several processes only rank 0 does.
+        parallel: the stage can be one run of several processes.
 
     Returns:
         `describe()`, and the number of `processes` where there are several.

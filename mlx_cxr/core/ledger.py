@@ -35,11 +35,7 @@ class Fingerprint:
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerprint:
-    """Take the fingerprint of a step about to run.
-
-    Args:
-        settings: the sections of `Config.plain()` that the step reads.
-        inputs: files it reads.
+    """Take the fingerprint of a step about to run, of the sections of `Config.plain()` and the files that it reads.
 
     Raises:
         UserError: an input is missing; names it.
@@ -51,10 +47,7 @@ def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerpr
 
 
 class Ledger:
-    """The steps that brought a folder to its present state, in one JSON file.
-
-    Args:
-        path: the file; written when the first step is recorded.
+    """The steps that brought a folder to its present state, in one JSON file, written when the first is recorded.
 
     Raises:
         RunFormatError: the file is there but not a ledger.

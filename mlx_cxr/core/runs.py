@@ -102,9 +102,8 @@ def read_json(path: str | Path) -> Any:
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line; a reader sees whole lines only, because each is a single write."""
-    line = json.dumps(_jsonable(record), allow_nan=False) + "\n"
     with Path(path).open("a", encoding="utf-8") as out:
-        out.write(line)
+        out.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -148,10 +147,6 @@ def create_run(
     """Make `outputs/<name>` and write its `config.json` before anything else happens there.
 
     Args:
-        outputs: folder of all runs.
-        name: the run's name: letters, digits, `.`, `_`, `-`.
-        stage: the stage that makes it, such as `train_cnn`.
-        config: the full configuration as plain data.
         inputs: role -> file the run reads; each is recorded with its SHA-256.
         device: `device.describe()`.
         overwrite: let an existing run of that name be replaced; its old files stay until they are.
@@ -198,7 +193,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether its training came to an end and left weights."""
+        """True if its training came to an end and left weights."""
         return self.weights.exists() and (self.folder / "training.json").exists()
 
     @property
@@ -220,7 +215,6 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
     """Open a run folder: the record that every reader of a run begins with.
 
     Args:
-        folder: the run's.
         stages: of `WEIGHTS`, whose runs are asked for; without any, all of them.
         finished: refuse a run whose training has not come to its end.
 

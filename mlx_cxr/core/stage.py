@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def stage_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of a stage, yet without options.
-
-    Args:
-        name: of the stage, such as `train_cnn`.
-        description: its module's docstring, whose first line says what the stage does.
-    """
+    """The command line of a stage, yet without options; `description` is the docstring of its module."""
     return argparse.ArgumentParser(
         prog=f"python -m mlx_cxr.{name}", description=(description or "").strip().splitlines()[0]
     )
@@ -47,12 +42,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:
-    """The further options of a stage that trains: `--run_name`, `--seed`, and either `--resume` or `--overwrite`.
-
-    Args:
-        parser: gets them.
-        run_name: the configuration's key that names the run by default.
-    """
+    """The further options of a stage that trains; `run_name` is the configuration's key for its run's name."""
     parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
     parser.add_argument("--seed", type=int)
     existing = parser.add_mutually_exclusive_group()
@@ -74,12 +64,8 @@ def started(
     """Around the work of a stage's `main`: parse, log to the terminal, and end with a sentence where a user erred.
 
     Args:
-        parser: the stage's.
         argv: its arguments; None takes the process's.
         verbose: log more than warnings. Of the processes of one run only the first does.
-
-    Yields:
-        The parsed arguments.
 
     Raises:
         SystemExit: as `readable_errors` and `argparse` say.

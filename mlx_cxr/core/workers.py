@@ -12,16 +12,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import ModuleType
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
 """Of glibc's `malloc.h`."""
-_KEPT_BYTES = 1 << 28
+KEPT_BYTES = 1 << 28
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
@@ -60,22 +60,18 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def set_malloc(settings: Mapping[int, int]) -> bool:
+    """Set parameters of glibc's `mallopt`, in their order; False where one is refused, or the C library is another."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    taken = [mallopt is not None and mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(taken)
+
+
 def _start_worker() -> None:
     warnings.simplefilter("ignore")
-    _keep_freed_memory()
+    # Arrays of a megabyte that come and go, and whose memory goes back, cost 12,000 page faults per rendered image.
+    set_malloc({M_MMAP_THRESHOLD: KEPT_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc use memory again that was freed, where it would give it back to the system.
-
-    Arrays of a megabyte that come and go otherwise cost 12,000 page faults per rendered image. Nothing happens where
-    the C library is another.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _end_with_parent() -> None:

@@ -25,9 +25,7 @@ def randomize_parameters(model: nn.Module, parts: Sequence[str], seed: int) -> n
     learned is lost; Adebayo et al. draw from the initializer instead.
 
     Args:
-        model: any MLX module.
         parts: names or prefixes, such as `fc` or `layer4`; with their BatchNorm.
-        seed: of the shuffle.
 
     Raises:
         KeyError: a part names no parameter of the model.

@@ -94,14 +94,7 @@ def maps_of_features(
 ) -> Maps:
     """As `class_activation_maps`, from what the trunk has made of the images already.
 
-    Args:
-        model: its head is used, in evaluation mode.
-        a: float (N, h, w, C), as `model.features` makes it.
-        targets: as there.
-        method: as there.
-
-    Raises:
-        RuntimeError, KeyError, ValueError: as there.
+    `a` is float (N, h, w, C), as `model.features` makes it; the other arguments and the errors are the same.
     """
     _check_evaluation_mode(model)
     if method not in _METHODS:

@@ -40,12 +40,7 @@ def random_maps(shape: Sequence[int], seed: int) -> np.ndarray:
 
     Upsampled like a real map they are as smooth as one, so a difference in score is not one of smoothness.
 
-    Args:
-        shape: (..., h, w), usually a real map's `raw.shape`.
-        seed: same seed, same maps.
-
-    Returns:
-        float32 array of that shape.
+    `shape` is (..., h, w), usually a real map's `raw.shape`; the result is float32.
     """
     return np.random.default_rng(seed).random(tuple(shape), dtype=np.float32)
 

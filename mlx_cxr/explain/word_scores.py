@@ -8,7 +8,7 @@ nothing moved the answer stays white.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,18 +206,17 @@ class TextExplanation:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's correlation; NaN for fewer than three words, or where either is constant."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(spearmanr(a, b).statistic)
+    return _correlation(a, b, lambda a, b: spearmanr(a, b).statistic)
 
 
 def linear_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's correlation; undefined as `rank_correlation`."""
+    return _correlation(a, b, lambda a, b: np.corrcoef(a, b)[0, 1])
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], float]) -> float:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+    return float("nan") if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0 else float(statistic(a, b))
 
 
 def shared_scale(shown: Sequence[np.ndarray]) -> float:

@@ -22,11 +22,8 @@ def milliseconds_per_sample(
 ) -> tuple[float, int]:
     """Time a forward pass over one batch that is in memory, for `write_cost`.
 
-    Args:
-        forward: gives the batch's logits; evaluated inside the clock, after one round that is not counted.
-        batch_size: samples in the batch.
-        seconds: to measure for, at least.
-        least_rounds: to measure, at least.
+    `forward` gives the batch's logits; it is evaluated inside the clock, after one round that is not counted, for at
+    least so many seconds and rounds.
 
     Returns:
         The median over the rounds in ms per sample, and the number of samples timed.
@@ -54,15 +51,12 @@ def write_cost(
 
     Args:
         folder: the run's.
-        parameters: `total` and `trainable`, as `models.resnet.parameter_counts`.
-        ms_per_sample: median over batches, each evaluated inside the clock, after a warm-up.
+        parameters: as `models.resnet.parameter_counts`.
+        ms_per_sample: of `milliseconds_per_sample`.
         samples: number of samples timed.
         batch_size: samples per batch.
         what: phrase that names the sample, its size and the pass that is timed.
         device: `core.device.describe()`.
-
-    Returns:
-        The path.
     """
     return write_json(
         folder / "cost.json",

@@ -92,23 +92,25 @@ class EvaluatedRun:
         scores, prepared, points, sha256 = _evaluation(folder, run.weights)
         config = config_from_plain(run.config, run.path)
         check_preprocessing(prepared["preprocessing"], config, folder / predictor.FILE)
+        summary = _optional(config.manifest_path.with_name("manifest_summary.json")) or {}
+        ours = summary.get("manifest_sha256") == run.inputs["manifest"]["sha256"]
         return cls(
-            folder,
-            run.whole,
-            config,
-            run.weights,
-            sha256,
-            read_json(folder / "training.json"),
-            scores,
-            points,
-            prepared,
-            _optional(folder / "cost.json"),
+            folder=folder,
+            record=run.whole,
+            config=config,
+            checkpoint=run.weights,
+            checkpoint_sha256=sha256,
+            training=read_json(folder / "training.json"),
+            results=scores,
+            points=points,
+            inference=prepared,
+            cost=_optional(folder / "cost.json"),
             # An evaluation without maps leaves an earlier one's table where it was.
-            _optional(folder / "localization.json") if prepared["map_references"]["methods"] else None,
-            _failures(folder),
-            _comparison(folder),
-            _manifest_summary(config, run.inputs["manifest"]["sha256"]),
-            _teacher(run),
+            localization=_optional(folder / "localization.json") if prepared["map_references"]["methods"] else None,
+            failures=_failures(folder),
+            comparison=_comparison(folder),
+            manifest_summary=summary if ours else None,
+            teacher=_teacher(run),
         )
 
 
@@ -168,11 +170,6 @@ def _input_sha256(record: Any, role: str) -> str | None:
         return record["provenance"]["inputs"][role]["sha256"]
     except (KeyError, TypeError):
         return None
-
-
-def _manifest_summary(config: Config, manifest_sha256: str) -> Mapping[str, Any] | None:
-    summary = _optional(config.manifest_path.with_name("manifest_summary.json"))
-    return summary if summary is not None and summary.get("manifest_sha256") == manifest_sha256 else None
 
 
 def _teacher(run: RunRecord) -> Mapping[str, Any] | None:

@@ -38,18 +38,9 @@ def scaled_maps(
     references: Mapping[str, float],
     batch_size: int,
 ) -> ScaledMaps:
-    """Maps of every image of a source for some findings.
-
-    Args:
-        model: in evaluation mode.
-        images: N images.
-        labels: K findings.
-        method: of the maps.
-        references: finding to the method's reference activation, as `predictor.map_references` fits it.
-        batch_size: images per pass.
-    """
-    raw, logits = image_maps(model, images, labels, method, batch_size)
-    return ScaledMaps(tuple(labels), raw, logits, np.array([references[k] for k in labels], np.float32), method)
+    """Maps of every image of a source for some findings, on the scale of `predictor.map_references` of the method."""
+    raw, logits = image_maps(model, images, labels, [method], batch_size)
+    return ScaledMaps(tuple(labels), raw[method], logits, np.array([references[k] for k in labels], np.float32), method)
 
 
 def study_maps(
@@ -107,12 +98,12 @@ def localization(
         data: the test split.
         masks: per image, finding to bool (S, S).
         test: its predictions, a row per study.
-        points: what was fitted on validation.
+        points: fitted on validation.
         fraction: of a map's pixels that count as its extent.
         half_cell: pixels by which `hit_half_cell` may miss.
         samples: bootstrap resamples.
         seed: of controls and resamples.
-        synthetic: whether the cohort is.
+        synthetic: of the cohort.
 
     Returns:
         The table, with `selection` (which images), `fraction`, `half_cell_px` and per finding `mask_area` (mean share

@@ -22,7 +22,7 @@ from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
 from mlx_cxr.inference.answers import ImageAnswer, ImageInput
-from mlx_cxr.inference.trained_run import TrainedRun, image_maps_by
+from mlx_cxr.inference.trained_run import TrainedRun, image_maps
 from mlx_cxr.models.folded import FoldedResNet18, inference_network
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import ImageSource
@@ -40,7 +40,7 @@ class PredictorError(UserError, ValueError):
 
 def map_references(model: ResNet18, validation: ImageSource, batch_size: int) -> dict[str, dict[str, float]]:
     """Each method's reference activation of each of `MAPPED`, fitted on the validation images; NaN for no scale."""
-    maps, _ = image_maps_by(model, validation, MAPPED, METHODS, batch_size)
+    maps, _ = image_maps(model, validation, MAPPED, METHODS, batch_size)
     return {method: dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True)) for method, raw in maps.items()}
 
 

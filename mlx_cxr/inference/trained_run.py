@@ -70,10 +70,7 @@ class TrainedRun:
         return parameter_counts(model)
 
     def check(self, config: Config) -> None:
-        """Refuse other data than the run was trained for.
-
-        Args:
-            config: of the experiment whose manifest and images are to be scored.
+        """Refuse other data than the run was trained for; `config` is of the experiment that is to be scored.
 
         Raises:
             RunFormatError: manifest, pixels, model or the synthetic flag differ; names each with both values.
@@ -88,9 +85,7 @@ class TrainedRun:
             "model.in_channels": (weights.in_channels, config.model.in_channels),
             "model.output_stride": (weights.output_stride, config.model.output_stride),
         }
-        faults = [
-            f"{key}: the run has {theirs}, this is {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours
-        ]
+        faults = [f"{key}: the run has {a}, this is {b}" for key, (a, b) in pairs.items() if a != b]
         if faults:
             raise RunFormatError(
                 f"{self.folder} was trained for something else:\n  " + "\n  ".join(faults) + "\n"
@@ -104,27 +99,18 @@ def study_predictions(model: ResNet18, data: SplitData, batch_size: int) -> Pred
 
 
 def image_maps(
-    model: ResNet18, images: ImageSource, labels: Sequence[str], method: Method, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maps of every image of a source, all labels in one pass per batch.
-
-    Returns:
-        float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`), and the logits (N, 14) of the same passes.
-    """
-    maps, logits = image_maps_by(model, images, labels, [method], batch_size)
-    return maps[method], logits
-
-
-def image_maps_by(
     model: ResNet18, images: ImageSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
 ) -> tuple[dict[Method, np.ndarray], np.ndarray]:
-    """As `image_maps`, by several methods, with one pass of the trunk."""
+    """Maps of every image of a source by some methods: of all labels, with one pass of the trunk per batch.
+
+    Returns:
+        Method -> float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`); and the logits (N, 14) of the same
+        passes.
+    """
     network = FoldedResNet18.of(model)
     trunk = image_features(network)
     batches = [np.arange(len(images))[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    made = [
-        [maps_of_features(network, a, labels, method) for method in methods]
-        for a in map(trunk, images.batches(batches))
-    ]
+    features = map(trunk, images.batches(batches))
+    made = [[maps_of_features(network, a, labels, method) for method in methods] for a in features]
     raw = {method: np.concatenate([maps[i].raw for maps in made], axis=1) for i, method in enumerate(methods)}
     return raw, np.concatenate([maps[0].logits for maps in made])

@@ -42,9 +42,6 @@ def load_torchvision(path: str | Path) -> dict[str, mx.array]:
 
     A prefix `model.` or `module.` on all names is dropped, and so is `num_batches_tracked`.
 
-    Args:
-        path: safetensors.
-
     Returns:
         Name -> float32 array under torchvision's names; convolutions are nchw. The number of input channels
         (1 or 3) and of classes is whatever the file has.
@@ -87,12 +84,7 @@ def adapt(weights: Mapping[str, mx.array], config: ResNetConfig, seed: int = 0) 
     evaluation this is exact except in the first two and last two rows and columns of the stem's output, where
     part of the constant falls on padding, which is zero in both.
 
-    A head of another number of classes is replaced by a fresh one, uniform within 1/sqrt(512).
-
-    Args:
-        weights: as `load_torchvision` returns them.
-        config: the model's configuration.
-        seed: of a fresh head.
+    A head of another number of classes is replaced by a fresh one, uniform within 1/sqrt(512), drawn with `seed`.
 
     Returns:
         Name -> float32 array, every entry of `model.parameters()`.
@@ -118,28 +110,16 @@ def adapt(weights: Mapping[str, mx.array], config: ResNetConfig, seed: int = 0) 
         rng = np.random.default_rng(seed)
         for name, shape in (("fc.weight", (config.num_classes, 512)), ("fc.bias", (config.num_classes,))):
             adapted[name] = mx.array((rng.uniform(-1, 1, shape) / np.sqrt(512)).astype(np.float32))
-        log.info(
-            "head: %d classes replaced by %d, freshly initialized with seed %d",
-            classes,
-            config.num_classes,
-            seed,
-        )
+        log.info("head: %d classes replaced by %d, freshly initialized with seed %d", classes, config.num_classes, seed)
     return adapted
 
 
 def export_torchvision(path: str | Path, model: ResNet18) -> Path:
-    """Write a model's weights under torchvision's names and in its layout (nchw), for a strict load there.
+    """Write a model's weights under torchvision's names and in its layout (nchw), for a strict load there; atomically.
 
     The header says what the shapes alone do not: channels, classes, labels, normalization, and the output
     stride. At output stride 16 the last stage is dilated (timm: `output_stride=16`); a plain torchvision
     `resnet18` takes the same weights but computes something else with them.
-
-    Args:
-        path: the safetensors file to write, atomically.
-        model: any `ResNet18`.
-
-    Returns:
-        `path`.
 
     Raises:
         OSError: the file cannot be written; what was there before is kept.
@@ -193,8 +173,7 @@ def load_model(path: str | Path) -> ResNet18:
             another shape, or not finite.
     """
     arrays, header = read_safetensors(path)
-    config = _checkpoint_config(path, header)
-    return _filled(path, arrays, config).eval()
+    return _filled(path, arrays, _checkpoint_config(path, header)).eval()
 
 
 def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tuple[ResNet18, dict[str, Any]]:
@@ -203,11 +182,6 @@ def initial_model(config: ModelConfig, weights_dir: str | Path, seed: int) -> tu
     `imagenet` takes `weights_dir/resnet18.tv_in1k.safetensors`, fetched from the hub when it is not there.
     Only when it is neither there nor to be had does training start from scratch, with a warning and the
     reason in the record. A file that is there but wrong is always an error.
-
-    Args:
-        config: the model section of an experiment.
-        weights_dir: the weights folder.
-        seed: of fresh weights.
 
     Returns:
         The model in training mode, and its provenance: `weights` (`imagenet`, `scratch` or `file`), `head`
@@ -259,7 +233,6 @@ def fetch_imagenet(weights_dir: str | Path, local: Path | None = None, again: bo
     """Check the ImageNet weights in `weights_dir`; fetch them when they are not there.
 
     Args:
-        weights_dir: the weights folder.
         local: a copy on this machine to take instead of the hub's.
         again: fetch although they are there.
 
@@ -291,8 +264,8 @@ def freeze(model: ResNet18, stages: int, batchnorm: bool) -> None:
 
     Args:
         model: changed in place; parts that are not named become trainable.
-        stages: leading parts to freeze: 0 none, 1 the stem, 2 to 5 also layer1 to layer4.
-        batchnorm: freeze every BatchNorm's scale, shift and statistics.
+        stages: leading parts: 0 none, 1 the stem, 2 to 5 also layer1 to layer4.
+        batchnorm: every BatchNorm's scale, shift and statistics.
 
     Raises:
         ValueError: `stages` is not 0 to 5.

@@ -74,12 +74,7 @@ class FoldedResNet18(nn.Module):
 
     @classmethod
     def of(cls, model: ResNet18, dtype: mx.Dtype = mx.float32) -> FoldedResNet18:
-        """Fold `model`, whatever mode it is in.
-
-        Args:
-            model: left as it is.
-            dtype: float32, float16 or bfloat16; of weights and activations.
-        """
+        """Fold `model`, whatever mode it is in, and leave it as it is; `dtype` is that of weights and activations."""
         return cls(model, dtype)
 
     def features(self, x: mx.array) -> mx.array:
@@ -109,8 +104,7 @@ def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], 
     element by element, and made the forward pass 1.5 times as long. Large batches go through 16 images at a time, of
     which more fits the cache. Elsewhere one graph is compiled per shape.
 
-    Args:
-        function: of a batch (N, …) to a row per image, such as a network in evaluation mode with constant weights.
+    `function` is of a batch (N, …) to a row per image, such as a network in evaluation mode with constant weights.
     """
     if not _computes_on_cpu():
         compiled = mx.compile(function)
@@ -136,10 +130,8 @@ def evaluated(function: Callable[[mx.array], mx.array]) -> Callable[[mx.array], 
 def inference_network(model: ResNet18, trial: mx.array | None = None) -> FoldedResNet18:
     """Fold `model` for this device: in float16 where that is faster and gives the same logits, else in float32.
 
-    Args:
-        model: the network.
-        trial: preprocessed images (N, H, W, channels) to compare the two on; None takes float32. The CPU backend,
-            whose matrix products are fast in float32 alone, takes float32 without a trial.
+    They are compared on `trial`, preprocessed images (N, H, W, channels); None takes float32. So does the CPU backend,
+    without a trial: its matrix products are fast in float32 alone.
     """
     full = FoldedResNet18.of(model)
     if trial is None or _computes_on_cpu():

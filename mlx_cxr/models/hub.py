@@ -89,8 +89,7 @@ def fetch_file(
     """Bring a source of one file under `weights_dir`, once `verify` accepts it, and record it.
 
     Args:
-        source: what to fetch.
-        weights_dir: the weights folder; made when missing.
+        weights_dir: made when missing.
         verify: raises ValueError on a file that is not what was wanted; nothing is then kept.
         local: a copy on this machine to take instead of the hub's.
 
@@ -121,10 +120,9 @@ def fetch_file(
 def fetch_folder(
     source: Source, weights_dir: str | Path, verify: Callable[[Path], None], local: Path | None = None
 ) -> dict[str, Any]:
-    """Bring a source of many files under `weights_dir` and record it; an interrupted download is resumed.
+    """As `fetch_file`, of a source of many files; an interrupted download is resumed.
 
-    Arguments, result and errors are those of `fetch_file`. A folder that `verify` refuses stays, without a
-    record.
+    A folder that `verify` refuses stays, without a record.
     """
     target, record_path = source.path(weights_dir), source.record_path(weights_dir)
     if local is not None:
@@ -255,12 +253,6 @@ def safetensors_names(path: Path) -> set[str]:
     return set(header)
 
 
-def hub_is_offline() -> bool:
-    """True if `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids the network."""
-    yes = ("1", "on", "yes", "true")
-    return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-
-
 def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -291,7 +283,8 @@ def _hub(source: Source) -> Iterator[None]:
             "and copy the weights folder here, or give a downloaded copy with --from_file"
         )
 
-    if hub_is_offline():
+    switches = [os.environ.get(name, "").lower() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    if {"1", "on", "yes", "true"} & set(switches):
         raise unavailable("HF_HUB_OFFLINE is set")
     transport = tuple(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError))
     try:

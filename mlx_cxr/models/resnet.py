@@ -145,15 +145,10 @@ def preprocess(pixels: mx.array, in_channels: int) -> mx.array:
 def initialize(model: ResNet18, seed: int, zero_init_residual: bool = False) -> None:
     """Set weights for training from scratch: He normal (fan out) convolutions, unit BatchNorm, as torchvision does.
 
-    Args:
-        model: changed in place.
-        seed: of the draws.
-        zero_init_residual: start the second BatchNorm's scale of each block at 0 instead of 1, so that a block
-            starts as its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's option of that name).
-            The receptive field of a cell of the last map then widens only as far as training asks for, and maps
-            localize better.
-
-    The head is uniform within 1/sqrt(512).
+    The head is uniform within 1/sqrt(512). `zero_init_residual` starts the second BatchNorm's scale of each block at 0
+    instead of 1, so that a block starts as its shortcut (Goyal et al., arXiv:1706.02677, section 5.1; torchvision's
+    option of that name). The receptive field of a cell of the last map then widens only as far as training asks for,
+    and maps localize better.
     """
     rng = np.random.default_rng(seed)
     weights = []

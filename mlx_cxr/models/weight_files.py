@@ -41,9 +41,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
         arrays, header = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
     except (RuntimeError, ValueError) as error:
-        raise ModelFormatError(
-            f"{path} is damaged, cut short or not safetensors ({error}); fetch or write it again"
-        ) from None
+        reason = f"damaged, cut short or not safetensors ({error})"
+        raise ModelFormatError(f"{path} is {reason}; fetch or write it again") from None
     return arrays, header
 
 
@@ -72,9 +71,8 @@ def check_weights(
 
     Args:
         path: the file they are from, for the message.
-        weights: name -> array.
         expected: name -> shape.
-        layout: how `expected` orders the axes of a convolution, for the message.
+        layout: order of the axes of a convolution in `expected`, for the message.
 
     Raises:
         ModelFormatError: lists every name that is missing, unexpected, of another shape, not floating point

@@ -88,11 +88,7 @@ def _batch_norm(parts: Sequence[mx.array], weight: mx.array, bias: mx.array) -> 
         products = streams.each(mx.multiply, dys, normal)
         mean_dy, mean_dy_normal = _mean_over_ranks(_channel_mean(dys), _channel_mean(products))
         scale = inverse * weight
-        dx = streams.each(
-            lambda dy, x: ((dy - mean_dy - x * mean_dy_normal) * scale).astype(dtype),
-            dys,
-            normal,
-        )
+        dx = streams.each(lambda dy, x: ((dy - mean_dy - x * mean_dy_normal) * scale).astype(dtype), dys, normal)
         count = _positions(parts)
         return (mean_dy_normal * count, mean_dy * count, *dx)
 

@@ -121,9 +121,7 @@ def joined(parts: Sequence[mx.array]) -> mx.array:
 def with_gradient(function: Callable[..., mx.array], gradient: Callable[..., Any]) -> Callable[..., mx.array]:
     """`function` with a gradient of its own, computed on the stream that this is called on.
 
-    Args:
-        function: of one or several arrays.
-        gradient: of the arguments, the cotangent of the value and the value; returns each argument's cotangent.
+    `gradient` takes the arguments, the cotangent of the value and the value; it returns each argument's cotangent.
     """
     stream = here()
     made = mx.custom_function(function)

@@ -62,11 +62,7 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
         "schema": SCHEMA,
         "notice": footer(run.synthetic),
         **recorded,
-        "input": {
-            "dtype": "float32",
-            "torchvision": ["N", channels, size, size],
-            "mlx": ["N", size, size, channels],
-        },
+        "input": {"dtype": "float32", "torchvision": ["N", channels, size, size], "mlx": ["N", size, size, channels]},
         "pillow": run.record["packages"].get("pillow"),
         "steps": [{"name": name, "how": how} for name, how in steps.items()],
     }
@@ -75,9 +71,7 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
 def labels_file(run: EvaluatedRun, origin: str) -> dict[str, Any]:
     """Content of `labels.json`: the 14 in the order of the logits, and the training target of each source value.
 
-    Args:
-        run: the run.
-        origin: source of the labels, in words.
+    `origin` is the source of the labels, in words.
     """
     raw = np.array([[1.0, 0.0, -1.0, np.nan]]).T
     targets = run.config.labels.policy().apply(np.repeat(raw, len(LABELS), axis=1))

@@ -235,15 +235,13 @@ def _source(run: EvaluatedRun) -> str:
 def _label_origin(run: EvaluatedRun) -> str:
     data = run.config.data
     if data.source == "csv":
-        mapped = ", ".join(f"{theirs} -> {ours}" for theirs, ours in (data.csv.label_map if data.csv else {}).items())
-        return "Columns of the user's table; who labelled, and from what, is not recorded." + (
-            f" Its findings were taken as: {mapped}." if mapped else ""
-        )
-    labeler = {"chexpert": "the CheXpert labeler (arXiv:1901.07031)", "negbio": "NegBio (arXiv:1712.05898)"}[
-        data.labeler
-    ]
+        mapped = ", ".join(f"{theirs} -> {ours}" for theirs, ours in data.csv.label_map.items())
+        taken = f" Its findings were taken as: {mapped}." if mapped else ""
+        return f"Columns of the user's table; who labelled, and from what, is not recorded.{taken}"
     if run.synthetic:
         return "Read from the synthetic reports by a rule-based labeler of this package, with its mistakes."
+    labelers = {"chexpert": "the CheXpert labeler (arXiv:1901.07031)", "negbio": "NegBio (arXiv:1712.05898)"}
+    labeler = labelers[data.labeler]
     return (
         f"Read from the radiologists' reports by a program, {labeler}, chiefly from the impression; nobody looked at "
         "the films for it."
@@ -255,8 +253,7 @@ def _training(run: EvaluatedRun) -> dict[str, Any]:
     settings, distillation = config.training.model_dump(mode="json"), None
     if record["stage"] == "distillation":
         distillation = config.distillation.model_dump(mode="json")
-        own = {key: distillation[key] for key in ("epochs", "learning_rate") if distillation[key] is not None}
-        settings |= own
+        settings |= {key: distillation[key] for key in ("epochs", "learning_rate") if distillation[key] is not None}
     outcome = ("best_auc", "best_epoch", "epochs", "steps", "seconds", "stopped_early")
     return {
         "settings": settings,

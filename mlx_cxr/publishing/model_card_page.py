@@ -22,9 +22,12 @@ def card_markdown(card: Card) -> str:
     lines = [f"# Model card: `{card['run']}`{of}", "", *notice_lines(card["synthetic"])]
     if card["sharing"]["credentialed"]:
         lines += [f"> **{card['sharing']['terms'][0]}**", ""]
-    for section in (_glance, _model, _use, _data, _training, *figures.SECTIONS):
+    lines += [*_glance(card), *_model(card)]
+    lines += _bullets("Intended use", card["use"]["intended"]) + _bullets("Not for", card["use"]["out_of_scope"])
+    lines += _bullets("Data rights", card["sharing"]["terms"])
+    for section in (_data, _training, *figures.SECTIONS):
         lines += section(card)
-    lines += ["## Limits", "", *_bullets(card["limits"]), "## Ethics", "", *_bullets(card["ethics"]), *_claim(card)]
+    lines += [*_bullets("Limits", card["limits"]), *_bullets("Ethics", card["ethics"]), *_claim(card)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -87,20 +90,6 @@ def _teacher(teacher: Mapping[str, Any]) -> list[list[str]]:
         aucs = f"{number(teacher['zero_shot_auc'])} untrained, {number(teacher['tuned_auc'])} trained"
         rows.append(["teacher's validation macro ROC-AUC", aucs])
     return [*rows, ["soft labels, SHA-256", f"`{teacher['soft_labels_sha256']}`"]]
-
-
-def _use(card: Card) -> list[str]:
-    return [
-        "## Intended use",
-        "",
-        *_bullets(card["use"]["intended"]),
-        "## Not for",
-        "",
-        *_bullets(card["use"]["out_of_scope"]),
-        "## Data rights",
-        "",
-        *_bullets(card["sharing"]["terms"]),
-    ]
 
 
 def _data(card: Card) -> list[str]:
@@ -172,5 +161,5 @@ def _count(counts: Mapping[str, int] | None) -> str:
     return NOT_RECORDED if counts is None else f"{counts['studies']} studies of {counts['patients']} patients"
 
 
-def _bullets(sentences: Sequence[str]) -> list[str]:
-    return [*(f"- {sentence}" for sentence in sentences), ""]
+def _bullets(title: str, sentences: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *(f"- {sentence}" for sentence in sentences), ""]

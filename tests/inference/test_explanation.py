@@ -54,7 +54,8 @@ def split_of(test, images_per_study=2, cells=4):
 def test_maps_do_not_depend_on_how_images_are_batched(model):
     pixels = np.random.default_rng(0).integers(0, 255, (5, 64, 64), dtype=np.uint8)
     source = ImageSource(pixels, np.array([4, 0, 2, 1, 3]), 4.0)
-    raw, logits = image_maps(model, source, ["Edema", "Fracture"], "grad_cam", batch_size=2)
+    made, logits = image_maps(model, source, ["Edema", "Fracture"], ["grad_cam"], batch_size=2)
+    raw = made["grad_cam"]
     direct = class_activation_maps(model, preprocess(mx.array(pixels[[4, 0, 2, 1, 3]]), 1), ["Edema", "Fracture"])
     np.testing.assert_allclose(raw, direct.raw, atol=1e-4 * max(1.0, direct.raw.max()))
     np.testing.assert_allclose(logits, direct.logits, rtol=1e-4, atol=1e-4)
