@@ -143,13 +143,10 @@ def compare(
     """Hold each contender against the reference, then time those that are right, in turn.
 
     Args:
-        section: name of the comparison.
         contenders: in the order of the table.
         budget: seconds of timing for all of them. One that needs more than half of it for a warm-up and three rounds
             is left out; whether it does is told from `known` before it is run at all, else from its first runs.
-        work: operations of one call.
         known: contender -> seconds per sample in a smaller comparison of the same kind; updated with those timed here.
-        seed: of the order of turns.
 
     Returns:
         A row per contender, in their order.

@@ -71,7 +71,6 @@ def measure(
         bandwidth: GB/s.
         budget: seconds for all of it, compiling aside.
         compile_seconds: for `torch.compile`; one that has begun is let finish.
-        seed: of the images.
 
     Returns:
         Rows by batch size.

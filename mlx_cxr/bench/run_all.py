@@ -92,8 +92,6 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
 
     Args:
         model: in evaluation mode.
-        config: of the teacher.
-        settings: what and how long.
 
     Returns:
         All rows, and `peak` (`gflops` and `bandwidth_gbs` by name; None where no section needs it) and `teacher`

@@ -68,8 +68,6 @@ def read_studies(
         manifest: the rows; a study's first one speaks for it.
         reports: study id -> section -> text.
         config: modality and what may be read.
-        form: of the base.
-        splits: which.
         without_image: image ids that the pixel store could not read.
 
     Raises:

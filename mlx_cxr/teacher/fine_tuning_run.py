@@ -188,13 +188,7 @@ class FineTuning:
 
 
 def settings_hash(config: Config, base: Base, inputs: Mapping[str, Path]) -> str:
-    """Hash of what decides the adapter, and so may not change when a run is resumed.
-
-    Args:
-        config: the experiment.
-        base: what is adapted.
-        inputs: role -> file that is read.
-    """
+    """Hash of what decides the adapter, and so may not change when a run is resumed."""
     plain = config.plain()
     unused = ("batch_size", "memory_limit_gb", "tiny", "run_name")
     return hash_of(
