@@ -28,7 +28,6 @@ def measure(model: ResNet18, size: int, batch_sizes: tuple[int, ...], budget: fl
     Args:
         model: in evaluation mode.
         size: side of the images in pixels.
-        batch_sizes: images per call.
         budget: seconds for all of it.
     """
     rows, known = [], {}

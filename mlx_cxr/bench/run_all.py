@@ -40,8 +40,7 @@ class Settings:
         minutes: for all sections of an ordinary run, the teacher aside; fewer sections take less.
         compile_seconds: for `torch.compile`.
         seed: of images, labels and weights.
-        teacher_size: `tiny`, `full`, or None.
-        tokens: of a prompt.
+        tokens: of a prompt of the teacher.
         bits: of the teacher's base; None leaves it in floating point.
     """
 

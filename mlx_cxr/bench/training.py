@@ -48,12 +48,7 @@ def random_cohort(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def measure_steps(
-    model: ResNet18,
-    size: int,
-    batch_sizes: tuple[int, ...],
-    torch_device: str | None,
-    budget: float,
-    seed: int = 0,
+    model: ResNet18, size: int, batch_sizes: tuple[int, ...], torch_device: str | None, budget: float, seed: int = 0
 ) -> list[Row]:
     """Compare and time one optimizer step: preprocessing, forward, loss, backward, clipping, AdamW.
 
@@ -62,7 +57,6 @@ def measure_steps(
     Args:
         model: where training starts; not changed.
         size: side of the images in pixels.
-        batch_sizes: images per step.
         torch_device: None leaves PyTorch out.
         budget: seconds for all of it.
     """

@@ -37,11 +37,7 @@ class FineTuning:
     """All that a run needs, opened and checked before its folder is touched.
 
     Attributes:
-        config: the experiment.
-        world: the ranks that share the work.
-        material: manifest, reports and images.
         base: without adapters yet.
-        form: of its prompts.
         training: studies to learn from.
         validation: studies to choose the best weights by.
         inputs: role -> file that is read.

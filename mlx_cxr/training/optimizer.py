@@ -12,12 +12,7 @@ from mlx_cxr.core.config_schema import FineTuningConfig, TrainingConfig
 
 
 def make_optimizer(
-    *,
-    learning_rate: float,
-    final_learning_rate: float,
-    warmup_fraction: float,
-    weight_decay: float,
-    total_steps: int,
+    *, learning_rate: float, final_learning_rate: float, warmup_fraction: float, weight_decay: float, total_steps: int
 ) -> optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with linear warm-up and one half period of a cosine.
 
