@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -18,6 +18,9 @@ log = logging.getLogger("mlx_cxr")
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 _FEW_CALLS = 1 + LEAST_ROUNDS
+
+stock_operations = partial(fast_ops, False)
+"""Context: graphs that are built inside take MLX's own operations, not this package's paths for the CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,6 @@ class Contender:
             where there is nothing to compare.
         tolerance: largest difference that is accepted.
         samples: images or studies of one call.
-        note: remark for the table.
     """
 
     name: str
@@ -143,13 +145,10 @@ def compare(
     """Hold each contender against the reference, then time those that are right, in turn.
 
     Args:
-        section: name of the comparison.
         contenders: in the order of the table.
         budget: seconds of timing for all of them. One that needs more than half of it for a warm-up and three rounds
             is left out; whether it does is told from `known` before it is run at all, else from its first runs.
-        work: operations of one call.
         known: contender -> seconds per sample in a smaller comparison of the same kind; updated with those timed here.
-        seed: of the order of turns.
 
     Returns:
         A row per contender, in their order.
@@ -210,13 +209,6 @@ def _too_slow(seconds: float, budget: float) -> str:
     if _FEW_CALLS * seconds <= budget / 2:
         return ""
     return f"one call takes about {seconds:.1f} s; more time (--minutes) would let it in"
-
-
-@contextmanager
-def stock_operations() -> Iterator[None]:
-    """Graphs that are built inside take MLX's own operations, not this package's paths for the CPU."""
-    with fast_ops(False):
-        yield
 
 
 def largest_difference(output: np.ndarray, reference: np.ndarray) -> float:

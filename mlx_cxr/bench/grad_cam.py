@@ -28,9 +28,7 @@ def measure(model: ResNet18, size: int, batch_sizes: tuple[int, ...], budget: fl
     Args:
         model: in evaluation mode.
         size: side of the images in pixels.
-        batch_sizes: images per call.
         budget: seconds for all of it.
-        seed: of the images.
     """
     rows, known = [], {}
     for images in sorted(batch_sizes):
@@ -64,7 +62,6 @@ def maps_one_by_one(model: ResNet18, x: mx.array, labels: Sequence[int] = range(
     """Grad-CAM as it is done with hooks: for each finding forward, and backward through the whole network.
 
     Args:
-        model: in evaluation mode.
         x: (N, H, W, channels).
         labels: places of K findings.
 

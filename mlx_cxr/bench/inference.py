@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_cxr.bench.contenders import PRECISIONS, Contender, Row, Work, compare, largest_difference, stock_operations
@@ -65,13 +64,11 @@ def measure(
     Args:
         model: in evaluation mode.
         size: side of the images in pixels.
-        batch_sizes: images per call.
         torch_device: None leaves PyTorch out.
         peaks: as `machine.matrix_product_peaks`.
         bandwidth: GB/s.
         budget: seconds for all of it, compiling aside.
         compile_seconds: for `torch.compile`; one that has begun is let finish.
-        seed: of the images.
 
     Returns:
         Rows by batch size.
@@ -116,22 +113,18 @@ def _mlx_networks(model: ResNet18) -> Iterator[tuple[tuple[str, str], Callable[[
     for precision in PRECISIONS:
         folded = FoldedResNet18.of(model, getattr(mx, precision))
         if precision != "float32" and not on_cpu:
-            yield (PLAIN, precision), _cast_copy(model, folded.dtype)
+            cast = ResNet18(model.config)
+            cast.update(model.parameters())
+            cast.set_dtype(folded.dtype)
+            cast.eval()
+            mx.eval(cast.parameters())
+            yield (PLAIN, precision), cast
         if precision == "float32" or on_cpu:
             yield (FOLDED, precision), folded
         if precision == "float32" or not on_cpu:
             yield (COMPILED, precision), mx.compile(folded)
         if precision == "float32" and on_cpu:
             yield (FOLDED + IN_PARTS, precision), evaluated(folded)
-
-
-def _cast_copy(model: ResNet18, dtype: mx.Dtype) -> nn.Module:
-    copy = ResNet18(model.config)
-    copy.update(model.parameters())
-    copy.set_dtype(dtype)
-    copy.eval()
-    mx.eval(copy.parameters())
-    return copy
 
 
 def _with_stock_operations(model: ResNet18, x: mx.array) -> mx.array:

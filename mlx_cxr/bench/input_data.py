@@ -35,7 +35,6 @@ def measure_store(size: int, images: int, seed: int = 0, raw: tuple[int, int] = 
 
     Args:
         size: side of a stored image in pixels.
-        images: how many.
         seed: of what they show: smooth noise, as large and as compressible as a chest image.
         raw: rows and columns of the files.
     """
@@ -64,11 +63,8 @@ def measure_pipeline(size: int, batch_size: int, images: int, channels: int, bud
 
     Args:
         size: side of an image in pixels.
-        batch_size: images per batch.
-        images: of the epoch.
         channels: of the network's input.
         budget: seconds for all of it.
-        seed: of the images and their order.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "films.npy"

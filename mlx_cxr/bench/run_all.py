@@ -40,8 +40,7 @@ class Settings:
         minutes: for all sections of an ordinary run, the teacher aside; fewer sections take less.
         compile_seconds: for `torch.compile`.
         seed: of images, labels and weights.
-        teacher_size: `tiny`, `full`, or None.
-        tokens: of a prompt.
+        tokens: of a prompt of the teacher.
         bits: of the teacher's base; None leaves it in floating point.
     """
 
@@ -92,8 +91,6 @@ def measure_all(model: ResNet18, config: TeacherConfig, settings: Settings) -> t
 
     Args:
         model: in evaluation mode.
-        config: of the teacher.
-        settings: what and how long.
 
     Returns:
         All rows, and `peak` (`gflops` and `bandwidth_gbs` by name; None where no section needs it) and `teacher`

@@ -31,7 +31,7 @@ from mlx_cxr.teacher.prompt import PromptFormat
 from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.tiny import new_model
 from mlx_cxr.training.losses import masked_bce
-from mlx_cxr.training.optimizer import make_optimizer
+from mlx_cxr.training.optimizer import optimizer_of
 
 SECTION = "teacher"
 _ROUNDS = {"tiny": 10, "full": 1}
@@ -128,14 +128,7 @@ def time_and_memory(
         return mx.array(ids.astype(np.int32)), mx.array(read.astype(np.int32))
 
     # The LoRA step.
-    optimizer = make_optimizer(
-        learning_rate=config.training.learning_rate,
-        final_learning_rate=config.training.final_learning_rate,
-        warmup_fraction=0.0,
-        weight_decay=0.0,
-        total_steps=1,
-    )
-    optimizer.init(model.trainable_parameters())
+    optimizer = optimizer_of(model, config.training.model_copy(update={"weight_decay": 0.0}), 1)
     mx.eval(model.state, optimizer.state)
     form = PromptFormat((), (), (), ((),) * len(LABELS), LABELS, _YES, _NO, -1, tokens, None)
     step = accumulating_step(model, form, optimizer, masked_bce(), config, arrays=3)

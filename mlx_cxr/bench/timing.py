@@ -56,8 +56,6 @@ def alternate(
     Args:
         calls: name -> something that returns when its work is done on the device.
         budget: seconds for all of them, warm-ups included; overrun where three rounds of each take longer.
-        seed: of the order of turns.
-        clock: seconds.
 
     Returns:
         Name -> timing, in the order given.

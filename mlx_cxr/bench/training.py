@@ -48,12 +48,7 @@ def random_cohort(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def measure_steps(
-    model: ResNet18,
-    size: int,
-    batch_sizes: tuple[int, ...],
-    torch_device: str | None,
-    budget: float,
-    seed: int = 0,
+    model: ResNet18, size: int, batch_sizes: tuple[int, ...], torch_device: str | None, budget: float, seed: int = 0
 ) -> list[Row]:
     """Compare and time one optimizer step: preprocessing, forward, loss, backward, clipping, AdamW.
 
@@ -62,10 +57,8 @@ def measure_steps(
     Args:
         model: where training starts; not changed.
         size: side of the images in pixels.
-        batch_sizes: images per step.
         torch_device: None leaves PyTorch out.
         budget: seconds for all of it.
-        seed: of images and labels.
     """
     rows, known = [], {}
     for images in sorted(batch_sizes):
@@ -101,9 +94,7 @@ def measure_epoch(model: ResNet18, size: int, batch_size: int, budget: float, se
     Args:
         model: where training starts; not changed.
         size: side of the images in pixels.
-        batch_size: images per step.
         budget: seconds for all of it; an epoch has four steps at least.
-        seed: of the images.
 
     Returns:
         A row for the bare step, and one for a step in the loop, whose rounds are epochs.

@@ -34,7 +34,6 @@ class ForwardWork:
         """Least seconds of a pass over `images`.
 
         Args:
-            images: the batch.
             precision: of weights and activations.
             peak_gflops: GFLOP/s of a matrix product in that precision.
             bandwidth_gbs: GB/s (1e9) of the memory.

@@ -43,7 +43,6 @@ def tiny_config(settings: TinyTeacherConfig, vocabulary: int) -> dict[str, Any]:
     """`config.json` of a small model.
 
     Args:
-        settings: its width and depth.
         vocabulary: rows of the embedding, as the tokenizer has them.
     """
     hidden = settings.hidden_size

@@ -128,11 +128,8 @@ def explain(
 
     Args:
         base: with the adapter.
-        form: of its prompts.
-        prompt: of the study.
         image: float16 (T, H), or None.
         columns: of the logits, in the order of `LABELS`.
-        config: the teacher's section.
 
     Raises:
         AttributionError: the prompt holds no report.
@@ -188,14 +185,7 @@ def blank_embedding(base: Base) -> mx.array:
 
 
 def blanked(embeddings: mx.array, blank: mx.array, form: PromptFormat, report: Report) -> mx.array:
-    """(L, H): the prompt's embeddings with those of the report, and of the image, blank.
-
-    Args:
-        embeddings: (L, H).
-        blank: (H,).
-        form: of the prompt.
-        report: in the prompt.
-    """
+    """(L, H): the prompt's embeddings (L, H), with `blank` (H,) in place of those of the report and of the image."""
     place = np.arange(len(embeddings))
     # The marks around an image stay.
     image = (place > len(form.head)) & (place < len(form.head) + len(form.image) - 1)
@@ -209,7 +199,6 @@ def integrated_gradients(
     """Integrated gradients of some logits, by Gauss-Legendre quadrature.
 
     Args:
-        answers: the function that is explained.
         embeddings: float32 (L, H).
         blank: float32 (L, H), where the line begins; a token that is the same in both gets 0.
         columns: K of the logits.

@@ -30,7 +30,6 @@ class Base:
 
     Attributes:
         name: as the configuration names it.
-        folder: where it lies.
         sha256: over the hashes of its weights, `config.json` and `tokenizer.json`.
         model: `mlx_vlm`'s model, frozen and in evaluation mode.
         tokenizer: with the chat template.

@@ -22,7 +22,6 @@ class Studies:
     Attributes:
         frame: the manifest's row of the study's first image: `study_id`, `patient_id`, `split`, `view` and the rest.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
-        prompts: one per study.
         counts: `studies` of these splits, `read`, `without_text` (skipped), `cut` (reports shortened), `cut_tokens`.
     """
 
@@ -68,8 +67,6 @@ def read_studies(
         manifest: the rows; a study's first one speaks for it.
         reports: study id -> section -> text.
         config: modality and what may be read.
-        form: of the base.
-        splits: which.
         without_image: image ids that the pixel store could not read.
 
     Raises:

@@ -41,10 +41,6 @@ class Dropout(NamedTuple):
     rows: int
     """Of the batch."""
 
-    def one_each(self, count: int) -> list[Dropout]:
-        """Masks of their own for `count` layers."""
-        return [self._replace(key=key) for key in mx.random.split(self.key, count)]
-
     def kept(self, x: mx.array, share: float) -> tuple[mx.array, float]:
         """Bool of the shape of `x`, (B, L, I), and the share of the batch's elements that is kept, about `share`."""
         # One random byte per element is a quarter of the usual draws; the share is that to the nearest 1 / 256.
@@ -66,7 +62,6 @@ def decode(
     """States after the last layer.
 
     Args:
-        layers: of the decoder.
         embeddings: (B, L, H), of tokens and of the image.
         read: int (B, R), positions along L whose states are wanted, none of them shared; None for all of them. The
             last layer is computed there only.
@@ -77,7 +72,10 @@ def decode(
     Returns:
         (B, R, H); (B, L - shared, H) where `read` is None.
     """
-    keys = _drawn_keys(2 * len(layers)) if training else None
+    if training:
+        following, key = mx.random.split(mx.random.state[0])
+        mx.random.state[0][:] = following
+        keys = mx.random.split(key, 2 * len(layers))
     beginning, parts = embeddings[:1, :shared], split(embeddings[:, shared:])
     places = [None] * len(parts) if read is None else split(read - shared)
     starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
@@ -113,7 +111,7 @@ def decoder_layer(
     Returns:
         (B, R or L, H), and its state.
     """
-    drops = [None] * 4 if drop is None else drop.one_each(4)
+    drops = [None] * 4 if drop is None else [drop._replace(key=key) for key in mx.random.split(drop.key, 4)]
     operator = _attention if layer.is_attention_layer else _short_convolution
     module = layer.self_attn if layer.is_attention_layer else layer.conv
     mixed, state = operator(module, layer.operator_norm(x), before, drops[:2], read)
@@ -229,12 +227,6 @@ def _short_convolution(
 def _at(x: mx.array, read: mx.array | None) -> mx.array:
     """(B, R, H) of (B, L, H)."""
     return x if read is None else mx.take_along_axis(x, read[..., None], axis=1)
-
-
-def _drawn_keys(count: int) -> mx.array:
-    following, key = mx.random.split(mx.random.state[0])
-    mx.random.state[0][:] = following
-    return mx.random.split(key, count)
 
 
 def _checkpointed(layer: nn.Module) -> Callable[..., tuple[mx.array, State]]:

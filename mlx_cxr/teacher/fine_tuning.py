@@ -12,8 +12,6 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_cxr.core.config_schema import TeacherConfig
-from mlx_cxr.core.labels import SCORING_PROTOCOLS
-from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
 from mlx_cxr.ops.activations import compiled
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.dataset import Studies
@@ -23,9 +21,10 @@ from mlx_cxr.teacher.readout import answer_direction, finding_logits
 from mlx_cxr.teacher.scoring import prompt_embeddings, shared_score
 from mlx_cxr.teacher.teacher_run import ADAPTER
 from mlx_cxr.training.distributed import ALONE, World
-from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError
+from mlx_cxr.training.loop import Task, TrainingDataError
 from mlx_cxr.training.losses import Loss
-from mlx_cxr.training.optimizer import make_optimizer
+from mlx_cxr.training.optimizer import optimizer_of
+from mlx_cxr.training.scoring import validation
 
 _SORTED_TOGETHER = 16
 """Batches whose studies are sorted by length among themselves: little padding, and still a random order."""
@@ -47,13 +46,8 @@ def lora_task(
 
     Args:
         base: with adapters attached.
-        form: of its prompts.
-        studies: training studies.
         targets: float32 (N, 14) in [0, 1], NaN where unknown.
         images: float16 (N, T, H) embeddings, or None for a teacher that reads text only.
-        loss: logits and targets to a scalar.
-        validate: as `Task.validate`.
-        config: the teacher's section.
         seed: of the order of the studies.
         world: the ranks that share the forward passes of each step.
 
@@ -65,14 +59,7 @@ def lora_task(
     plan = BatchPlan(studies.lengths(), training.batch_size, training.accumulate, seed)
     # Of the passes of a step, those of this rank.
     part = world.part(plan.accumulate, "teacher.training.accumulate")
-    optimizer = make_optimizer(
-        learning_rate=training.learning_rate,
-        final_learning_rate=training.final_learning_rate,
-        warmup_fraction=training.warmup_fraction,
-        weight_decay=training.weight_decay,
-        total_steps=plan.steps * training.epochs,
-    )
-    optimizer.init(base.model.trainable_parameters())
+    optimizer = optimizer_of(base.model, training, plan.steps * training.epochs)
 
     def batches(epoch: int, skip: int) -> Iterator[tuple[mx.array, ...]]:
         for group in plan.epoch(epoch)[skip:]:
@@ -160,11 +147,7 @@ def accumulating_step(
     """A step over several forward passes, whose mean loss it descends; one pass is in memory at a time.
 
     Args:
-        model: with adapters, the only weights that are not frozen.
-        form: of the prompts.
-        optimizer: initialized.
-        loss: logits and targets to a scalar.
-        config: the teacher's section.
+        model: with adapters, the only weights that are not frozen; `optimizer` is initialized with them.
         arrays: how many of the arguments belong to one pass: ids, read, targets and, with images, embeddings.
         world: the ranks, each of which is given as many of the step's passes, in their order.
     """
@@ -215,26 +198,12 @@ def validator(
     config: TeacherConfig,
     world: World = ALONE,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """The loop's validation: loss and macro AUC of the studies, -1 and empty counted as 0.
-
-    Raises:
-        TrainingDataError: no label of these studies has both classes.
-    """
-    targets = SCORING_PROTOCOLS["empty_negative"].apply(studies.raw_labels)
-    if not both_classes(targets).any():
-        raise TrainingDataError(
-            f"{len(studies)} validation studies can be read and have both classes of no label, so the best weights "
-            "cannot be chosen; give more studies or another split"
-        )
-
-    def validate(_: nn.Module) -> dict[str, float]:
-        logits = shared_score(base, form, studies.prompts, images, config, world).logits
-        if not np.isfinite(logits).all():
-            raise TrainingDivergedError(
-                "logits of validation studies are not finite; lower teacher.training.learning_rate. "
-                "The last saved state and the best weights so far are kept"
-            )
-        loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
-        return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
-
-    return validate
+    """The loop's validation on some studies; raises as `validation`."""
+    return validation(
+        lambda _: shared_score(base, form, studies.prompts, images, config, world).logits,
+        studies.raw_labels,
+        "studies",
+        "teacher.training.learning_rate",
+        f"{len(studies)} validation studies can be read and have both classes of no label, so the best weights "
+        "cannot be chosen; give more studies or another split",
+    )

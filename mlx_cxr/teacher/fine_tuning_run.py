@@ -37,11 +37,7 @@ class FineTuning:
     """All that a run needs, opened and checked before its folder is touched.
 
     Attributes:
-        config: the experiment.
-        world: the ranks that share the work.
-        material: manifest, reports and images.
         base: without adapters yet.
-        form: of its prompts.
         training: studies to learn from.
         validation: studies to choose the best weights by.
         inputs: role -> file that is read.
@@ -188,13 +184,7 @@ class FineTuning:
 
 
 def settings_hash(config: Config, base: Base, inputs: Mapping[str, Path]) -> str:
-    """Hash of what decides the adapter, and so may not change when a run is resumed.
-
-    Args:
-        config: the experiment.
-        base: what is adapted.
-        inputs: role -> file that is read.
-    """
+    """Hash of what decides the adapter, and so may not change when a run is resumed."""
     plain = config.plain()
     unused = ("batch_size", "memory_limit_gb", "tiny", "run_name")
     return hash_of(

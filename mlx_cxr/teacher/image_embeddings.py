@@ -58,7 +58,6 @@ def encode_images(base: Base, images: np.ndarray, size: int) -> mx.array:
     """(B, T, H): embeddings of images, in the precision of the base.
 
     Args:
-        base: its vision tower and projector are used.
         images: uint8 (B, S, S).
         size: side in pixels that the tower sees.
     """
@@ -81,8 +80,6 @@ def image_embeddings(
     """Embeddings of images from disk; those that are missing are computed first, resuming where a run was stopped.
 
     Args:
-        base: the base.
-        store: the images.
         store_sha256: of the store's index, which names manifest and transform.
         image_ids: which, in the order wanted.
         size: side in pixels that the tower sees.

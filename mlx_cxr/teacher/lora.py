@@ -29,7 +29,6 @@ def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
 
     Args:
         model: an LFM2.5-VL, quantized or not.
-        config: rank, scale, dropout, and which layers.
         seed: of A.
 
     Returns:
@@ -94,8 +93,6 @@ def save_adapter(folder: Path, model: nn.Module, base: dict[str, Any]) -> None:
     """Write `adapters.safetensors` and `adapter_config.json`, each atomically; `mlx_vlm` loads the folder as it is.
 
     Args:
-        folder: made where it is not.
-        model: with adapters.
         base: identity of the base they belong to; stands under `base` in the settings, which mlx-vlm ignores.
     """
     settings = model._vlm_adapter_config
@@ -107,8 +104,6 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
     """Put a saved adapter on a fresh base, frozen and in evaluation mode.
 
     Args:
-        model: the base.
-        folder: with the two files.
         base: as `save_adapter` was given; every entry must agree.
 
     Raises:
@@ -159,9 +154,6 @@ def read_first_adapter(model: nn.Module, folder: Path, base: dict[str, Any], con
     """The arrays of another adapter that fresh ones begin with, as a second phase does where the first ended.
 
     Args:
-        model: the base, without adapters.
-        folder: of the other adapter.
-        base: as `load_adapter`.
         config: of the adapters to be attached.
 
     Raises:

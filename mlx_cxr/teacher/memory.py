@@ -98,7 +98,6 @@ def training_estimate(
     """Memory of one step of fine-tuning.
 
     Args:
-        decoder: of the base.
         adapted: (inputs, outputs) of each adapted linear layer.
         config: batch, rank, dropout, checkpointing and bucket are used.
         longest: tokens of the longest prompt.

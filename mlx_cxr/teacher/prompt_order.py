@@ -69,11 +69,8 @@ def order_effect(
 
     Args:
         base: with or without adapters.
-        config: the teacher's own.
-        material: manifest, reports and images.
         split: which studies; test only for what is reported, never to choose by.
         orders: random orders, at least 1.
-        seed: of the orders.
 
     Raises:
         DataError: none of the studies can be read.

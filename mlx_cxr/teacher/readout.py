@@ -47,11 +47,8 @@ def finding_logits(
     """float32 (B, 14): the answers.
 
     Args:
-        language_model: the decoder.
         embeddings: (B, L, H).
         read: int (B, 14), positions along L.
-        direction: `answer_direction`.
-        checkpoint: as `decode`.
         shared: as `decode`; no answer is read among these tokens.
     """
     return answers(finding_states(language_model, embeddings, read, checkpoint, shared), direction)

@@ -48,7 +48,6 @@ def prompt_embeddings(
     """(B, L, H): token embeddings, with the image's in the place of its tokens.
 
     Args:
-        language_model: the decoder.
         form: says where the image's tokens stand: at the same place in every prompt.
         ids: int (B, L).
         image: (B, T, H), or None.
@@ -74,8 +73,6 @@ def score(
 
     Args:
         base: the model, with or without adapters; left in the mode that it was in.
-        form: of its prompts.
-        prompts: of the studies.
         images: float16 (N, T, H), or None.
         config: `batch_size` and `training.bucket` are used.
         done: called after each batch, as for a cache.

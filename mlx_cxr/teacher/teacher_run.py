@@ -31,7 +31,6 @@ class Material:
     """The manifest, and the reports and images that a teacher of some modality reads.
 
     Attributes:
-        manifest: the cohort.
         reports: None for a teacher that reads no text.
         store: None for one that looks at no images.
         store_sha256: of the store's index.
@@ -103,11 +102,9 @@ class TrainedTeacher:
     """A run folder that `lfm_finetune` made, opened.
 
     Attributes:
-        folder: the run's.
         config: the configuration that it was trained with, with its own teacher section.
         inputs: role -> SHA-256 of the files that it was trained on.
         base: with the adapter on it, in evaluation mode.
-        form: of its prompts.
         adapter_sha256: of the adapter's weights.
         record: `teacher.json`.
     """
@@ -125,7 +122,6 @@ class TrainedTeacher:
         """Read a run's record, its base and its adapter.
 
         Args:
-            folder: the run's.
             vision: keep the vision tower where the teacher looks at images; without it images need stored embeddings.
 
         Raises:

@@ -46,8 +46,6 @@ def make_tiny_teacher(
     Args:
         folder: gets the files; those of an earlier checkpoint are replaced.
         reports: sections by name of the training split's reports, and of no other's.
-        settings: size and training of the language model.
-        seed: of the weights and the order of the reports.
 
     Returns:
         `parameters`, `reports`, `tokens`, `loss` (nats per token, mean over the last epoch), `seconds`.
@@ -90,8 +88,6 @@ def new_model(
 
     Args:
         config: as `config.json`.
-        seed: of the weights.
-        dtype: of the weights.
         vision: with the vision tower and the projector.
         made: compute the weights; otherwise only their shapes are of use.
     """

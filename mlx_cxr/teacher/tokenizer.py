@@ -48,8 +48,6 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
     """Train a tokenizer and write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
     Args:
-        folder: of the checkpoint.
-        texts: to train it on.
         vocabulary: at most so many tokens, the 500 special ones and 256 bytes included; at least 800, or there are too
             few others for "yes" and "no" to begin differently.
 

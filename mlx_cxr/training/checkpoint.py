@@ -56,11 +56,7 @@ def save_state(
     """Write `path` (safetensors) atomically; the progress stands in its header.
 
     Args:
-        path: the file.
         model: all its parameters are saved, with running statistics, or only those that are not frozen.
-        optimizer: its state is saved.
-        progress: of the run.
-        trainable_only: leave out frozen parameters.
 
     Raises:
         OSError: the file cannot be written; what was there before is kept.
@@ -77,10 +73,8 @@ def load_state(
     """Put a saved state into `model` and `optimizer`, in place: a step compiled before sees it.
 
     Args:
-        path: the file.
         model: of the same structure as the one that was saved, and frozen alike.
         optimizer: initialized with the model's trainable parameters.
-        settings: hash of what may not change between a run and its resumption.
         trainable_only: as it was saved; frozen parameters are left as they are.
 
     Raises:
@@ -118,15 +112,7 @@ def load_state(
 def share_state(
     progress: Progress, model: nn.Module, optimizer: optim.Optimizer, world: World, trainable_only: bool = False
 ) -> Progress:
-    """Give every rank the progress, weights and optimizer of rank 0; the others need not be able to read its files.
-
-    Args:
-        progress: of rank 0.
-        model: changed in place on the other ranks.
-        optimizer: likewise.
-        world: the ranks.
-        trainable_only: leave frozen parameters as they are.
-    """
+    """Give every rank the progress of rank 0, and in place its weights and optimizer; others need not see its files."""
     if world.size == 1:
         return progress
     weights, state = world.from_first((dict(_weights(model, trainable_only)), optimizer.state))

@@ -15,18 +15,16 @@ from mlx_cxr import __version__
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import RunExistsError, create_run, hash_of, write_json
-from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
 from mlx_cxr.ops.streams import available, batch_parallel
 from mlx_cxr.training.checkpoint import STATE
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.distributed import ALONE, World
-from mlx_cxr.training.loop import Task, TrainingDataError, TrainingDivergedError, TrainingResult, train
+from mlx_cxr.training.loop import Task, TrainingResult, train
 from mlx_cxr.training.losses import positive_weights, prior_logits
-from mlx_cxr.training.scoring import predict_logits
+from mlx_cxr.training.scoring import predict_logits, validation
 
 log = logging.getLogger("mlx_cxr")
 
@@ -54,7 +52,6 @@ def initial_network(
     """Make the network that training starts from.
 
     Args:
-        config: the experiment.
         section: its model section, or one with other weights.
         targets: float (N, 14) in [0, 1], NaN where unknown; a fresh head starts at their prevalence.
 
@@ -97,16 +94,11 @@ def begin(
     resume: bool,
     world: World = ALONE,
 ) -> None:
-    """Write the run's `config.json`, unless the run is resumed.
+    """Write the run's `config.json` on rank 0, unless the run is resumed.
 
     Args:
-        config: the experiment.
-        run_dir: the run's folder, which `can_resume` has passed.
-        stage: `train_cnn` or `distillation`.
         inputs: role -> file that is read, beside manifest and pixel index.
-        machine: `device.start`.
         resume: as `can_resume` returned it: a run that saved no state begins anew.
-        world: rank 0 of it writes.
     """
     if not world.writes:
         return
@@ -137,15 +129,6 @@ def fit(
     summary: Mapping[str, Any],
 ) -> TrainingResult:
     """Run the loop, and write `training.json` with its result and the given summary.
-
-    Args:
-        task: the network and its training.
-        training: epochs, patience, and steps between saves and log lines.
-        seed: of the run.
-        run_dir: its folder.
-        settings: `settings_hash`.
-        resume: resume from the saved state.
-        summary: further entries of `training.json`.
 
     Raises:
         TrainingDivergedError, TrainingDataError, RunFormatError: as `train`.
@@ -181,9 +164,7 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
     """Hash of what decides a run's weights, and so may not change when it is resumed.
 
     Args:
-        config: the experiment.
         training: its training section, or one with another number of epochs or learning rate.
-        manifest_sha256: of the manifest.
         others: further settings that decide them, as plain data.
     """
     plain = config.plain()
@@ -194,31 +175,12 @@ def settings_hash(config: Config, training: TrainingConfig, manifest_sha256: str
 
 
 def validator(data: SplitData, batch_size: int, world: World = ALONE) -> Callable[[ResNet18], dict[str, float]]:
-    """Make the loop's validation: loss and macro AUC of a split, per image, -1 and empty counted as 0.
-
-    Args:
-        data: the split.
-        batch_size: images per forward pass.
-        world: the ranks that share the images.
-
-    Raises:
-        TrainingDataError: no label of the split has both classes, so no epoch could be told from another.
-    """
-    targets = SCORING_PROTOCOLS["empty_negative"].apply(data.raw_labels)
-    if not both_classes(targets).any():
-        raise TrainingDataError(
-            f"split {data.name!r} has {len(data)} films and both classes of no label, so the best weights cannot be "
-            "chosen by its AUC; look at the manifest's summary, and give more studies or another split"
-        )
-
-    def validate(model: ResNet18) -> dict[str, float]:
-        logits = predict_logits(model, data.images, batch_size, world)
-        if not np.isfinite(logits).all():
-            raise TrainingDivergedError(
-                "logits of validation films are not finite; lower the learning rate. "
-                "The last saved state and the best weights so far are kept"
-            )
-        loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
-        return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
-
-    return validate
+    """The loop's validation on a split's images; raises as `validation`."""
+    return validation(
+        lambda model: predict_logits(model, data.images, batch_size, world),
+        data.raw_labels,
+        "films",
+        "the learning rate",
+        f"split {data.name!r} has {len(data)} films and both classes of no label, so the best weights cannot be "
+        "chosen by its AUC; look at the manifest's summary, and give more studies or another split",
+    )

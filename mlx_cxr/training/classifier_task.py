@@ -22,7 +22,7 @@ from mlx_cxr.training.batches import ImageSource, epoch_order
 from mlx_cxr.training.distributed import ALONE, World, share_dropout
 from mlx_cxr.training.loop import Task, TrainingDataError
 from mlx_cxr.training.losses import Loss
-from mlx_cxr.training.optimizer import make_optimizer
+from mlx_cxr.training.optimizer import optimizer_of
 
 _PRECISION = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _FLOAT16_LOSS_SCALE = 1024.0
@@ -60,11 +60,9 @@ def classifier_task(
     Args:
         model: initialized, frozen where wanted; takes preprocessed images with `model.config.in_channels` channels.
         loss: logits and target rows to a scalar; made for `world`.
-        data: training images and targets.
         validate: as `Task.validate`.
         training: epochs, batch size, learning rate and the rest. A step counts `batch_size` images, or all of
             them where there are fewer; the last partial batch of an epoch is left out.
-        augmentation: largest amounts of each random change.
         seed: fixes the order of the images.
         best_name: file name of the best weights.
         keep: writes them; None saves `model`, a ResNet-18, with its running statistics.
@@ -88,14 +86,7 @@ def classifier_task(
     part = world.part(width, "training.batch_size")
     share_dropout(model, world)
     batch_norm.share_statistics(world.group)
-    optimizer = make_optimizer(
-        learning_rate=training.learning_rate,
-        final_learning_rate=training.final_learning_rate,
-        warmup_fraction=training.warmup_fraction,
-        weight_decay=training.weight_decay,
-        total_steps=steps_per_epoch * training.epochs,
-    )
-    optimizer.init(model.trainable_parameters())
+    optimizer = optimizer_of(model, training, steps_per_epoch * training.epochs)
     return Task(
         model=model,
         optimizer=optimizer,

@@ -161,7 +161,6 @@ class World:
         """Check that all ranks have the same parameters and running statistics, by a sum over their bits.
 
         Args:
-            model: its parameters are compared.
             trainable_only: leave out frozen ones, such as a base that each rank has read from the same file.
 
         Raises:

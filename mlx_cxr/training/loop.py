@@ -102,8 +102,6 @@ def train(
     """Train `task.model` in place and leave its best weights in `run_dir`.
 
     Args:
-        task: the model, its step, its data and its validation.
-        epochs: largest number of epochs.
         seed: fixes what `mx.random` gives each step.
         patience: epochs without a better validation macro AUC before stopping; 0 never stops early.
         save_every: steps between saves of the state to resume from; each epoch's end is one too.

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+
+from mlx_cxr.core.config_schema import FineTuningConfig, TrainingConfig
 
 
 def make_optimizer(
-    *,
-    learning_rate: float,
-    final_learning_rate: float,
-    warmup_fraction: float,
-    weight_decay: float,
-    total_steps: int,
+    *, learning_rate: float, final_learning_rate: float, warmup_fraction: float, weight_decay: float, total_steps: int
 ) -> optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with linear warm-up and one half period of a cosine.
 
@@ -40,3 +38,11 @@ def make_optimizer(
     decayed = optim.AdamW(schedule, weight_decay=weight_decay, bias_correction=True)
     plain = optim.AdamW(schedule, weight_decay=0.0, bias_correction=True)
     return optim.MultiOptimizer([decayed, plain], [lambda _, weight: weight.ndim > 1])
+
+
+def optimizer_of(model: nn.Module, training: TrainingConfig | FineTuningConfig, total_steps: int) -> optim.Optimizer:
+    """`make_optimizer` with a configuration's rates, initialized with the model's trainable parameters."""
+    names = ("learning_rate", "final_learning_rate", "warmup_fraction", "weight_decay")
+    optimizer = make_optimizer(**{name: getattr(training, name) for name in names}, total_steps=total_steps)
+    optimizer.init(model.trainable_parameters())
+    return optimizer

@@ -35,7 +35,6 @@ def check_preprocessing(recorded: Mapping[str, Any], config: Config, where: obje
 
     Args:
         recorded: `preprocessing_record` of the training.
-        config: of the run.
         where: the file that holds the record.
 
     Raises:

@@ -1,16 +1,20 @@
-"""Logits of many images, in evaluation mode and fixed shapes."""
+"""Logits of many images, in evaluation mode and fixed shapes, and the validation that the loop asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from mlx_cxr.core.labels import SCORING_PROTOCOLS
+from mlx_cxr.evaluation.metrics import both_classes, macro_auc, roc_auc_per_label
 from mlx_cxr.models.folded import FoldedResNet18, evaluated
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.distributed import ALONE, World
+from mlx_cxr.training.loop import TrainingDataError, TrainingDivergedError
 
 
 def image_features(network: FoldedResNet18) -> Callable[[mx.array], mx.array]:
@@ -34,7 +38,6 @@ def predict_logits(model: ResNet18, source: ImageSource, batch_size: int, world:
 
     Args:
         model: put into evaluation mode for the call, and back into the mode it was in.
-        source: the images.
         batch_size: images per forward pass; the last batch is filled up with repeats, so that the graph is built once.
         world: the ranks, each of which scores its share of the images.
 
@@ -58,3 +61,35 @@ def predict_logits(model: ResNet18, source: ImageSource, batch_size: int, world:
         chosen = items[i : i + batch_size]
         answers[chosen] = rows[: len(chosen)]
     return world.rows_of_all(answers, np.isin(np.arange(len(source)), items))
+
+
+def validation(
+    score: Callable[[nn.Module], np.ndarray], raw_labels: np.ndarray, unit: str, rate: str, undefined: str
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Make `Task.validate`: loss and macro AUC of a split, -1 and empty counted as 0.
+
+    Args:
+        score: the model's float32 logits (N, 14).
+        raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
+        unit: name of the rows, for a message.
+        rate: name of the learning rate, likewise.
+        undefined: message where no label has both classes.
+
+    Raises:
+        TrainingDataError: no label has both classes, so no epoch could be told from another.
+    """
+    targets = SCORING_PROTOCOLS["empty_negative"].apply(raw_labels)
+    if not both_classes(targets).any():
+        raise TrainingDataError(undefined)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        logits = score(model)
+        if not np.isfinite(logits).all():
+            raise TrainingDivergedError(
+                f"logits of validation {unit} are not finite; lower {rate}. "
+                "The last saved state and the best weights so far are kept"
+            )
+        loss = float(np.mean(np.logaddexp(0, logits) - targets * logits))
+        return {"loss": loss, "macro_auc": macro_auc(roc_auc_per_label(targets, logits))}
+
+    return validate

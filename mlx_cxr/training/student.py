@@ -53,11 +53,9 @@ def loss_and_targets(
     """The loss of a student, and its target rows: the hard labels alone where there are no soft ones.
 
     Args:
-        settings: weights and temperature.
         hard: float32 (N, 14) in [0, 1], NaN for no information.
         soft: of the same N images; None for a student of hard labels.
         positive_weight: (14,) weights of the positives of `hard`; None for equal ones.
-        world: the processes of the run.
     """
     if soft is None:
         return masked_bce(positive_weight, world), hard

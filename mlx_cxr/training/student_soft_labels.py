@@ -57,7 +57,6 @@ def read_student_soft_labels(
 
     Args:
         config: the experiment; `distillation.targets` is not `hard`.
-        manifest: its manifest.
         study_ids: (M,), the study of each training image.
         hard: as `make_student_soft_labels`.
 
@@ -119,12 +118,10 @@ def make_student_soft_labels(
         shuffled: the logits (and features) of another training study, each study's given to exactly one other.
 
     Args:
-        kind: as above.
         cache: the teacher's soft labels.
         study_ids: (M,), the study of each training image.
         hard: float (M, 14) in [0, 1], NaN where unknown; the same for all images of a study.
         calibrated: divide the teacher's logits by its temperatures first.
-        seed: of the shuffling.
         with_features: give features too: the teacher's own or shuffled ones; `smoothed` has none.
 
     Returns:
