@@ -29,7 +29,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         config: the experiment; its manifest and pixel store must be there, and the soft labels in the run
             `teacher.run_name` unless `distillation.targets` is `hard`.
         run_name: folder under `outputs`; None takes `distillation.run_name`.
-        resume: go on with a run that was stopped; one that saved nothing yet begins anew.
+        resume: resume a run that was stopped; one that saved nothing yet begins anew.
         overwrite: replace a run of that name.
 
     Raises:

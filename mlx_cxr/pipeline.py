@@ -160,7 +160,7 @@ def _setting(config: Config, key: str) -> Any:
 
 
 def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> bool:
-    """Whether a run that is there is gone on with; False means it is made anew.
+    """True where a run that is there is resumed; False where it is made anew.
 
     Raises:
         RunExistsError: it is there, finished or begun with something else, and may not be replaced.

@@ -36,12 +36,12 @@ class Step:
 
     Attributes:
         name: the stage, with `@run` where it is there more than once.
-        run: does it; gets whether to go on with a stopped run.
+        run: does it; is told whether to resume a stopped run.
         settings: configuration keys it reads: sections, or keys of one as `section.key`.
         inputs: files it reads; looked for when its turn comes.
         outputs: files it leaves.
         folder: where it writes (the small base: where its data are from), and where the ledger lies that says so.
-        trains: whether it makes a run of its own, that may be gone on with and is not replaced unasked.
+        trains: whether it makes a run of its own, that may be resumed and is not replaced unasked.
     """
 
     name: str
@@ -249,7 +249,7 @@ def _pixel_index(config: Config) -> Path:
 
 
 def _reports(config: Config) -> list[Path]:
-    """What a teacher reads of reports: nothing, where it looks at images only."""
+    """Report files that a teacher reads: none, where it looks at images only."""
     return [] if config.teacher.modality == "image" else [config.reports_path]
 
 

@@ -22,7 +22,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     Args:
         config: the experiment; its manifest and pixel store must be there.
         run_name: folder under `outputs`; None takes `run_name` of the configuration.
-        resume: go on with a run that was stopped; one that saved nothing yet begins anew.
+        resume: resume a run that was stopped; one that saved nothing yet begins anew.
         overwrite: replace a run of that name.
 
     Raises:

@@ -46,7 +46,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> No
     parser.add_argument("--run_name", help=f"folder under outputs/; default: {run_name} of the configuration")
     parser.add_argument("--seed", type=int)
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    existing.add_argument("--resume", action="store_true", help="resume a run that was stopped")
     existing.add_argument("--overwrite", action="store_true", help="replace a run of that name")
 
 
