@@ -16,7 +16,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
-from mlx_cxr.explain_report import ExplainReportError, read_report
+from mlx_cxr.inference.asked_reports import ExplainReportError, read_report
 
 TEST = [f"s{i:03}" for i, split in enumerate(SPLITS) if split == "test"]
 ANOTHER = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread."

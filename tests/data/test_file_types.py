@@ -42,7 +42,7 @@ def zipped(name):
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video, not a film"),
         (zipped("film.jpg"), "a ZIP archive; unpack it"),
         (zipped("[Content_Types].xml"), "an Office document"),
-        (gzip.compress(b"film"), "a gzip archive; unpack it"),
+        (gzip.compress(b"film", mtime=0), "a gzip archive; unpack it"),
         (b"<html><body>Please log in</body></html>", "a web page, not an image, such as a log-in page"),
         (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"></svg>', "an SVG drawing, not a film"),
