@@ -43,7 +43,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         RankLostError: another process of the run is gone.
     """
     from mlx_cxr.evaluation.predictions import join
-    from mlx_cxr.evaluation.scores import write_scores
+    from mlx_cxr.evaluation.results import write_scores
     from mlx_cxr.inference.cost import write_cost
     from mlx_cxr.pages.results_page import write_results
     from mlx_cxr.teacher.lora import WEIGHTS, adapters_off

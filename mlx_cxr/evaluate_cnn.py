@@ -45,7 +45,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     """
     from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation.predictions import join
-    from mlx_cxr.evaluation.scores import write_scores
+    from mlx_cxr.evaluation.results import write_scores
     from mlx_cxr.inference.cost import measure_image_cost
     from mlx_cxr.inference.predictor import map_references, write_inference_record
     from mlx_cxr.inference.trained_run import TrainedRun, study_predictions

@@ -13,8 +13,7 @@ from simulated_predictions import simulated
 from mlx_cxr.core.runs import write_json
 from mlx_cxr.evaluation.operating_points import OperatingPoints, write_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
-from mlx_cxr.evaluation.results import evaluate
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import evaluate, fit_operating_points
 
 DEVICE = {"kind": "cpu", "name": "simulated", "cores": 2, "memory_bytes": 8_000_000_000, "blas": "OpenBLAS"}
 SOFT = b"logits"

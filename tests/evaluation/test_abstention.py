@@ -11,9 +11,8 @@ from mlx_cxr.evaluation.abstention import COVERAGES, abstention_section, finding
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.conformal import coverage_range, quantile_rank
 from mlx_cxr.evaluation.predictions import join
-from mlx_cxr.evaluation.results import evaluate
+from mlx_cxr.evaluation.results import evaluate, fit_operating_points
 from mlx_cxr.evaluation.risk_coverage import risk_coverage
-from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.pages.results_page import closing_table, results_markdown
 
 VALIDATION, TEST = simulated(150, "validate", 0), simulated(120, "test", 1)

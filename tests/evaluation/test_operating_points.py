@@ -23,7 +23,7 @@ from mlx_cxr.evaluation.operating_points import (
     write_operating_points,
 )
 from mlx_cxr.evaluation.predictions import join
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import fit_operating_points
 
 K = len(LABELS)
 VALIDATION = simulated(60, "validate", 0)

@@ -8,8 +8,8 @@ from simulated_predictions import simulated
 
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.operating_points import ABSTAIN
+from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.evaluation.risk_coverage import call_confidences, risk_coverage, weighted_aurc
-from mlx_cxr.evaluation.scores import fit_operating_points
 
 
 def test_the_curve_by_hand():

@@ -5,7 +5,7 @@ import pytest
 from simulated_predictions import simulated
 
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.explain.maps import ScaledMaps

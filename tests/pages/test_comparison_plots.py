@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.calibration import expected_calibration_error
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.pages.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
 
 EDEMA, LESION = LABELS.index("Edema"), LABELS.index("Lung Lesion")

@@ -11,7 +11,7 @@ from simulated_predictions import simulated
 
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.operating_points import ABSTAIN
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.findings_page import (
     OUTCOMES,

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.abstention import abstention_section
 from mlx_cxr.evaluation.bootstrap import patient_resamples
-from mlx_cxr.evaluation.scores import fit_operating_points
+from mlx_cxr.evaluation.results import fit_operating_points
 from mlx_cxr.pages import plots
 
 TEST = simulated(60, "test", 1)

@@ -19,9 +19,8 @@ from mlx_cxr.evaluation.comparison import compare
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
 from mlx_cxr.evaluation.operating_points import ABSTAIN
-from mlx_cxr.evaluation.results import evaluate
+from mlx_cxr.evaluation.results import evaluate, fit_operating_points
 from mlx_cxr.evaluation.scored_runs import open_scored_run
-from mlx_cxr.evaluation.scores import fit_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.publishing.claim_checklist import ITEMS, NOT_RECORDED
 from mlx_cxr.publishing.model_card import model_card, public_name
