@@ -19,7 +19,8 @@ from cxr_page.viewer import SAME_METHODS, View, likeliest, show_image
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.inference.answers import ImageAnswer
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, image_tile
+from mlx_cxr.pages.map_reading import METHOD_NAMES
+from mlx_cxr.pages.overlay import MAX_OPACITY, image_tile
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"

@@ -16,11 +16,12 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.core.runs import read_json
 from mlx_cxr.data.decoding import Transform
-from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.map_checks import CONTROL_NAMES
-from mlx_cxr.pages.overlay import MAX_OPACITY, METHOD_NAMES, Reading, colour_scale, image_tile, map_tile
+from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
+from mlx_cxr.pages.overlay import MAX_OPACITY, colour_scale, image_tile, map_tile
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "

@@ -1,4 +1,4 @@
-"""Localization scores of maps and controls as a table with intervals by patient, and the verdict on the maps.
+"""Localization scores of maps and controls as a table with intervals by patient.
 
 A hit rate means little alone: a large finding is hit by chance. So every score stands beside its controls on
 the same images, and the interval that counts is that of the paired difference.
@@ -6,7 +6,6 @@ the same images, and the interval that counts is that of the paired difference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,9 +23,6 @@ from mlx_cxr.evaluation.bootstrap import (
 )
 
 SCHEMA = 1
-CONTROLS = ("random", "swapped", "centre")
-"""Guesses that a map has to beat: random maps, the maps of other images of the finding, and the image's centre. Chance
-from the mask's area is left out: it is what random maps are expected to score, and no guess."""
 
 
 @dataclass(frozen=True)
@@ -109,50 +105,6 @@ def localization_table(
         "per_label": per_label,
         "macro": overall,
     }
-
-
-@dataclass(frozen=True)
-class MapVerdict:
-    """Maps of a finding against the strongest control.
-
-    Attributes:
-        control: its name, one of `CONTROLS`.
-        mean: its mean score.
-        difference: maps minus control, {value, low, high, replicates}; NaN or None where undefined.
-        better: True where the interval of the difference lies above 0; False without an interval.
-    """
-
-    control: str
-    mean: float
-    difference: Mapping[str, Any]
-    better: bool
-
-
-def map_verdict(entry: Mapping[str, Any], score: str = "hit") -> MapVerdict:
-    """Compare the maps with the control that scored highest on the same images.
-
-    The strongest of the controls is chosen by their means on test. That is conservative against the maps: the control
-    has the benefit of the choice, its mean being the largest of several noisy ones, and the maps have none.
-
-    Args:
-        entry: `macro` or an entry of `per_label` of `localization_table`, or of the file read back.
-        score: such as `hit` or `iou`.
-
-    Returns:
-        The verdict. Controls whose mean is undefined (maps of other images, where there is one image) are passed over;
-        of equal ones the first in `CONTROLS` is taken.
-
-    Raises:
-        KeyError: the entry has no such score, or none of the controls is defined for it.
-    """
-    arms = entry[score]
-    means = {control: arms[control]["mean"]["value"] for control in CONTROLS if control in arms}
-    means = {control: mean for control, mean in means.items() if mean is not None and not math.isnan(mean)}
-    if not means:
-        raise KeyError(f"{score}: none of the controls {', '.join(CONTROLS)} is defined")
-    control = max(means, key=means.__getitem__)
-    difference = arms[control]["difference"]
-    return MapVerdict(control, means[control], difference, difference["low"] is not None and difference["low"] > 0)
 
 
 def _intervals(

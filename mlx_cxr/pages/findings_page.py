@@ -21,7 +21,8 @@ from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain.maps import ScaledMaps
-from mlx_cxr.pages.overlay import METHOD_NAMES, Reading, draw_overlay, save_picture
+from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
+from mlx_cxr.pages.overlay import draw_overlay, save_picture
 from mlx_cxr.pages.tables import escaped, markdown_table
 
 OUTCOMES = ("true positive", "false positive", "false negative")
@@ -226,7 +227,7 @@ def findings_markdown(
 
     Args:
         findings: in the order of their sections.
-        method: a key of `overlay.METHOD_NAMES`.
+        method: a key of `map_reading.METHOD_NAMES`.
         protocol: in words, the policy on uncertain and empty labels.
         sections: Markdown to put before the findings, such as the localization table.
     """

@@ -1,6 +1,6 @@
 """The sections of `findings.md` that check the maps: against masks, and against randomized weights.
 
-The words for the verdict of `evaluation.localization_table.map_verdict`, on every page that gives it, are here too.
+The words for the verdict of `evaluation.map_verdict`, on every page that gives it, are here too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.formatting import interval_text, number
-from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.tables import markdown_table
 
 SCORE_NAMES = {

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.formatting import NOT_CLINICAL, interval_text, number
 from mlx_cxr.core.runs import atomic_path, read_json, write_text
-from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.map_checks import CONTROL_NAMES, found, table_rows
 from mlx_cxr.pages.results_page import closing_table
 from mlx_cxr.pages.tables import markdown_table

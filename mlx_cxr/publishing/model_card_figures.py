@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, number
-from mlx_cxr.evaluation.localization_table import map_verdict
+from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.map_checks import table_rows
 from mlx_cxr.pages.tables import calibration_column, columns_of, finding_table, markdown_table, mean_head
 from mlx_cxr.publishing.claim_checklist import NOT_RECORDED

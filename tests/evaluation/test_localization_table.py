@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from mlx_cxr.evaluation.localization_table import ImageScores, localization_table, map_verdict
+from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
+from mlx_cxr.evaluation.map_verdict import map_verdict
 
 PATIENTS = np.array(["a", "a", "b", "c", "d", "e"])
 
