@@ -19,8 +19,8 @@ from cxr_page.viewer import SAME_METHODS, View, likeliest, show_image
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.inference.answers import ImageAnswer
-from mlx_cxr.pages.map_reading import METHOD_NAMES
 from mlx_cxr.pages.overlay import MAX_OPACITY, image_tile
+from mlx_cxr.pages.withheld_maps import METHOD_NAMES
 
 SAMPLE, UPLOAD = "Sample", "Upload"
 BOTH = "Side by side"

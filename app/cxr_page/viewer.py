@@ -20,8 +20,8 @@ from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.map_checks import CONTROL_NAMES
-from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
 from mlx_cxr.pages.overlay import MAX_OPACITY, colour_scale, image_tile, map_tile
+from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "

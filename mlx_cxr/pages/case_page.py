@@ -27,8 +27,8 @@ from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_
 from mlx_cxr.explain.word_scores import TextExplanation, signed
 from mlx_cxr.inference.answers import ImageAnswer, ReportAnswer
 from mlx_cxr.pages.figures import BLUE, GREEN, VERMILION
-from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
 from mlx_cxr.pages.overlay import MAX_OPACITY, colour_scale, map_tile
+from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 _INK, _DIM, _BAND, _WARNING = "#16181c", "#5b616b", "#d5d9e0", "#7a4b00"
 _COLOURS = (BLUE, VERMILION, GREEN)
@@ -90,7 +90,7 @@ class CasePage:
         models: one or two; the map is the first one's.
         finding: that the map is of.
         heat: float (h, w) of `Predictor.maps`; None draws no map.
-        method: which map, a key of `map_reading.METHOD_NAMES`.
+        method: which map, a key of `withheld_maps.METHOD_NAMES`.
         show_withheld: draw a map that is withheld too; the page says so.
         opacity: of the map at full strength, in [0, 1].
         report: the teacher's answer, or None.

@@ -13,8 +13,8 @@ from mlx_cxr.core.labels import label_index
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.masks import load_masks
 from mlx_cxr.explain.maps import ScaledMaps
-from mlx_cxr.pages.map_reading import Reading
 from mlx_cxr.pages.overlay import draw_overlay, save_picture
+from mlx_cxr.pages.withheld_maps import Reading
 
 IMAGES = "images"
 SIDE = 320

@@ -21,9 +21,9 @@ from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain.maps import ScaledMaps
-from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
 from mlx_cxr.pages.overlay import draw_overlay, save_picture
 from mlx_cxr.pages.tables import escaped, markdown_table
+from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 OUTCOMES = ("true positive", "false positive", "false negative")
 PICTURES = "grad_cam"
@@ -227,7 +227,7 @@ def findings_markdown(
 
     Args:
         findings: in the order of their sections.
-        method: a key of `map_reading.METHOD_NAMES`.
+        method: a key of `withheld_maps.METHOD_NAMES`.
         protocol: in words, the policy on uncertain and empty labels.
         sections: Markdown to put before the findings, such as the localization table.
     """

@@ -26,7 +26,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, PngImagePl
 from mlx_cxr.core.formatting import NOT_CLINICAL, footer
 from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.explain.maps import upsample
-from mlx_cxr.pages.map_reading import METHOD_NAMES, Reading
+from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 _BACKGROUND, _TEXT, _DIM = (16, 18, 22), (238, 240, 243), (165, 171, 180)
 _ACCENT, _TRACK = (255, 196, 61), (58, 63, 71)

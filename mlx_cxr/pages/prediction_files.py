@@ -27,8 +27,8 @@ from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.case_page import by_margin
-from mlx_cxr.pages.map_reading import Reading
 from mlx_cxr.pages.overlay import Tile, draw_overlay, image_tile, map_tile, montage, save_picture
+from mlx_cxr.pages.withheld_maps import Reading
 
 COLUMNS: tuple[str, ...] = (
     "file",

@@ -21,7 +21,7 @@ from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, Operat
 from mlx_cxr.explain.word_scores import TextExplanation, WordScores
 from mlx_cxr.inference.answers import ImageAnswer, ImageInput, ReportAnswer
 from mlx_cxr.pages.case_page import CasePage, Disagreement, ModelReading, by_margin, disagreements, draw_case
-from mlx_cxr.pages.map_reading import Reading
+from mlx_cxr.pages.withheld_maps import Reading
 
 EDEMA, HEART, FRACTURE = (label_index(name) for name in ("Edema", "Cardiomegaly", "Fracture"))
 MADE = datetime(2026, 1, 2, 3, 4)

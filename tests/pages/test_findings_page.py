@@ -24,7 +24,7 @@ from mlx_cxr.pages.findings_page import (
     spread,
     write_pictures,
 )
-from mlx_cxr.pages.map_reading import Reading
+from mlx_cxr.pages.withheld_maps import Reading
 
 IMAGE = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))
 POINTS = fit_operating_points(simulated(60, "validate", 0), "empty_negative", "f1", 0.1)
