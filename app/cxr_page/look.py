@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import inspect
 import ipaddress
@@ -149,10 +150,11 @@ def choose(title: str, options: Sequence[T], name: Callable[[T], str], key: str)
 def picture(content: bytes, alt: str, caption: str | None = None) -> None:
     """A PNG as wide as its place, with a description for those who do not see it.
 
-    Told no format, Streamlit would decode it and make a JPEG of it.
+    It travels in the page itself: Streamlit drops a file that it serves when the next run ends, and a slider that is
+    moved quickly ends runs before the browser has asked for their files.
     """
-    title = caption and plain(caption)
-    st.image(content, caption=title, width="stretch", output_format="PNG", **accepted(st.image, alt=alt))
+    address = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    st.image(address, caption=caption and plain(caption), width="stretch", **accepted(st.image, alt=alt))
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def png_of(image: np.ndarray) -> bytes:
 def image_pixels(page) -> np.ndarray:
     """The image on the page as the browser got it."""
     address = page.locator("[data-testid=stImage] img").first.get_attribute("src")
-    with urllib.request.urlopen(f"{page.url.rstrip('/')}{urlparse(address).path}") as answer:
+    with urllib.request.urlopen(address) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")).astype(int)
 
 
