@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import mlx_cxr
-from mlx_cxr.core.runs import write_text
+from mlx_cxr.core.files import write_text
 
 FILES = {
     "test_results.json": "Results",

@@ -70,7 +70,7 @@ def run(
     Raises:
         BenchmarkError: an unknown section, a batch or image size that cannot be, or fewer tokens than findings.
         TorchMissingError: PyTorch is asked for and not installed.
-        RunFormatError: no such run.
+        RecordError: no such run.
         AdapterError: `teacher.lora` names what the base has not.
     """
     from mlx_cxr.bench import results, run_all

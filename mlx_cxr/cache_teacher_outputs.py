@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.runs import provenance, read_json
+from mlx_cxr.core.files import read_json
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
         line_orders: ask the validation studies under so many other orders of the 14 lines too.
 
     Raises:
-        RunFormatError: there is no such run, or it was trained for something else.
+        RecordError: there is no such run, or it was trained for something else.
         AdapterError: its adapter is missing or does not fit.
         DataError: a file is missing, or no study can be read.
         SoftLabelError: an answer is not finite, or another process writes there.

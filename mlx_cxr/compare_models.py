@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_cxr.core.runs import atomic_path, provenance, write_json, write_text
+from mlx_cxr.core.files import atomic_path, write_json, write_text
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(
 
     Raises:
         ComparisonError: a run lacks a file (names the command that makes it), or runs do not belong together.
-        RunFormatError: a file is not what it should be.
+        RecordError: a file is not what it should be.
         UserError: the README has no such block; the comparison itself is written then.
     """
     from mlx_cxr.evaluation.comparison import compare

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import sha256_file
+from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
-        RunFormatError: the run to resume was made with other data or settings, or the CNN to start from with others.
+        RecordError: the run to resume was made with other data or settings, or the CNN to start from with others.
         SoftLabelError: soft labels missing, of another manifest or label policy, or of test studies.
         UserError: the student would replace a run that it reads.
         DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
@@ -113,7 +113,7 @@ def initial_section(config: Config) -> ModelConfig:
     """The model section, with the weights of the CNN run `run_name` where the student starts from it.
 
     Raises:
-        RunFormatError: there is no such run, or it was trained for something else.
+        RecordError: there is no such run, or it was trained for something else.
     """
     from mlx_cxr.inference.trained_run import TrainedRun
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_cxr import __version__
 from mlx_cxr.core import device
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.models import hub
 
@@ -209,7 +209,7 @@ def _weights(name: str, source: hub.Source, weights_dir: Path, what: str) -> Fin
             hub.check_language_model(path)
             return Finding("weights", name, "ok", str(path))
         record = hub.check_record(source, weights_dir)
-    except (hub.WeightsCorruptError, RunFormatError) as error:
+    except (hub.WeightsCorruptError, RecordError) as error:
         return Finding("weights", name, "broken", str(error), f"python -m mlx_cxr.fetch_weights --what {what}")
     sha256 = record["files"][path.name]["sha256"]
     return Finding("weights", name, "ok", f"{path}, sha256 {sha256[:12]}…, {record['source']}")

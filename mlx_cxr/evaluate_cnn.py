@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.files import write_json
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
         maps: draw and test maps too; scores need none.
 
     Raises:
-        RunFormatError: there is no such run, it is not trained yet, or it was trained for something else.
+        RecordError: there is no such run, it is not trained yet, or it was trained for something else.
         DataError: manifest or pixel store missing or not matching, or no validation or test images.
         PredictionsError: the images of a study disagree.
     """

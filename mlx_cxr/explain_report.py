@@ -51,7 +51,7 @@ def run(
     Raises:
         ExplainReportError: an unknown finding or study, or a study without what the teacher reads.
         ReportReadingError: a text without what the teacher reads, or a teacher that reads no text.
-        RunFormatError: there is no such run, it is not scored yet, or it was trained for something else.
+        RecordError: there is no such run, it is not scored yet, or it was trained for something else.
         PredictionsError: its predictions cannot be read.
         DataError: a file is missing.
     """

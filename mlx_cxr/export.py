@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import open_run, sha256_file, write_json, write_text
+from mlx_cxr.core.files import sha256_file, write_json, write_text
+from mlx_cxr.core.runs import open_run
 from mlx_cxr.core.stage import stage_parser, started
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
         overwrite: replace an earlier export; a folder that holds anything else is refused.
 
     Raises:
-        RunFormatError: the run is no evaluated CNN's or student's, or changed since its evaluation.
+        RecordError: the run is no evaluated CNN's or student's, or changed since its evaluation.
         ExportError: `to` is in the run's folder, or there already.
         OSError: the folder cannot be written.
     """

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.runs import atomic_path, provenance, read_json, write_json, write_text
+from mlx_cxr.core.files import atomic_path, read_json, write_json, write_text
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(
     Raises:
         ComparisonError: a run that was named lacks a file (names the command that makes it), or the runs do not belong
             together.
-        RunFormatError: the student is no trained run, was trained for something else, or was evaluated without maps.
+        RecordError: the student is no trained run, was trained for something else, or was evaluated without maps.
         DataError: manifest, pixel store or reports missing or not matching.
     """
     from mlx_cxr.core.labels import MAPPED
@@ -122,7 +123,7 @@ def closing_lines(folder: Path) -> str:
     """The main points of an analysis that is there, as plain text for a terminal.
 
     Raises:
-        RunFormatError: its `failures.json` is missing or unreadable.
+        RecordError: its `failures.json` is missing or unreadable.
     """
     from mlx_cxr.pages.failure_advice import closing_failures
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
-        RunFormatError: the run to resume was made with other data or settings.
+        RecordError: the run to resume was made with other data or settings.
         DataError: manifest, reports or pixel store missing or not matching, or no study that can be read.
         BaseUnavailableError: the base is not on this machine.
         WeightsCorruptError: the base is incomplete.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import hash_of, read_json, write_json
+from mlx_cxr.core.files import hash_of, read_json, write_json
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.core.workers import available_cores
 

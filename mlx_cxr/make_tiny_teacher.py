@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.files import write_json
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:

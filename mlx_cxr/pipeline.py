@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import compare_models, failure_analysis
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunExistsError, read_json
+from mlx_cxr.core.files import read_json
+from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.pipeline_steps import steps
 

@@ -20,8 +20,9 @@ from typing import Literal
 
 from mlx_cxr.core import device
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import write_json
 from mlx_cxr.core.formatting import footer
-from mlx_cxr.core.runs import provenance, write_json
+from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import stage_parser, started
 
 log = logging.getLogger("mlx_cxr")
@@ -65,7 +66,7 @@ def run(
 
     Raises:
         PredictError: no files, none that can be read, or a run without maps of this method.
-        RunFormatError, ConfigError, ModelFormatError: as `Predictor.from_run`.
+        RecordError, ConfigError, ModelFormatError: as `Predictor.from_run`.
         OSError: the folder cannot be written.
     """
     from tqdm import tqdm

@@ -27,7 +27,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
-        RunFormatError: the run to resume was made with other data or settings.
+        RecordError: the run to resume was made with other data or settings.
         DataError: manifest or pixel store missing or not matching.
         TrainingDataError: no training images, or a validation split without both classes of any label.
         TrainingDivergedError: the loss is no longer a number.

@@ -11,7 +11,7 @@ from toy_cohort import make_cohort, soft_labels
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
 from mlx_cxr.core.config import config_from_plain, load_config
-from mlx_cxr.core.runs import read_json, sha256_file, write_json
+from mlx_cxr.core.files import read_json, sha256_file, write_json
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points, write_operating_points
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from simulated_predictions import simulated
 
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 from mlx_cxr.evaluation.operating_points import OperatingPoints, write_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
 from mlx_cxr.evaluation.results import evaluate, fit_operating_points

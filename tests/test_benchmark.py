@@ -16,7 +16,7 @@ from mlx_cxr import benchmark
 from mlx_cxr.bench import SECTIONS, contenders, grad_cam, run_all
 from mlx_cxr.bench.torch_side import TorchMissingError
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_without_pytorch_it_says_how_to_get_it(config, monkeypatch):
 
 
 def test_a_run_that_is_not_there(config):
-    with pytest.raises(RunFormatError, match="no_such_run"):
+    with pytest.raises(RecordError, match="no_such_run"):
         benchmark.run(config, "no_such_run")
 
 

@@ -16,8 +16,8 @@ import pytest
 from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, copied_base, shared
 
 from mlx_cxr import build_manifest, cache_teacher_outputs
+from mlx_cxr.core.files import hash_of, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 from mlx_cxr.teacher import scoring, soft_label_cache
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher

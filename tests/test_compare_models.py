@@ -14,7 +14,7 @@ from simulated_runs import NOISE, model, write_run, write_three
 from mlx_cxr import compare_models
 from mlx_cxr.core.config import config_from_plain
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import read_json, sha256_file
+from mlx_cxr.core.files import read_json, sha256_file
 from mlx_cxr.evaluation.scored_runs import ComparisonError
 
 FILES = {

@@ -20,7 +20,8 @@ from mlx_cxr import distillation, evaluate_cnn, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.config_schema import TrainingConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunExistsError, RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME, SoftLabelError, SoftLabels, load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
@@ -206,10 +207,10 @@ def test_it_can_start_from_the_cnn_and_train_for_its_own_time(cohort):
     for name, value in theirs.items():
         if "running" not in name:
             np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
-    with pytest.raises(RunFormatError, match=r"absent/config\.json is missing: there is no such run"):
+    with pytest.raises(RecordError, match=r"absent/config\.json is missing: there is no such run"):
         distillation.run(config_of(cohort, "run_name=absent", "distillation.init=cnn"), "nobody")
     other = config.model_copy(update={"model": config.model.model_copy(update={"output_stride": 16})})
-    with pytest.raises(RunFormatError, match=r"model\.output_stride: the run has 32, this is 16"):
+    with pytest.raises(RecordError, match=r"model\.output_stride: the run has 32, this is 16"):
         distillation.run(other, "stride")
     assert not (cohort / "outputs" / "stride").exists()
 
@@ -240,7 +241,7 @@ def test_other_soft_labels_or_settings_forbid_a_resumption(cohort):
     folder = distillation.run(config_of(cohort, "teacher.run_name=sees"), "fixed")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for change in ("distillation.alpha=0.5", "distillation.targets=shuffled", "teacher.run_name=teacher"):
-        with pytest.raises(RunFormatError, match="made with other data or settings"):
+        with pytest.raises(RecordError, match="made with other data or settings"):
             distillation.run(config_of(cohort, "teacher.run_name=sees", change), "fixed", resume=True)
     with pytest.raises(RunExistsError, match="--resume or --overwrite"):
         distillation.run(config_of(cohort), "fixed")

@@ -18,7 +18,7 @@ from toy_training import run_tiny as run_alone
 
 from mlx_cxr import cache_teacher_outputs, lfm_finetune, train_cnn
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.runs import read_json
+from mlx_cxr.core.files import read_json
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
 

@@ -15,7 +15,7 @@ from toy_training import arrays
 
 from mlx_cxr import doctor
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 

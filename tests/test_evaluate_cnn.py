@@ -20,8 +20,9 @@ from sklearn.linear_model import LogisticRegression
 from mlx_cxr import evaluate_cnn
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_json
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
-from mlx_cxr.core.runs import RunFormatError, create_run, read_json
+from mlx_cxr.core.runs import create_run
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.store_writer import build_store
@@ -253,7 +254,7 @@ def test_a_student_is_scored_as_the_cnn_is(evaluated, copy, monkeypatch):
     inputs = read_json(folder / "test_results.json")["provenance"]["inputs"]
     assert inputs["checkpoint"]["path"].endswith("best_student.safetensors")
     (folder / "config.json").write_text(json.dumps(record | {"stage": "lfm_finetune"}))
-    with pytest.raises(RunFormatError, match=r"made by the stage 'lfm_finetune'; a run of train_cnn or distillation"):
+    with pytest.raises(RecordError, match=r"made by the stage 'lfm_finetune'; a run of train_cnn or distillation"):
         evaluate_cnn.run(config_in(copy))
 
 
@@ -328,7 +329,7 @@ def test_a_run_is_refused_other_data_than_it_was_trained_for(copy):
     recorded = read_json(folder_of(config) / "config.json")["inputs"]["manifest"]["sha256"]
     frame = load_manifest(config.manifest_path).frame
     changed = write_manifest(config.manifest_path, frame[frame["image_id"] != frame["image_id"].iloc[0]])
-    with pytest.raises(RunFormatError, match=rf"manifest .*: the run has {recorded}, this is {changed}"):
+    with pytest.raises(RecordError, match=rf"manifest .*: the run has {recorded}, this is {changed}"):
         evaluate_cnn.run(config)
     assert not (folder_of(config) / "predictions.csv").exists()
 
@@ -344,7 +345,7 @@ def test_a_run_is_refused_other_data_than_it_was_trained_for(copy):
     ],
 )
 def test_a_mismatch_names_both_sides(trained, changes, message):
-    with pytest.raises(RunFormatError, match=message):
+    with pytest.raises(RecordError, match=message):
         evaluate_cnn.run(config_in(trained, **changes))
 
 
@@ -354,10 +355,10 @@ def test_what_lacks_is_named(copy):
     with pytest.raises(DataError, match=r"images_64\.npy"):
         evaluate_cnn.run(config)
     (folder_of(config) / "best_model.safetensors").unlink()
-    with pytest.raises(RunFormatError, match=r"has no best_model\.safetensors; has its training saved an epoch"):
+    with pytest.raises(RecordError, match=r"has no best_model\.safetensors; has its training saved an epoch"):
         evaluate_cnn.run(config)
     (folder_of(config) / "config.json").write_text(json.dumps({"stage": "train_cnn"}))
-    with pytest.raises(RunFormatError, match=r"lacks 'config' or 'inputs\.manifest\.sha256'"):
+    with pytest.raises(RecordError, match=r"lacks 'config' or 'inputs\.manifest\.sha256'"):
         evaluate_cnn.run(config)
 
 

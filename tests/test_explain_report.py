@@ -12,8 +12,8 @@ from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
 
 from mlx_cxr import cache_teacher_outputs, explain_report
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.asked_reports import ExplainReportError, read_report
@@ -164,7 +164,7 @@ def test_a_run_that_is_not_scored_or_sees_images_only_is_refused(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
     (run_dir / "operating_points.json").unlink()
-    with pytest.raises(RunFormatError, match=r"operating_points\.json is missing.*cache_teacher_outputs"):
+    with pytest.raises(RecordError, match=r"operating_points\.json is missing.*cache_teacher_outputs"):
         explain_report.run(toy.config(), name)
     record = json.loads((run_dir / "config.json").read_text())
     for modality, options, words in (
@@ -197,7 +197,7 @@ def test_an_image_is_one_part_of_the_account(folder):
 
 def test_other_data_are_refused(folder):
     toy, name = folder
-    with pytest.raises(RunFormatError, match=r"data\.synthetic"):
+    with pytest.raises(RecordError, match=r"data\.synthetic"):
         explain_report.run(toy.config("data.synthetic=false"), name)
 
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from mlx_cxr import export
 from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import Transform, decode
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.operating_points import STATE_WORDS, read_operating_points
@@ -375,7 +375,7 @@ def test_an_empty_folder_is_taken(cnn, tmp_path):
 
 def test_a_run_that_is_not_evaluated_leaves_nothing(cnn, tmp_path):
     (cnn / "test_results.json").unlink()
-    with pytest.raises(RunFormatError, match="not evaluated"):
+    with pytest.raises(RecordError, match="not evaluated"):
         export.run(cnn, tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 

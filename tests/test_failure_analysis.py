@@ -15,8 +15,8 @@ from simulated_runs import NOISE, model, write_run
 
 from mlx_cxr import failure_analysis
 from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.reports import SECTIONS
@@ -254,7 +254,7 @@ def test_the_closing_lines_are_read_from_the_folder(analysed):
     said = failure_analysis.closing_lines(folder_of(analysed)).splitlines()
     steps = (folder_of(analysed) / "summary.md").read_text().split("## What to look at next\n\n")[1].splitlines()
     assert said[1:-2] == steps
-    with pytest.raises(RunFormatError, match=r"failures\.json is missing"):
+    with pytest.raises(RecordError, match=r"failures\.json is missing"):
         failure_analysis.closing_lines(analysed.outputs)
 
 
@@ -302,7 +302,7 @@ def test_runs_of_another_manifest_are_refused(copy):
 def test_a_manifest_made_anew_is_refused(copy):
     frame = load_manifest(copy / "work" / "manifest.csv").frame
     write_manifest(copy / "work" / "manifest.csv", frame.iloc[1:])
-    with pytest.raises(RunFormatError, match=r"student was trained for something else:\s+manifest"):
+    with pytest.raises(RecordError, match=r"student was trained for something else:\s+manifest"):
         failure_analysis.run(config_in(copy))
 
 
@@ -338,9 +338,9 @@ def test_maps_are_on_the_scale_that_the_evaluation_recorded(analysed):
     assert maps.raw.shape[:2] == (len(maps.labels), len(frame)) == (len(maps.labels), len(pixels))
     for image, path in zip(pixels, frame["path"], strict=True):
         np.testing.assert_array_equal(image, np.asarray(Image.open(analysed.data.root / path)))
-    with pytest.raises(RunFormatError, match="has no film of study nobody"):
+    with pytest.raises(RecordError, match="has no film of study nobody"):
         explanation.study_maps(trained, test, pd.concat([table, table.assign(study_id="nobody")]), "grad_cam", 4)
-    with pytest.raises(RunFormatError, match="without hires_cam maps; run evaluate_cnn --run_name student again"):
+    with pytest.raises(RecordError, match="without hires_cam maps; run evaluate_cnn --run_name student again"):
         explanation.study_maps(trained, test, table, "hires_cam", 4)
 
 
@@ -348,7 +348,7 @@ def test_a_scale_of_other_weights_is_refused(copy):
     network = ResNet18(ResNetConfig(output_stride=16))
     initialize(network, 7)
     save_model(copy / "outputs" / "student" / "best_student.safetensors", network)
-    with pytest.raises(RunFormatError, match=r"best_student\.safetensors changed since .*inference\.json was written"):
+    with pytest.raises(RecordError, match=r"best_student\.safetensors changed since .*inference\.json was written"):
         failure_analysis.run(config_in(copy))
 
 

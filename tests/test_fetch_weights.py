@@ -16,7 +16,7 @@ from toy_training import arrays
 
 from mlx_cxr import fetch_weights
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import read_json
+from mlx_cxr.core.files import read_json
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 

@@ -17,7 +17,7 @@ from toy_teacher import EDEMA, HEART, SPLITS, ToyTeacher, copied_base, quantized
 
 from mlx_cxr import lfm_finetune
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import read_json, sha256_file, write_json
+from mlx_cxr.core.files import read_json, sha256_file, write_json
 from mlx_cxr.evaluation.metrics import roc_auc_per_label
 from mlx_cxr.teacher import fine_tuning_run
 from mlx_cxr.teacher.base_model import Base

@@ -15,8 +15,8 @@ from PIL import Image
 
 from mlx_cxr import make_demo_data
 from mlx_cxr.core.config import load_config
+from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import sha256_file
 from mlx_cxr.make_demo_data import CohortExistsError, main, run
 
 PATIENTS = 10

@@ -12,7 +12,7 @@ from toy_teacher import MARKERS, ToyTeacher, shared
 
 from mlx_cxr import build_manifest, make_tiny_teacher
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import read_json, sha256_file
+from mlx_cxr.core.files import read_json, sha256_file
 
 WEIGHTS = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", "preprocessor_config.json")
 

@@ -15,8 +15,9 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr import pipeline
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
-from mlx_cxr.core.runs import RunExistsError, sha256_file
+from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.teacher.base_model import BaseUnavailableError
 

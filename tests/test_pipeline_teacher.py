@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr import pipeline
 from mlx_cxr.compare_models import comparison_dir
 from mlx_cxr.core.config import load_config
+from mlx_cxr.core.files import read_json, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
-from mlx_cxr.core.runs import read_json, sha256_file
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.pipeline_steps import steps

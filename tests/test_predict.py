@@ -19,8 +19,8 @@ from toy_cohort import make_cohort
 
 from mlx_cxr import evaluate_cnn, predict, train_cnn
 from mlx_cxr.core.config import load_config
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.explain.grad_cam import Method
 from mlx_cxr.inference.predictor import Predictor, PredictorError

@@ -12,7 +12,7 @@ from evaluated_runs import evaluated_run
 from pydantic import BaseModel
 from simulated_runs import NOISE, model, write_run, write_three
 
-from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.evaluation.comparison import Comparison, compare
 from mlx_cxr.evaluation.operating_points import OperatingPointsFile
 from mlx_cxr.evaluation.results import Results

@@ -17,7 +17,7 @@ from toy_cohort import make_cohort
 
 from mlx_cxr import train_cnn
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.runs import read_json, sha256_file
+from mlx_cxr.core.files import read_json, sha256_file
 from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.training.classifier_run import settings_hash, validator

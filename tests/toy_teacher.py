@@ -24,8 +24,8 @@ from PIL import Image
 from mlx_cxr import build_manifest, lfm_finetune, make_tiny_teacher, prepare_images
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.config_schema import TeacherConfig
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import label_index
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat

@@ -9,8 +9,8 @@ import streamlit as st
 from cxr_page.look import choose, note, plain
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
+from mlx_cxr.core.files import read_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import read_json
 from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
 
 _READING = """

@@ -10,7 +10,7 @@ from cxr_page.look import choose, guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CONTROL, STUDENT, RunEntry, RunIndex
-from mlx_cxr.core.runs import RunFormatError, read_json
+from mlx_cxr.core.files import RecordError, read_json
 from mlx_cxr.pages.failure_advice import closing_failures
 
 _FOLDER = "failure_analysis"
@@ -76,7 +76,7 @@ def failures_tab(index: RunIndex) -> None:
 def _table(path: str, stamp: str) -> pd.DataFrame:
     table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str, "abstention": str})
     if lacking := [name for name in _NEEDED if name not in table]:
-        raise RunFormatError(f"{path} lacks {', '.join(lacking)}; run failure_analysis again")
+        raise RecordError(f"{path} lacks {', '.join(lacking)}; run failure_analysis again")
     reasons = table["abstention"].fillna("")
     return table.assign(abstention=reasons, call=[_ABSTAINED if reason else "made" for reason in reasons])
 

@@ -11,7 +11,8 @@ from typing import Any
 import streamlit as st
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import WEIGHTS, RunFormatError, open_run, read_json
+from mlx_cxr.core.files import RecordError, read_json
+from mlx_cxr.core.runs import WEIGHTS, open_run
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
@@ -141,7 +142,7 @@ def _comparison(folder: Path, stamp: str) -> Comparison:
     try:
         record = read_json(path)
         if record["schema"] != 1:
-            raise RunFormatError(f"{path} has schema {record['schema']}, not 1; run compare_models again")
+            raise RecordError(f"{path} has schema {record['schema']}, not 1; run compare_models again")
         for model in record["models"]:
             model["run"], model["role"]
         record["provenance"]["started"]

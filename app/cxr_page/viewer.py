@@ -13,8 +13,8 @@ from cxr_page.images import SHOWN_SIDE, CaseImage, pixels_of, png
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import read_json
 from mlx_cxr.core.labels import LABELS, MAPPED
-from mlx_cxr.core.runs import read_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.evaluation.operating_points import PRESENT

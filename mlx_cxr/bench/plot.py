@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mlx_cxr.bench import inference, training
 from mlx_cxr.bench.contenders import Row
-from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.pages.figures import BLACK, BLUE, VERMILION, bare
 
 _COLOURS = {"mlx": BLUE, "torch": VERMILION}

@@ -12,8 +12,8 @@ from typing import Any
 
 from mlx_cxr.bench import grad_cam, inference, plot, training
 from mlx_cxr.bench.contenders import Row, fastest
+from mlx_cxr.core.files import write_json, write_text
 from mlx_cxr.core.formatting import number
-from mlx_cxr.core.runs import write_json, write_text
 from mlx_cxr.pages.readme import replace_block
 
 log = logging.getLogger("mlx_cxr")

@@ -76,7 +76,7 @@ def random_network(config: ResNetConfig, seed: int) -> ResNet18:
 def network_of(config: Config, run_name: str | Path | None, size: int | None) -> tuple[ResNet18, int, dict[str, Path]]:
     """The network to measure, the side of its images in pixels, and the file that it is from.
 
-    Arguments are those of the stage; raises RunFormatError where there is no such run.
+    Arguments are those of the stage; raises RecordError where there is no such run.
     """
     if run_name is None:
         model = ResNetConfig(in_channels=config.model.in_channels, output_stride=config.model.output_stride)

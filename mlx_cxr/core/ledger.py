@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_cxr import __version__
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 
 SCHEMA = 1
 
@@ -50,7 +50,7 @@ class Ledger:
     """The steps that brought a folder to its present state, in one JSON file, written when the first is recorded.
 
     Raises:
-        RunFormatError: the file is there but not a ledger.
+        RecordError: the file is there but not a ledger.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class Ledger:
         if path.exists():
             record = read_json(path)
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-                raise RunFormatError(f"{path} is not a ledger of this version; delete it to run every stage again")
+                raise RecordError(f"{path} is not a ledger of this version; delete it to run every stage again")
             self._steps = record["steps"]
 
     def why_run(self, step: str, now: Fingerprint, outputs: Sequence[Path]) -> str:

@@ -1,24 +1,20 @@
-"""Run folders, atomic writes, hashes and provenance, by which a result is traced to its inputs."""
+"""Run folders and their records, by which a result is traced to its inputs."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import re
-import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 
 WEIGHTS: Mapping[str, str] = {
     "train_cnn": "best_model.safetensors",
@@ -37,88 +33,6 @@ class RunExistsError(UserError, FileExistsError):
 
 class RunNameError(UserError, ValueError):
     """A run name that cannot be a folder of its own under `outputs`."""
-
-
-class RunFormatError(UserError, ValueError):
-    """A run folder lacks a file, or holds one that cannot be read."""
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
-
-    A killed or failed writer leaves the old file, or none, but never half of one. The suffix is kept, so that
-    writers that look at it (`np.save`, `savefig`, `mx.save_safetensors`) behave.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; names `path`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except UserError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.filename is not None and str(error.filename) != str(temporary):
-            reason += f" ({error.filename})"
-        raise OSError(error.errno, f"could not write {path}: {reason}; what was there before is kept") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically and return the path."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically (indented, keys in the order given; NaN becomes null) and return the path."""
-    return write_text(path, json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """Parsed JSON.
-
-    Raises:
-        RunFormatError: the file is missing or not JSON; names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFormatError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunFormatError(f"{path} is not readable JSON: {error}") from None
-
-
-def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line; a reader sees whole lines only, because each is a single write."""
-    with Path(path).open("a", encoding="utf-8") as out:
-        out.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as data:
-        while chunk := data.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def hash_of(value: Any) -> str:
-    """Hex SHA-256 of a value's canonical JSON (keys sorted, no spaces)."""
-    text = json.dumps(_jsonable(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_folder(outputs: str | Path, name: str) -> Path:
@@ -159,7 +73,7 @@ def create_run(
     if (folder / "config.json").exists() and not overwrite:
         raise RunExistsError(f"{folder} exists; choose another --run_name, or pass --resume or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", provenance(stage, config, inputs, device))
+    write_record(folder / "config.json", provenance(stage, config, inputs, device))
     return folder
 
 
@@ -201,14 +115,14 @@ class RunRecord:
         """The model that it holds; a student that learned from other targets than a teacher's is a control.
 
         Raises:
-            RunFormatError: the configuration of a student does not say what it learned from.
+            RecordError: the configuration of a student does not say what it learned from.
         """
         if self.stage != "distillation":
             return "CNN" if self.stage == "train_cnn" else "teacher"
         try:
             return "student" if self.config["distillation"]["targets"] == "teacher" else "control"
         except (KeyError, TypeError):
-            raise RunFormatError(f"{self.path} lacks 'config.distillation.targets'") from None
+            raise RecordError(f"{self.path} lacks 'config.distillation.targets'") from None
 
 
 def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRecord:
@@ -219,29 +133,27 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
         finished: refuse a run whose training has not come to its end.
 
     Raises:
-        RunFormatError: there is no such run, another stage made it, its record lacks a key, or its training has not
+        RecordError: there is no such run, another stage made it, its record lacks a key, or its training has not
             ended; says what to do.
     """
     folder = Path(folder).resolve() if Path(folder).name in ("", ".", "..") else Path(folder)
     path, stages = folder / "config.json", stages or tuple(WEIGHTS)
     if not path.exists():
-        raise RunFormatError(
+        raise RecordError(
             f"{path} is missing: there is no such run; make it with {' or '.join(stages)}, or give another's name or "
             "folder"
         )
-    whole = read_json(path)
-    stage = whole.get("stage") if isinstance(whole, dict) else None
+    whole = read_record(path)
+    stage = whole.get("stage")
     if stage not in stages:
-        raise RunFormatError(
-            f"{folder} was made by the stage {stage!r}; a run of {' or '.join(stages)} is asked for here"
-        )
+        raise RecordError(f"{folder} was made by the stage {stage!r}; a run of {' or '.join(stages)} is asked for here")
     try:
         run = RunRecord(folder, stage, whole["config"], whole["inputs"], whole)
         run.inputs["manifest"]["sha256"]
     except (KeyError, TypeError):
-        raise RunFormatError(f"{path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?") from None
+        raise RecordError(f"{path} lacks 'config' or 'inputs.manifest.sha256'; is it a trained run?") from None
     if finished and not run.finished:
-        raise RunFormatError(
+        raise RecordError(
             f"the training of {folder} has not ended; resume it: python -m mlx_cxr.{stage} --run_name {folder.name} "
             "--resume --config …"
         )
@@ -296,18 +208,3 @@ def git_state() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _jsonable(value: Any) -> Any:
-    """Plain JSON data: paths as text, NumPy scalars and arrays as Python values, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.files import atomic_path, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import atomic_path, sha256_file, write_json
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
 

@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 from mlx_cxr.data.decode_pool import Decoded
 from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
 

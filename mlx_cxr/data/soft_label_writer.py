@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_cxr.core.files import RecordError, atomic_path, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, atomic_path, hash_of, read_json, sha256_file, write_json
 from mlx_cxr.data.soft_labels import (
     FEATURES_NAME,
     INDEX_NAME,
@@ -195,7 +195,7 @@ class SoftLabelWriter:
         try:
             if read_json(self._key_path) != {"key": hash_of(self._key)}:
                 return False
-        except RunFormatError:
+        except RecordError:
             return False
         if not (self._folder / INDEX_NAME).exists():
             for partial, final in _moves(self._folder):

@@ -28,8 +28,8 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, hash_of, read_json, sha256_file
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, hash_of, read_json, sha256_file
 
 SCHEMA = 1
 LOGITS_NAME, FEATURES_NAME, INDEX_NAME = "teacher_soft_labels.npy", "teacher_features.npy", "teacher_study_ids.json"
@@ -141,7 +141,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise SoftLabelError(f"{path} {state}; run cache_teacher_outputs for this teacher run")
     try:
         index = read_json(path)
-    except RunFormatError as error:
+    except RecordError as error:
         raise SoftLabelError(f"{error}; {_AGAIN}") from None
     whole = isinstance(index, dict) and all(isinstance(index.get(key), kind) for key, kind in _KEYS.items())
     if not whole or index.get("schema") != SCHEMA:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mlx_cxr.core.runs import hash_of, write_json
+from mlx_cxr.core.files import hash_of, write_json
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlx_cxr.core.runs import atomic_path, sha256_file
+from mlx_cxr.core.files import atomic_path, sha256_file
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates

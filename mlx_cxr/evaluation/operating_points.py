@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlx_cxr.core.files import RecordError, read_json, write_json
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
@@ -266,23 +266,23 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
         The operating points, and `run`, `synthetic` and `made_from`.
 
     Raises:
-        RunFormatError: the file is missing, of another schema, or damaged: names each fault.
+        RecordError: the file is missing, of another schema, or damaged: names each fault.
     """
     path = Path(path)
     again = "run evaluate_cnn again (for a teacher cache_teacher_outputs)"
     if not path.exists():
-        raise RunFormatError(f"{path} is missing, as in a run that was not scored by this version; {again}")
+        raise RecordError(f"{path} is missing, as in a run that was not scored by this version; {again}")
     plain = read_json(path)
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if schema != SCHEMA:
-        raise RunFormatError(f"{path} has schema {schema}, not {SCHEMA}; {again}")
+        raise RecordError(f"{path} has schema {schema}, not {SCHEMA}; {again}")
     try:
         checked = OperatingPointsFile.model_validate(plain)
     except ValidationError as error:
         faults = "\n  ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'labels'}: {fault['msg']}" for fault in error.errors()
         )
-        raise RunFormatError(f"{path} cannot be used; {again}:\n  {faults}") from None
+        raise RecordError(f"{path} cannot be used; {again}:\n  {faults}") from None
     entries = {label: entry.model_dump() for label, entry in checked.labels.items()}
     points = points_of_entries(entries, checked.protocol, checked.threshold_rule, checked.alpha)
     return points, {"run": checked.run, "synthetic": checked.synthetic, "made_from": checked.made_from}

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.labels import LABELS, check_raw_labels
-from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import STATE_WORDS, OperatingPoints
 
 COLUMNS: tuple[str, ...] = (

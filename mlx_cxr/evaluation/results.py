@@ -15,9 +15,9 @@ import pandas as pd
 from scipy.special import expit
 
 from mlx_cxr.core.config import Config
+from mlx_cxr.core.files import write_json
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import write_json
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.evaluation import shortcuts
 from mlx_cxr.evaluation.abstention import AbstentionEntry, abstention_section

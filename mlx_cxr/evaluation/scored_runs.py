@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_json, sha256_file
 from mlx_cxr.core.labels import LABELS, label_word
-from mlx_cxr.core.runs import RunFormatError, open_run, read_json, sha256_file
+from mlx_cxr.core.runs import open_run
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
@@ -121,7 +122,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
     Raises:
         ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
             are of different evaluations, or a student's training does not fit its role.
-        RunFormatError: a file is not JSON.
+        RecordError: a file is not JSON.
         PredictionsError: `predictions.csv` is not usable, or has no test studies.
     """
     folder = Path(folder)
@@ -273,4 +274,4 @@ def _read(path: Path, get: Any) -> Any:
     try:
         return get()
     except (KeyError, TypeError) as error:
-        raise RunFormatError(f"{path} lacks {error}; was it written by another version?") from None
+        raise RecordError(f"{path} lacks {error}; was it written by another version?") from None

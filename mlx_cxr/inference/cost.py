@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.training.scoring import image_forward

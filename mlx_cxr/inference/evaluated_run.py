@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.runs import RunFormatError, RunRecord, open_run, read_json, sha256_file
+from mlx_cxr.core.files import RecordError, read_json, sha256_file
+from mlx_cxr.core.runs import RunRecord, open_run
 from mlx_cxr.evaluation import operating_points, results
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.inference import predictor
@@ -83,7 +84,7 @@ class EvaluatedRun:
         """Read and check a run's records.
 
         Raises:
-            RunFormatError: there is no such run, it is a teacher's, its training has not ended, it is not evaluated, or
+            RecordError: there is no such run, it is a teacher's, its training has not ended, it is not evaluated, or
                 its weights or its preprocessing are others than were evaluated; says what to run.
             ConfigError: its configuration does not fit this version.
         """
@@ -120,10 +121,10 @@ def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapp
     records = {}
     for name, schema in (("test_results.json", results.SCHEMA), (predictor.FILE, predictor.SCHEMA)):
         if not (folder / name).exists():
-            raise RunFormatError(f"{folder / name} is missing, so the run is not evaluated by this version; {again}")
+            raise RecordError(f"{folder / name} is missing, so the run is not evaluated by this version; {again}")
         records[name] = read_json(folder / name)
         if not isinstance(records[name], dict) or records[name].get("schema") != schema:
-            raise RunFormatError(f"{folder / name} is not of schema {schema}; {again}")
+            raise RecordError(f"{folder / name} is not of schema {schema}; {again}")
     points, made = read_operating_points(folder / operating_points.FILE)
     scores, prepared = records.values()
     try:
@@ -133,10 +134,10 @@ def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapp
             predictor.FILE: prepared["checkpoint"]["sha256"],
         }
     except (KeyError, TypeError) as error:
-        raise RunFormatError(f"{folder}: a record of the evaluation lacks {error}; {again}") from None
+        raise RecordError(f"{folder}: a record of the evaluation lacks {error}; {again}") from None
     sha256 = sha256_file(checkpoint)
     if changed := [name for name, then in evaluated.items() if then != sha256]:
-        raise RunFormatError(
+        raise RecordError(
             f"{checkpoint} is {sha256[:12]} now, but {', '.join(changed)} is of {evaluated[changed[0]][:12]}: the "
             f"weights changed since they were evaluated; {again}"
         )
@@ -159,7 +160,7 @@ def _comparison(folder: Path) -> Mapping[str, Any] | None:
     now = sha256_file(folder / "test_results.json")
     found = []
     for path in sorted(folder.parent.glob("comparison_*/final_comparison.json")):
-        with suppress(RunFormatError):  # a damaged one is no fault of this run's
+        with suppress(RecordError):  # a damaged one is no fault of this run's
             found.append(read_json(path))
     ours = [one for one in found if _input_sha256(one, f"{folder.name}/test_results.json") == now]
     return max(ours, key=lambda one: one["provenance"]["started"], default=None)

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.labels import label_index
-from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
@@ -59,17 +59,17 @@ def study_maps(
         The images' manifest rows, their pixels uint8 (N, S, S), and their maps.
 
     Raises:
-        RunFormatError: a study has no image in the split, or `inference.json` is not of this run's weights or has no
+        RecordError: a study has no image in the split, or `inference.json` is not of this run's weights or has no
             reference for the method.
     """
     again = f"run evaluate_cnn --run_name {trained.folder.name} again"
     references = read_references(trained)
     if method not in references:
-        raise RunFormatError(f"{trained.folder} was evaluated without {method} maps; {again}, with maps")
+        raise RecordError(f"{trained.folder} was evaluated without {method} maps; {again}, with maps")
     frame = data.frame[data.frame["study_id"].isin(failures["study_id"])]
     missing = failures.loc[~failures["study_id"].isin(frame["study_id"]), "study_id"]
     if len(missing):
-        raise RunFormatError(
+        raise RecordError(
             f"the pixel store has no film of study {missing.iloc[0]}, which {trained.folder} has scored; {again}"
         )
     pixels = np.array(data.images.batch(frame.index.to_numpy()))

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 from mlx_cxr.core.labels import MAPPED
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
 from mlx_cxr.data.decoding import ImageContent, ImageError, Transform
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
@@ -53,7 +53,7 @@ def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping
         images: of validation that they were fitted on.
 
     Raises:
-        RunFormatError: its training recorded other preprocessing than this version's.
+        RecordError: its training recorded other preprocessing than this version's.
     """
     training = trained.folder / "training.json"
     recorded = read_json(training).get("preprocessing") if training.exists() else None
@@ -76,16 +76,16 @@ def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
     """The map references of a run's `inference.json`: method to label to reference activation, NaN for no scale.
 
     Raises:
-        RunFormatError: the file is missing, of another version or of other weights than the run has now, or images are
+        RecordError: the file is missing, of another version or of other weights than the run has now, or images are
             prepared in another way now.
     """
     path = trained.folder / FILE
     again = f"evaluate the run again: {_evaluation(trained)}"
     if not path.exists():
-        raise RunFormatError(f"{path} is missing: evaluate the run first: {_evaluation(trained)}")
+        raise RecordError(f"{path} is missing: evaluate the run first: {_evaluation(trained)}")
     record = read_json(path)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise RunFormatError(f"{path} was written by another version; {again}")
+        raise RecordError(f"{path} was written by another version; {again}")
     try:
         evaluated, recorded = record["checkpoint"]["sha256"], record["preprocessing"]
         references = {
@@ -93,7 +93,7 @@ def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
             for method, entry in record["map_references"]["methods"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RunFormatError(f"{path} cannot be used ({error!r}); {again}") from None
+        raise RecordError(f"{path} cannot be used ({error!r}); {again}") from None
     _check_weights(trained, path, evaluated)
     check_preprocessing(recorded, trained.config, path)
     return references
@@ -102,7 +102,7 @@ def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
 def _check_weights(trained: TrainedRun, path: Path, sha256: str | None) -> None:
     """Refuse a file of the run that was made from other weights than it has now."""
     if sha256 != sha256_file(trained.checkpoint):
-        raise RunFormatError(
+        raise RecordError(
             f"{trained.checkpoint} changed since {path} was written; evaluate the run again: {_evaluation(trained)}"
         )
 
@@ -144,7 +144,7 @@ class Predictor:
         """Open a run that `evaluate_cnn` has evaluated.
 
         Raises:
-            RunFormatError: there is no such run, it is not evaluated, its weights changed since, or images are prepared
+            RecordError: there is no such run, it is not evaluated, its weights changed since, or images are prepared
                 in another way now.
             ConfigError, ModelFormatError: its record or weights are not this version's.
         """

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.reports import has_headings, section_texts, select
 from mlx_cxr.evaluation.operating_points import FILE, OperatingPoints, read_operating_points
@@ -65,7 +65,7 @@ class ReportReader:
 
         Raises:
             ReportReadingError: the teacher reads no text.
-            RunFormatError: there is no such run, it is no teacher's, was not trained to its end, is not scored, or its
+            RecordError: there is no such run, it is no teacher's, was not trained to its end, is not scored, or its
                 adapter changed since.
             BaseUnavailableError, AdapterError, ConfigError: base, adapter or record cannot be used.
         """
@@ -74,7 +74,7 @@ class ReportReader:
             raise ReportReadingError(f"{folder} is a teacher that sees films only; it reads no words to explain")
         points, record = read_operating_points(Path(folder) / FILE)
         if record["made_from"].get("adapter") != teacher.adapter_sha256:
-            raise RunFormatError(
+            raise RecordError(
                 f"{folder}: its adapter changed since {FILE} was written; run cache_teacher_outputs again"
             )
         return cls(teacher, points)

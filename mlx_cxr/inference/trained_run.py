@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.runs import RunFormatError, open_run, sha256_file
+from mlx_cxr.core.files import RecordError, sha256_file
+from mlx_cxr.core.runs import open_run
 from mlx_cxr.evaluation.predictions import Predictions, study_level
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
 from mlx_cxr.models.convert import freeze, load_model
@@ -46,14 +47,14 @@ class TrainedRun:
         """Read a run's record and weights.
 
         Raises:
-            RunFormatError: there is no such run, its record is incomplete, it is no CNN's or student's, or it has
+            RecordError: there is no such run, its record is incomplete, it is no CNN's or student's, or it has
                 no weights yet.
             ConfigError: its configuration does not fit this version.
             ModelFormatError: its weights cannot be used.
         """
         run = open_run(folder, *STAGES)
         if not run.weights.exists():
-            raise RunFormatError(f"{run.folder} has no {run.weights.name}; has its training saved an epoch yet?")
+            raise RecordError(f"{run.folder} has no {run.weights.name}; has its training saved an epoch yet?")
         config, manifest_sha256 = config_from_plain(run.config, run.path), run.inputs["manifest"]["sha256"]
         return cls(run.folder, config, manifest_sha256, run.weights, load_model(run.weights))
 
@@ -73,7 +74,7 @@ class TrainedRun:
         """Refuse other data than the run was trained for; `config` is of the experiment that is to be scored.
 
         Raises:
-            RunFormatError: manifest, pixels, model or the synthetic flag differ; names each with both values.
+            RecordError: manifest, pixels, model or the synthetic flag differ; names each with both values.
             OSError: the manifest cannot be read.
         """
         weights = self.model.config
@@ -87,7 +88,7 @@ class TrainedRun:
         }
         faults = [f"{key}: the run has {a}, this is {b}" for key, (a, b) in pairs.items() if a != b]
         if faults:
-            raise RunFormatError(
+            raise RecordError(
                 f"{self.folder} was trained for something else:\n  " + "\n  ".join(faults) + "\n"
                 "use the configuration and manifest that it was trained with, or train again under another --run_name"
             )

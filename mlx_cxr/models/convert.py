@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 
 from mlx_cxr import __version__
 from mlx_cxr.core.config_schema import ModelConfig
+from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import sha256_file
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD, ResNet18, ResNetConfig, initialize
 from mlx_cxr.models.weight_files import ModelFormatError, check_weights, read_safetensors, write_safetensors

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunFormatError, atomic_path, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, atomic_path, read_json, sha256_file, write_json
 
 log = logging.getLogger("mlx_cxr")
 
@@ -195,7 +195,7 @@ def check_language_model(folder: Path) -> None:
         kind = read_json(folder / "config.json").get("model_type")
         if kind not in ("lfm2_vl", "lfm2-vl"):
             faults.append(f"config.json: model_type is {kind!r}, not 'lfm2_vl'")
-    except (RunFormatError, AttributeError) as error:
+    except (RecordError, AttributeError) as error:
         faults.append(f"config.json: {error}")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -214,7 +214,7 @@ def _weight_faults(folder: Path) -> list[str]:
     if index.exists():
         try:
             expected = read_json(index)["weight_map"]
-        except (RunFormatError, KeyError, TypeError) as error:
+        except (RecordError, KeyError, TypeError) as error:
             faults.append(f"{index.name}: {error}")
     shards = sorted({*expected.values(), *(path.name for path in folder.glob("*.safetensors"))})
     if not shards:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import atomic_path
+from mlx_cxr.core.files import atomic_path
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 

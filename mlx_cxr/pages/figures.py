@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.formatting import footer
-from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.files import write_text
 from mlx_cxr.core.formatting import notice_lines, number
 from mlx_cxr.core.labels import SCORING_PROTOCOLS, label_index
-from mlx_cxr.core.runs import write_text
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS

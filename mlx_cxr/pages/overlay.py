@@ -23,8 +23,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.formatting import NOT_CLINICAL, footer
-from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.explain.maps import upsample
 from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.labels import LABELS, MAPPED
-from mlx_cxr.core.runs import atomic_path
 from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.case_page import by_margin

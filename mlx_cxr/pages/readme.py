@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import atomic_path, read_json, write_text
 from mlx_cxr.core.formatting import NOT_CLINICAL, interval_text, number
-from mlx_cxr.core.runs import atomic_path, read_json, write_text
 from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.map_checks import CONTROL_NAMES, found, table_rows
 from mlx_cxr.pages.results_page import closing_table
@@ -48,7 +48,7 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
 
     Raises:
         UserError: the README has no such block, or the run has no map to show.
-        RunFormatError: the run is not evaluated, or its cohort has no masks.
+        RecordError: the run is not evaluated, or its cohort has no masks.
     """
     results = read_json(run_dir / "test_results.json")
     table = read_json(run_dir / "localization.json")

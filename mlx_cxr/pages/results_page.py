@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_cxr.core.files import write_text
 from mlx_cxr.core.formatting import footer, interval_text, notice_lines, number
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import write_text
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.pages import plots

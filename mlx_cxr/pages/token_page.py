@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_cxr.core.files import write_json, write_text
 from mlx_cxr.core.formatting import footer, number
-from mlx_cxr.core.runs import write_json, write_text
 from mlx_cxr.explain.word_scores import READING, TextExplanation, WordScores, shade, shared_scale, signed
 from mlx_cxr.pages.overlay import save_picture
 from mlx_cxr.pages.token_picture import draw_picture

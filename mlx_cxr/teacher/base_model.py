@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import hash_of, sha256_file
+from mlx_cxr.core.files import hash_of, sha256_file
 from mlx_cxr.models.hub import LFM, WeightsCorruptError, check_language_model
 
 log = logging.getLogger("mlx_cxr")

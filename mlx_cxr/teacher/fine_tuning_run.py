@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import create_run, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.files import hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.runs import create_run
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.teacher.base_model import Base

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import RunFormatError, hash_of, read_json, write_json
+from mlx_cxr.core.files import RecordError, hash_of, read_json, write_json
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.soft_labels import has_form
 from mlx_cxr.teacher.architecture import PATCH
@@ -132,6 +132,6 @@ def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[
         progress = read_json(progress_path)
         # Opened for writing, a file cut short would be filled up with zeros.
         whole = has_form(np.load(path, mmap_mode="r", allow_pickle=False), shape, np.float16)
-    except (RunFormatError, OSError, ValueError, EOFError):
+    except (RecordError, OSError, ValueError, EOFError):
         return 0
     return progress["done"] if whole and progress.get("header") == header else 0

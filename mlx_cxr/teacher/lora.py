@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_cxr.core.config_schema import LoraConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"

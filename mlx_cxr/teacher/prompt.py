@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import hash_of
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import hash_of
 
 INSTRUCTION = "Is each finding present on this chest radiograph? Answer yes or no."
 ANSWERS = (" yes", " no")

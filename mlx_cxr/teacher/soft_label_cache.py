@@ -6,8 +6,8 @@ import logging
 
 import numpy as np
 
+from mlx_cxr.core.files import write_json
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
-from mlx_cxr.core.runs import write_json
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 from mlx_cxr.data.soft_labels import SPLITS
 from mlx_cxr.evaluation.calibration import fit_temperatures

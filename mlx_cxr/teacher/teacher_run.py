@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
+from mlx_cxr.core.files import RecordError, read_json, sha256_file
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, open_run, read_json, sha256_file
+from mlx_cxr.core.runs import open_run
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest, check_patient_splits, load_manifest
 from mlx_cxr.data.pixel_store import PixelStore
@@ -125,7 +126,7 @@ class TrainedTeacher:
             vision: keep the vision tower where the teacher looks at images; without it images need stored embeddings.
 
         Raises:
-            RunFormatError: there is no such run, it is not a teacher's, or its training was stopped.
+            RecordError: there is no such run, it is not a teacher's, or its training was stopped.
             ConfigError: its configuration does not fit this version.
             BaseUnavailableError: its base is not on this machine.
             AdapterError: its adapter is missing, damaged or of another base.
@@ -148,7 +149,7 @@ class TrainedTeacher:
         """Refuse to be asked about other data than it was trained for.
 
         Raises:
-            RunFormatError: manifest, reports, images, labels or the synthetic flag differ; names each with both values.
+            RecordError: manifest, reports, images, labels or the synthetic flag differ; names each with both values.
         """
         now = {role: sha256_file(path) for role, path in material.inputs(self.config).items()}
         pairs = {f"{role} (SHA-256)": (self.inputs.get(role), sha256) for role, sha256 in now.items()}
@@ -157,7 +158,7 @@ class TrainedTeacher:
         pairs["data.work_dir"] = (self.config.data.work_dir, config.data.work_dir)
         faults = [f"{key}: the run has {a}, this is {b}" for key, (a, b) in pairs.items() if a != b]
         if faults:
-            raise RunFormatError(
+            raise RecordError(
                 f"{self.folder} was trained for something else:\n  " + "\n  ".join(faults) + "\n"
                 "use the configuration and manifest that it was trained with, or train again under another --run_name"
             )

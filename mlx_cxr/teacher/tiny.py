@@ -23,8 +23,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_cxr.core.config_schema import TinyTeacherConfig
+from mlx_cxr.core.files import write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import write_json
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.ops.activations import compiled, logsumexp
 from mlx_cxr.ops.streams import batch_parallel, each, split

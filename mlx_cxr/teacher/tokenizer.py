@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlx_cxr.core.runs import write_json, write_text
+from mlx_cxr.core.files import write_json, write_text
 from mlx_cxr.teacher.architecture import BOS, EOS, IM_END, IM_START, IMAGE, IMAGE_END, IMAGE_START, PAD, THUMBNAIL
 
 _SPECIAL_TOKENS = 500

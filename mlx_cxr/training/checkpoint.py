@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.models.weight_files import ModelFormatError, read_safetensors, write_safetensors
 from mlx_cxr.training.distributed import World
 
@@ -78,25 +78,25 @@ def load_state(
         trainable_only: as it was saved; frozen parameters are left as they are.
 
     Raises:
-        RunFormatError: the file is missing, is no training state, does not fit the model, or was made with other
+        RecordError: the file is missing, is no training state, does not fit the model, or was made with other
             settings.
     """
     if not path.exists():
-        raise RunFormatError(f"{path} is missing: nothing to resume; start without --resume")
+        raise RecordError(f"{path} is missing: nothing to resume; start without --resume")
     try:
         arrays, header = read_safetensors(path)
     except ModelFormatError as error:
-        raise RunFormatError(f"{error}; or start the run again with --overwrite") from None
+        raise RecordError(f"{error}; or start the run again with --overwrite") from None
     if header.get("format") != _FORMAT:
-        raise RunFormatError(f"{path} is not a training state of this package; start the run again with --overwrite")
+        raise RecordError(f"{path} is not a training state of this package; start the run again with --overwrite")
     try:
         progress = Progress.from_plain(json.loads(header["progress"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise RunFormatError(
+        raise RecordError(
             f"{path} is of another version of this package ({error}); start the run again with --overwrite"
         ) from None
     if progress.settings != settings:
-        raise RunFormatError(
+        raise RecordError(
             f"{path} was made with other data or settings, so resuming would mix two runs; "
             "restore the configuration, or start again with another --run_name or --overwrite"
         )
@@ -129,7 +129,7 @@ def _check_fit(path: Path, what: str, saved: dict[str, mx.array], wanted: dict[s
     shapes = [{name: array.shape for name, array in arrays.items()} for arrays in (saved, wanted)]
     faults = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
     if faults:
-        raise RunFormatError(
+        raise RecordError(
             f"{path} does not fit the {what}: {', '.join(dict.fromkeys(faults))} missing, unexpected or of another "
             "shape; start the run again with --overwrite"
         )

@@ -15,7 +15,8 @@ from mlx_cxr import __version__
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-from mlx_cxr.core.runs import RunExistsError, create_run, hash_of, write_json
+from mlx_cxr.core.files import hash_of, write_json
+from mlx_cxr.core.runs import RunExistsError, create_run
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
 from mlx_cxr.ops.streams import available, batch_parallel
@@ -131,7 +132,7 @@ def fit(
     """Run the loop, and write `training.json` with its result and the given summary.
 
     Raises:
-        TrainingDivergedError, TrainingDataError, RunFormatError: as `train`.
+        TrainingDivergedError, TrainingDataError, RecordError: as `train`.
     """
     world = task.world
     world.check_same("version of this package, or kind of device,", f"{__version__} {device.device_kind()}")

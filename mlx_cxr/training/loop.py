@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.runs import append_jsonl, write_text
+from mlx_cxr.core.files import append_jsonl, write_text
 from mlx_cxr.training.checkpoint import STATE, Progress, load_state, save_state, share_state
 from mlx_cxr.training.distributed import ALONE, World
 
@@ -113,7 +113,7 @@ def train(
     Raises:
         TrainingDivergedError: the loss or its gradient became NaN or infinite; the last saved state stays.
         TrainingDataError: `macro_auc` is NaN, as no label of the validation split has both classes.
-        RunFormatError: nothing to resume, or made with other settings.
+        RecordError: nothing to resume, or made with other settings.
         RanksDifferError: the ranks were given other settings, or their weights have come apart.
         RankLostError: another rank is gone.
     """

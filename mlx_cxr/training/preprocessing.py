@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
 
@@ -38,10 +38,10 @@ def check_preprocessing(recorded: Mapping[str, Any], config: Config, where: obje
         where: the file that holds the record.
 
     Raises:
-        RunFormatError: they differ; names each key with both values.
+        RecordError: they differ; names each key with both values.
     """
     if not isinstance(recorded, Mapping):
-        raise RunFormatError(f"{where}: no preprocessing is recorded; evaluate the run again")
+        raise RecordError(f"{where}: no preprocessing is recorded; evaluate the run again")
     now = preprocessing_record(config)
     faults = [
         f"{key}: recorded {recorded.get(key)!r}, this version has {now.get(key)!r}"
@@ -49,7 +49,7 @@ def check_preprocessing(recorded: Mapping[str, Any], config: Config, where: obje
         if recorded.get(key) != now.get(key)
     ]
     if faults:
-        raise RunFormatError(
+        raise RecordError(
             f"{where}: films are no longer prepared as they were for this network, so its answers would be wrong:\n  "
             + "\n  ".join(faults)
             + "\nuse the version that it was trained with, or train again"

@@ -9,7 +9,7 @@ import pytest
 from cxr_page.explain import verdict
 from cxr_page.viewer import _peak, evidence
 
-from mlx_cxr.core.runs import write_json
+from mlx_cxr.core.files import write_json
 
 
 def entry(maps: float, swapped: float, low: float, centre: float = 0.0) -> dict:

@@ -15,8 +15,8 @@ import pytest
 from dicom_files import dicom_bytes
 from PIL import Image, ImageFile
 
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.data import dicom
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, read_operating_points

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.ledger import Fingerprint, Ledger, fingerprint
-from mlx_cxr.core.runs import RunFormatError
 
 
 @pytest.fixture
@@ -64,5 +64,5 @@ def test_a_missing_input_and_a_foreign_ledger_are_errors_that_name_the_file(tmp_
         fingerprint({}, [tmp_path / "nowhere.csv"])
     path = tmp_path / "pipeline.json"
     path.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(RunFormatError, match=r"pipeline\.json"):
+    with pytest.raises(RecordError, match=r"pipeline\.json"):
         Ledger(path)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mlx_cxr.core.files import read_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import read_json
 from mlx_cxr.data.manifest import check_patient_splits, load_manifest, split_counts, write_manifest, write_splits
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
 from mlx_cxr.data.tables import DataError

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from simulated_predictions import simulated
 
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.abstention import COVERAGES, abstention_section, finding_calls, weighted_figures
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.conformal import coverage_range, quantile_rank

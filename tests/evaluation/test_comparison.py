@@ -7,8 +7,8 @@ import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 from sklearn import metrics as sk
 
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.comparison import COMPARED, compare, ratio_interval, retention, verdict
 from mlx_cxr.evaluation.delong import holm, paired_delong

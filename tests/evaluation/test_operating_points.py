@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, logit
 from simulated_predictions import simulated
 
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
 from mlx_cxr.evaluation.metrics import Thresholds
@@ -247,7 +247,7 @@ def test_every_damage_is_named_with_the_way_out(written, damage, message):
     plain = json.loads(path.read_text())
     damage(plain)
     path.write_text(json.dumps(plain))
-    with pytest.raises(RunFormatError, match=message) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         read_operating_points(path)
     assert str(path) in str(caught.value)
     assert "run evaluate_cnn again" in str(caught.value)
@@ -256,11 +256,11 @@ def test_every_damage_is_named_with_the_way_out(written, damage, message):
 def test_a_file_that_is_none_is_named(written):
     _, path = written
     path.write_text("[]")
-    with pytest.raises(RunFormatError, match=r"has schema None, not 1; run evaluate_cnn again"):
+    with pytest.raises(RecordError, match=r"has schema None, not 1; run evaluate_cnn again"):
         read_operating_points(path)
     path.write_text(path.read_text()[:-1])
-    with pytest.raises(RunFormatError, match=r"operating_points\.json is not readable JSON"):
+    with pytest.raises(RecordError, match=r"operating_points\.json is not readable JSON"):
         read_operating_points(path)
     path.unlink()
-    with pytest.raises(RunFormatError, match=r"operating_points\.json is missing.*run evaluate_cnn again"):
+    with pytest.raises(RecordError, match=r"operating_points\.json is missing.*run evaluate_cnn again"):
         read_operating_points(path)

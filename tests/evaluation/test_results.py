@@ -16,8 +16,8 @@ from sklearn import metrics as sk
 from sklearn.metrics import roc_auc_score
 
 from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.operating_points import ABSTAIN, read_operating_points

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
+from mlx_cxr.core.files import RecordError, read_json, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.evaluation.scored_runs import (
     ComparisonError,
     check_teacher,
@@ -133,7 +133,7 @@ def test_a_file_that_lacks_a_key_is_named(copy, file, change, message):
     content = read_json(copy / "teacher" / file)
     change(content)
     write_json(copy / "teacher" / file, content)
-    with pytest.raises((ComparisonError, RunFormatError), match=message):
+    with pytest.raises((ComparisonError, RecordError), match=message):
         open_scored_run(copy / "teacher", "teacher")
 
 

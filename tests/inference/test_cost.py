@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_cxr.core.runs import read_json
+from mlx_cxr.core.files import read_json
 from mlx_cxr.inference import cost
 from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from evaluated_runs import CNN, STUDENT, TEACHER, change, evaluated_run
 
-from mlx_cxr.core.runs import RunFormatError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
 
@@ -71,7 +71,7 @@ def change_weights(folder):
 def test_what_is_no_evaluated_run_is_refused_and_says_what_to_do(cnn, spoil, message):
     EvaluatedRun.open(cnn)
     spoil(cnn)
-    with pytest.raises(RunFormatError, match=message):
+    with pytest.raises(RecordError, match=message):
         EvaluatedRun.open(cnn)
 
 

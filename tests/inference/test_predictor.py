@@ -21,8 +21,8 @@ from toy_cohort import make_cohort
 from mlx_cxr import evaluate_cnn, inference, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError, read_json, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError, read_json, write_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.dicom import equalize
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS
@@ -251,7 +251,7 @@ def spoil(path: Path, *keys: str, value: object) -> None:
 )
 def test_a_run_of_another_version_is_refused(copied, keys, value, words):
     spoil(copied / "inference.json", *keys, value=value)
-    with pytest.raises(RunFormatError) as error:
+    with pytest.raises(RecordError) as error:
         Predictor.from_run(copied)
     assert words in str(error.value)
     assert str(copied) in str(error.value)
@@ -262,7 +262,7 @@ def test_weights_that_changed_are_refused(copied, run_dir):
     header = mx.load(str(run_dir / "best_model.safetensors"), return_metadata=True)[1]
     weights["fc.bias"] = weights["fc.bias"] + 1
     mx.save_safetensors(str(copied / "best_model.safetensors"), weights, header)
-    with pytest.raises(RunFormatError, match="changed since"):
+    with pytest.raises(RecordError, match="changed since"):
         Predictor.from_run(copied)
 
 
@@ -276,7 +276,7 @@ def test_a_run_that_lacks_a_file_is_refused(copied, name):
 def test_evaluation_refuses_a_network_trained_with_other_preprocessing(cohort):
     shutil.copytree(cohort / "outputs" / "first", cohort / "outputs" / "other")
     spoil(cohort / "outputs" / "other" / "training.json", "preprocessing", "transform", "fit", value="center_crop")
-    with pytest.raises(RunFormatError, match=r"training\.json: films are no longer prepared"):
+    with pytest.raises(RecordError, match=r"training\.json: films are no longer prepared"):
         evaluate_cnn.run(configured(cohort), "other")
 
 

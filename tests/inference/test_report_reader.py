@@ -11,7 +11,7 @@ import pytest
 from toy_teacher import EDEMA, ToyTeacher, shared, toy_reports
 
 from mlx_cxr import cache_teacher_outputs, lfm_finetune
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.report_reader import LONGEST, ReportReader, ReportReadingError
 from mlx_cxr.teacher.image_embeddings import encode_images
@@ -118,15 +118,15 @@ def test_a_teacher_of_image_and_report_asks_for_the_image(toy):
 
 
 def test_runs_that_cannot_answer_are_refused(toy, run_dir, tmp_path):
-    with pytest.raises(RunFormatError, match="there is no such run"):
+    with pytest.raises(RecordError, match="there is no such run"):
         ReportReader.from_run(tmp_path / "nowhere")
     unscored = shutil.copytree(toy.tuned(), tmp_path / "unscored")
     (unscored / "operating_points.json").unlink(missing_ok=True)
-    with pytest.raises(RunFormatError, match=r"operating_points\.json is missing"):
+    with pytest.raises(RecordError, match=r"operating_points\.json is missing"):
         ReportReader.from_run(unscored)
     changed = Path(shutil.copytree(run_dir, tmp_path / "changed"))
     text = (changed / "operating_points.json").read_text()
     adapter = ReportReader.from_run(run_dir).teacher.adapter_sha256
     (changed / "operating_points.json").write_text(text.replace(adapter, "0" * 64))
-    with pytest.raises(RunFormatError, match="its adapter changed"):
+    with pytest.raises(RecordError, match="its adapter changed"):
         ReportReader.from_run(changed)

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.formatting import interval_text
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.comparison import compare
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.scored_runs import open_scored_run

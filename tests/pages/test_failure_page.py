@@ -11,8 +11,8 @@ import pytest
 from judged_studies import K
 from simulated_runs import NOISE, model, write_run, write_three
 
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import CATEGORIES, worst
 from mlx_cxr.evaluation.scored_runs import open_scored_run

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import RunFormatError
 from mlx_cxr.pages.readme import best_localized, replace_block, update_readme
 
 
@@ -119,6 +119,6 @@ def test_a_run_without_masks_or_without_that_picture_is_refused(run_dir, tmp_pat
     with pytest.raises(UserError, match="no true positive of Pleural Effusion"):
         update_readme(tmp_path / "README.md", run_dir, 90)
     (run_dir / "localization.json").unlink()
-    with pytest.raises(RunFormatError, match=r"localization\.json is missing"):
+    with pytest.raises(RecordError, match=r"localization\.json is missing"):
         update_readme(tmp_path / "README.md", run_dir, 90)
     assert (tmp_path / "README.md").read_text() == before

@@ -12,9 +12,9 @@ import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
 from mlx_cxr.core.config import config_from_plain
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.core.runs import read_json, write_json
 from mlx_cxr.evaluation.comparison import compare
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.localization_table import ImageScores, localization_table

@@ -11,7 +11,7 @@ import pytest
 from toy_teacher import copied_base, opened, quantized_copy
 
 from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
-from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.models.hub import WeightsCorruptError
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.teacher.architecture import full_config, tiny_config

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from toy_teacher import opened
 
-from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.pixel_store import PixelStore

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from toy_teacher import arrays_of, opened, perturbed_adapters, prompts_of, quantized_copy
 
 from mlx_cxr.core.config_schema import LoraConfig, TeacherConfig
-from mlx_cxr.core.runs import read_json, write_json
+from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.models.weight_files import ModelFormatError, write_safetensors
 from mlx_cxr.teacher.base_model import parameter_count
 from mlx_cxr.teacher.lora import AdapterError, adapters_off, attach_lora, load_adapter, save_adapter, target_layers

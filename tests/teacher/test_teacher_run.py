@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher, prompt_format, what_it_reads
 
@@ -80,7 +80,7 @@ def test_an_opened_teacher_answers_as_it_was_trained(toy):
 def checked(toy, *overrides: str) -> str:
     config: Config = toy.config(*overrides)
     teacher = TrainedTeacher.open(toy.tuned())
-    with pytest.raises(RunFormatError) as raised:
+    with pytest.raises(RecordError) as raised:
         teacher.check(config, Material.open(teacher.config))
     return str(raised.value)
 

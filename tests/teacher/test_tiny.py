@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_cxr.core.config_schema import TinyTeacherConfig
+from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.core.runs import sha256_file
 from mlx_cxr.teacher.architecture import tiny_config
 from mlx_cxr.teacher.tiny import make_tiny_teacher, new_model, train_language_model
 from mlx_cxr.teacher.tokenizer import special_tokens, write_tokenizer

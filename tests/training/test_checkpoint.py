@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 from toy_training import TinyNet, arrays
 
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.training.checkpoint import Progress, load_state, save_state
 
@@ -69,7 +69,7 @@ def loading(path, model=None, settings="settings"):
     model = model or TinyNet()
     optimizer = fresh_optimizer()
     optimizer.init(model.trainable_parameters())
-    with pytest.raises(RunFormatError) as caught:
+    with pytest.raises(RecordError) as caught:
         load_state(path, model, optimizer, settings)
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -118,7 +118,7 @@ def test_what_is_frozen_can_be_left_out(tmp_path):
     np.testing.assert_array_equal(np.array(other.fc.weight), np.array(model.fc.weight))
     np.testing.assert_array_equal(np.array(other.conv1.weight), np.array(TinyNet(9).conv1.weight))
     whole = TinyNet()
-    with pytest.raises(RunFormatError, match=r"does not fit the model: .*conv1\.weight"):
+    with pytest.raises(RecordError, match=r"does not fit the model: .*conv1\.weight"):
         load_state(path, whole, fresh_optimizer(), "settings")
 
 

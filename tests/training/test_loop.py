@@ -27,7 +27,7 @@ from toy_training import (
     validator,
 )
 
-from mlx_cxr.core.runs import RunFormatError
+from mlx_cxr.core.files import RecordError
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.training import classifier_task, loop
 from mlx_cxr.training.batches import ImageSource
@@ -245,9 +245,9 @@ def test_a_network_in_evaluation_mode_is_trained_all_the_same(unbroken, tmp_path
 def test_other_settings_are_refused_and_nothing_is_lost(unbroken, tmp_path):
     run_tiny(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(RunFormatError, match=r"state.safetensors was made with other data or settings"):
+    with pytest.raises(RecordError, match=r"state.safetensors was made with other data or settings"):
         run_tiny(tmp_path, resume=True, settings="others")
-    with pytest.raises(RunFormatError, match="nothing to resume"):
+    with pytest.raises(RecordError, match="nothing to resume"):
         run_tiny(tmp_path / "absent", resume=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
