@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_cxr.core.files import write_json, write_text
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_cxr")
 
 
+@claims(lambda config, *_, **__: config.manifest_path.parent)
 def run(config: Config, workers: int = 0) -> Path:
     """Write the manifest and the files beside it, and return the manifest's path.
 
@@ -79,7 +81,7 @@ def run(config: Config, workers: int = 0) -> Path:
     }
     title = f"Manifest of {config.name} ({data.source}, seed {config.seed}, split {split_from})"
     text = render(summary, title, data.synthetic)
-    write_json(config.manifest_path.with_name("manifest_summary.json"), summary)
+    write_record(config.manifest_path.with_name("manifest_summary.json"), summary)
     write_text(config.manifest_path.with_name("manifest_summary.md"), text)
     log.info("%s\n%s, sha256 %s", text, config.manifest_path, sha256[:12])
     for name, counts in split_counts(rows.frame).items():

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_cxr")
 
 
+@claims(lambda config, teacher_run=None, *_, **__: config.run_dir(teacher_run or config.teacher.run_name))
 def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False, line_orders: int = 0) -> Path:
     """Cache a teacher's answers, and return its run's folder.
 
@@ -90,7 +92,7 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
     size = teacher.config.teacher.batch_size
     write_cost(
         teacher.folder,
-        parameters=read_json(teacher.folder / "training.json")["parameters"],
+        parameters=read_record(teacher.folder / "training.json")["parameters"],
         ms_per_sample=1000 * answers.seconds / len(test),
         samples=len(test),
         batch_size=size,

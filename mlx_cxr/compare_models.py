@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_cxr.core.files import atomic_path, write_json, write_text
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import atomic_path, write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -26,6 +27,7 @@ log = logging.getLogger("mlx_cxr")
 BLOCK = "comparison"
 
 
+@claims(lambda config, *, output_dir=None, **_: output_dir or comparison_dir(config))
 def run(
     config: Config,
     *,
@@ -85,7 +87,7 @@ def run(
         bins=config.evaluation.calibration_bins,
         provenance=provenance("compare_models", config.plain(), inputs),
     )
-    write_json(folder / "final_comparison.json", comparison)
+    write_record(folder / "final_comparison.json", comparison)
     with atomic_path(folder / "final_comparison.csv") as temporary:
         comparison_table(comparison).to_csv(temporary, index=False, lineterminator="\n")
     pictures = draw(runs, folder, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_cxr.core.config_schema import ModelConfig
 
 
+@claims(lambda config, run_name=None, *_, **__: config.run_dir(run_name or config.distillation.run_name))
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
     """Train a student, and return the run's folder.
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import write_record
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_cxr")
 
 
+@claims(lambda config, run_name=None, *_, **__: config.run_dir(run_name))
 def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     """Evaluate a run on the data it was trained for, and return its folder.
 
@@ -134,7 +136,7 @@ def explain(
     if table is None:
         (folder / "localization.json").unlink(missing_ok=True)
     else:
-        write_json(folder / "localization.json", table)
+        write_record(folder / "localization.json", table)
         sections += localization_section(table)
 
     # Against the same network with randomized weights.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -28,6 +29,7 @@ log = logging.getLogger("mlx_cxr")
 FOLDER = "text_explanation"
 
 
+@claims(lambda config, teacher_run=None, **_: config.run_dir(teacher_run or config.teacher.run_name))
 def run(
     config: Config,
     teacher_run: str | None = None,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.files import atomic_path, read_json, write_json, write_text
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import atomic_path, read_record, write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -28,6 +29,7 @@ log = logging.getLogger("mlx_cxr")
 FOLDER, PICTURE = "failure_analysis", "confusions.png"
 
 
+@claims(lambda config, *, student_run=None, **_: config.run_dir(student_run or config.distillation.run_name))
 def run(
     config: Config, *, student_run: str | None = None, cnn_run: str | None = None, teacher_run: str | None = None
 ) -> Path:
@@ -111,7 +113,7 @@ def run(
     rows = shown.to_dict("records")
     texts = [None if reports is None else _excerpt(reports.sections.get(row["study_id"]), row["label"]) for row in rows]
     gallery = [Shown(*parts) for parts in zip(rows, pictures, texts, strict=True)]
-    write_json(folder / "failures.json", results)
+    write_record(folder / "failures.json", results)
     page = failure_markdown(results, gallery, per_label(settings.examples, labels), PICTURE)
     path = write_text(folder / "summary.md", page)
     remove_stale(folder, pictures)
@@ -127,7 +129,7 @@ def closing_lines(folder: Path) -> str:
     """
     from mlx_cxr.pages.failure_advice import closing_failures
 
-    return closing_failures(read_json(folder / "failures.json"))
+    return closing_failures(read_record(folder / "failures.json"))
 
 
 def _optional(config: Config, role: str, named: str | None, default: str) -> ScoredRun | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import write_record
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_cxr")
 
 
+@claims(lambda config, run_name=None, *_, **__: config.run_dir(run_name or config.teacher.run_name))
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
     """Train the adapters, and return the run's folder.
 
@@ -61,8 +63,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
     summary = tuning.fit(run_dir, images, validate, resume_state)
     if world.writes:
-        write_json(run_dir / RECORD, {**record, "tuned_auc": summary["best_auc"]})
-        write_json(run_dir / "training.json", summary)
+        write_record(run_dir / RECORD, {**record, "tuned_auc": summary["best_auc"]})
+        write_record(run_dir / "training.json", summary)
     aucs = record["zero_shot_auc"], summary["best_auc"], summary["best_epoch"]
     log.info("validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s", *aucs, run_dir / ADAPTER)
     return run_dir

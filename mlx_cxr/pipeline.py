@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import compare_models, failure_analysis
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.pipeline_steps import steps
@@ -105,7 +105,7 @@ def run(
     if config.pipeline.teacher:
         _close_with_comparison(config, seconds, ignore_gates, readme)
     else:
-        log.info("\n%s\nDone in %.0f s. To open:", closing_table(read_json(run_dir / "test_results.json")), seconds)
+        log.info("\n%s\nDone in %.0f s. To open:", closing_table(read_record(run_dir / "test_results.json")), seconds)
         _say_where(run_dir, "results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json")
         _say_page()
     return run_dir
@@ -127,7 +127,7 @@ def _close_with_comparison(config: Config, seconds: float, ignore_gates: bool, r
     from mlx_cxr.pages.readme import replace_block
 
     folder, student = compare_models.comparison_dir(config), config.run_dir(config.distillation.run_name)
-    comparison = read_json(folder / "final_comparison.json")
+    comparison = read_record(folder / "final_comparison.json")
     if readme is not None:
         replace_block(readme, compare_models.BLOCK, comparison_block(comparison))
     closing = failure_analysis.closing_lines(student / "failure_analysis")
@@ -183,7 +183,7 @@ def check_gate(run_dir: Path, minimum: float, ignore: bool = False) -> None:
     Raises:
         GateError: it is lower, and `ignore` is false.
     """
-    reached = read_json(run_dir / "training.json")["best_auc"]
+    reached = read_record(run_dir / "training.json")["best_auc"]
     if reached >= minimum:
         log.info("gate met: validation macro AUC %.4f >= %.2f", reached, minimum)
         return

@@ -10,12 +10,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.stage import add_config_arguments, add_training_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
 
 
+@claims(lambda config, run_name=None, *_, **__: config.run_dir(run_name))
 def run(config: Config, run_name: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
     """Train, and return the run's folder.
 

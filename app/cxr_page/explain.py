@@ -9,7 +9,7 @@ import streamlit as st
 from cxr_page.look import choose, note, plain
 from cxr_page.pages import sections_of, show_markdown
 from cxr_page.run_index import CNN, STUDENT, RunIndex
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
 
@@ -87,7 +87,7 @@ def verdict(folder: Path) -> str:
     path = folder / "localization.json"
     if not path.exists():
         return "Where the maps point was not tested: no film of the test split has the place of a finding marked."
-    table = read_json(path)["per_label"]
+    table = read_record(path)["per_label"]
     better = found(table)
     rest = [label for label in table if label not in better]
     return (

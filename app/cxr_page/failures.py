@@ -10,7 +10,7 @@ from cxr_page.look import choose, guarded, note, picture, plain
 from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CONTROL, STUDENT, RunEntry, RunIndex
-from mlx_cxr.core.files import RecordError, read_json
+from mlx_cxr.core.files import RecordError, read_record
 from mlx_cxr.pages.failure_advice import closing_failures
 
 _FOLDER = "failure_analysis"
@@ -44,7 +44,7 @@ def failures_tab(index: RunIndex) -> None:
         return
     entry = choose("Student", analysed, lambda run: run.name, "failures_of")
     folder = entry.folder / _FOLDER
-    results = read_json(folder / "failures.json")
+    results = read_record(folder / "failures.json")
     lead, *points = closing_failures(results).splitlines()
     listed = "".join(f"\n- {_with_code(point[2:])}" for point in points if point.startswith("- "))
     st.markdown(f"**{plain(lead)}**\n" + listed)

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json
+from mlx_cxr.core.files import RecordError, read_record
 from mlx_cxr.core.runs import WEIGHTS, open_run
 from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
@@ -124,7 +124,7 @@ def _entry(folder: str, stamp: str) -> RunEntry:
         kind = open_run(path).kind
         if kind == TEACHER:
             made = read_operating_points(path / operating_points.FILE)[1]
-            evaluated = read_json(path / "test_results.json")["provenance"]["started"]
+            evaluated = read_record(path / "test_results.json")["provenance"]["started"]
             return RunEntry(path, kind, stamp, made["synthetic"], evaluated)
         run = EvaluatedRun.open(path)
         return RunEntry(path, kind, stamp, run.synthetic, run.results["provenance"]["started"])
@@ -140,7 +140,7 @@ def _entry(folder: str, stamp: str) -> RunEntry:
 def _comparison(folder: Path, stamp: str) -> Comparison:
     path = folder / _COMPARED
     try:
-        record = read_json(path)
+        record = read_record(path)
         if record["schema"] != 1:
             raise RecordError(f"{path} has schema {record['schema']}, not 1; run compare_models again")
         for model in record["models"]:

@@ -13,7 +13,7 @@ from cxr_page.images import SHOWN_SIDE, CaseImage, pixels_of, png
 from cxr_page.look import block, esc, note, picture
 from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.evaluation.map_verdict import map_verdict
@@ -116,7 +116,7 @@ def evidence(opened: Opened, finding: str) -> str:
     """A sentence on the maps of a finding beside their strongest control, from the run's `localization.json`."""
     path = opened.model.trained.folder / "localization.json"
     try:
-        entry = read_json(path)["per_label"].get(finding) if path.exists() else None
+        entry = read_record(path)["per_label"].get(finding) if path.exists() else None
         if entry is None:
             return "Where this run's maps of the finding point was not tested, for want of films with its place marked."
         images, hits, against = entry["films"], entry["hit"]["maps"]["value"], map_verdict(entry)

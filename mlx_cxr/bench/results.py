@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_cxr.bench import grad_cam, inference, plot, training
 from mlx_cxr.bench.contenders import Row, fastest
-from mlx_cxr.core.files import write_json, write_text
+from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import write_record, write_text
 from mlx_cxr.core.formatting import number
 from mlx_cxr.pages.readme import replace_block
 
@@ -90,6 +91,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     return lines
 
 
+@claims(lambda folder, *_, **__: folder)
 def write_results(
     folder: Path, result: Mapping[str, Any], rows: Sequence[Row], record: Mapping[str, Any], update_readme: Path | None
 ) -> Path:
@@ -104,7 +106,7 @@ def write_results(
     write_text(folder / "benchmark.md", full_page(result, rows))
     plot.plot(folder / "benchmark.png", result, rows)
     found = {"ratios": [*targets, *([lora] if lora else [])], "rows": [row.plain() for row in rows]}
-    path = write_json(folder / "benchmark.json", {**result, **found, "provenance": record})
+    path = write_record(folder / "benchmark.json", {**result, **found, "provenance": record})
     if update_readme is not None:
         replace_block(update_readme, "benchmark", readme_block(result, rows))
     for entry in targets:

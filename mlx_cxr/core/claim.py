@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
-import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ParamSpec, TypeVar
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sweep
 
-log = logging.getLogger("mlx_cxr")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CLAIM = ".claim"
 """Name of the file in a claimed folder."""
@@ -38,16 +39,16 @@ class FolderBusyError(UserError, RuntimeError):
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[Path]:
-    """Claim a folder, which is made if need be, for as long as the context lasts, and remove what killed writers left.
+    """Claim a folder for as long as the context lasts, and remove what killed writers left in it.
 
-    Within one process a folder may be claimed again: a pipeline claims what its stages claim.
+    A folder that is not there is made, and removed again if nothing was written into it. Within one process a folder
+    may be claimed again: a pipeline claims what its stages claim.
 
     Raises:
         FolderBusyError: another process has claimed it; says which, since when, and the way out.
         OSError: the folder cannot be made or written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     if place in _held:
         _held[place] += 1
@@ -56,6 +57,7 @@ def claimed(folder: str | Path) -> Iterator[Path]:
         finally:
             _held[place] -= 1
         return
+    made = [parent for parent in (place, *place.parents) if not parent.exists()]
     with _locked(place / CLAIM) as claim:
         with suppress(OSError):  # A full disk holds the lock all the same, and is told of by what is written next.
             claim.truncate(0)
@@ -68,12 +70,42 @@ def claimed(folder: str | Path) -> Iterator[Path]:
         finally:
             del _held[place]
             (place / CLAIM).unlink(missing_ok=True)
+            with suppress(OSError):  # One of them is not empty: the stage wrote into it.
+                for empty in made:
+                    empty.rmdir()
+
+
+def claims(folder_of: Callable[..., str | Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator of a function that writes into a folder, which `folder_of` names when given the same arguments.
+
+    Of the processes of one distributed run, the first writes and claims.
+    """
+
+    def claiming(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def claimed_function(*args: P.args, **kwargs: P.kwargs) -> T:
+            with nullcontext() if launched_rank() else claimed(folder_of(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return claimed_function
+
+    return claiming
+
+
+def launched_rank() -> int:
+    """This process's number among those that `mlx.launch` or `mpirun` started; 0 by itself."""
+    return max(int(os.environ.get(name) or 0) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
-        with path.open("a+b") as claim:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            opened = path.open("a+b")
+        except FileNotFoundError:  # Who ends removed the empty folder.
+            continue
+        with opened as claim:
             claim.seek(0)
             holder = _holder(claim.read())
             try:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from mlx_cxr.core.errors import UserError
 
-SEAL = "sha256"
+SEAL = "self_sha256"
 """The key, of a record and of the metadata of weights, that holds the hash of all the rest."""
 UNSEALED = "0" * 64
 """The value of `SEAL` in the metadata of weights until `seal_weights` puts the hash there."""
@@ -91,12 +91,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_record(path: str | Path, value: Mapping[str, Any]) -> Path:
-    """Write a record atomically: `write_json` of `value` and, as the last key, `sha256` of `hash_of(value)`."""
+    """Write a record atomically: `write_json` of `value` and, as the last key, `self_sha256` of `hash_of(value)`."""
     return write_json(path, {**value, SEAL: hash_of(value)})
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record that `write_record` wrote, without its `sha256`.
+    """The record that `write_record` wrote, without its `self_sha256`.
 
     Raises:
         RecordError: it is missing, not JSON, or other than it was written; names it.

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_cxr import __version__
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 
 SCHEMA = 1
 
@@ -57,7 +57,7 @@ class Ledger:
         self.path = path
         self._steps: dict[str, Any] = {}
         if path.exists():
-            record = read_json(path)
+            record = read_record(path)
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
                 raise RecordError(f"{path} is not a ledger of this version; delete it to run every stage again")
             self._steps = record["steps"]
@@ -93,7 +93,7 @@ class Ledger:
     def record(self, step: str, fingerprint: Fingerprint, *, finished: bool) -> None:
         """Record that a step was begun, or finished, with this fingerprint."""
         self._steps[step] = {"finished": finished, "fingerprint": asdict(fingerprint)}
-        write_json(self.path, {"schema": SCHEMA, "steps": self._steps})
+        write_record(self.path, {"schema": SCHEMA, "steps": self._steps})
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

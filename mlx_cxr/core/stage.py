@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_cxr.core.claim import launched_rank
 from mlx_cxr.core.errors import readable_errors
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def started(
         SystemExit: as `readable_errors` and `argparse` say.
     """
     args = parser.parse_args(argv)
-    log_to_terminal(verbose and _rank() == 0)
+    log_to_terminal(verbose and launched_rank() == 0)
     with readable_errors():
         yield args
 
@@ -81,8 +81,3 @@ def log_to_terminal(verbose: bool = True) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     for chatty in ("httpx", "httpx2", "huggingface_hub", "matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def _rank() -> int:
-    """This process's number among those that `mlx.launch` or `mpirun` started; 0 by itself."""
-    return max(int(os.environ.get(name) or 0) for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))

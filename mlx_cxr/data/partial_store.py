@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 from mlx_cxr.data.decode_pool import Decoded
 from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
 
@@ -162,7 +162,7 @@ class PartialStore:
             self._pixels_path.replace(self._path)
         except OSError as error:
             raise self._disk_error(error) from error
-        write_json(self._path.with_suffix(".json"), index)
+        write_record(self._path.with_suffix(".json"), index)
         self._journal_path.unlink()
         return index
 

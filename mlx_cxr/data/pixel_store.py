@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.core.files import RecordError, read_json
+from mlx_cxr.core.files import RecordError, read_record
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.tables import DataError
@@ -182,7 +182,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not index_path.is_file():
         raise DataError(f"the pixel store {path} {_state(path)}; run prepare_images with this configuration")
     try:
-        index = read_json(index_path)
+        index = read_record(index_path)
     except RecordError as error:
         raise DataError(f"{error}; {_AGAIN}") from None
     if not _is_index(index):
@@ -197,7 +197,7 @@ def store_files(path: Path) -> list[Path]:
     """The index of a store and its arrays, as the index lists them; without a usable index, the two of one file."""
     index_path = path.with_suffix(".json")
     with suppress(RecordError):
-        if _is_index(index := read_json(index_path)):
+        if _is_index(index := read_record(index_path)):
             return [index_path, *(file for file, *_ in _arrays(path, index))]
     return [index_path, path]
 

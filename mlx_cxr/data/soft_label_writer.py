@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr.core.files import RecordError, atomic_path, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, atomic_path, hash_of, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.soft_labels import (
     FEATURES_NAME,
@@ -169,7 +169,7 @@ class SoftLabelWriter:
             else:
                 final.unlink(missing_ok=True)
         about = {"header": header, "made_for": hash_of(self._key), "sha256": hashes}
-        write_json(index_path, {"schema": SCHEMA, **self._key, **about})
+        write_record(index_path, {"schema": SCHEMA, **self._key, **about})
         self._key_path.unlink()
         self.close()
         return index_path
@@ -193,7 +193,7 @@ class SoftLabelWriter:
     def _can_resume(self, sizes: Mapping[Path, tuple[tuple[int, int], type]]) -> bool:
         """True if a stopped run left files of this key; those that have their final names already are moved back."""
         try:
-            if read_json(self._key_path) != {"key": hash_of(self._key)}:
+            if read_record(self._key_path) != {"key": hash_of(self._key)}:
                 return False
         except RecordError:
             return False
@@ -210,7 +210,7 @@ class SoftLabelWriter:
         """Start from the finished soft labels in the folder if they are of this key, else from blank ones."""
         try:
             load_soft_labels(self._folder)
-            finished = read_json(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
+            finished = read_record(self._folder / INDEX_NAME).get("made_for") == hash_of(self._key)
         except SoftLabelError:
             finished = False
         self._key_path.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ class SoftLabelWriter:
                         shutil.copyfile(final, temporary)
                     else:
                         _write_blank(temporary, *sizes[partial])
-        write_json(self._key_path, {"key": hash_of(self._key)})
+        write_record(self._key_path, {"key": hash_of(self._key)})
 
 
 class _RowFile:

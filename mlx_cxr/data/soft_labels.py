@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, hash_of, read_json, sha256_file
+from mlx_cxr.core.files import RecordError, hash_of, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS
 
 SCHEMA = 1
@@ -140,7 +140,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         state = "is not complete, cache_teacher_outputs was stopped" if begun else "is missing"
         raise SoftLabelError(f"{path} {state}; run cache_teacher_outputs for this teacher run")
     try:
-        index = read_json(path)
+        index = read_record(path)
     except RecordError as error:
         raise SoftLabelError(f"{error}; {_AGAIN}") from None
     whole = isinstance(index, dict) and all(isinstance(index.get(key), kind) for key, kind in _KEYS.items())

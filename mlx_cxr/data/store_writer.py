@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mlx_cxr.core.files import hash_of, write_json
+from mlx_cxr.core.files import hash_of, write_record
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
@@ -247,7 +247,7 @@ def _write_whole(path: Path, parts: Sequence[Mapping[str, Any]], manifest: Manif
         "image_ids": manifest.frame["image_id"].tolist(),
     }
     if _read(path) != index:
-        write_json(path.with_suffix(".json"), index)
+        write_record(path.with_suffix(".json"), index)
 
 
 def _up_to_date(shard: _Shard) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mlx_cxr.core.files import RecordError, read_json, write_json
+from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
@@ -244,7 +244,7 @@ def write_operating_points(
 
     `made_from` is role to the SHA-256 of what the predictions came from.
     """
-    return write_json(
+    return write_record(
         path,
         {
             "schema": SCHEMA,
@@ -272,7 +272,7 @@ def read_operating_points(path: str | Path) -> tuple[OperatingPoints, dict[str, 
     again = "run evaluate_cnn again (for a teacher cache_teacher_outputs)"
     if not path.exists():
         raise RecordError(f"{path} is missing, as in a run that was not scored by this version; {again}")
-    plain = read_json(path)
+    plain = read_record(path)
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if schema != SCHEMA:
         raise RecordError(f"{path} has schema {schema}, not {SCHEMA}; {again}")

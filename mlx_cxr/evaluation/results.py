@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import expit
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.data.manifest import Manifest
@@ -401,5 +401,5 @@ def write_scores(
         test_metadata=study_metadata(frame.loc[scored]),
         score=score,
     )
-    write_json(folder / "test_results.json", results)
+    write_record(folder / "test_results.json", results)
     return points, results

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, sha256_file
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.core.runs import open_run
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
@@ -136,7 +136,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             )
     scored = read_predictions(folder / "predictions.csv")
     path = folder / "test_results.json"
-    results = read_json(path)
+    results = read_record(path)
     if results.get("schema") != SCHEMA:
         raise ComparisonError(f"{path} has schema {results.get('schema')}, not {SCHEMA}; {_again(role, folder)}")
     points = _read(
@@ -168,7 +168,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
     soft_labels = next((entry for entry in run.inputs.values() if Path(entry["path"]).name == SOFT_LABELS), None)
     teacher = None
     if run.kind == "teacher":
-        teacher = read_json(folder / "teacher.json")
+        teacher = read_record(folder / "teacher.json")
         _read(folder / "teacher.json", lambda: (teacher["reads"], teacher["modality"]))
         _read(run.path, lambda: run.config["teacher"]["sections"])
     elif role == "student" and run.kind == "control":
@@ -178,7 +178,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
         )
     cost = None
     if (folder / "cost.json").exists():
-        cost = read_json(folder / "cost.json")
+        cost = read_record(folder / "cost.json")
         _read(folder / "cost.json", lambda: (cost["parameters"]["total"], cost["parameters"]["trainable"]))
         _read(folder / "cost.json", lambda: (cost["ms_per_sample"], cost["what"], cost["device"]["kind"]))
     test = scored.predictions.of_split("test")

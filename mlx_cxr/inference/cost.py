@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.training.cohort import SplitData
 from mlx_cxr.training.scoring import image_forward
@@ -58,7 +58,7 @@ def write_cost(
         what: phrase that names the sample, its size and the pass that is timed.
         device: `core.device.describe()`.
     """
-    return write_json(
+    return write_record(
         folder / "cost.json",
         {
             "schema": 1,

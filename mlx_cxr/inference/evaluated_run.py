@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.files import RecordError, read_json, sha256_file
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.runs import RunRecord, open_run
 from mlx_cxr.evaluation import operating_points, results
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
@@ -101,7 +101,7 @@ class EvaluatedRun:
             config=config,
             checkpoint=run.weights,
             checkpoint_sha256=sha256,
-            training=read_json(folder / "training.json"),
+            training=read_record(folder / "training.json"),
             results=scores,
             points=points,
             inference=prepared,
@@ -122,7 +122,7 @@ def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapp
     for name, schema in (("test_results.json", results.SCHEMA), (predictor.FILE, predictor.SCHEMA)):
         if not (folder / name).exists():
             raise RecordError(f"{folder / name} is missing, so the run is not evaluated by this version; {again}")
-        records[name] = read_json(folder / name)
+        records[name] = read_record(folder / name)
         if not isinstance(records[name], dict) or records[name].get("schema") != schema:
             raise RecordError(f"{folder / name} is not of schema {schema}; {again}")
     points, made = read_operating_points(folder / operating_points.FILE)
@@ -145,7 +145,7 @@ def _evaluation(folder: Path, checkpoint: Path) -> tuple[Mapping[str, Any], Mapp
 
 
 def _optional(path: Path) -> Mapping[str, Any] | None:
-    return read_json(path) if path.exists() else None
+    return read_record(path) if path.exists() else None
 
 
 def _failures(folder: Path) -> Mapping[str, Any] | None:
@@ -161,7 +161,7 @@ def _comparison(folder: Path) -> Mapping[str, Any] | None:
     found = []
     for path in sorted(folder.parent.glob("comparison_*/final_comparison.json")):
         with suppress(RecordError):  # a damaged one is no fault of this run's
-            found.append(read_json(path))
+            found.append(read_record(path))
     ours = [one for one in found if _input_sha256(one, f"{folder.name}/test_results.json") == now]
     return max(ours, key=lambda one: one["provenance"]["started"], default=None)
 

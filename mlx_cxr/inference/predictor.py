@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.data.decoding import ImageContent, ImageError, Transform
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
@@ -56,10 +56,10 @@ def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping
         RecordError: its training recorded other preprocessing than this version's.
     """
     training = trained.folder / "training.json"
-    recorded = read_json(training).get("preprocessing") if training.exists() else None
+    recorded = read_record(training).get("preprocessing") if training.exists() else None
     if recorded is not None:
         check_preprocessing(recorded, trained.config, training)
-    return write_json(
+    return write_record(
         trained.folder / FILE,
         {
             "schema": SCHEMA,
@@ -83,7 +83,7 @@ def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
     again = f"evaluate the run again: {_evaluation(trained)}"
     if not path.exists():
         raise RecordError(f"{path} is missing: evaluate the run first: {_evaluation(trained)}")
-    record = read_json(path)
+    record = read_record(path)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise RecordError(f"{path} was written by another version; {again}")
     try:

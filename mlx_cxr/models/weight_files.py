@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import atomic_path
+from mlx_cxr.core.files import SEAL, UNSEALED, RecordError, atomic_path, seal_weights
+from mlx_cxr.core.files import check_weights as check_seal
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
@@ -23,7 +24,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
 
     Raises:
         FileNotFoundError: no such file.
-        ModelFormatError: a pickle (never opened), cut short, or not safetensors.
+        ModelFormatError: a pickle (never opened), cut short, not safetensors, or, of a file that this package wrote,
+            changed since.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,6 +45,11 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
     except (RuntimeError, ValueError) as error:
         reason = f"damaged, cut short or not safetensors ({error})"
         raise ModelFormatError(f"{path} is {reason}; fetch or write it again") from None
+    if SEAL in header or header.get("format", "").startswith("mlx_cxr."):
+        try:
+            check_seal(path)
+        except RecordError as error:
+            raise ModelFormatError(str(error)) from None
     return arrays, header
 
 
@@ -58,9 +65,10 @@ def write_safetensors(path: str | Path, arrays: dict[str, mx.array], header: dic
     mx.eval(arrays)
     with atomic_path(path) as temporary:
         try:
-            mx.save_safetensors(str(temporary), arrays, metadata=header)
+            mx.save_safetensors(str(temporary), arrays, metadata={**header, SEAL: UNSEALED})
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error)) from None
+        seal_weights(temporary)
     return Path(path)
 
 

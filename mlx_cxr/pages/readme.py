@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import atomic_path, read_json, write_text
+from mlx_cxr.core.files import atomic_path, read_record, write_text
 from mlx_cxr.core.formatting import NOT_CLINICAL, interval_text, number
 from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.map_checks import CONTROL_NAMES, found, table_rows
@@ -50,8 +50,8 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
         UserError: the README has no such block, or the run has no map to show.
         RecordError: the run is not evaluated, or its cohort has no masks.
     """
-    results = read_json(run_dir / "test_results.json")
-    table = read_json(run_dir / "localization.json")
+    results = read_record(run_dir / "test_results.json")
+    table = read_record(run_dir / "localization.json")
     label = best_localized(table)
     names = sorted((run_dir / "grad_cam").glob(f"{label.replace(' ', '_')}_true_positive_1_*.png"))
     if not names:

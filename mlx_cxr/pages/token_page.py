@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr.core.files import write_json, write_text
+from mlx_cxr.core.files import write_record, write_text
 from mlx_cxr.core.formatting import footer, number
 from mlx_cxr.explain.word_scores import READING, TextExplanation, WordScores, shade, shared_scale, signed
 from mlx_cxr.pages.overlay import save_picture
@@ -142,7 +142,7 @@ def write_explanations(
         }
         for method in ("integrated_gradients", "gradient_x_input")
     }
-    write_json(
+    write_record(
         folder / "explanations.json",
         {
             "schema": 1,

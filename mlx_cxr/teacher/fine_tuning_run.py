@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.files import hash_of, read_record, sha256_file, write_record
 from mlx_cxr.core.runs import create_run
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.ops.streams import batch_parallel
@@ -126,7 +126,7 @@ class FineTuning:
         teacher, base = self.config.teacher, self.base
         if resume:
             log.info("going on from the last saved state of %s", run_dir)
-            zero_shot = self.world.agree(lambda: read_json(run_dir / RECORD)["zero_shot"])
+            zero_shot = self.world.agree(lambda: read_record(run_dir / RECORD)["zero_shot"])
         else:
             zero_shot = validate(base.model)
         record = {
@@ -142,7 +142,7 @@ class FineTuning:
             "zero_shot_auc": zero_shot["macro_auc"],
         }
         if not resume and self.world.writes:
-            write_json(run_dir / RECORD, record)
+            write_record(run_dir / RECORD, record)
         log.info("zero-shot validation macro AUC %.4f", zero_shot["macro_auc"])
         return record
 

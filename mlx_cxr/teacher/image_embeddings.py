@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, hash_of, read_json, write_json
+from mlx_cxr.core.files import RecordError, hash_of, read_record, write_record
 from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.data.soft_labels import has_form
 from mlx_cxr.teacher.architecture import PATCH
@@ -120,16 +120,16 @@ def image_embeddings(
         # So far a stopped run resumes.
         if (start // batch_size) % 16 == 15:
             out.flush()
-            write_json(progress_path, {"header": header, "done": start + len(chosen)})
+            write_record(progress_path, {"header": header, "done": start + len(chosen)})
     out.flush()
-    write_json(progress_path, {"header": header, "done": len(rows)})
+    write_record(progress_path, {"header": header, "done": len(rows)})
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[int, ...]) -> int:
     """Number of images that a stopped run has left on the disk; 0 where the file is damaged or of something else."""
     try:
-        progress = read_json(progress_path)
+        progress = read_record(progress_path)
         # Opened for writing, a file cut short would be filled up with zeros.
         whole = has_form(np.load(path, mmap_mode="r", allow_pickle=False), shape, np.float16)
     except (RecordError, OSError, ValueError, EOFError):

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.data.soft_label_writer import SoftLabelWriter
 from mlx_cxr.data.soft_labels import SPLITS
@@ -107,7 +107,7 @@ def answers_of(teacher: TrainedTeacher, material: Material, studies: Studies, wo
 def write_order_effect(teacher: TrainedTeacher, material: Material, orders: int, seed: int) -> None:
     """Write `order_effect.json`: the validation studies under so many other orders of the prompt's 14 lines."""
     effect = order_effect(teacher.base, teacher.config, material, orders=orders, seed=seed).summary()
-    write_json(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
+    write_record(teacher.folder / "order_effect.json", {**effect, "split": "validate"})
     log.info(
         "under %d other orders of the lines: validation macro AUC %.3f to %.3f (usual order: %.3f), logits move by "
         "%.2f on average",

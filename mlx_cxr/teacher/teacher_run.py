@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
-from mlx_cxr.core.files import RecordError, read_json, sha256_file
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.core.runs import open_run
 from mlx_cxr.data.decoding import Transform
@@ -137,7 +137,7 @@ class TrainedTeacher:
         base = Base.open(config.teacher, config.weights_dir, vision=vision and config.teacher.modality != "text")
         load_adapter(base.model, run.folder / ADAPTER, base.identity)
         sha256 = sha256_file(run.weights)
-        record = read_json(run.folder / RECORD)
+        record = read_record(run.folder / RECORD)
         return cls(run.folder, config, inputs, base, prompt_format(base, config), sha256, record)
 
     @property

@@ -15,7 +15,7 @@ from mlx_cxr import __version__
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-from mlx_cxr.core.files import hash_of, write_json
+from mlx_cxr.core.files import hash_of, write_record
 from mlx_cxr.core.runs import RunExistsError, create_run
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
@@ -151,7 +151,7 @@ def fit(
             resume=resume,
         )
     if world.writes:
-        write_json(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
+        write_record(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
     log.info(
         "best validation macro AUC %.4f (epoch %d); weights in %s",
         result.best_auc,

@@ -45,6 +45,10 @@ def holder(tmp_path):
 
 
 def test_a_claim_leaves_nothing_behind(tmp_path):
+    with claimed(tmp_path / "outputs" / "deep" / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == [], "folders that nothing was written into"
+    (tmp_path / "run").mkdir()
     with claimed(tmp_path / "run") as folder:
         assert json.loads((folder / CLAIM).read_text())["process"] == os.getpid()
         with claimed(tmp_path / "run"):

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import (
+    SEAL,
     UNSEALED,
     RecordError,
     append_jsonl,
@@ -245,9 +246,9 @@ class TestRecords:
         plain = {**VALUE, "nothing": None, "names": ["a", "é"]}
         assert read_record(path) == plain
         text = json.loads(path.read_text())
-        assert list(text)[-1] == "sha256"
+        assert list(text)[-1] == "self_sha256"
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-        assert text["sha256"] == hashlib.sha256(canonical.encode()).hexdigest()
+        assert text[SEAL] == hashlib.sha256(canonical.encode()).hexdigest()
 
     def test_every_flipped_bit_is_noticed_or_harmless(self, tmp_path):
         path = write_record(tmp_path / "a.json", VALUE)
@@ -278,14 +279,14 @@ class TestRecords:
     def weights(self, tmp_path):
         path = tmp_path / "w.safetensors"
         numbers = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-        save_file({"layer": numbers}, path, metadata={"config": "{}", "sha256": UNSEALED})
+        save_file({"layer": numbers}, path, metadata={"config": "{}", SEAL: UNSEALED})
         seal_weights(path)
         return path
 
     def test_weights_carry_the_hash_of_their_file(self, weights):
         check_weights(weights)
         with safe_open(weights, "np") as opened:
-            said = opened.metadata()["sha256"]
+            said = opened.metadata()[SEAL]
             assert opened.get_tensor("layer").shape == (7, 5)
         content = weights.read_bytes()
         assert said == hashlib.sha256(content.replace(said.encode(), UNSEALED.encode())).hexdigest()
