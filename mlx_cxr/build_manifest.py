@@ -1,6 +1,7 @@
 """Turn raw images, tables and reports into a manifest: `python -m mlx_cxr.build_manifest --config configs/demo.yaml`.
 
-Writes into `data.work_dir`: `manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
+Writes into `data.work_dir`, a sample (`data.n_studies`) into a folder of its own there:
+`manifest.csv` (one row per image, or per report where there are no images), `reports.csv`
 (the sections of each study's report, where there are reports), `splits.json` (the patients of each split, and the
 hashes of both), `manifest_summary.md` and `manifest_summary.json` (counts, and rows left out and why).
 """

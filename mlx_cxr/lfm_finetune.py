@@ -45,7 +45,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     """
     from mlx_cxr.teacher.fine_tuning_run import FineTuning
     from mlx_cxr.teacher.teacher_run import ADAPTER, RECORD
-    from mlx_cxr.training.classifier_run import can_resume
+    from mlx_cxr.training.classifier_run import can_resume, finished_result, write_result
     from mlx_cxr.training.distributed import World
 
     machine, world = device.start("lfm_finetune", parallel=True), World.join()
@@ -54,6 +54,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
 
     # Whatever can be refused is refused before the run's folder is touched.
     tuning = FineTuning.open(config, world)
+    if resume_state and finished_result(run_dir, tuning.settings, world) is not None:
+        return run_dir
     if not resume_state:
         tuning.begin(run_dir, machine, overwrite or resume)
 
@@ -61,11 +63,11 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     images, validate = tuning.embed_images()
     record = tuning.score_base(run_dir, validate, resume_state)
 
-    summary = tuning.fit(run_dir, images, validate, resume_state)
+    result, summary = tuning.fit(run_dir, images, validate, resume_state)
     if world.writes:
-        write_record(run_dir / RECORD, {**record, "tuned_auc": summary["best_auc"]})
-        write_record(run_dir / "training.json", summary)
-    aucs = record["zero_shot_auc"], summary["best_auc"], summary["best_epoch"]
+        write_record(run_dir / RECORD, {**record, "tuned_auc": result.best_auc})
+        write_result(run_dir, result, tuning.settings, summary)
+    aucs = record["zero_shot_auc"], result.best_auc, result.best_epoch
     log.info("validation macro AUC %.4f zero-shot, %.4f tuned (epoch %d); adapter in %s", *aucs, run_dir / ADAPTER)
     return run_dir
 

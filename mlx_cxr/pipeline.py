@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import compare_models, failure_analysis
+from mlx_cxr.core.claim import claimed
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_record
+from mlx_cxr.core.ledger import NEVER, STOPPED, Ledger, fingerprint
 from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
-from mlx_cxr.pipeline_steps import steps
+from mlx_cxr.pipeline_steps import Step, steps
 
 if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
@@ -60,7 +64,6 @@ def run(
         UserError: an unknown `start_at`, or whatever a stage raises.
     """
     from mlx_cxr.core import device
-    from mlx_cxr.core.ledger import Ledger, fingerprint
     from mlx_cxr.pages.readme import update_readme
     from mlx_cxr.pages.results_page import closing_table
 
@@ -70,35 +73,17 @@ def run(
     if config.pipeline.teacher and config.teacher.tiny is None:
         _refuse_a_missing_base(config)
     run_dir, begun = config.run_dir(), time.perf_counter()
-    chain = steps(config)
+    chain = steps(config, overwrite)
+    _refuse_a_name_for_two_runs(chain)
     names = [step.name for step in chain]
     if start_at is not None and start_at not in names:
         raise UserError(f"--start_at {start_at}: the stages of this experiment are {', '.join(names)}")
     forced = names[names.index(start_at) :] if start_at else []
-    ledgers = {step.folder: Ledger(step.folder / "pipeline.json") for step in chain}
-    data_changed = False
-    for number, step in enumerate(chain, 1):
-        ledger, of_data = ledgers[step.folder], step.folder == config.data.work_dir
-        now = fingerprint({key: _setting(config, key) for key in step.settings}, step.inputs())
-        why = ledger.why_run(step.name, now, step.outputs) or ("asked for" if step.name in forced else "")
-        if not why and data_changed and of_data:
-            # Images can change under tables that do not; the stage itself looks at the images.
-            why = "an earlier stage ran"
-        title = f"[{number}/{len(chain)}] {step.name}"
-        if not why:
-            log.info("%s: up to date, skipped (configuration, inputs and outputs unchanged)", title)
-        else:
-            log.info("%s: runs (%s)", title, why)
-            changes = ledger.changes(step.name, now)
-            resume = step.trains and _may_resume(step.folder, changes, step.name in forced, overwrite)
-            ledger.record(step.name, now, finished=False)
-            started = time.perf_counter()
-            step.run(resume)
-            ledger.record(step.name, now, finished=True)
-            log.info("%s took %.0f s", step.name, time.perf_counter() - started)
-            data_changed = data_changed or of_data
-        if step.name == "train_cnn":
-            check_gate(run_dir, config.pipeline.min_val_auc, ignore_gates)
+    with ExitStack() as claims:
+        # All of them at once, so that no other process steps in between two stages.
+        for folder in dict.fromkeys(step.folder for step in chain):
+            claims.enter_context(claimed(folder))
+        _bring_up_to_date(config, chain, forced, overwrite, ignore_gates)
     seconds = time.perf_counter() - begun
     if readme is not None:
         update_readme(readme, run_dir, seconds)
@@ -109,6 +94,56 @@ def run(
         _say_where(run_dir, "results.md", "findings.md", "roc.png", "reliability.png", "grad_cam", "test_results.json")
         _say_page()
     return run_dir
+
+
+def _bring_up_to_date(
+    config: Config, chain: Sequence[Step], forced: Sequence[str], overwrite: bool, ignore_gates: bool
+) -> None:
+    """Run those steps of a chain that are not up to date."""
+    ledgers = {step.folder: Ledger(step.folder / "pipeline.json") for step in chain}
+    data_changed = False
+    for number, step in enumerate(chain, 1):
+        ledger, of_data = ledgers[step.folder], step.folder == config.sample_dir
+        now = fingerprint({key: _setting(config, key) for key in step.settings}, step.inputs())
+        why = ledger.why_run(step.name, now, step.left) or ("asked for" if step.name in forced else "")
+        if not why and data_changed and of_data:
+            # Images can change under tables that do not; the stage itself looks at the images.
+            why = "an earlier stage ran"
+        title = f"[{number}/{len(chain)}] {step.name}"
+        if not why:
+            log.info("%s: up to date, skipped (configuration, inputs and outputs unchanged)", title)
+        else:
+            log.info("%s: runs (%s)%s", title, why, _time_to_come(ledgers, chain[number - 1 :]))
+            resume = step.trains and _may_resume(step, why, step.name in forced, overwrite)
+            ledger.begin(step.name, now)
+            started = time.perf_counter()
+            step.run(resume)
+            seconds = time.perf_counter() - started
+            ledger.finish(step.name, now, step.left, seconds)
+            log.info("%s took %.0f s", step.name, seconds)
+            data_changed = data_changed or of_data
+        if step.name == "train_cnn":
+            check_gate(step.folder, config.pipeline.min_val_auc, ignore_gates)
+
+
+def _time_to_come(ledgers: Mapping[Path, Ledger], left: Sequence[Step]) -> str:
+    """The time that the steps from here on took when they were last run, in words; empty where one never was."""
+    took = [ledgers[step.folder].seconds(step.name) for step in left]
+    known = [seconds for seconds in took if seconds is not None]
+    if len(known) < len(took):
+        return ""
+    return f"; from here to the end took {sum(known) / 60:.1f} min the last time"
+
+
+def _refuse_a_name_for_two_runs(chain: Sequence[Step]) -> None:
+    """Before the second run replaces the first."""
+    made: dict[Path, str] = {}
+    for step in chain:
+        if step.trains and made.setdefault(step.folder, step.name) != step.name:
+            raise UserError(
+                f"{made[step.folder]} and {step.name} would both make the run {step.folder}; give each a name of its "
+                "own (run_name, teacher.run_name, distillation.run_name)"
+            )
 
 
 def _refuse_a_missing_base(config: Config) -> None:
@@ -160,20 +195,22 @@ def _setting(config: Config, key: str) -> Any:
     return value
 
 
-def _may_resume(run_dir: Path, changes: str, forced: bool, overwrite: bool) -> bool:
+def _may_resume(step: Step, why: str, forced: bool, overwrite: bool) -> bool:
     """True where a run that is there is resumed; False where it is made anew.
+
+    Args:
+        why: from `Ledger.why_run`.
 
     Raises:
         RunExistsError: it is there, finished or begun with something else, and may not be replaced.
     """
-    if not (run_dir / "config.json").exists() or forced or overwrite:
+    if not (step.folder / "config.json").exists() or forced or overwrite:
         return False
-    recorded = (run_dir / "pipeline.json").exists()
-    if recorded and not changes:
-        return not (run_dir / "training.json").exists()
-    why = changes or "it was not made by the pipeline"
+    if why == STOPPED:
+        return True
+    reason = f"{step.name} did not make it" if why == NEVER else why
     raise RunExistsError(
-        f"{run_dir} exists and would be replaced ({why}); choose another --run_name, or pass --overwrite"
+        f"{step.folder} exists and would be replaced ({reason}); choose another --run_name, or pass --overwrite"
     )
 
 

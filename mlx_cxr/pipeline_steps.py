@@ -39,7 +39,7 @@ class Step:
         run: does it; is told whether to resume a stopped run.
         settings: configuration keys it reads: sections, or keys of one as `section.key`.
         inputs: files it reads; looked for when its turn comes.
-        outputs: files it leaves.
+        outputs: files it leaves; called when they are looked for, where only the stage decides which.
         folder: where it writes (the small base: where its data are from), and where the ledger lies that says so.
         trains: whether it makes a run of its own, that may be resumed and is not replaced unasked.
     """
@@ -48,16 +48,25 @@ class Step:
     run: Callable[[bool], Any]
     settings: tuple[str, ...]
     inputs: Callable[[], list[Path]]
-    outputs: tuple[Path, ...]
+    outputs: tuple[Path, ...] | Callable[[], Sequence[Path]]
     folder: Path
     trains: bool = False
 
+    @property
+    def left(self) -> Sequence[Path]:
+        """The files that it leaves."""
+        return self.outputs() if callable(self.outputs) else self.outputs
 
-def steps(config: Config) -> list[Step]:
-    """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic."""
+
+def steps(config: Config, overwrite: bool = False) -> list[Step]:
+    """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic.
+
+    Args:
+        overwrite: let a cohort or manifest be replaced that runs were trained on.
+    """
     from mlx_cxr.data.pixel_store import store_files
 
-    data = config.data.work_dir
+    data = config.sample_dir
     chain = [
         Step(
             "build_manifest",
@@ -72,7 +81,7 @@ def steps(config: Config) -> list[Step]:
             lambda _: prepare_images.run(config),
             ("pixels",),
             lambda: [config.manifest_path],
-            tuple(store_files(config.pixels_path)),
+            lambda: store_files(config.pixels_path),
             data,
         ),
         Step(
@@ -88,10 +97,10 @@ def steps(config: Config) -> list[Step]:
     ]
     if config.data.synthetic:
         tables = config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz"
-        # A cohort of an older version gives way to this one's; anything else in its place is still refused.
+        # A cohort of an older version of the code gives way to this one's.
         demo = Step(
             "make_demo_data",
-            lambda _: make_demo_data.run(config, overwrite=True),
+            lambda _: make_demo_data.run(config, overwrite=overwrite),
             ("seed", "demo"),
             list,
             (tables,),
@@ -160,7 +169,7 @@ def _tiny_base(config: Config) -> Step:
         ("seed", "teacher.base", "teacher.tiny"),
         lambda: [config.manifest_path, config.reports_path],
         (folder / "model.safetensors", folder / "config.json"),
-        config.data.work_dir,
+        config.sample_dir,
     )
 
 

@@ -1,6 +1,7 @@
 """Decode the manifest's images into the pixel store: `python -m mlx_cxr.prepare_images --config configs/demo.yaml`.
 
-Writes into `data.work_dir`: `images_<size>.npy` (uint8 (N, S, S), a row per manifest row) and its index
+Writes into `data.work_dir`, a sample (`data.n_studies`) into a folder of its own there:
+`images_<size>.npy` (uint8 (N, S, S), a row per manifest row) and its index
 `images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (images that could not be used,
 and why) and `images_<size>_notes.csv` (images that look inverted, were 16-bit, palette, …). A stopped run is resumed.
 Prints images per second.

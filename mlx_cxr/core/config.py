@@ -55,24 +55,30 @@ class Config(sections.Section):
         return self.model_dump(mode="json")
 
     @property
+    def sample_dir(self) -> Path:
+        """Folder of manifest and pixel store: `data.work_dir`, or one in it for each sample (`data.n_studies`)."""
+        work_dir, studies = self.data.work_dir, self.data.n_studies
+        return work_dir if studies is None else work_dir / f"sample_{studies}_seed{self.seed}"
+
+    @property
     def manifest_path(self) -> Path:
         """`manifest.csv` of this experiment."""
-        return self.data.work_dir / "manifest.csv"
+        return self.sample_dir / "manifest.csv"
 
     @property
     def splits_path(self) -> Path:
         """`splits.json` of this experiment."""
-        return self.data.work_dir / "splits.json"
+        return self.sample_dir / "splits.json"
 
     @property
     def reports_path(self) -> Path:
         """`reports.csv` of this experiment: the sections of each study's report."""
-        return self.data.work_dir / "reports.csv"
+        return self.sample_dir / "reports.csv"
 
     @property
     def pixels_path(self) -> Path:
         """The pixel store of this experiment."""
-        return self.data.work_dir / f"images_{self.pixels.size}.npy"
+        return self.sample_dir / f"images_{self.pixels.size}.npy"
 
     def run_dir(self, run_name: str | None = None) -> Path:
         """Folder of a run; None takes `run_name` of the configuration.

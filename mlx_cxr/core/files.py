@@ -192,6 +192,19 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+_known: dict[tuple[str, int, int, int], str] = {}
+
+
+def known_sha256(path: str | Path) -> str:
+    """`sha256_file`, computed once in a process for as long as the file's size and time of modification stay."""
+    path = Path(path)
+    about = path.stat()
+    key = (str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns)
+    if key not in _known:
+        _known[key] = sha256_file(path)
+    return _known[key]
+
+
 def hash_of(value: Any) -> str:
     """Hex SHA-256 of a value's canonical JSON (keys sorted, no spaces)."""
     text = json.dumps(_jsonable(value), sort_keys=True, separators=(",", ":"), allow_nan=False)

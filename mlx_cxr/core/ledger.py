@@ -1,7 +1,7 @@
 """Ledger of the steps of a pipeline: tells by hash which are up to date, and for what reason the others are not.
 
-A step is recorded with the configuration it read and the SHA-256 of the files it read. It is up to date when both are
-the same now, its outputs exist, and the package has the same version. Code is not hashed: after a change of code, the
+A step is recorded with the configuration it read, and the SHA-256 of the files it read and of those it left. It is up
+to date when all are the same now and the package has the same version. Code is not hashed: after a change of code, the
 pipeline is told the stage to start again from.
 """
 
@@ -14,9 +14,12 @@ from typing import Any
 
 from mlx_cxr import __version__
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
+from mlx_cxr.core.files import RecordError, known_sha256, read_record, write_record
 
-SCHEMA = 1
+SCHEMA = 2
+NEVER = "not run before"
+STOPPED = "it was stopped before its end"
+"""Two of the reasons that `Ledger.why_run` gives."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> Fingerpr
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path} is missing; it should come from an earlier stage or from the data folder")
-    return Fingerprint(__version__, _flat(settings), {str(path): sha256_file(path) for path in inputs})
+    return Fingerprint(__version__, _flat(settings), {str(path): known_sha256(path) for path in inputs})
 
 
 class Ledger:
@@ -57,8 +60,13 @@ class Ledger:
         self.path = path
         self._steps: dict[str, Any] = {}
         if path.exists():
-            record = read_record(path)
-            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            try:
+                record = read_record(path)
+            except RecordError as error:
+                raise RecordError(
+                    f"{error}; or delete it: stages whose runs are there already then ask first"
+                ) from None
+            if record.get("schema") != SCHEMA:
                 raise RecordError(f"{path} is not a ledger of this version; delete it to run every stage again")
             self._steps = record["steps"]
 
@@ -66,13 +74,16 @@ class Ledger:
         """The reason for running a step, in words; empty when its outputs are up to date."""
         then = self._steps.get(step)
         if then is None:
-            return "not run before"
+            return NEVER
         if changed := self.changes(step, now):
             return changed
         if not then["finished"]:
-            return "it was stopped before its end"
-        missing = [str(path) for path in outputs if not path.exists()]
-        return f"{', '.join(missing)} is missing" if missing else ""
+            return STOPPED
+        if missing := [str(path) for path in outputs if not path.exists()]:
+            return f"{', '.join(missing)} is missing"
+        left = then["outputs"]
+        damaged = [str(path) for path in outputs if known_sha256(path) != left.get(str(path))]
+        return f"{', '.join(damaged)} is not what it left" if damaged else ""
 
     def changes(self, step: str, now: Fingerprint) -> str:
         """Differences from the recorded fingerprint, in words; empty without any, or when nothing is recorded."""
@@ -90,9 +101,22 @@ class Ledger:
                 return f"changed: {', '.join(changed[:4])}{more}"
         return ""
 
-    def record(self, step: str, fingerprint: Fingerprint, *, finished: bool) -> None:
-        """Record that a step was begun, or finished, with this fingerprint."""
-        self._steps[step] = {"finished": finished, "fingerprint": asdict(fingerprint)}
+    def seconds(self, step: str) -> float | None:
+        """Time that a step took when it was last run to its end; None where that is not known."""
+        return self._steps.get(step, {}).get("seconds")
+
+    def begin(self, step: str, fingerprint: Fingerprint) -> None:
+        """Record that a step is begun with this fingerprint."""
+        self._write(step, {"finished": False, "fingerprint": asdict(fingerprint), "seconds": self.seconds(step)})
+
+    def finish(self, step: str, fingerprint: Fingerprint, outputs: Sequence[Path], seconds: float) -> None:
+        """Record that a step has left these outputs."""
+        left = {str(path): known_sha256(path) for path in outputs}
+        about = {"finished": True, "fingerprint": asdict(fingerprint), "outputs": left, "seconds": seconds}
+        self._write(step, about)
+
+    def _write(self, step: str, about: dict[str, Any]) -> None:
+        self._steps[step] = about
         write_record(self.path, {"schema": SCHEMA, "steps": self._steps})
 
 

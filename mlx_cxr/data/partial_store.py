@@ -22,9 +22,9 @@ import numpy as np
 import PIL
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import write_record
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.data.decode_pool import Decoded
-from mlx_cxr.data.pixel_store import map_images, partial_paths, sample_hash
+from mlx_cxr.data.pixel_store import partial_paths
 
 log = logging.getLogger("mlx_cxr")
 
@@ -148,10 +148,9 @@ class PartialStore:
         try:
             os.ftruncate(self._pixels, self._bytes)
             self._checkpoint()
-            images = map_images(self._pixels_path, tuple(self._key["shape"]))
             index = {
                 **self._key,
-                "sample": sample_hash(images),
+                "pixels": sha256_file(self._pixels_path),
                 "pillow": PIL.__version__,
                 "stored": len(self.done),
                 **entries,

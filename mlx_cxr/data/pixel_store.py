@@ -3,12 +3,12 @@
 `images_<size>.npy` holds (N, S, S), a row per manifest row in its order; an image that could not be used is all 0.
 `images_<size>.json` beside it has, key by key:
 
-    schema      1
+    schema      3
     manifest    SHA-256 of the manifest
     transform   `Transform.plain()`
-    films       SHA-256 over the images' names and sizes in bytes when the store was begun
+    films       SHA-256 over the images' names, sizes, times of modification, and a block of each, when it was begun
     shape       [N, S, S]
-    sample      SHA-256 of some of the rows, which ties the index to its array
+    pixels      SHA-256 of the array's file
     pillow      version of the decoder
     stored      images in the array
     unreadable  image_id -> why it could not be used
@@ -17,15 +17,14 @@
 
 A store of very many images lies in shards, each of the next so many rows of the manifest: `images_<size>-1-of-6.npy`
 with an index of its own, as above, and so on; `ShardedImages` reads them as one array. The index of the whole,
-`images_<size>.json`, is written when all are there; its schema is 2, it has no `pillow`, and
+`images_<size>.json`, is written when all are there; its schema is 4, it has no `pillow`, and
 
-    shards      [{file, films, sample}] in order: name of the array, number of rows, as in its own index
+    shards      [{file, films, pixels}] in order: name of the array, number of rows, as in its own index
     films       SHA-256 of what the shards have under `films`
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,15 +35,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.core.files import RecordError, read_record
+from mlx_cxr.core.files import RecordError, known_sha256, read_record
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
 from mlx_cxr.data.tables import DataError
 
-SCHEMA = 1
-SHARDED_SCHEMA = 2
-_KEYS = ("manifest", "transform", "films", "shape", "sample", "unreadable", "notes", "image_ids")
-_SAMPLED_ROWS = 16
+SCHEMA = 3
+SHARDED_SCHEMA = 4
+_KEYS = ("manifest", "transform", "films", "shape", "unreadable", "notes", "image_ids")
 _AGAIN = "run prepare_images with this configuration again"
 
 
@@ -71,7 +69,8 @@ class PixelStore:
             path: `images_<size>.npy`.
 
         Raises:
-            DataError: it is not there, incomplete, damaged, or made for something else.
+            DataError: it is not there, incomplete, damaged (all of it is hashed, once in a process), or made for
+                something else.
         """
         path = Path(path)
         index = read_index(path)
@@ -85,10 +84,13 @@ class PixelStore:
         if not place.equals(pd.Index(manifest.frame["image_id"], dtype=object)):
             raise DataError(f"{path.with_suffix('.json')} lists other films than the manifest; {_AGAIN}")
         arrays = []
-        for file, shape, sample in _arrays(path, index):
+        for file, shape, pixels in _arrays(path, index):
             arrays.append(map_images(file, shape))
-            if sample_hash(arrays[-1]) != sample:
-                raise DataError(f"{file} and its index {path.with_suffix('.json')} do not belong together; {_AGAIN}")
+            if known_sha256(file) != pixels:
+                raise DataError(
+                    f"{file} is not what its index {path.with_suffix('.json')} says: it is damaged, or was changed or "
+                    f"replaced; {_AGAIN}"
+                )
         images = arrays[0] if index["schema"] == SCHEMA else ShardedImages(arrays)
         return cls(images, index["unreadable"], index["notes"], place)
 
@@ -221,12 +223,6 @@ def partial_paths(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.partial"), path.with_name(f"{path.stem}.partial.jsonl")
 
 
-def sample_hash(images: np.ndarray) -> str:
-    """SHA-256 of some rows of (N, S, S), evenly spaced: cheap for any N."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, _SAMPLED_ROWS).astype(int))
-    return hashlib.sha256(np.ascontiguousarray(images[chosen])).hexdigest()
-
-
 def map_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The array of a store, memory-mapped and read-only.
 
@@ -243,13 +239,13 @@ def map_images(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _is_index(index: Any) -> bool:
-    if not isinstance(index, dict) or any(key not in index for key in _KEYS):
+    if any(key not in index for key in _KEYS):
         return False
     if index.get("schema") == SHARDED_SCHEMA:
         shards = index.get("shards")
-        wanted = {"file", "films", "sample"}
+        wanted = {"file", "films", "pixels"}
         return isinstance(shards, list) and all(isinstance(s, dict) and wanted <= s.keys() for s in shards)
-    return index.get("schema") == SCHEMA
+    return index.get("schema") == SCHEMA and "pixels" in index
 
 
 def _state(path: Path) -> str:
@@ -258,11 +254,11 @@ def _state(path: Path) -> str:
 
 
 def _arrays(path: Path, index: dict[str, Any]) -> list[tuple[Path, tuple[int, ...], str]]:
-    """(file, shape, sample) of each array of a store."""
+    """(file, shape, SHA-256) of each array of a store."""
     if index["schema"] == SCHEMA:
-        return [(path, tuple(index["shape"]), index["sample"])]
+        return [(path, tuple(index["shape"]), index["pixels"])]
     side = index["shape"][1:]
-    return [(path.with_name(s["file"]), (s["films"], *side), s["sample"]) for s in index["shards"]]
+    return [(path.with_name(s["file"]), (s["films"], *side), s["pixels"]) for s in index["shards"]]
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import expit
 
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import write_record
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.data.manifest import Manifest
@@ -175,6 +175,8 @@ class Results(TypedDict):
     """Both under `fitted_under`; null without training metadata."""
     provenance: dict[str, Any]
     """As `runs.provenance`."""
+    files: dict[str, str]
+    """SHA-256 of `predictions.csv` and `operating_points.json`, which were written with it."""
 
 
 def evaluate(
@@ -401,5 +403,6 @@ def write_scores(
         test_metadata=study_metadata(frame.loc[scored]),
         score=score,
     )
+    results["files"] = {name: sha256_file(folder / name) for name in ("predictions.csv", FILE)}
     write_record(folder / "test_results.json", results)
     return points, results

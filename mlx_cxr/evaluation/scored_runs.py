@@ -134,7 +134,6 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
                 f"{folder / file} is missing, so run {folder.name!r} cannot be compared; make it with "
                 f"{_command(role, folder.name, file)}"
             )
-    scored = read_predictions(folder / "predictions.csv")
     path = folder / "test_results.json"
     results = read_record(path)
     if results.get("schema") != SCHEMA:
@@ -153,17 +152,13 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
             **{key: results[key] for key in ("synthetic", "fitted_under", "threshold_rule")},
         },
     )
-    expected = points.calibration.probabilities(scored.predictions.logits)
-    same = np.array_equal(scored.thresholds, points.thresholds.values)
-    other = None
-    if not same or not np.allclose(scored.probabilities, expected, rtol=0, atol=1e-9):
-        other = f"thresholds or temperatures than {path}"
-    elif not np.array_equal(scored.states, points.states(scored.probabilities)):
-        other = f"calls than {path} says"
-    if other:
+    predictions = folder / "predictions.csv"
+    if _read(path, lambda: results["files"][predictions.name]) != sha256_file(predictions):
         raise ComparisonError(
-            f"{folder / 'predictions.csv'} has other {other}: they are of different evaluations; {_again(role, folder)}"
+            f"{predictions} is not what {path} was computed from: it is damaged, was changed, or is of another "
+            f"evaluation; {_again(role, folder)}"
         )
+    scored = read_predictions(predictions)
     run = open_run(folder, _STAGES[role][0].split()[0])
     soft_labels = next((entry for entry in run.inputs.values() if Path(entry["path"]).name == SOFT_LABELS), None)
     teacher = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlx_cxr.teacher.memory import Decoder, MemoryEstimate, adapted_widths, chec
 from mlx_cxr.teacher.prompt import PromptFormat
 from mlx_cxr.teacher.teacher_run import ADAPTER, RECORD, Material, prompt_format, what_it_reads
 from mlx_cxr.training.distributed import World
-from mlx_cxr.training.loop import train
+from mlx_cxr.training.loop import TrainingResult, train
 from mlx_cxr.training.losses import masked_bce, positive_weights
 
 log = logging.getLogger("mlx_cxr")
@@ -125,7 +125,7 @@ class FineTuning:
         """
         teacher, base = self.config.teacher, self.base
         if resume:
-            log.info("going on from the last saved state of %s", run_dir)
+            log.info("resumed from the last saved state of %s", run_dir)
             zero_shot = self.world.agree(lambda: read_record(run_dir / RECORD)["zero_shot"])
         else:
             zero_shot = validate(base.model)
@@ -146,8 +146,15 @@ class FineTuning:
         log.info("zero-shot validation macro AUC %.4f", zero_shot["macro_auc"])
         return record
 
-    def fit(self, run_dir: Path, images: np.ndarray | None, validate: Validate, resume: bool) -> dict[str, Any]:
-        """Put adapters on the base and train them; returns the entries of `training.json`.
+    @property
+    def settings(self) -> str:
+        """Hash of what decides the adapter, and so may not change when a run is resumed."""
+        return settings_hash(self.config, self.base, self.inputs)
+
+    def fit(
+        self, run_dir: Path, images: np.ndarray | None, validate: Validate, resume: bool
+    ) -> tuple[TrainingResult, dict[str, Any]]:
+        """Put adapters on the base and train them; returns the outcome, and what `training.json` says beside it.
 
         `images` and `validate` are those of `embed_images`.
         """
@@ -170,13 +177,11 @@ class FineTuning:
                 save_every=training.save_every,
                 log_every=training.log_every,
                 run_dir=run_dir,
-                settings=settings_hash(config, base, self.inputs),
+                settings=self.settings,
                 resume=resume,
             )
         trainable = adapter_parameters(base.model)
-        return {
-            "schema": 1,
-            **asdict(result),
+        return result, {
             "parameters": {"total": base.parameters + trainable, "trainable": trainable},
             "memory_estimate_bytes": self.memory.total,
             "peak_memory_bytes": mx.get_peak_memory(),

@@ -79,7 +79,7 @@ class Material:
         if self.store is None or self.store_sha256 is None:
             return None
         size, images = config.teacher.image_size, studies.frame["image_id"].tolist()
-        return image_embeddings(base, self.store, self.store_sha256, images, size, config.data.work_dir)
+        return image_embeddings(base, self.store, self.store_sha256, images, size, config.sample_dir)
 
 
 def prompt_format(base: Base, config: Config, order: Sequence[str] = LABELS) -> PromptFormat:
@@ -155,7 +155,7 @@ class TrainedTeacher:
         pairs = {f"{role} (SHA-256)": (self.inputs.get(role), sha256) for role, sha256 in now.items()}
         pairs["data.synthetic"] = (self.config.data.synthetic, config.data.synthetic)
         pairs["labels"] = (self.config.labels, config.labels)
-        pairs["data.work_dir"] = (self.config.data.work_dir, config.data.work_dir)
+        pairs["folder of manifest and reports"] = (self.config.sample_dir, config.sample_dir)
         faults = [f"{key}: the run has {a}, this is {b}" for key, (a, b) in pairs.items() if a != b]
         if faults:
             raise RecordError(

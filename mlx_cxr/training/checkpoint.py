@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def load_state(
     model.load_weights(list(weights.items()), strict=False)
     _put(optimizer.state, tree_unflatten(list(moments.items())))
     return progress
+
+
+def forget_state(run_dir: Path) -> None:
+    """Remove the state of a run that has come to its end: it is three times as large as the weights that were kept."""
+    state = run_dir / STATE
+    state.unlink(missing_ok=True)
+    with suppress(OSError):  # Not there, or it holds something else.
+        state.parent.rmdir()
 
 
 def share_state(

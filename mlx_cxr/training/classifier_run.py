@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from mlx_cxr import __version__
 from mlx_cxr.core import device
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.config_schema import ModelConfig, TrainingConfig
-from mlx_cxr.core.files import hash_of, write_record
+from mlx_cxr.core.files import RecordError, hash_of, read_record, write_record
 from mlx_cxr.core.runs import RunExistsError, create_run
 from mlx_cxr.models.convert import freeze, initial_model
 from mlx_cxr.models.resnet import ResNet18
 from mlx_cxr.ops.streams import available, batch_parallel
-from mlx_cxr.training.checkpoint import STATE
+from mlx_cxr.training.checkpoint import STATE, forget_state
 from mlx_cxr.training.cohort import Cohort, SplitData
 from mlx_cxr.training.distributed import ALONE, World
 from mlx_cxr.training.loop import Task, TrainingResult, train
@@ -28,6 +28,9 @@ from mlx_cxr.training.losses import positive_weights, prior_logits
 from mlx_cxr.training.scoring import predict_logits, validation
 
 log = logging.getLogger("mlx_cxr")
+
+RESULT = "training.json"
+"""The file in a run's folder that says that its training came to an end, and how."""
 
 
 def open_images(config: Config) -> tuple[Cohort, SplitData, SplitData]:
@@ -72,7 +75,7 @@ def initial_network(
 
 
 def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALONE) -> bool:
-    """True if resuming is asked for and there is a saved state to resume from; rank 0 looks.
+    """True if resuming is asked for, and there is a saved state to resume from or the run is finished; rank 0 looks.
 
     Raises:
         RunExistsError: the run is there, and neither `resume` nor `overwrite` is given.
@@ -81,9 +84,34 @@ def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALON
     def look() -> bool:
         if (run_dir / "config.json").exists() and not (resume or overwrite):
             raise RunExistsError(f"{run_dir} exists; choose another --run_name, or pass --resume or --overwrite")
-        return resume and (run_dir / STATE).exists()
+        return resume and ((run_dir / STATE).exists() or (run_dir / RESULT).exists())
 
     return world.agree(look)
+
+
+def finished_result(run_dir: Path, settings: str, world: World) -> TrainingResult | None:
+    """The outcome of a run to resume that has come to its end already; None for one that has not.
+
+    Raises:
+        RecordError: it was made with other settings, or its record is damaged.
+    """
+    path = run_dir / RESULT
+    record = world.agree(lambda: read_record(path) if path.exists() else None)
+    if record is None:
+        return None
+    if record["settings"] != settings:
+        raise RecordError(
+            f"{path} is of a run that was made with other data or settings; restore the configuration, or start again "
+            "with another --run_name or --overwrite"
+        )
+    log.info("%s is finished: there is nothing to resume", run_dir)
+    return TrainingResult(**{field.name: record[field.name] for field in fields(TrainingResult)})
+
+
+def write_result(run_dir: Path, result: TrainingResult, settings: str, summary: Mapping[str, Any]) -> None:
+    """Write `training.json`, with which a run is finished, and remove the state to resume from."""
+    write_record(run_dir / RESULT, {"schema": 1, **asdict(result), "settings": settings, **summary})
+    forget_state(run_dir)
 
 
 def begin(
@@ -104,7 +132,6 @@ def begin(
     if not world.writes:
         return
     if resume:
-        log.info("going on from the last saved state of %s", run_dir)
         return
     data = {"manifest": config.manifest_path, "pixel_index": config.pixels_path.with_suffix(".json")}
     create_run(
@@ -116,7 +143,7 @@ def begin(
         device=machine,
         overwrite=True,
     )
-    (run_dir / "training.json").unlink(missing_ok=True)
+    (run_dir / RESULT).unlink(missing_ok=True)
 
 
 def fit(
@@ -129,13 +156,17 @@ def fit(
     resume: bool,
     summary: Mapping[str, Any],
 ) -> TrainingResult:
-    """Run the loop, and write `training.json` with its result and the given summary.
+    """Run the loop, and write `training.json` with its result and the given summary; a finished run is left as it is.
 
     Raises:
         TrainingDivergedError, TrainingDataError, RecordError: as `train`.
     """
     world = task.world
     world.check_same("version of this package, or kind of device,", f"{__version__} {device.device_kind()}")
+    if resume:
+        if (finished := finished_result(run_dir, settings, world)) is not None:
+            return finished
+        log.info("resumed from the last saved state of %s", run_dir)
     # The parts of a batch decide in which order ranks exchange BatchNorm's sums: as many on each.
     parts = int(world.gather(np.array([available()], np.int32)).min())
     with batch_parallel(parts):
@@ -151,7 +182,7 @@ def fit(
             resume=resume,
         )
     if world.writes:
-        write_record(run_dir / "training.json", {"schema": 1, **asdict(result), **summary})
+        write_result(run_dir, result, settings, summary)
     log.info(
         "best validation macro AUC %.4f (epoch %d); weights in %s",
         result.best_auc,

@@ -278,12 +278,8 @@ def _device_runs_ahead() -> bool:
 
 
 def _clear(run_dir: Path, state_path: Path, metrics_path: Path, best_path: Path, resume: bool) -> None:
-    """Remove temporary files of a killed run, and unless it is resumed its other files too."""
+    """Remove the files of an earlier run, unless it is resumed."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    # A kill in the middle of a save leaves 130 MB each time.
-    for folder in {run_dir, state_path.parent, best_path.parent}:
-        for stray in folder.glob(".*.safetensors"):
-            stray.unlink()
     if not resume:
         for old in (state_path, metrics_path, best_path):
             old.unlink(missing_ok=True)

@@ -64,10 +64,14 @@ def served(outputs: Path, log: Path, folder: Path | None = None) -> Iterator[str
 
 
 def settled(page) -> None:
-    """Wait until the page's script has run to its end."""
-    page.wait_for_timeout(250)
-    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
-    page.wait_for_timeout(250)
+    """Wait until the page's script has run to its end, and no other run began within half a second of it."""
+    at_rest = """() => {
+      const app = document.querySelector('[data-testid=stApp]'), now = performance.now();
+      if (!app || app.dataset.testScriptState !== 'notRunning') window.busy = now;
+      window.busy ??= now;
+      return now - window.busy > 500; }"""
+    page.evaluate("() => { window.busy = performance.now(); }")
+    page.wait_for_function(at_rest, polling=50)
 
 
 def take(url: str, folder: Path, study: str = "") -> None:

@@ -126,6 +126,16 @@ def image_pixels(page) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")).astype(int)
 
 
+def moved(page, slider, key: str, times: int = 1) -> np.ndarray:
+    """The image after a slider was moved by a key; however slow the machine is, it is awaited."""
+    before = page.locator("[data-testid=stImage] img").first.get_attribute("src")
+    for _ in range(times):
+        slider.press(key)
+    page.wait_for_function("was => document.querySelector('[data-testid=stImage] img')?.src !== was", arg=before)
+    settled(page)
+    return image_pixels(page)
+
+
 def choose(page, label: str, option: str) -> None:
     """Pick an option of a menu as a reader does."""
     page.get_by_role("combobox", name=label).click()
@@ -151,16 +161,10 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
     before, calls = image_pixels(page), server.model_calls()
     slider = page.get_by_role("slider", name="Map opacity")
     slider.focus()
-    for _ in range(12):
-        slider.press("ArrowLeft")
-    settled(page)
-    fainter = image_pixels(page)
+    fainter = moved(page, slider, "ArrowLeft", 12)
     assert np.ptp(before, axis=2).mean() > np.ptp(fainter, axis=2).mean() > 0
-    slider.press("Home")
-    settled(page)
-    assert np.ptp(image_pixels(page), axis=2).max() == 0
-    slider.press("End")
-    settled(page)
+    assert np.ptp(moved(page, slider, "Home"), axis=2).max() == 0
+    moved(page, slider, "End")
     assert server.model_calls() == calls, "moving the slider ran a model"
 
     grad_cam = image_pixels(page)

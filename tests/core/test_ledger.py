@@ -19,7 +19,7 @@ def files(tmp_path):
 
 def _finished(tmp_path, now):
     ledger = Ledger(tmp_path / "pipeline.json")
-    ledger.record("prepare", now, finished=True)
+    ledger.finish("prepare", now, [tmp_path / "product.npy"], 12.5)
     return Ledger(tmp_path / "pipeline.json")
 
 
@@ -52,10 +52,10 @@ def test_a_lost_output_an_unfinished_step_and_another_version_make_it_run(tmp_pa
     ledger = _finished(tmp_path, now)
     product.unlink()
     assert str(product) in ledger.why_run("prepare", now, [product])
-    ledger.record("prepare", now, finished=False)
+    ledger.begin("prepare", now)
     assert ledger.why_run("prepare", now, []) == "it was stopped before its end"
     older = Fingerprint("0.0.1", now.settings, now.inputs)
-    ledger.record("prepare", older, finished=True)
+    ledger.finish("prepare", older, [], 1)
     assert "0.0.1" in ledger.why_run("prepare", now, [])
 
 
