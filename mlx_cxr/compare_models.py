@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import atomic_path, write_record, write_text
+from mlx_cxr.core.files import atomic_path, read_record, write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -61,7 +61,7 @@ def run(
     from mlx_cxr.evaluation.scored_runs import open_scored_run
     from mlx_cxr.pages.comparison_page import comparison_markdown
     from mlx_cxr.pages.comparison_statement import gate_lines
-    from mlx_cxr.pages.comparison_tables import closing_comparison, comparison_block, comparison_table
+    from mlx_cxr.pages.comparison_tables import comparison_block, comparison_table
     from mlx_cxr.pages.readme import replace_block
 
     student_run = student_run or config.distillation.run_name
@@ -92,7 +92,7 @@ def run(
         comparison_table(comparison).to_csv(temporary, index=False, lineterminator="\n")
     pictures = draw(runs, folder, config)
     write_text(folder / "final_comparison.md", comparison_markdown(comparison, [path.name for path in pictures]))
-    log.info("\n%s\n\nTables and pictures in %s", closing_comparison(comparison), folder / "final_comparison.md")
+    log.info("tables and pictures in %s", folder / "final_comparison.md")
     for gate, line in zip(comparison["gates"].values(), gate_lines(comparison), strict=True):
         if not gate["met"]:
             log.warning("WARNING: gate %s", line)
@@ -152,7 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     with started(build_parser(), argv) as args:
-        run(
+        from mlx_cxr.pages.comparison_tables import closing_comparison
+
+        folder = run(
             configuration(args),
             cnn_run=args.cnn_run,
             teacher_run=args.teacher_run,
@@ -162,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             readme=args.update_readme,
             output_dir=args.output_dir,
         )
+        log.info("\n%s", closing_comparison(read_record(folder / "final_comparison.json")))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ def run(
     from mlx_cxr.inference.explanation import study_maps
     from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.pages.confusion_plot import plot_confusions
-    from mlx_cxr.pages.failure_advice import closing_failures
     from mlx_cxr.pages.failure_page import Shown, failure_markdown
     from mlx_cxr.pages.failure_pictures import draw_failures, remove_stale
     from mlx_cxr.pages.figures import cohort_line
@@ -117,7 +116,7 @@ def run(
     page = failure_markdown(results, gallery, per_label(settings.examples, labels), PICTURE)
     path = write_text(folder / "summary.md", page)
     remove_stale(folder, pictures)
-    log.info("\n%s\n\nTables and pictures in %s", closing_failures(results), path)
+    log.info("tables and pictures in %s", path)
     return folder
 
 
@@ -166,12 +165,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     with started(build_parser(), argv) as args:
-        run(
+        folder = run(
             configuration(args),
             student_run=args.student_run,
             cnn_run=args.cnn_run,
             teacher_run=args.teacher_run,
         )
+        log.info("\n%s", closing_lines(folder))
 
 
 if __name__ == "__main__":

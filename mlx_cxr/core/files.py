@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -200,9 +201,13 @@ def known_sha256(path: str | Path) -> str:
     path = Path(path)
     about = path.stat()
     key = (str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns)
-    if key not in _known:
-        _known[key] = sha256_file(path)
-    return _known[key]
+    if key in _known:
+        return _known[key]
+    digest = sha256_file(path)
+    # A file just written may be written again within the same tick of the disk's clock.
+    if abs(time.time_ns() - about.st_mtime_ns) > 10**9:
+        _known[key] = digest
+    return digest
 
 
 def hash_of(value: Any) -> str:

@@ -9,6 +9,7 @@ interval. On several ranks each does its part of the step, and rank 0 writes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +26,10 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import append_jsonl, write_text
 from mlx_cxr.training.checkpoint import STATE, Progress, load_state, save_state, share_state
 from mlx_cxr.training.distributed import ALONE, World
+
+log = logging.getLogger("mlx_cxr")
+
+_SAY_SECONDS = 30.0
 
 
 class TrainingDivergedError(UserError, RuntimeError):
@@ -150,6 +155,7 @@ def train(
         )
         task.model.train()
         clock.lap()
+        said = time.monotonic()
         for batch in bar:
             # The draws of a step depend on its number, so that a resumed run repeats those of an unbroken one.
             mx.random.seed(int(np.random.SeedSequence([seed, progress.step]).generate_state(1, np.uint64)[0]))
@@ -165,6 +171,14 @@ def train(
                 else:
                     mx.eval(*stepped)
                 previous = losses.arrays
+
+            # Where no bar is drawn, as in a log file, long epochs say how far they are.
+            if bar.disable and world.writes and time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                done = progress.step - epoch * steps_per_epoch
+                left = (steps_per_epoch - done) * clock.since_lap() / (done - skip)
+                where = (epoch + 1, epochs, done, steps_per_epoch, left / 60)
+                log.info("epoch %d/%d: step %d of %d, about %.1f min to its end", *where)
 
             # Read the loss, which ends the run where it is not finite, before such weights are saved.
             if logs:
@@ -266,6 +280,9 @@ class _Clock:
 
     def total(self) -> float:
         return self._before + time.perf_counter() - self._start
+
+    def since_lap(self) -> float:
+        return time.perf_counter() - self._lap
 
     def lap(self) -> float:
         lap, self._lap = time.perf_counter() - self._lap, time.perf_counter()

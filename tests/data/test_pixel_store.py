@@ -115,7 +115,7 @@ class TestOpenRefuses:
 
     def test_an_array_from_elsewhere(self, manifest, store_path):
         np.save(store_path, np.zeros((12, 32, 32), np.uint8))
-        self.refused(store_path, manifest, "do not belong together")
+        self.refused(store_path, manifest, "is not what its index")
 
     def test_a_pickle_is_never_opened(self, manifest, store_path):
         np.save(store_path, np.array([{}] * 12, dtype=object), allow_pickle=True)
@@ -124,7 +124,7 @@ class TestOpenRefuses:
     @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1}'])
     def test_a_damaged_index(self, manifest, store_path, text):
         store_path.with_suffix(".json").write_text(text)
-        self.refused(store_path, manifest, "not readable JSON|not an index of this version")
+        self.refused(store_path, manifest, "not readable JSON|carries no 'self_sha256'")
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ class TestStopped:
         def killed(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(partial_store, "write_json", killed)
+        monkeypatch.setattr(partial_store, "write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             build(store_path, manifest, root, rebuild=True)
         monkeypatch.undo()

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from few_images import TRANSFORM, image, manifest_of
+from PIL import Image, ImageOps
 from prepared_images import read_image
 
 from mlx_cxr.core.labels import LABELS
@@ -88,6 +89,34 @@ class TestUpToDate:
         assert build_store(store_path, manifest, TRANSFORM, root, 1).unreadable == {}
         store = PixelStore.open(store_path, manifest, TRANSFORM)
         assert (store.images[6] == read_image(root / "films/f03.jpg", TRANSFORM)).all()
+
+    @pytest.mark.parametrize("dated", ["as it was", "now"])
+    def test_an_image_replaced_by_one_of_the_same_size(self, root, manifest, store_path, dated):
+        # A picture without compression, and its negative: as many bytes, every one of them another.
+        path = root / "films/f03.jpg"
+        Image.open(path).convert("L").save(path, "BMP")
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+        before, pixels = path.stat(), np.load(store_path)[6]
+        ImageOps.invert(Image.open(path)).save(path, "BMP")
+        assert path.stat().st_size == before.st_size
+        if dated == "as it was":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert build_store(store_path, manifest, TRANSFORM, root, 1).decoded == 12
+        store = PixelStore.open(store_path, manifest, TRANSFORM)
+        inside = pixels.any(axis=0)  # beside it are the bars of the letterbox
+        np.testing.assert_allclose(store.images[6][:, inside].astype(int), 255 - pixels[:, inside].astype(int), atol=1)
+
+    @pytest.mark.parametrize("row", range(12))
+    def test_one_changed_pixel_of_any_image_in_the_store(self, root, manifest, store_path, row):
+        build_store(store_path, manifest, TRANSFORM, root, 1)
+        good = store_path.read_bytes()
+        images = np.load(store_path, mmap_mode="r+")
+        images[row, 31, 31] ^= 1
+        images.flush()
+        with pytest.raises(DataError, match=rf"{store_path.name} is not what its index .* says"):
+            PixelStore.open(store_path, manifest, TRANSFORM)
+        assert build_store(store_path, manifest, TRANSFORM, root, 1).decoded == 12
+        assert store_path.read_bytes() == good
 
     def test_another_manifest_transform_or_a_damaged_store_make_it_anew(self, root, manifest, store_path):
         build_store(store_path, manifest, TRANSFORM, root, 1)
@@ -203,7 +232,7 @@ class TestKilled:
 
         expected = root / "unbroken" / "images_32.npy"
         build_store(expected, manifest, TRANSFORM, root, 1)
-        monkeypatch.setattr(partial_store, "write_json", killed)
+        monkeypatch.setattr(partial_store, "write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(store_path, manifest, TRANSFORM, root, 1)
         monkeypatch.undo()
