@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import write_record, write_text
-from mlx_cxr.core.runs import provenance
+from mlx_cxr.core.files import sha256_file, write_record, write_text
+from mlx_cxr.core.runs import RunExistsError, provenance, runs_that_read
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -30,14 +30,16 @@ log = logging.getLogger("mlx_cxr")
 
 
 @claims(lambda config, *_, **__: config.manifest_path.parent)
-def run(config: Config, workers: int = 0) -> Path:
+def run(config: Config, workers: int = 0, overwrite: bool = False) -> Path:
     """Write the manifest and the files beside it, and return the manifest's path.
 
     Args:
         config: the experiment; `data` and `seed` are used.
         workers: processes that read reports; 0 takes one per core. The bytes written do not depend on it.
+        overwrite: replace a manifest that runs were trained on by another.
 
     Raises:
+        RunExistsError: the manifest would be another than runs were trained on, and `overwrite` is false.
         DataError: a table, column, image folder or report folder is missing, or contradicts itself; names it.
     """
     from mlx_cxr.data.csv_source import read_csv_source
@@ -64,7 +66,7 @@ def run(config: Config, workers: int = 0) -> Path:
     rows, reports = _with_texts(rows, config, workers)
 
     # The files, each with the hashes of those it belongs to.
-    sha256 = write_manifest(config.manifest_path, rows.frame)
+    sha256 = write_manifest(config.manifest_path, rows.frame, lambda new: _keep_what_runs_read(config, new, overwrite))
     about = {
         "reports_sha256": write_reports(config.reports_path, reports.sections),
         "source": data.source,
@@ -94,6 +96,18 @@ def run(config: Config, workers: int = 0) -> Path:
                 name,
             )
     return config.manifest_path
+
+
+def _keep_what_runs_read(config: Config, sha256: str, overwrite: bool) -> None:
+    path = config.manifest_path
+    if overwrite or not path.exists() or (old := sha256_file(path)) == sha256:
+        return
+    if runs := runs_that_read(config.outputs, old):
+        raise RunExistsError(
+            f"{path} is what {', '.join(str(run) for run in runs[:3])}{' and others' if len(runs) > 3 else ''} were "
+            "trained on, and the one to be made now differs from it; set another data.work_dir, or pass --overwrite: "
+            "these runs can then no longer be evaluated or shown"
+        )
 
 
 def source_tables(config: Config) -> list[Path]:
@@ -144,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--n_studies", type=int, help="data.n_studies: sample so many studies, patients kept whole")
     parser.add_argument("--seed", type=int, help="of the sample, and of the split where the source brings none")
+    parser.add_argument("--overwrite", action="store_true", help="replace a manifest that runs were trained on")
     parser.add_argument("--workers", type=int, default=0, help="processes that read reports; default: one per core")
     return parser
 
@@ -151,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     with started(build_parser(), argv) as args:
-        run(configuration(args, seed=args.seed, data__n_studies=args.n_studies), args.workers)
+        run(configuration(args, seed=args.seed, data__n_studies=args.n_studies), args.workers, args.overwrite)
 
 
 if __name__ == "__main__":

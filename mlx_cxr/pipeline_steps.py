@@ -70,7 +70,7 @@ def steps(config: Config, overwrite: bool = False) -> list[Step]:
     chain = [
         Step(
             "build_manifest",
-            lambda _: build_manifest.run(config),
+            lambda _: build_manifest.run(config, overwrite=overwrite),
             ("seed", "data"),
             lambda: build_manifest.source_tables(config),
             (config.manifest_path, config.splits_path, *(_reports(config) if config.pipeline.teacher else [])),

@@ -11,7 +11,7 @@ from toy_cohort import make_cohort, soft_labels
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
 from mlx_cxr.core.config import config_from_plain, load_config
-from mlx_cxr.core.files import read_json, sha256_file, write_json
+from mlx_cxr.core.files import read_record, sha256_file, write_record
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points, write_operating_points
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18
@@ -43,11 +43,11 @@ def evaluated_run(to: Path, name: str = CNN) -> Path:
 
 def change(path: Path, *keys: str, value: object) -> None:
     """Set an entry of a JSON file."""
-    entry = plain = read_json(path)
+    entry = plain = read_record(path)
     for key in keys[:-1]:
         entry = entry[key]
     entry[keys[-1]] = value
-    write_json(path, plain)
+    write_record(path, plain)
 
 
 def replace_model(folder: Path, model: ResNet18, size: int, fit: str = "letterbox") -> None:
@@ -59,7 +59,7 @@ def replace_model(folder: Path, model: ResNet18, size: int, fit: str = "letterbo
     sha256 = sha256_file(folder / "best_model.safetensors")
     change(folder / "test_results.json", "provenance", "inputs", "checkpoint", "sha256", value=sha256)
     change(folder / "inference.json", "checkpoint", "sha256", value=sha256)
-    config = config_from_plain(read_json(folder / "config.json")["config"], folder)
+    config = config_from_plain(read_record(folder / "config.json")["config"], folder)
     change(folder / "inference.json", "preprocessing", value=preprocessing_record(config))
     replace_points(folder, read_operating_points(folder / "operating_points.json")[0])
 
@@ -68,6 +68,6 @@ def replace_points(folder: Path, points: OperatingPoints) -> None:
     """Give a run other operating points, of its present weights."""
     path = folder / "operating_points.json"
     about = read_operating_points(path)[1]
-    checkpoint = read_json(folder / "inference.json")["checkpoint"]["sha256"]
+    checkpoint = read_record(folder / "inference.json")["checkpoint"]["sha256"]
     about["made_from"] = {**about["made_from"], "checkpoint": checkpoint}
     write_operating_points(path, points, **about)

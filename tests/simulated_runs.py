@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from simulated_predictions import simulated
 
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.evaluation.operating_points import OperatingPoints, write_operating_points
 from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
 from mlx_cxr.evaluation.results import evaluate, fit_operating_points
@@ -86,11 +86,13 @@ def write_run(
     soft = {"path": f"outputs/{taught_by}/teacher_soft_labels.npy", "sha256": hashlib.sha256(SOFT).hexdigest()}
     stage = "lfm_finetune" if reads is not None else "train_cnn" if "cnn" in name else "distillation"
     inputs = provenance["inputs"] | ({"soft_labels": soft} if taught_by else {})
-    write_json(folder / "config.json", {"stage": stage, "config": config, "inputs": inputs})
+    write_record(folder / "config.json", {"stage": stage, "config": config, "inputs": inputs})
     write_predictions(folder / "predictions.csv", predictions, points)
     made_from = {"manifest": manifest}
     write_operating_points(folder / "operating_points.json", points, run=name, synthetic=synthetic, made_from=made_from)
-    write_json(folder / "test_results.json", {**results, "run": name, "synthetic": synthetic, "provenance": provenance})
+    files = {file: sha256_file(folder / file) for file in ("predictions.csv", "operating_points.json")}
+    results = {**results, "run": name, "synthetic": synthetic, "provenance": provenance, "files": files}
+    write_record(folder / "test_results.json", results)
     about = {
         "schema": 1,
         "parameters": {"total": 11_175_374, "trainable": 11_175_374},
@@ -100,11 +102,11 @@ def write_run(
         "what": "one film, 96 px",
         "device": DEVICE,
     }
-    write_json(folder / "cost.json", about | (cost or {}))
+    write_record(folder / "cost.json", about | (cost or {}))
     if reads is not None:
         teacher = {"schema": 1, "modality": "text", "reads": reads, "base": "tiny"}
         (folder / "teacher_soft_labels.npy").write_bytes(SOFT)
-        write_json(folder / "teacher.json", teacher | {"zero_shot_auc": 0.52, "tuned_auc": 0.91})
+        write_record(folder / "teacher.json", teacher | {"zero_shot_auc": 0.52, "tuned_auc": 0.91})
     return folder
 
 

@@ -10,6 +10,7 @@ from mimic_tree import Study, write_tree
 from mlx_cxr import build_manifest
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunExistsError, create_run
 from mlx_cxr.data.manifest import check_patient_splits, load_manifest
 from mlx_cxr.data.reports import section_texts
 from mlx_cxr.data.study_reports import load_reports
@@ -199,7 +200,8 @@ def test_another_seed_another_split(tmp_path):
 
 def test_the_command_line(config_file, tmp_path, capsys):
     build_manifest.main(["--config", str(config_file), "--n_studies", "20", "--seed", "7"])
-    summary = summary_of(tmp_path / "work" / "manifest.csv")
+    sample = tmp_path / "work" / "sample_20_seed7"
+    summary = summary_of(sample / "manifest.csv")
     assert summary["provenance"]["config"]["data"]["n_studies"] == 20
     assert summary["seed"] == 7
     (tmp_path / "raw" / "mimic-cxr-2.0.0-split.csv.gz").unlink()
@@ -207,7 +209,40 @@ def test_the_command_line(config_file, tmp_path, capsys):
         build_manifest.main(["--config", str(config_file)])
     assert stopped.value.code == 2
     assert "lacks mimic-cxr-2.*-split.csv.gz; tables there:" in capsys.readouterr().err
-    assert (tmp_path / "work" / "manifest.csv").exists()
+    assert (sample / "manifest.csv").exists()
+
+
+def test_samples_live_side_by_side(config_file, tmp_path):
+    for arguments in (["--n_studies", "20"], ["--n_studies", "10"], ["--n_studies", "20", "--seed", "3"], []):
+        build_manifest.main(["--config", str(config_file), *arguments])
+    folders = [path.parent.relative_to(tmp_path / "work").as_posix() for path in tmp_path.glob("work/**/manifest.csv")]
+    assert sorted(folders) == [".", "sample_10_seed0", "sample_20_seed0", "sample_20_seed3"]
+    assert len({path.read_bytes() for path in tmp_path.glob("work/**/manifest.csv")}) == 4
+
+
+def test_a_manifest_that_runs_were_trained_on_is_kept(config_file, tmp_path):
+    config = load_config(config_file, [f"outputs={tmp_path / 'outputs'}"])
+    path = build_manifest.run(config)
+    create_run(config.outputs, "trained", stage="train_cnn", config={}, inputs={"manifest": path})
+    before = path.read_bytes()
+    build_manifest.run(config)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"views": None})})
+    with pytest.raises(RunExistsError, match=r"manifest\.csv is what .*outputs/trained were trained on.*--overwrite"):
+        build_manifest.run(other)
+    assert path.read_bytes() == before
+    assert [item.name for item in path.parent.glob(".*")] == []
+    build_manifest.run(other, overwrite=True)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "reports.csv", "splits.json"])
+def test_files_that_were_not_made_together_are_refused(config_file, name):
+    path = build_manifest.run(load_config(config_file)).with_name(name)
+    content = path.read_bytes()
+    place = content.rindex(b"e")
+    path.write_bytes(content[:place] + b"a" + content[place + 1 :])
+    with pytest.raises(DataError, match="run build_manifest again"):
+        load_reports(path.with_name("reports.csv"), load_manifest(path.with_name("manifest.csv")))
 
 
 def test_source_tables(config_file, tmp_path):

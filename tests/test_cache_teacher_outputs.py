@@ -16,7 +16,7 @@ import pytest
 from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, copied_base, shared
 
 from mlx_cxr import build_manifest, cache_teacher_outputs
-from mlx_cxr.core.files import hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.files import hash_of, read_json, read_record, sha256_file, write_json, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 from mlx_cxr.teacher import scoring, soft_label_cache
@@ -111,8 +111,8 @@ def test_temperatures_are_fitted_on_validation_only(toy, cached):
 
 
 def test_the_cost_is_that_of_a_study(cached):
-    cost = read_json(cached / "cost.json")
-    assert cost["parameters"] == read_json(cached / "training.json")["parameters"]
+    cost = read_record(cached / "cost.json")
+    assert cost["parameters"] == read_record(cached / "training.json")["parameters"]
     assert cost["samples"] == len(TEST)
     assert 0 < cost["ms_per_sample"] < 10_000
 
@@ -125,7 +125,7 @@ def test_zero_shot_answers_are_kept_apart(toy, cached):
     tuned, base = (pd.read_csv(folder / "predictions.csv") for folder in (copy, copy / "zero_shot"))
     assert base["study_id"].tolist() == tuned["study_id"].tolist()
     assert np.abs(base["logit"] - tuned["logit"]).max() > 0.1
-    about = read_json(copy / "teacher.json")
+    about = read_record(copy / "teacher.json")
     validation = base[base["split"] == "validate"]
     aucs = []
     for _, part in validation.groupby("label"):
@@ -139,9 +139,9 @@ def test_zero_shot_answers_are_kept_apart(toy, cached):
 def test_the_effect_of_the_order_of_lines_is_measured_on_validation(toy, cached):
     copy = copied_run(cached, "with_orders")
     cache_teacher_outputs.run(toy.config(), copy.name, line_orders=2)
-    effect = read_json(copy / "order_effect.json")
+    effect = read_record(copy / "order_effect.json")
     assert (effect["split"], effect["orders"], effect["studies"]) == ("validate", 2, SPLITS.count("validate") - 1)
-    assert effect["macro_auc"]["usual"] == pytest.approx(read_json(copy / "teacher.json")["tuned_auc"], abs=0.01)
+    assert effect["macro_auc"]["usual"] == pytest.approx(read_record(copy / "teacher.json")["tuned_auc"], abs=0.01)
     assert effect["macro_auc"]["least"] <= effect["macro_auc"]["largest"]
     assert effect["mean_abs_logit_shift"] > 1e-4
 
@@ -221,9 +221,9 @@ def header_of(toy: ToyTeacher, run_dir: Path) -> dict:
 def changed(toy: ToyTeacher, run_dir: Path, name: str, **settings: object) -> dict:
     """The header of a copy of a run whose recorded teacher settings differ."""
     copy = copied_run(run_dir, name)
-    record = read_json(copy / "config.json")
+    record = read_record(copy / "config.json")
     record["config"]["teacher"] |= settings
-    write_json(copy / "config.json", record)
+    write_record(copy / "config.json", record)
     return header_of(toy, copy)
 
 
@@ -233,7 +233,7 @@ def differing(a: dict, b: dict) -> set[str]:
 
 def test_the_header_follows_all_that_the_answers_depend_on(toy, cached, tmp_path):
     plain = header_of(toy, cached)
-    assert read_json(cached / SOFT[1])["header"].items() >= json.loads(json.dumps(plain)).items()
+    assert read_record(cached / SOFT[1])["header"].items() >= json.loads(json.dumps(plain)).items()
     assert plain["manifest"] == sha256_file(toy.config().manifest_path)
     assert plain["reports"] == sha256_file(toy.config().reports_path)
     assert plain["adapter"] == sha256_file(cached / "adapter_weights" / "adapters.safetensors")
@@ -251,9 +251,9 @@ def test_the_header_follows_all_that_the_answers_depend_on(toy, cached, tmp_path
     folder = copied_base(tmp_path / "base", toy.base)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "note": "other"})
     copy = copied_run(cached, "h_base")
-    record = read_json(copy / "config.json")
+    record = read_record(copy / "config.json")
     record["config"]["teacher"]["base"] = str(folder)
-    write_json(copy / "config.json", record)
+    write_record(copy / "config.json", record)
     from mlx_cxr.teacher.base_model import base_sha256
 
     settings = read_json(copy / "adapter_weights" / "adapter_config.json")
@@ -293,7 +293,7 @@ def test_a_run_that_is_none_or_unfinished_or_of_another_stage_is_refused(toy, ca
     assert "--run_name unfinished --resume" in message
     assert not (unfinished / "teacher_soft_labels.partial.npy").exists()
     other = copied_run(cached, "of_a_cnn")
-    write_json(other / "config.json", {**read_json(other / "config.json"), "stage": "train_cnn"})
+    write_record(other / "config.json", {**read_record(other / "config.json"), "stage": "train_cnn"})
     assert "was made by the stage 'train_cnn'; a run of lfm_finetune is asked for here" in failure(
         capsys, toy, "of_a_cnn"
     )
@@ -302,7 +302,9 @@ def test_a_run_that_is_none_or_unfinished_or_of_another_stage_is_refused(toy, ca
 def test_a_damaged_or_foreign_adapter_is_refused(toy, cached, capsys):
     copy = copied_run(cached, "foreign")
     settings = read_json(copy / "adapter_weights" / "adapter_config.json")
-    write_json(copy / "adapter_weights" / "adapter_config.json", {**settings, "base": {"sha256": "0" * 64, "bits": 4}})
+    write_record(
+        copy / "adapter_weights" / "adapter_config.json", {**settings, "base": {"sha256": "0" * 64, "bits": 4}}
+    )
     message = failure(capsys, toy, "foreign")
     assert "belongs to another base" in message
     assert "bits: 4 there, None here" in message

@@ -14,7 +14,7 @@ from simulated_runs import NOISE, model, write_run, write_three
 from mlx_cxr import compare_models
 from mlx_cxr.core.config import config_from_plain
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import read_json, sha256_file
+from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.evaluation.scored_runs import ComparisonError
 
 FILES = {
@@ -66,7 +66,7 @@ def test_a_comparison_leaves_its_files_and_hashes_what_it_read(outputs, tmp_path
         with Image.open(path) as picture:
             picture.load()
             assert "Synthetic cohort" in picture.text["Warning"]
-    comparison = read_json(folder / "final_comparison.json")
+    comparison = read_record(folder / "final_comparison.json")
     assert [one["run"] for one in comparison["models"]] == ["cnn", "teacher", "student", "student_shuffled"]
     inputs = comparison["provenance"]["inputs"]
     assert inputs["teacher/teacher.json"]["sha256"] == sha256_file(outputs / "teacher" / "teacher.json")
@@ -94,7 +94,7 @@ def test_names_on_the_command_line_win_and_the_closing_table_is_printed(outputs,
         f"--config {path} --cnn_run other_cnn --control_run --graded_teacher_run whole --output_dir {where} "
         "--set evaluation.bootstrap_samples=0".split()
     )
-    comparison = read_json(where / "final_comparison.json")
+    comparison = read_record(where / "final_comparison.json")
     assert [one["run"] for one in comparison["models"]] == ["other_cnn", "teacher", "student"]
     assert comparison["graded_teachers"]["models"][1]["run"] == "whole"
     assert comparison["gates"]["retention"]["met"] is False

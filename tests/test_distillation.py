@@ -20,7 +20,7 @@ from mlx_cxr import distillation, evaluate_cnn, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.config_schema import TrainingConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.data.manifest import load_manifest
 from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME, SoftLabelError, SoftLabels, load_soft_labels
@@ -73,13 +73,13 @@ def finished(cohort) -> Path:
 
 def test_a_run_leaves_what_it_promises(cohort, finished):
     assert finished == cohort / "outputs" / "student_v1"
-    record = read_json(finished / "config.json")
+    record = read_record(finished / "config.json")
     assert record["stage"] == "distillation"
     assert record["inputs"]["manifest"]["sha256"] == sha256_file(cohort / "made" / "manifest.csv")
     for role, name in (("soft_labels", LOGITS_NAME), ("soft_label_index", INDEX_NAME)):
         assert record["inputs"][role]["sha256"] == sha256_file(cohort / "outputs" / "teacher" / name)
     assert record["config"]["distillation"]["targets"] == "teacher"
-    summary = read_json(finished / "training.json")
+    summary = read_record(finished / "training.json")
     assert (summary["epochs"], summary["steps"]) == (2, 6)
     assert summary["parameters"]["total"] == 11_689_512 - 2 * 3136 - 513 * 1000 + 513 * 14
     told = summary["soft_labels"]
@@ -124,7 +124,7 @@ def test_a_student_is_scored_by_evaluate_cnn(cohort, finished):
     evaluate_cnn.run(config, "student_v1")
     scored = read_predictions(finished / "predictions.csv")
     assert len(scored.predictions.of_split("test")) == SPLITS.count("test")
-    cost, summary = read_json(finished / "cost.json"), read_json(finished / "training.json")
+    cost, summary = read_record(finished / "cost.json"), read_record(finished / "training.json")
     assert cost["parameters"] == summary["parameters"]
 
 
@@ -147,7 +147,7 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_one(cohort):
     assert resumed.returncode == 0, errors
     for name in ("best_student.safetensors", "last/state.safetensors"):
         assert_same(outputs / "killed" / name, outputs / "unbroken" / name, 0 if on_cpu else 1e-3)
-    record = read_json(outputs / "killed" / "config.json")["config"]
+    record = read_record(outputs / "killed" / "config.json")["config"]
     assert record["distillation"]["targets"] == "shuffled"
     assert record["teacher"]["run_name"] == "sees"
 
@@ -158,7 +158,7 @@ def test_features_train_a_projection_that_the_student_is_saved_without(cohort):
     state, best = weights(folder / "last" / "state.safetensors"), weights(folder / "best_student.safetensors")
     assert state["model.projection.weight"].shape == (6, 512)
     assert not [name for name in best if "projection" in name]
-    assert "teacher_features" in read_json(folder / "config.json")["inputs"]
+    assert "teacher_features" in read_record(folder / "config.json")["inputs"]
     plain = distillation.run(config_of(cohort, "teacher.run_name=sees"), "unfeatured")
     other = weights(plain / "best_student.safetensors")
     assert np.abs(best["conv1.weight"] - other["conv1.weight"]).max() > 0, "the term reaches the student's own weights"
@@ -177,15 +177,15 @@ def test_hard_targets_are_the_cnn_and_need_no_teacher(cohort):
     ours, theirs = weights(hard / "best_student.safetensors"), weights(cnn / "best_model.safetensors")
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
-    assert read_json(hard / "training.json")["soft_labels"] is None
-    assert "soft_labels" not in read_json(hard / "config.json")["inputs"]
+    assert read_record(hard / "training.json")["soft_labels"] is None
+    assert "soft_labels" not in read_record(hard / "config.json")["inputs"]
 
 
 def test_smoothed_and_shuffled_are_recorded_as_what_they_are(cohort):
     distances = {}
     for targets in ("smoothed", "shuffled"):
         folder = distillation.run(config_of(cohort, f"distillation.targets={targets}", "training.epochs=1"), targets)
-        told = read_json(folder / "training.json")["soft_labels"]
+        told = read_record(folder / "training.json")["soft_labels"]
         assert told["targets"] == targets
         distances[targets] = told["target_distance"] / told["teacher_distance"]
     assert distances["smoothed"] == pytest.approx(1, rel=1e-4)
@@ -197,10 +197,10 @@ def test_it_can_start_from_the_cnn_and_train_for_its_own_time(cohort):
     config = config_of(cohort, "run_name=start", "distillation.init=cnn", "distillation.epochs=1")
     slow = config.model_copy(update={"distillation": config.distillation.model_copy(update={"learning_rate": 1e-12})})
     folder = distillation.run(slow, "from_cnn")
-    summary = read_json(folder / "training.json")
+    summary = read_record(folder / "training.json")
     assert summary["epochs"] == 1
     assert summary["initial_weights"]["sha256"] == sha256_file(cnn / "best_model.safetensors")
-    inputs = read_json(folder / "config.json")["inputs"]
+    inputs = read_record(folder / "config.json")["inputs"]
     assert inputs["initial_weights"]["sha256"] == summary["initial_weights"]["sha256"]
     # The rate ends at 1e-6, so hardly anything but the running statistics moves in three steps.
     ours, theirs = weights(folder / "best_student.safetensors"), weights(cnn / "best_model.safetensors")
@@ -229,10 +229,10 @@ def test_soft_labels_of_something_else_are_refused(cohort, tmp_path):
 
 def test_a_test_study_among_the_soft_labels_is_refused_whatever_it_says_of_itself(cohort):
     folder = soft_labels(config_of(cohort), "leaky")
-    index = read_json(folder / INDEX_NAME)
+    index = read_record(folder / INDEX_NAME)
     frame = load_manifest(cohort / "made" / "manifest.csv").frame
     index["study_ids"][3] = frame.loc[frame["split"] == "test", "study_id"].iloc[0]
-    write_json(folder / INDEX_NAME, index)
+    write_record(folder / INDEX_NAME, index)
     with pytest.raises(SoftLabelError, match=rf"1 soft labels are of test studies, such as '{index['study_ids'][3]}'"):
         distillation.run(config_of(cohort, "teacher.run_name=leaky"), "refused")
 

@@ -18,7 +18,7 @@ from toy_training import run_tiny as run_alone
 
 from mlx_cxr import cache_teacher_outputs, lfm_finetune, train_cnn
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
 
@@ -115,7 +115,7 @@ def test_the_stage_on_two_ranks_is_the_run_of_one(tmp_path):
     done = launched("-m", "mlx_cxr.train_cnn", *arguments, "--run_name", "two")
     one, two = folder / "outputs" / "one", folder / "outputs" / "two"
     assert_alike(two, one, "last/state.safetensors", tolerance=3e-4)
-    assert read_json(two / "config.json")["device"]["processes"] == 2
+    assert read_record(two / "config.json")["device"]["processes"] == 2
     assert done.stdout.count("epoch") == 1
     assert {path.name for path in two.rglob("*")} == {path.name for path in one.rglob("*")}
     refused = launched("-m", "mlx_cxr.train_cnn", *arguments, "--run_name", "three", "--set", "training.batch_size=3")

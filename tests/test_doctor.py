@@ -15,7 +15,7 @@ from toy_training import arrays
 
 from mlx_cxr import doctor
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
@@ -176,7 +176,7 @@ def test_data_that_are_there_are_found(config_path, tmp_path):
     for table in ("metadata", "split", "chexpert"):
         (raw / f"mimic-cxr-2.0.0-{table}.csv.gz").write_bytes(b"")
     config = load_config(config_path, [f"data.reports={tmp_path / 'reports.zip'}"])
-    write_json(config.manifest_path, {})
+    write_record(config.manifest_path, {})
     findings = doctor.check_data(config, config_path)
     for name in ("metadata table", "split table", "chexpert table", "films", "manifest"):
         assert finding(findings, name).mark == "ok", name

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from mlx_cxr import evaluate_cnn
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json
+from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.core.runs import create_run
 from mlx_cxr.data.decoding import Transform
@@ -207,7 +207,7 @@ def test_probabilities_are_the_sigmoid_of_mean_logits_over_a_temperature_of_vali
 def test_results_are_scikit_learns_on_the_predictions(evaluated):
     # pandas 2 reads floats to within the last bit unless told otherwise.
     table = pd.read_csv(folder_of(evaluated) / "predictions.csv", float_precision="round_trip")
-    results = read_json(folder_of(evaluated) / "test_results.json")
+    results = read_record(folder_of(evaluated) / "test_results.json")
     for label, rows in table[table["split"] == "test"].groupby("label"):
         y = (rows["raw_label"] == 1).to_numpy().astype(int)
         entry = results["protocols"]["empty_negative"]["per_label"][label]
@@ -225,15 +225,15 @@ def test_results_are_scikit_learns_on_the_predictions(evaluated):
 
 
 def test_cost_counts_what_was_trained_and_names_what_is_timed(evaluated, copy):
-    cost = read_json(folder_of(evaluated) / "cost.json")
+    cost = read_record(folder_of(evaluated) / "cost.json")
     # torchvision's resnet18 with one input channel and 14 classes.
     total = 11_689_512 - 2 * 3136 - 513 * 1000 + 513 * 14
     assert cost["parameters"] == {"total": total, "trainable": total}
     assert cost["what"] == f"one film of {SIZE} px in memory, forward pass in batches of 16"
     assert cost["samples"] >= 3 * 16
     assert 0.05 < cost["ms_per_sample"] < 1000
-    assert cost["device"] == read_json(folder_of(evaluated) / "test_results.json")["provenance"]["device"]
-    record = read_json(folder_of(config_in(copy)) / "config.json")
+    assert cost["device"] == read_record(folder_of(evaluated) / "test_results.json")["provenance"]["device"]
+    record = read_record(folder_of(config_in(copy)) / "config.json")
     record["config"]["model"]["freeze_stages"] = 5
     (folder_of(config_in(copy)) / "config.json").write_text(json.dumps(record))
     assert TrainedRun.open(folder_of(config_in(copy))).parameters == {"total": total, "trainable": 513 * 14}
@@ -246,21 +246,21 @@ def test_a_student_is_scored_as_the_cnn_is(evaluated, copy, monkeypatch):
     other = ResNet18(ResNetConfig(output_stride=16))
     initialize(other, 5)
     save_model(folder / "best_model.safetensors", other)
-    record = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(record | {"stage": "distillation"}))
+    record = read_record(folder / "config.json")
+    write_record(folder / "config.json", record | {"stage": "distillation"})
     monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)
     evaluate_cnn.run(config_in(copy))
     assert (folder / "predictions.csv").read_bytes() == (folder_of(evaluated) / "predictions.csv").read_bytes()
-    inputs = read_json(folder / "test_results.json")["provenance"]["inputs"]
+    inputs = read_record(folder / "test_results.json")["provenance"]["inputs"]
     assert inputs["checkpoint"]["path"].endswith("best_student.safetensors")
-    (folder / "config.json").write_text(json.dumps(record | {"stage": "lfm_finetune"}))
+    write_record(folder / "config.json", record | {"stage": "lfm_finetune"})
     with pytest.raises(RecordError, match=r"made by the stage 'lfm_finetune'; a run of train_cnn or distillation"):
         evaluate_cnn.run(config_in(copy))
 
 
 def test_the_fitted_head_ranks_its_findings_and_its_maps_find_them(evaluated):
-    results = read_json(folder_of(evaluated) / "test_results.json")
-    located = read_json(folder_of(evaluated) / "localization.json")
+    results = read_record(folder_of(evaluated) / "test_results.json")
+    located = read_record(folder_of(evaluated) / "localization.json")
     frame = load_manifest(evaluated.manifest_path).frame
     for label in ("Pleural Effusion", "Lung Lesion"):
         assert results["protocols"]["empty_negative"]["per_label"][label]["roc_auc"]["value"] > 0.8
@@ -278,7 +278,7 @@ def test_pages_carry_the_notices(evaluated):
         text = (folder_of(evaluated) / name).read_text()
         assert "not for clinical use" in text.splitlines()[2]
         assert "Synthetic cohort" in text
-    assert read_json(folder_of(evaluated) / "localization.json")["synthetic"] is True
+    assert read_record(folder_of(evaluated) / "localization.json")["synthetic"] is True
 
 
 def test_test_labels_change_no_threshold_and_no_temperature(evaluated, copy, monkeypatch):
@@ -291,7 +291,7 @@ def test_test_labels_change_no_threshold_and_no_temperature(evaluated, copy, mon
     make_run(config)
     monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)  # the pictures have no part in this
     evaluate_cnn.run(config)
-    before, after = (read_json(folder_of(c) / "test_results.json") for c in (evaluated, config))
+    before, after = (read_record(folder_of(c) / "test_results.json") for c in (evaluated, config))
     assert after["operating_points"] == before["operating_points"]
     counts = [r["protocols"]["empty_masked"]["per_label"]["Lung Lesion"]["positives"] for r in (before, after)]
     assert counts[0] != counts[1]
@@ -326,7 +326,7 @@ def test_predictions_and_results_stay_when_the_pictures_fail(copy, monkeypatch):
 
 def test_a_run_is_refused_other_data_than_it_was_trained_for(copy):
     config = config_in(copy)
-    recorded = read_json(folder_of(config) / "config.json")["inputs"]["manifest"]["sha256"]
+    recorded = read_record(folder_of(config) / "config.json")["inputs"]["manifest"]["sha256"]
     frame = load_manifest(config.manifest_path).frame
     changed = write_manifest(config.manifest_path, frame[frame["image_id"] != frame["image_id"].iloc[0]])
     with pytest.raises(RecordError, match=rf"manifest .*: the run has {recorded}, this is {changed}"):

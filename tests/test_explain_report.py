@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from toy_teacher import SPLITS, WITHOUT_REPORT, ToyTeacher, shared
 
 from mlx_cxr import cache_teacher_outputs, explain_report
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
@@ -53,7 +52,7 @@ def failure(capsys, toy: ToyTeacher, *arguments: str) -> str:
 
 
 def test_the_most_confident_true_positives_of_the_test_split_are_shown(pages):
-    saved = read_json(pages / "explanations.json")
+    saved = read_record(pages / "explanations.json")
     scored = read_predictions(pages.parent / "predictions.csv")
     test = scored.predictions.split == "test"
     expected = []
@@ -71,7 +70,7 @@ def test_probabilities_and_logits_are_those_of_the_predictions(pages):
     scored = read_predictions(pages.parent / "predictions.csv")
     points, _ = read_operating_points(pages.parent / "operating_points.json")
     rows = {study: i for i, study in enumerate(scored.predictions.study_ids.tolist())}
-    for e in read_json(pages / "explanations.json")["explanations"]:
+    for e in read_record(pages / "explanations.json")["explanations"]:
         row, k = rows[e["study_id"]], LABELS.index(e["finding"])
         assert e["logit"] == pytest.approx(float(scored.predictions.logits[row, k]), abs=1e-3)
         assert e["probability"] == pytest.approx(scored.probabilities[row, k], abs=1e-2)
@@ -82,7 +81,7 @@ def test_probabilities_and_logits_are_those_of_the_predictions(pages):
 
 
 def test_every_page_is_linked_and_says_what_it_is(pages):
-    saved = read_json(pages / "explanations.json")
+    saved = read_record(pages / "explanations.json")
     names = {e["file"] for e in saved["explanations"]}
     pictures = {name.replace(".html", ".png") for name in names}
     assert {path.name for path in pages.iterdir()} == names | pictures | {"index.html", "explanations.json"}
@@ -104,7 +103,7 @@ def folder(toy, scored, tmp_path) -> tuple[ToyTeacher, str]:
 def test_a_study_is_explained_for_what_is_asked(folder):
     toy, name = folder
     pages = explain_report.run(toy.config(), name, study_ids=["s001"], findings=["Cardiomegaly", "Edema"])
-    saved = read_json(pages / "explanations.json")
+    saved = read_record(pages / "explanations.json")
     assert [(e["study_id"], e["finding"]) for e in saved["explanations"]] == [
         ("s001", "Cardiomegaly"),
         ("s001", "Edema"),
@@ -120,7 +119,7 @@ def test_a_text_is_explained_as_the_same_report_of_a_study_would_be(folder, tmp_
         (tmp_path / "report.txt").write_text(ANOTHER)
         given = str(tmp_path / "report.txt")
     pages = explain_report.run(toy.config(), name, text=given)
-    saved = read_json(pages / "explanations.json")
+    saved = read_record(pages / "explanations.json")
     scored = read_predictions(toy.folder / "outputs" / name / "predictions.csv")
     for e in saved["explanations"]:
         assert " ".join(e["words"]) == "Findings: Edema. Edema. Edema. Edema. Normal. Normal. Normal."
@@ -129,17 +128,17 @@ def test_a_text_is_explained_as_the_same_report_of_a_study_would_be(folder, tmp_
         assert called or len(saved["explanations"]) == 1
     # A text without headings counts as what the teacher reads.
     bare = explain_report.run(toy.config(), name, text="Edema. Edema. Edema. Edema. Normal. Normal. Normal.")
-    again = read_json(bare / "explanations.json")["explanations"]
+    again = read_record(bare / "explanations.json")["explanations"]
     assert [e["logit"] for e in again] == pytest.approx([e["logit"] for e in saved["explanations"]], abs=1e-5)
 
 
 def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):
     toy, name = folder
     path = toy.folder / "outputs" / name / "operating_points.json"
-    points = read_json(path)
+    points = read_record(path)
     for point in points["labels"].values():
         point |= {"threshold_source": "default", "positives": 0}
-    write_json(path, points)
+    write_record(path, points)
     pages = explain_report.run(toy.config(), name)
     assert "There is none." in (pages / "index.html").read_text("utf-8")
 
@@ -166,13 +165,13 @@ def test_a_run_that_is_not_scored_or_sees_images_only_is_refused(folder):
     (run_dir / "operating_points.json").unlink()
     with pytest.raises(RecordError, match=r"operating_points\.json is missing.*cache_teacher_outputs"):
         explain_report.run(toy.config(), name)
-    record = json.loads((run_dir / "config.json").read_text())
+    record = read_record(run_dir / "config.json")
     for modality, options, words in (
         ("image", {}, "sees films only"),
         ("image_text", {"text": "Edema."}, "reads films too"),
     ):
         record["config"]["teacher"]["modality"] = modality
-        write_json(run_dir / "config.json", record)
+        write_record(run_dir / "config.json", record)
         shutil.copy(toy.folder / "outputs" / "explained" / "operating_points.json", run_dir)
         with pytest.raises(UserError, match=words):
             explain_report.run(toy.config(), name, **options)
@@ -181,15 +180,15 @@ def test_a_run_that_is_not_scored_or_sees_images_only_is_refused(folder):
 def test_an_image_is_one_part_of_the_account(folder):
     toy, name = folder
     run_dir = toy.folder / "outputs" / name
-    record = json.loads((run_dir / "config.json").read_text())
+    record = read_record(run_dir / "config.json")
     record["config"]["teacher"]["modality"] = "image_text"
     record["inputs"]["pixel_index"] = {
         "path": "x",
         "sha256": sha256_file(toy.config().pixels_path.with_suffix(".json")),
     }
-    write_json(run_dir / "config.json", record)
+    write_record(run_dir / "config.json", record)
     pages = explain_report.run(toy.config(), name, study_ids=["s001"], findings=["Edema"])
-    (e,) = read_json(pages / "explanations.json")["explanations"]
+    (e,) = read_record(pages / "explanations.json")["explanations"]
     assert e["reads"] == "film + findings"
     assert e["film"] != 0
     assert "<td>film</td>" in (pages / e["file"]).read_text("utf-8")

@@ -15,7 +15,7 @@ from simulated_runs import NOISE, model, write_run
 
 from mlx_cxr import failure_analysis
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
@@ -117,7 +117,7 @@ def made(tmp_path_factory):
         "config": config.plain(),
         "inputs": {"manifest": {"path": "m", "sha256": sha256}},
     }
-    write_json(config.run_dir("student") / "config.json", record)
+    write_record(config.run_dir("student") / "config.json", record)
     references = {"grad_cam": {label: 1 + k for k, label in enumerate(MAPPED)}}
     write_inference_record(TrainedRun.open(config.run_dir("student")), references, images=9)
     return root
@@ -141,7 +141,7 @@ def folder_of(config):
 
 
 def without_threshold(config):
-    return read_json(folder_of(config) / "failures.json")["counts"]["without_threshold"]
+    return read_record(folder_of(config) / "failures.json")["counts"]["without_threshold"]
 
 
 def test_every_file_is_there_and_every_picture_opens_and_is_linked(analysed):
@@ -188,7 +188,7 @@ def test_the_table_of_errors_is_that_of_the_predictions(analysed):
 
 
 def test_labels_are_checked_against_what_was_drawn(analysed):
-    check = read_json(folder_of(analysed) / "failures.json")["drawing"]
+    check = read_record(folder_of(analysed) / "failures.json")["drawing"]
     scored = read_predictions(analysed.run_dir("student") / "predictions.csv").predictions
     drawn, test = drawn_in(scored.raw_labels), scored.split == "test"
     wrong = drawn[test] != (scored.raw_labels[test] == 1)
@@ -237,7 +237,7 @@ def test_reports_are_quoted_where_they_name_the_finding(copy):
 
 
 def test_a_run_of_its_own_names_and_hashes_what_it_read(analysed):
-    results = read_json(folder_of(analysed) / "failures.json")
+    results = read_record(folder_of(analysed) / "failures.json")
     inputs = results["provenance"]["inputs"]
     assert set(inputs) == {
         *("student/predictions.csv", "cnn/predictions.csv", "teacher/predictions.csv"),

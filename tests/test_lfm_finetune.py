@@ -17,7 +17,7 @@ from toy_teacher import EDEMA, HEART, SPLITS, ToyTeacher, copied_base, quantized
 
 from mlx_cxr import lfm_finetune
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import read_json, sha256_file, write_json
+from mlx_cxr.core.files import read_record, sha256_file, write_record
 from mlx_cxr.evaluation.metrics import roc_auc_per_label
 from mlx_cxr.teacher import fine_tuning_run
 from mlx_cxr.teacher.base_model import Base
@@ -57,18 +57,18 @@ def failure(capsys, toy: ToyTeacher, name: str, *overrides: str, options: tuple[
 
 
 def test_a_run_leaves_what_it_promises(toy, tuned):
-    record = read_json(tuned / "config.json")
+    record = read_record(tuned / "config.json")
     assert record["stage"] == "lfm_finetune"
     config = toy.config()
     assert record["inputs"]["reports"]["sha256"] == sha256_file(config.reports_path)
     assert set(record["inputs"]) == {"manifest", "reports"}, "a text teacher reads no films"
-    about = read_json(tuned / "teacher.json")
+    about = read_record(tuned / "teacher.json")
     assert about["reads"] == "findings"
     assert about["studies"]["train"] == {
         **{"studies": TRAINED + 1, "read": TRAINED, "without_text": 1},
         **{"cut": 0, "cut_tokens": 0},
     }
-    summary = read_json(tuned / "training.json")
+    summary = read_record(tuned / "training.json")
     # Rank 8; widths as in `test_lora`.
     trainable = 8 * ((64 + 192) + 3 * (64 + 64) + 2 * (64 + 32) + 2 * 3 * (64 + 192))
     assert summary["parameters"]["trainable"] == trainable
@@ -91,7 +91,7 @@ def test_zero_shot_and_tuned_auc_are_those_of_the_answers(toy, tuned):
     studies = material.studies(config, teacher.form, "validate")
     targets = np.nan_to_num(studies.raw_labels)
     base = Base.open(config.teacher, config.weights_dir, vision=False)
-    about = read_json(tuned / "teacher.json")
+    about = read_record(tuned / "teacher.json")
     for model, recorded in ((base, about["zero_shot_auc"]), (teacher.base, about["tuned_auc"])):
         logits = score(model, teacher.form, studies.prompts, None, config.teacher).logits
         assert np.nanmean(roc_auc_per_label(targets, logits)) == pytest.approx(recorded, abs=0.01)
@@ -141,9 +141,9 @@ def test_the_base_is_bit_identical_after_training(toy, tuned):
 def test_a_teacher_of_images_trains_on_stored_embeddings(toy, modality):
     """And its answers follow the image: swapped between two studies, they differ."""
     run_dir = toy.tuned(modality, f"teacher.modality={modality}", *SHORT)
-    record = read_json(run_dir / "config.json")
+    record = read_record(run_dir / "config.json")
     assert set(record["inputs"]) == {"manifest", "pixel_index", *(["reports"] if modality == "image_text" else [])}
-    assert read_json(run_dir / "teacher.json")["reads"] == what_it_reads(toy.config(f"teacher.modality={modality}"))
+    assert read_record(run_dir / "teacher.json")["reads"] == what_it_reads(toy.config(f"teacher.modality={modality}"))
     stored = list((toy.folder / "made").glob("film_embeddings_64_*.npy"))
     assert sorted(np.load(path, mmap_mode="r").shape for path in stored)[-1][1:] == (4, 64)
     teacher = TrainedTeacher.open(run_dir, vision=False)
@@ -159,13 +159,13 @@ def test_a_teacher_of_images_trains_on_stored_embeddings(toy, modality):
 def test_a_quantized_base_is_fine_tuned(toy, tmp_path):
     folder = quantized_copy(tmp_path / "q4", toy.base, 4)
     run_dir = toy.tuned("qlora", f"teacher.base={folder}", *SHORT)
-    about = read_json(run_dir / "teacher.json")
+    about = read_record(run_dir / "teacher.json")
     assert about["bits"] == 4
     first, *_, last = lines(run_dir, "step")
     assert last["loss"] < first["loss"]
     teacher = TrainedTeacher.open(run_dir)
     assert teacher.base.bits == 4
-    whole, adapted = (read_json(folder / "training.json")["parameters"] for folder in (toy.tuned(), run_dir))
+    whole, adapted = (read_record(folder / "training.json")["parameters"] for folder in (toy.tuned(), run_dir))
     assert adapted == whole, "4-bit weights count as what they stand for"
 
 
@@ -194,11 +194,11 @@ def test_killed_and_resumed_ends_with_the_bytes_of_an_unbroken_run(toy):
         for name in ("adapters.safetensors", "adapter_config.json"):
             assert sha256_file(run_dir / "adapter_weights" / name) == sha256_file(whole / "adapter_weights" / name)
     for name in ("best_auc", "steps", "best_epoch"):
-        assert read_json(run_dir / "training.json")[name] == pytest.approx(read_json(whole / "training.json")[name])
+        assert read_record(run_dir / "training.json")[name] == pytest.approx(read_record(whole / "training.json")[name])
     assert [line["loss"] for line in lines(run_dir, "step")] == pytest.approx(
         [line["loss"] for line in lines(whole, "step")]
     )
-    zero_shot = [read_json(folder / "teacher.json")["zero_shot_auc"] for folder in (run_dir, whole)]
+    zero_shot = [read_record(folder / "teacher.json")["zero_shot_auc"] for folder in (run_dir, whole)]
     assert zero_shot[0] == zero_shot[1], "zero-shot is the base's, not that of a half-trained adapter"
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_exists_is_refused_and_untouched(toy, tuned, capsys):
 def test_overwriting_leaves_nothing_of_the_old_run_to_be_taken_for_the_new(toy, monkeypatch):
     """Stopped before its first step: neither adapter, nor state to resume, nor soft labels of the old one are left."""
     run_dir = toy.tuned("replaced", *SHORT)
-    write_json(run_dir / "teacher_study_ids.json", {})
+    write_record(run_dir / "teacher_study_ids.json", {})
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -234,7 +234,7 @@ def test_overwriting_leaves_nothing_of_the_old_run_to_be_taken_for_the_new(toy, 
 def test_what_cannot_fit_is_refused_with_settings_that_run(toy, capsys):
     """The message's own `--set` are passed on, and the run goes through."""
     run_dir = toy.tuned("roomy", *SHORT)
-    needed = read_json(run_dir / "training.json")["memory_estimate_bytes"] / 1e9
+    needed = read_record(run_dir / "training.json")["memory_estimate_bytes"] / 1e9
     limit = f"teacher.memory_limit_gb={0.8 * needed}"
     message = failure(capsys, toy, "tight", limit, *SHORT)
     assert "fine-tuning would take about" in message
@@ -242,7 +242,7 @@ def test_what_cannot_fit_is_refused_with_settings_that_run(toy, capsys):
     named = [f"{key}={value}" for key, value in re.findall(r"--set (\S+?)=(\S+)", message)]
     assert named
     again = lfm_finetune.run(toy.config(limit, *SHORT, *named), "tight")
-    assert read_json(again / "training.json")["memory_estimate_bytes"] <= 0.8 * needed * 1e9
+    assert read_record(again / "training.json")["memory_estimate_bytes"] <= 0.8 * needed * 1e9
     assert "4-bit copy" in failure(capsys, toy, "tighter", "teacher.memory_limit_gb=1e-6", *SHORT)
 
 
@@ -296,7 +296,7 @@ def test_a_second_phase_begins_where_the_first_ended(toy, tuned):
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         np.testing.assert_allclose(np.array(ours[name]), np.array(value), atol=1e-6, err_msg=name)
-    record = read_json(run_dir / "config.json")["inputs"]["first_adapter"]
+    record = read_record(run_dir / "config.json")["inputs"]["first_adapter"]
     assert record["sha256"] == sha256_file(tuned / "adapter_weights" / "adapters.safetensors")
 
 
@@ -322,7 +322,7 @@ def test_divergence_is_named_and_keeps_what_there_was(toy):
         lfm_finetune.run(config, "diverged")
     run_dir = toy.folder / "outputs" / "diverged"
     assert not (run_dir / "training.json").exists()
-    assert read_json(run_dir / "teacher.json")["zero_shot_auc"] > 0
+    assert read_record(run_dir / "teacher.json")["zero_shot_auc"] > 0
 
 
 def test_resume_and_overwrite_exclude_each_other(toy, capsys):

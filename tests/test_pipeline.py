@@ -1,6 +1,5 @@
 """The whole pipeline on a very small cohort: what runs, what is skipped and why, what stops it, what it refuses."""
 
-import json
 import logging
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr import pipeline
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import sha256_file
+from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.evaluation.predictions import read_predictions
@@ -66,7 +65,7 @@ def _run(path, caplog, overrides=(), **options):
 
 def test_results_are_those_of_the_predictions_it_leaves(tiny):
     folder = load_config(tiny).run_dir()
-    results = json.loads((folder / "test_results.json").read_text())
+    results = read_record(folder / "test_results.json")
     test = read_predictions(folder / "predictions.csv").predictions.of_split("test")
     targets = SCORING_PROTOCOLS["empty_negative"].apply(test.raw_labels)
     scored = [k for k in range(14) if len(np.unique(targets[:, k])) == 2]

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr import pipeline
 from mlx_cxr.compare_models import comparison_dir
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.files import read_json, sha256_file
+from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
@@ -88,7 +88,7 @@ def test_a_second_call_skips_every_stage_and_changes_nothing(chain, caplog):
 
 def test_the_table_is_made_of_the_predictions_that_the_runs_left(chain):
     config = load_config(chain)
-    comparison = read_json(comparison_dir(config) / "final_comparison.json")
+    comparison = read_record(comparison_dir(config) / "final_comparison.json")
     runs = {"chain_cnn", "lora_teacher_phase1", "student_v1", "student_v1_shuffled"}
     assert {model["run"] for model in comparison["models"]} >= runs
     parts = {
@@ -139,7 +139,7 @@ def test_a_gate_of_the_comparison_ends_with_status_3_when_all_is_written(chain):
     except SystemExit as stopped:
         code = stopped.code
     config = load_config(chain)
-    comparison = read_json(comparison_dir(config) / "final_comparison.json")
+    comparison = read_record(comparison_dir(config) / "final_comparison.json")
     models = comparison["protocols"]["empty_negative"]["models"]
     cnn, teacher, student = (
         models[run]["macro"]["roc_auc"]["value"] for run in ("chain_cnn", "lora_teacher_phase1", "student_v1")

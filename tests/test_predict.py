@@ -19,7 +19,7 @@ from toy_cohort import make_cohort
 
 from mlx_cxr import evaluate_cnn, predict, train_cnn
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.operating_points import STATE_WORDS
 from mlx_cxr.explain.grad_cam import Method
@@ -86,11 +86,11 @@ def test_a_row_for_each_file_with_the_predictor_s_figures(run_dir, images, tmp_p
             assert row[f"{label} above_threshold"] == above
     for row in rows[2:]:
         assert {row[name] for name in COLUMNS[4:]} == {""}, "no figure for what is not answered"
-    record = read_json(tmp_path / "out" / "predict.json")
+    record = read_record(tmp_path / "out" / "predict.json")
     assert record["status"] == {"answered": 2, "questionable": 1, "unreadable": 2}
     assert sum(record["findings"].values()) == 28
     assert record["stage"] == "predict"
-    assert record["inputs"]["checkpoint"]["sha256"] == read_json(run_dir / "inference.json")["checkpoint"]["sha256"]
+    assert record["inputs"]["checkpoint"]["sha256"] == read_record(run_dir / "inference.json")["checkpoint"]["sha256"]
 
 
 def test_the_gate_can_be_left_out(run_dir, images, tmp_path):
@@ -235,10 +235,10 @@ def test_what_cannot_be_done_is_said_in_a_line(run_dir, tmp_path, capsys, monkey
 def test_maps_that_the_run_does_not_have_are_refused(run_dir, images, tmp_path):
     record = run_dir / "inference.json"
     kept = record.read_text()
-    plain = read_json(record)
+    plain = read_record(record)
     plain["map_references"]["methods"] = {}
     try:
-        write_json(record, plain)
+        write_record(record, plain)
         with pytest.raises(predict.PredictError, match="no scale for grad_cam maps"):
             predict.run(run_dir, [images], tmp_path, overlays=1)
     finally:

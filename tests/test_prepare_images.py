@@ -1,5 +1,4 @@
 import csv
-import json
 
 import numpy as np
 import pandas as pd
@@ -8,6 +7,7 @@ from PIL import Image
 from prepared_images import apply
 
 from mlx_cxr.core.config import load_config
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest
@@ -60,7 +60,7 @@ def test_command_line_options(root, caplog):
     config = ["--config", str(root / "config.yaml")]
     main([*config, "--set", "pixels.size=48", "--set", "pixels.fit=center_crop", "--workers", "2"])
     assert np.load(root / "work" / "images_48.npy").shape == (6, 48, 48)
-    assert json.loads((root / "work" / "images_48.json").read_text())["transform"]["fit"] == "center_crop"
+    assert read_record(root / "work" / "images_48.json")["transform"]["fit"] == "center_crop"
     assert "6 of 6 films, center_crop-48-v1; 6 decoded" in caplog.text
     assert "films/s" in caplog.text
 

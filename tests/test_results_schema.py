@@ -12,7 +12,7 @@ from evaluated_runs import evaluated_run
 from pydantic import BaseModel
 from simulated_runs import NOISE, model, write_run, write_three
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.evaluation.comparison import Comparison, compare
 from mlx_cxr.evaluation.operating_points import OperatingPointsFile
 from mlx_cxr.evaluation.results import Results
@@ -60,7 +60,7 @@ def test_the_page_is_that_of_the_source():
     ],
 )
 def test_a_run_has_the_keys_of_the_schemas(tmp_path, file, schema):
-    content = read_json(evaluated_run(tmp_path) / file)
+    content = read_record(evaluated_run(tmp_path) / file)
     assert faults(content, schema, file) == []
     key, value = content.popitem()
     assert faults(content, schema, file), f"{key} lacks"
@@ -74,7 +74,7 @@ def test_a_comparison_has_the_keys_of_its_schema(tmp_path):
     roles = {"cnn": "cnn", "teacher": "teacher", "student": "student", "shuffled": "control"}
     runs = [open_scored_run(tmp_path / name, role) for name, role in (roles | {"graded": "graded teacher"}).items()]
     settings = {"experiment": "toy", "min_retention": 0.9, "samples": 50, "seed": 3, "bins": 15, "provenance": {}}
-    content = read_json(write_json(tmp_path / "final_comparison.json", compare(runs, **settings)))
+    content = read_record(write_record(tmp_path / "final_comparison.json", compare(runs, **settings)))
     assert faults(content, Comparison, "final_comparison.json") == []
     assert {"interval_above_0", "met"} < set(content["gates"]["teacher_beats_cnn"])
     del content["protocols"]["empty_masked"]["retention"]["gain"]["low"]

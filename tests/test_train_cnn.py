@@ -17,7 +17,7 @@ from toy_cohort import make_cohort
 
 from mlx_cxr import train_cnn
 from mlx_cxr.core.config import load_config
-from mlx_cxr.core.files import read_json, sha256_file
+from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.training.classifier_run import settings_hash, validator
@@ -55,12 +55,12 @@ def finished(cohort) -> Path:
 
 def test_a_run_leaves_what_it_promises(cohort, finished):
     assert finished == cohort / "outputs" / "whole"
-    record = read_json(finished / "config.json")
+    record = read_record(finished / "config.json")
     assert record["stage"] == "train_cnn"
     assert record["inputs"]["manifest"]["sha256"] == sha256_file(cohort / "made" / "manifest.csv")
     assert record["inputs"]["pixel_index"]["sha256"] == sha256_file(cohort / "made" / "images_32.json")
     assert record["device"]["cores"] == os.cpu_count()
-    summary = read_json(finished / "training.json")
+    summary = read_record(finished / "training.json")
     assert (summary["epochs"], summary["steps"], summary["stopped_early"]) == (2, 6, False)
     assert summary["initial_weights"]["weights"] == "scratch"
     # torchvision's resnet18 with one input channel and 14 classes.
@@ -74,7 +74,7 @@ def test_the_best_weights_reproduce_the_figure_that_chose_them(cohort, finished)
     assert len(validation) == 8
     logits = predict_logits(load_model(finished / "best_model.safetensors"), validation.images, 3)
     targets = np.nan_to_num(validation.raw_labels)
-    best = read_json(finished / "training.json")["best_auc"]
+    best = read_record(finished / "training.json")["best_auc"]
     assert macro_auc(roc_auc_per_label(targets, logits)) == pytest.approx(best, abs=1e-9)
     epochs = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in epochs if line["kind"] == "epoch"]
@@ -142,7 +142,7 @@ def test_a_begun_run_without_state_is_made_anew_on_resume(cohort):
     (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 9.0}\n')
     config = load_config(cohort / "trial.yaml", ["training.epochs=1"])
     train_cnn.run(config, "early", resume=True)
-    assert read_json(folder / "config.json")["seed"] == 0
+    assert read_record(folder / "config.json")["seed"] == 0
     assert "9.0" not in (folder / "metrics.jsonl").read_text()
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_this_package_is_gone_on_from(cohort, finished):
     best = finished / "best_model.safetensors"
     config = load_config(cohort / "trial.yaml", [f"model.weights={best}", "training.epochs=1"])
     folder = train_cnn.run(config, "from_checkpoint")
-    origin = read_json(folder / "training.json")["initial_weights"]
+    origin = read_record(folder / "training.json")["initial_weights"]
     assert (origin["weights"], origin["sha256"]) == ("file", sha256_file(best))
 
 
@@ -231,8 +231,8 @@ def test_overwriting_replaces_the_run(cohort):
     config = load_config(cohort / "trial.yaml", ["training.epochs=1"])
     folder = train_cnn.run(config, "again")
     train_cnn.run(config.model_copy(update={"seed": 5}), "again", overwrite=True)
-    assert read_json(folder / "config.json")["seed"] == 5
-    assert read_json(folder / "training.json")["epochs"] == 1
+    assert read_record(folder / "config.json")["seed"] == 5
+    assert read_record(folder / "training.json")["epochs"] == 1
     # One that fails has not left the old one's end behind, which says that a run is finished.
     diverging = load_config(cohort / "trial.yaml", ["training.learning_rate=1e30", "training.warmup_fraction=0.0"])
     with pytest.raises(TrainingDivergedError, match=r"lower (training.learning_rate|the learning rate)"):

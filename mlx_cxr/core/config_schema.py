@@ -62,7 +62,9 @@ class CsvSource(Section):
     left out as not annotated; the empty list of a `.jsonl`, or a separator alone, says that nothing was found."""
     findings_separator: Annotated[str, Field(min_length=1)] = "|"
     label_map: dict[str, Label] = {}
-    """Source name -> one of the 14; names mapped to nothing are counted and ignored."""
+    """Source name, in whatever case -> one of the 14; names mapped to nothing are counted and ignored."""
+    ignore: tuple[str, ...] = ()
+    """Columns that are not read although they look like a finding's."""
     labels_covered: tuple[Label, ...] | None = None
     """Labels the source annotates: absent from the list means 0. The others stay empty. None: those mapped to."""
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -158,6 +159,16 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
             "--resume --config …"
         )
     return run
+
+
+def runs_that_read(outputs: str | Path, sha256: str) -> list[Path]:
+    """Folders of the runs under `outputs` that read a file of this hash; damaged records are passed over."""
+    found = []
+    for path in sorted(Path(outputs).glob("*/config.json")):
+        with suppress(RecordError, KeyError, TypeError, AttributeError):
+            if any(entry["sha256"] == sha256 for entry in read_record(path)["inputs"].values()):
+                found.append(path.parent)
+    return found
 
 
 def provenance(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import logging
+import posixpath
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,14 +23,28 @@ from mlx_cxr.data.source_rows import (
     refuse_inconsistent_studies,
 )
 from mlx_cxr.data.tables import (
+    LABEL_VALUES,
+    NOTHING_WRITTEN,
     DataError,
+    ids_of,
     label_of_name,
     label_values,
+    plain_name,
     read_json_lines,
     read_table,
     refuse_blank,
     refuse_duplicates,
+    row_number,
 )
+
+log = logging.getLogger("mlx_cxr")
+
+_LIKE_A_FINDING = re.compile(
+    "atelecta|cardiomeg|mediastin|consolid|device|o?edema|effusion|fractur|infiltra|lesion|nodul|opaci|pleura|pneumon|"
+    "pneumothora",
+    re.IGNORECASE,
+)
+"""In the name of a column of 1, 0, -1: it is taken for a finding's."""
 
 
 def read_csv_source(data: DataConfig) -> SourceRows:
@@ -44,8 +61,9 @@ def read_csv_source(data: DataConfig) -> SourceRows:
 
     Raises:
         DataError: table or column missing, another separator, a filter that lets nothing through, a blank patient,
-            study or image, an image (a study, where there are none) twice, a label or split that is none, images of one
-            study that disagree; names file, row, column and value.
+            study or image, an id spelled in two ways, an image (a study, where there are none) twice, an image outside
+            `data.root`, a label or split that is none, a column that looks like a finding's and is not said to be one,
+            findings of which none is known, images of one study that disagree; names file, row, column and value.
     """
     source = data.csv
     if source is None:
@@ -68,11 +86,16 @@ def read_csv_source(data: DataConfig) -> SourceRows:
     read = len(table)
     table = _matching(table, source.where, source.table)
     dropped = {"not matching data.csv.where": read - len(table)} if len(table) < read else {}
-    for name in (source.patient, columns["study_id"], id_column):
-        refuse_blank(table, name, source.table)
+    ids = {source.patient: ids_of(table, source.patient, source.table, "patient")}
+    if source.study:
+        ids[source.study] = ids_of(table, source.study, source.table, "study")
+    if source.image:
+        refuse_blank(table, source.image, source.table)
+    table = table.assign(**ids)
     refuse_duplicates(table, id_column, source.table, "study" if source.text_only else "image")
     # Their labels, and the other columns under the manifest's names.
     labels, notes = _listed_findings(table, source) if source.findings else _label_columns(table, source)
+    notes |= _unused_columns(table, source, {*filter(None, columns.values()), *source.where})
     text = pd.DataFrame({role: table[name] if name else "" for role, name in columns.items()}, index=table.index)
     ages, odd_ages = normalized_ages(text["age"])
     frame = text.assign(
@@ -93,7 +116,7 @@ def read_csv_source(data: DataConfig) -> SourceRows:
 
 def _read(source: CsvSource, needed: set[str]) -> pd.DataFrame:
     """All columns as text; only a cell of `source.findings` can be missing (NaN), where no list is given."""
-    needed |= {source.findings} if source.findings else set(source.label_map)
+    needed |= {source.findings} if source.findings else set()
     if source.table.suffix == ".jsonl":
         table = read_json_lines(source.table, sorted(needed), separator=source.findings_separator)
         return table.fillna({name: "" for name in table.columns if name != source.findings})
@@ -126,11 +149,17 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
     A label that the source covers is 1 where listed, else 0; the others are empty. A name that is one of the 14 counts
     as itself without being mapped.
     """
-    lists = table[source.findings].fillna("").str.split(re.escape(source.findings_separator), regex=True)
-    names = lists.explode().str.strip()
-    names = names[names != ""]
-    mapped = {name: source.label_map.get(name) or label_of_name(name) for name in names.unique()}
+    names = _items(table, source).explode().str.strip()
+    names = names[names.fillna("") != ""]
+    declared = {plain_name(name): label for name, label in source.label_map.items()}
+    mapped = {name: declared.get(plain_name(name)) or label_of_name(name) for name in names.unique()}
     label = names.map(mapped)
+    if len(names) and label.isna().all():
+        raise DataError(
+            f"{source.table}, column {source.findings!r}: none of its {len(mapped)} names is one of the 14 labels: "
+            f"{', '.join(repr(name) for name in list(mapped)[:3])}, …; map them in data.csv.label_map, or set "
+            f"data.csv.findings_separator (now {source.findings_separator!r})"
+        )
     covered = source.labels_covered or {*source.label_map.values(), *(x for x in mapped.values() if x)}
     present = pd.DataFrame(0.0, index=table.index, columns=[name for name in LABELS if name in covered])
     for name in present.columns:
@@ -143,9 +172,28 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
     }
 
 
+def _items(table: pd.DataFrame, source: CsvSource) -> pd.Series:
+    """The list of names in each cell of `source.findings`, which may also be written as Python or JSON writes one."""
+    cells = table[source.findings].fillna("")
+    bracketed = (cells.str.startswith("[") & cells.str.endswith("]")).to_numpy()
+    lists = cells.str.split(re.escape(source.findings_separator), regex=True)
+    for place in np.flatnonzero(bracketed):
+        try:
+            items = ast.literal_eval(cells.iloc[place])
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise DataError(
+                f"{source.table}, row {row_number(table, place)}, column {source.findings!r}: "
+                f"{cells.iloc[place][:80]!r} is no list of texts in quotes, such as ['Edema', 'Fracture']"
+            )
+        lists.iloc[place] = items or [""]
+    return lists
+
+
 def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame, dict[str, int]]:
     """Labels from one column each; of several columns for one label, 1 wins over -1 over 0 over empty."""
-    columns = {name: label for name in table.columns if (label := label_of_name(name))} | source.label_map
+    columns = _columns_of_labels(table, source)
     if source.labels_covered is not None:
         columns = {name: label for name, label in columns.items() if label in source.labels_covered}
     # A label without a column may have one by a name that is nearly its own.
@@ -177,16 +225,61 @@ def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame
     return labels, {}
 
 
-def _relative(paths: pd.Series, root: Path, source: CsvSource) -> pd.Series:
-    """Paths relative to `data.root`, so that a manifest can be moved with its images."""
-    absolute = paths.str.startswith("/")
-    if not absolute.any():
-        return paths
-    start = str(root.resolve()).rstrip("/") + "/"
-    outside = absolute & ~paths.str.startswith(start)
-    if outside.any():
+def _columns_of_labels(table: pd.DataFrame, source: CsvSource) -> dict[str, str]:
+    """Column -> label: those named like one of the 14, and those of `source.label_map`, in whatever case."""
+    named = {plain_name(name): name for name in table.columns}
+    if absent := [name for name in source.label_map if plain_name(name) not in named]:
         raise DataError(
-            f"{source.table}, column {source.image!r}: {paths[outside].iloc[0]!r} does not lie under data.root {root}; "
-            "set data.root to a folder above the films"
+            f"{source.table} lacks the column(s) {', '.join(absent)} of data.csv.label_map; columns there: "
+            f"{', '.join(table.columns)}"
         )
-    return paths.str.removeprefix(start)
+    own = {name: label for name in table.columns if (label := label_of_name(name)) and name not in source.ignore}
+    return own | {named[plain_name(name)]: label for name, label in source.label_map.items()}
+
+
+def _unused_columns(table: pd.DataFrame, source: CsvSource, used: set[str]) -> dict[str, int]:
+    """A note with the columns that nothing is read from.
+
+    Raises:
+        DataError: one of them has a finding's values and the name of one, and it is not said to be ignored.
+    """
+    if absent := [name for name in source.ignore if name not in table.columns]:
+        raise DataError(f"{source.table} lacks the column(s) {', '.join(absent)} of data.csv.ignore")
+    used = used | {source.findings} if source.findings else used | set(_columns_of_labels(table, source))
+    spare = [name for name in table.columns if name not in used and name not in source.ignore]
+    empty = NOTHING_WRITTEN | {""}
+    declared = source.findings or source.labels_covered is not None
+    for name in () if declared else spare:
+        kinds = {str(kind).casefold() for kind in table[name].unique()} - empty
+        if _LIKE_A_FINDING.search(name) and kinds and kinds <= LABEL_VALUES.keys():
+            raise DataError(
+                f"{source.table}: column {name!r} holds {', '.join(sorted(kinds))} like a finding's and is none of the "
+                "14 labels; say which it is in data.csv.label_map, or list it in data.csv.ignore"
+            )
+    if not spare:
+        return {}
+    log.info("%s: columns that nothing is read from: %s", source.table, ", ".join(spare))
+    return {f"columns not used: {', '.join(spare)}": len(spare)}
+
+
+def _relative(paths: pd.Series, root: Path, source: CsvSource) -> pd.Series:
+    """Paths relative to `data.root`, so that a manifest can be moved with its images; none leads out of it."""
+    start = str(root.resolve()).rstrip("/") + "/"
+    absolute = paths.str.startswith("/")
+    inside = paths.where(~absolute, paths.str.removeprefix(start))
+    for place in np.flatnonzero(paths.str.contains("..", regex=False).to_numpy()):
+        normal = posixpath.normpath(inside.iloc[place])
+        inside.iloc[place] = inside.iloc[place] if normal != ".." and not normal.startswith(("../", "/")) else "/"
+    if (outside := np.flatnonzero(inside.str.startswith("/").to_numpy())).size:
+        row = row_number(paths, outside[0])
+        raise DataError(
+            f"{source.table}, row {row}, column {source.image!r}: {paths.iloc[outside[0]]!r} does not lie under "
+            f"data.root {root}; set data.root to a folder above the films"
+        )
+    if (odd := np.flatnonzero(paths.str.contains(r"[\x00-\x1f\x7f]", regex=True).to_numpy())).size:
+        row = row_number(paths, odd[0])
+        raise DataError(
+            f"{source.table}, row {row}, column {source.image!r}: {paths.iloc[odd[0]]!r} has a control character in "
+            "its name; rename the file"
+        )
+    return inside

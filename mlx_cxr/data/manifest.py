@@ -6,7 +6,7 @@ Labels are written exactly as the source has them, 1 / 0 / -1 / empty; their mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.core.files import atomic_path, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, atomic_path, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
@@ -46,7 +46,7 @@ class Manifest:
         return _without_images(self.frame)
 
 
-def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
+def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str], None] = lambda _: None) -> str:
     """Write `manifest.csv` atomically: UTF-8, a header, rows in the order of patient, study and image id.
 
     Columns:
@@ -62,6 +62,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
 
     Args:
         frame: str columns `TEXT_COLUMNS`, and 14 label columns of 1 / 0 / -1 / NaN.
+        agree: called with the hash of the new file before it takes the place of an old one; may raise to keep that.
 
     Returns:
         Hex SHA-256 of the file.
@@ -79,7 +80,9 @@ def write_manifest(path: str | Path, frame: pd.DataFrame) -> str:
     table = table.assign(**{name: table[name].map(_TEXT_OF_LABEL).fillna("") for name in LABELS})
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
-    return sha256_file(path)
+        sha256 = sha256_file(temporary)
+        agree(sha256)
+    return sha256
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -87,7 +90,8 @@ def load_manifest(path: str | Path) -> Manifest:
 
     Raises:
         DataError: the file is missing, or not a manifest: a column lacks, an image is there twice, a split or label
-            is none; names file, row, column and value.
+            is none, a patient is in two splits; or it is not the one that `splits.json` beside it was made with. Names
+            file, row, column and value.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,9 +103,35 @@ def load_manifest(path: str | Path) -> Manifest:
     if (wrong := np.flatnonzero(~table["split"].isin(SPLITS).to_numpy())).size:
         value = table["split"].iloc[wrong[0]]
         raise DataError(f"{path}, row {wrong[0] + 2}: split {value!r} is not one of {', '.join(SPLITS)}")
+    check_patient_splits(table)
+    sha256 = sha256_file(path)
+    check_made_together(path, "manifest_sha256", sha256)
     labels = label_values(table, {name: name for name in LABELS}, path)
     frame = pd.concat([table[list(TEXT_COLUMNS)], labels], axis=1)
-    return Manifest(frame, np.ascontiguousarray(labels.to_numpy(dtype=np.float32)), sha256_file(path))
+    return Manifest(frame, np.ascontiguousarray(labels.to_numpy(dtype=np.float32)), sha256)
+
+
+def check_made_together(path: Path, key: str, sha256: str) -> None:
+    """Compare a file's hash with `splits.json` beside it, where that is.
+
+    Args:
+        key: of the hash in `splits.json`.
+
+    Raises:
+        DataError: it holds another hash, or is damaged.
+    """
+    beside = path.with_name("splits.json")
+    if not beside.exists():
+        return
+    try:
+        recorded = read_record(beside).get(key)
+    except RecordError as error:
+        raise DataError(f"{error}: run build_manifest again") from None
+    if recorded != sha256:
+        raise DataError(
+            f"{path} is not the file that {beside} was made with: it was changed or damaged, or build_manifest was "
+            "stopped; run build_manifest again"
+        )
 
 
 def check_patient_splits(frame: pd.DataFrame) -> None:
@@ -146,4 +176,4 @@ def write_splits(path: str | Path, frame: pd.DataFrame, sha256: str, about: Mapp
     counts = split_counts(frame)
     patients = {name: sorted(frame.loc[frame["split"] == name, "patient_id"].unique().tolist()) for name in SPLITS}
     splits = {name: {**counts[name], "patient_ids": patients[name]} for name in SPLITS}
-    return write_json(path, {"schema": SCHEMA, "manifest_sha256": sha256, **about, "splits": splits})
+    return write_record(path, {"schema": SCHEMA, "manifest_sha256": sha256, **about, "splits": splits})

@@ -27,6 +27,7 @@ from mlx_cxr.data.source_rows import (
 from mlx_cxr.data.tables import (
     LABEL_ALIASES,
     DataError,
+    ids_of,
     label_values,
     read_table,
     refuse_blank,
@@ -109,7 +110,7 @@ def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.Da
     """A MIMIC table whose `subject_id` and `study_id` are digits; "10000032.0" (pandas) is repaired."""
     table = read_table(path, columns, optional=optional, renamed=LABEL_ALIASES)
     for column in {"subject_id", "study_id"} & set(table.columns):
-        table[column] = table[column].str.removesuffix(".0")
+        table[column] = ids_of(table, column, path, column.removesuffix("_id"))
         wrong = np.flatnonzero(~table[column].str.fullmatch("[0-9]+").to_numpy(dtype=bool))
         if wrong.size:
             value, row = table[column].iloc[wrong[0]], row_number(table, wrong[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from mlx_cxr.core.files import atomic_path, sha256_file
-from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.manifest import Manifest, check_made_together
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
 
@@ -62,8 +62,8 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
         manifest: the one beside it, if the two are to be checked against each other.
 
     Raises:
-        DataError: the file is missing or lacks a column, a study is there twice, or the manifest and it are of
-            different studies; names file, row and study.
+        DataError: the file is missing or lacks a column, a study is there twice, it is not the one that `splits.json`
+            was made with, or the manifest and it are of different studies; names file, row and study.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,8 +75,10 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
     refuse_duplicates(table, "study_id", path, "study")
     texts = table[list(SECTIONS)].to_dict("records")
     sections = dict(zip(table["study_id"].tolist(), texts, strict=True))
+    sha256 = sha256_file(path)
+    check_made_together(path, "reports_sha256", sha256)
     if manifest is None:
-        return StudyReports(sections, sha256_file(path))
+        return StudyReports(sections, sha256)
     # Every report is of a study of the manifest, and every study with a text has one.
     frame, again = manifest.frame, "they were not made together: run build_manifest again"
     known = set(frame["study_id"])
@@ -88,4 +90,4 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
             f"{path}: study {lacking[0]!r} has a text in the manifest and no report here "
             f"({len(lacking)} such in all); {again}"
         )
-    return StudyReports(sections, sha256_file(path))
+    return StudyReports(sections, sha256)

@@ -9,7 +9,7 @@ import pytest
 from cxr_page.explain import verdict
 from cxr_page.viewer import _peak, evidence
 
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import write_record
 
 
 def entry(maps: float, swapped: float, low: float, centre: float = 0.0) -> dict:
@@ -23,7 +23,7 @@ def entry(maps: float, swapped: float, low: float, centre: float = 0.0) -> dict:
 def run(tmp_path):
     table = {"Edema": entry(0.8, 0.5, 0.1), "Fracture": entry(0.1, 0.15, -0.2), "Pneumonia": entry(0.5, 0.5, 0.0)}
     table["Cardiomegaly"] = entry(0.9, 0.5, -0.1, centre=0.95)
-    write_json(tmp_path / "localization.json", {"per_label": table})
+    write_record(tmp_path / "localization.json", {"per_label": table})
     return SimpleNamespace(model=SimpleNamespace(trained=SimpleNamespace(folder=tmp_path)))
 
 

@@ -15,7 +15,7 @@ import pytest
 from dicom_files import dicom_bytes
 from PIL import Image, ImageFile
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.data import dicom
 from mlx_cxr.data.manifest import load_manifest
@@ -340,7 +340,7 @@ class TestWithRuns:
             assert name in [header.value for header in page.header]
 
     def test_the_comparison_is_the_files(self, cohort, page):
-        record = read_json(cohort.outputs / "comparison_trial" / "final_comparison.json")
+        record = read_record(cohort.outputs / "comparison_trial" / "final_comparison.json")
         page.session_state["tab"] = "Compare models"
         page.run()
         models = record["protocols"][record["fitted_under"]]["models"]
@@ -388,7 +388,7 @@ def test_damaged_runs_are_listed_beside_those_that_work(cohort, open_page, tmp_p
     outputs = tmp_path / "outputs"
     shutil.copytree(cohort.outputs, outputs)
     old = outputs / "student" / "test_results.json"
-    write_json(old, read_json(old) | {"schema": 99})
+    write_record(old, read_record(old) | {"schema": 99})
     (outputs / "comparison_trial" / "final_comparison.json").write_text("{}")
     page = open_page(outputs)
     assert not page.exception

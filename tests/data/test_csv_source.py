@@ -54,7 +54,7 @@ def test_listed_findings(tmp_path):
     assert labels(rows, "No Finding") == [0, 1, 0]
     assert labels(rows, "Edema") == [0, 0, 1]  # one of the 14 counts as itself, and so is covered
     assert labels(rows, "Fracture") == [9, 9, 9]  # not covered: no information
-    assert rows.notes == {"finding not mapped: Hernia": 1, "ages not usable": 1}
+    assert rows.notes == {"finding not mapped: Hernia": 1, "ages not usable": 1, "columns not used: fold": 1}
     assert frame["split"].tolist() == ["", "", ""]
     assert list(frame.columns[-14:]) == list(LABELS)
     assert frame["Edema"].dtype == np.float32
@@ -75,6 +75,7 @@ def test_labels_covered_are_zero_where_not_listed(tmp_path):
         **{f"finding not mapped: {name}": 1 for name in ("Hernia", "COVID-19")},
         **{f"finding of a label not covered: {name}": 1 for name in ("Mass", "No Finding", "Edema", "Nodule")},
         "ages not usable": 1,
+        "columns not used: fold": 1,
     }
 
 
@@ -115,7 +116,7 @@ def test_another_separator(tmp_path):
 def test_ids_keep_their_zeros_and_may_not_repeat_or_be_blank(tmp_path):
     content = "patient_id,study_id,image_file,findings\n007,1.0,a.jpg,Edema\n007,1.0,b.jpg,Edema\n"
     frame = read_csv_source(source(tmp_path, content, **dict.fromkeys(COLUMNS))).frame
-    assert frame[["patient_id", "study_id"]].to_numpy().tolist() == [["007", "1.0"]] * 2
+    assert frame[["patient_id", "study_id"]].to_numpy().tolist() == [["007", "1"]] * 2
     with pytest.raises(DataError, match=r"image 'a\.jpg' appears twice, in rows 2 and 3"):
         read_csv_source(source(tmp_path, content.replace("b.jpg", "a.jpg"), **dict.fromkeys(COLUMNS)))
     with pytest.raises(DataError, match="row 3: column 'patient_id' is empty"):
@@ -278,8 +279,10 @@ def test_the_real_reports(monkeypatch):
         listed = [float(any(name in record["gold14"] for name in wanted)) for record in indexed]
         np.testing.assert_array_equal(there, listed, err_msg=label)
     counts = Counter(name for record in indexed for name in record["gold14"])
+    unused = "comparison, mesh_automatic, image_ids, image_caption, gold_split, license"
     assert rows.notes == {
-        f"finding not mapped: {name}": counts[name] for name in ("Emphysema", "Infiltration", "Fibrosis")
+        **{f"finding not mapped: {name}": counts[name] for name in ("Emphysema", "Infiltration", "Fibrosis")},
+        f"columns not used: {unused}": 6,
     }
     assert rows.notes["finding not mapped: Infiltration"] == 43
 
@@ -308,6 +311,69 @@ def test_the_real_images():
         "Lung Lesion": lesions,
     }
     assert positives["Pneumonia"] == 251
+    (unused,) = (note for note in rows.notes if note.startswith("columns not used: license, source_url"))
     assert rows.notes == {
-        f"finding not mapped: {name}": count for name, count in (("Emphysema", 10), ("Fibrosis", 8), ("Hernia", 3))
+        **{f"finding not mapped: {name}": count for name, count in (("Emphysema", 10), ("Fibrosis", 8), ("Hernia", 3))},
+        unused: 10,
     }
+
+
+def test_a_column_that_looks_like_a_findings_is_asked_about(tmp_path):
+    for name in ("effusion", "Pleural_Thickening", "Lung opacities?", "lung nodule"):
+        with pytest.raises(DataError, match=r"column '.*' holds 0, 1 like a finding's and is none of the 14 labels"):
+            read_csv_source(wide(tmp_path, f"Edema,{name}", "1,0", "0,1"))
+        assert labels(read_csv_source(wide(tmp_path, f"Edema,{name}", "1,0", "0,1", ignore=(name,))), "Edema") == [1, 0]
+        mapped = read_csv_source(
+            wide(tmp_path, f"Edema,{name}", "1,0", "0,1", label_map={name.upper(): "Pleural Other"})
+        )
+        assert labels(mapped, "Pleural Other") == [0, 1]
+    # Other values, or another name, are no finding's; they are told of.
+    rows = read_csv_source(wide(tmp_path, "Edema,effusion side,follow_up", "1,left,1", "0,,0"))
+    assert rows.notes == {"columns not used: effusion side, follow_up": 2}
+    with pytest.raises(DataError, match=r"lacks the column\(s\) nodule of data\.csv\.ignore"):
+        read_csv_source(wide(tmp_path, "Edema", "1", ignore=("nodule",)))
+
+
+def listed(tmp_path, *cells, **changes):
+    content = "patient_id,study_id,image_file,findings\n"
+    content += "".join(f"p{n},s{n},{n}.jpg,{cell}\n" for n, cell in enumerate(cells))
+    return read_csv_source(source(tmp_path, content, **dict.fromkeys(COLUMNS), **changes))
+
+
+def test_findings_as_lists_of_python(tmp_path):
+    rows = listed(tmp_path, "\"['Edema', 'pleural effusion']\"", "[]", '"[""Fracture""]"', "Edema|Fracture")
+    assert labels(rows, "Edema") == [1, 0, 0, 1]
+    assert labels(rows, "Pleural Effusion") == [1, 0, 0, 0]
+    assert labels(rows, "Fracture") == [0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"row 3, column 'findings': '\[Edema\]' is no list of texts in quotes"):
+        listed(tmp_path, "Edema", "[Edema]")
+
+
+def test_findings_of_which_none_is_known(tmp_path):
+    with pytest.raises(DataError, match=r"none of its 2 names is one of the 14 labels: 'Edema;Fracture', 'dx'"):
+        listed(tmp_path, "Edema;Fracture", "dx")
+    assert labels(listed(tmp_path, "Edema;Fracture", "dx;", findings_separator=";"), "Edema") == [1, 0]
+
+
+def test_names_are_mapped_whatever_their_case(tmp_path):
+    rows = listed(tmp_path, "EFFUSION|edema", "effusion", label_map={"Effusion": "Pleural Effusion"})
+    assert labels(rows, "Pleural Effusion") == [1, 1]
+    assert labels(rows, "Edema") == [1, 0]
+
+
+def test_no_image_lies_outside_the_root(tmp_path):
+    content = "patient_id,study_id,image_file,findings\np,s,a/../b.jpg,Edema\nq,t,{},Edema\n"
+    for path in ("../secret.jpg", "a/../../secret.jpg", "..", "/etc/passwd", f"{tmp_path}/../x.jpg"):
+        with pytest.raises(DataError, match=r"row 3, column 'image_file': '.*' does not lie under data\.root"):
+            read_csv_source(source(tmp_path, content.format(path), **dict.fromkeys(COLUMNS)))
+    frame = read_csv_source(source(tmp_path, content.format("x..y/c.jpg"), **dict.fromkeys(COLUMNS))).frame
+    assert frame["path"].tolist() == ["a/../b.jpg", "x..y/c.jpg"]
+
+
+def test_a_name_with_a_carriage_return_is_refused(tmp_path):
+    line = {"patient_id": "p", "study_id": "s", "image_file": "Icon\rx.jpg", "findings": "Edema"}
+    path = tmp_path / "films.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    csv = CsvSource(table=path, findings="findings", image="image_file")
+    with pytest.raises(DataError, match=r"row 1, column 'image_file': 'Icon.rx\.jpg' has a control character"):
+        read_csv_source(DataConfig(source="csv", root=tmp_path, work_dir=tmp_path, csv=csv))

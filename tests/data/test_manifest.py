@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import check_patient_splits, load_manifest, split_counts, write_manifest, write_splits
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
@@ -109,7 +109,7 @@ def test_a_missing_manifest(tmp_path):
 
 def test_splits(tmp_path):
     write_splits(tmp_path / "splits.json", cohort(), "abc", {"seed": 3, "source": "csv"})
-    splits = read_json(tmp_path / "splits.json")
+    splits = read_record(tmp_path / "splits.json")
     assert (splits["manifest_sha256"], splits["seed"], splits["source"]) == ("abc", 3, "csv")
     assert splits["splits"]["train"] == {"patients": 1, "studies": 2, "images": 2, "patient_ids": ["007"]}
     assert splits["splits"]["validate"] == {"patients": 0, "studies": 0, "images": 0, "patient_ids": []}

@@ -1,6 +1,7 @@
 """The source `mimic-cxr-jpg`: joins, views, partial downloads, versions, and tables that contradict themselves."""
 
 import gzip
+import re
 
 import pytest
 from mimic_tree import Study, read_lines, write_table, write_tree
@@ -134,10 +135,17 @@ def test_duplicated_ids(root, table, line, message):
 
 def test_ids_saved_as_floats_are_mended_and_others_refused(root):
     path = root / "mimic-cxr-2.0.0-chexpert.csv.gz"
-    rewrite(path, "10000032,50414267", "10000032.0,50414267.0")
+    header, *lines = read_lines(path)
+    write_table(path, [header, *(re.sub(r"^(\d+),(\d+)", r"\1.0,\2.0", line) for line in lines)])
     assert read_mimic(data(root)).frame["Edema"].iloc[0] == 1.0
-    row = rewrite(path, "53189527", "s53189527")
+    row = rewrite(path, "53189527.0", "s53189527")
     with pytest.raises(DataError, match=rf"row {row}: study_id 's53189527' is not a number"):
+        read_mimic(data(root))
+
+
+def test_a_table_that_writes_an_id_in_two_ways(root):
+    rewrite(root / "mimic-cxr-2.0.0-chexpert.csv.gz", "10000032,50414267", "10000032.0,50414267")
+    with pytest.raises(DataError, match=r"subject '10000032\.0' in row \d+ and '10000032' in row \d+ look like one"):
         read_mimic(data(root))
 
 

@@ -72,7 +72,7 @@ class TestKilled:
         assert left == STUDIES - done
         assert contents(killed) == expected
 
-    @pytest.mark.parametrize("fatal", ["replace 1", "replace 2", "write_json", "unlink 2"])
+    @pytest.mark.parametrize("fatal", ["replace 1", "replace 2", "write_record", "unlink 2"])
     def test_a_kill_while_the_files_are_moved(self, tmp_path, monkeypatch, fatal):
         """The process ends before the n-th step of `finish`; the next one has nothing to compute, or all is there."""
         make(tmp_path / "whole", with_features=True)
@@ -95,7 +95,7 @@ class TestKilled:
         with small(folder, ids=IDS, splits=SPLITS, feature_size=WIDTH) as writer:
             writer.put(range(STUDIES), LOGITS, FEATURES)
             with monkeypatch.context() as patched:
-                if name == "write_json":
+                if name == "write_record":
                     patched.setattr(soft_label_writer, name, dies_at(1, None))
                 else:
                     patched.setattr(Path, name, dies_at(int(number), getattr(Path, name)))

@@ -1,12 +1,12 @@
 """Reading soft labels: the values back, studies without one, and every fault by its name."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
 from soft_label_run import FEATURES, HEADER, IDS, LOGITS, SPLITS, STUDIES, TEMPERATURES, make
 
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 
@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 def rewrite(folder, **changes):
     path = folder / "teacher_study_ids.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_record(path, {**read_record(path), **changes})
 
 
 def test_the_values_come_back(folder):
@@ -37,7 +37,7 @@ def test_the_values_come_back(folder):
 
 
 def test_the_json_says_what_the_arrays_are(folder):
-    index = json.loads((folder / "teacher_study_ids.json").read_text())
+    index = read_record(folder / "teacher_study_ids.json")
     assert list(index) == ["schema", "labels", "study_ids", "splits", "header", "features", "made_for", "sha256"]
     assert index["labels"] == list(LABELS)
     for name, file in (("logits", "teacher_soft_labels.npy"), ("features", "teacher_features.npy")):

@@ -1,6 +1,8 @@
 """Tables: encodings, and an error that names file, row, column and what is there."""
 
 import gzip
+import os
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 
 from mlx_cxr.data.tables import (
     DataError,
+    ids_of,
     label_of_name,
     label_values,
     read_json_lines,
@@ -85,9 +88,98 @@ def test_download_cut_short(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.csv\.gz is cut short or not gzip .*download it again"):
         read_table(path, ["a"])
-    path.write_bytes(b"a,b\n1,2\n")
-    with pytest.raises(DataError, match="not gzip"):
-        read_table(path, ["a"])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.txt"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_gzip_is_known_by_its_bytes(tmp_path, name, packed):
+    content = "a,b\n1,\u00e4\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    assert read_table(tmp_path / name, None).to_dict("list") == {"a": ["1"], "b": ["\u00e4"]}
+
+
+def test_a_workbook_and_a_pipe_are_no_tables(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.csv", "w") as book:
+        book.writestr("xl/workbook.xml", "x")
+    with pytest.raises(DataError, match=r"a\.csv is a workbook or an archive"):
+        read_table(tmp_path / "a.csv", None)
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match=r"pipe\.csv is no regular file"):
+        read_table(tmp_path / "pipe.csv", None)
+    with pytest.raises(DataError, match=r"/dev/zero is no regular file"):
+        read_json_lines("/dev/zero", [], separator="|")
+
+
+def reports(broken: str) -> str:
+    """Sixty rows of quoted reports; of one of them the cell is what is given."""
+    cells = [f'"Heart normal, lungs {number} clear.\nNo effusion, no edema."' for number in range(60)]
+    cells[20] = broken
+    return "id,report,Edema\n" + "".join(f"{number},{cell},1\n" for number, cell in enumerate(cells))
+
+
+def test_a_quote_that_is_not_closed_takes_no_rows_with_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(reports('"Heart normal, ""clear"" lungs."'))
+    assert len(read_table(path, None)) == 60
+    for broken in ('"Heart normal.', '"Heart "normal".', '"Heart normal." Lungs clear'):
+        path.write_text(reports(broken))
+        with pytest.raises(DataError, match=r"a\.csv, row 22 \(line 42 of the file\): a quote is opened"):
+            read_table(path, None)
+    # Nothing but the one quote in the whole table: the end of the file is in the cell.
+    path.write_text('id,report\n1,"open\n' + "2,b\n" * 50)
+    with pytest.raises(DataError, match=r"a\.csv"):
+        read_table(path, None)
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "a.csv"
+    for header in ("id,Edema,Edema", 'id,"Edema",Edema ', "Edema,id,Edema"):
+        path.write_text(f"{header}\n1,0,1\n")
+        with pytest.raises(DataError, match=r"column 'Edema' is there 2 times \(columns [12], 3\)"):
+            read_table(path, None)
+    path.write_text("id,Edema,\n1,0,\n")
+    assert read_table(path, ["id", "Edema"])["Edema"].tolist() == ["0"]
+
+
+def test_words_for_nothing_are_nothing(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,view,Edema\n1,nan,NaN\n2,NULL,None\n3,<NA>,1\n4,AP,NA\n")
+    table = read_table(path, None)
+    assert table["view"].tolist() == ["", "", "", "AP"]
+    values = label_values(table, {"Edema": "Edema"}, path)["Edema"].tolist()
+    assert np.isnan(values).tolist() == [True, True, False, True]
+
+
+class TestIds:
+    def ids(self, tmp_path, *cells):
+        path = tmp_path / "a.csv"
+        path.write_text("patient\n" + "".join(f"{cell}\n" for cell in cells))
+        return ids_of(read_table(path, None), "patient", path, "patient").tolist()
+
+    def test_one_form(self, tmp_path):
+        written = ("10000.0", "\u00a010001 ", "\uff11\uff10\uff10\uff10\uff12", "'10003", "1\u200b0004", "007", "aB")
+        assert self.ids(tmp_path, *written) == ["10000", "10001", "10002", "10003", "10004", "007", "aB"]
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("10000", "10000.0"),
+            ("7", "007"),
+            ("p1", "P1"),
+            ("10000", "\uff11\uff10\uff10\uff10\uff10"),
+            ("a b", "a\u00a0b"),
+        ],
+    )
+    def test_two_spellings_of_one_are_shown_with_their_rows(self, tmp_path, one, other):
+        with pytest.raises(DataError) as error:
+            self.ids(tmp_path, "x", one, "y", "z", other)
+        for words in ("a.csv", repr(one), "row 3", repr(other), "row 6"):
+            assert words in str(error.value)
+
+    @pytest.mark.parametrize("word", ["nan", "None", "NA", "null", "\u00a0"])
+    def test_a_word_for_nothing_is_no_patient(self, tmp_path, word):
+        with pytest.raises(DataError, match=r"row 3: column 'patient' is empty \(2 such"):
+            self.ids(tmp_path, "1", word, "2", word)
 
 
 @pytest.mark.parametrize("rows", ["1,2,3\n1,2\n", "1,2\n1,2,3\n"])

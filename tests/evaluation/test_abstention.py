@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from simulated_predictions import simulated
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.abstention import COVERAGES, abstention_section, finding_calls, weighted_figures
 from mlx_cxr.evaluation.bootstrap import patient_resamples
@@ -170,7 +170,7 @@ def test_the_more_may_be_ruled_out_the_less_is_covered():
 def test_the_page_holds_the_figures_and_says_what_they_promise(tmp_path):
     settings = {"run": "r", "synthetic": True, "samples": 60, "seed": 0, "bins": 15, "provenance": {}}
     results = evaluate(join(VALIDATION, TEST), POINTS, **settings)
-    page = results_markdown(read_json(write_json(tmp_path / "test_results.json", results)))
+    page = results_markdown(read_record(write_record(tmp_path / "test_results.json", results)))
     assert page == results_markdown(results)
     text = page[page.index("## Abstention") : page.index("## Shortcuts")]
     edema = results["abstention"]["protocols"]["empty_negative"]["per_label"]["Edema"]

@@ -7,7 +7,7 @@ import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 from sklearn import metrics as sk
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.bootstrap import patient_resamples
 from mlx_cxr.evaluation.comparison import COMPARED, compare, ratio_interval, retention, verdict
@@ -116,7 +116,7 @@ def test_p_values_are_the_clustered_delong_test_and_holms_over_the_pairs_labels(
 def test_calls_follow_each_runs_own_validation(outputs, comparison):
     for name in ("cnn", "teacher"):
         test = open_scored_run(outputs / name, name).test
-        point = read_json(outputs / name / "test_results.json")["operating_points"]["Edema"]
+        point = read_record(outputs / name / "test_results.json")["operating_points"]["Edema"]
         call = 1 / (1 + np.exp(-test.logits[:, EDEMA].astype(float) / point["temperature"])) >= point["threshold"]
         y = SCORING_PROTOCOLS["empty_negative"].apply(test.raw_labels)[:, EDEMA]
         entry = comparison["protocols"]["empty_negative"]["models"][name]["per_label"]["Edema"]
@@ -261,7 +261,7 @@ def test_runs_of_other_data_are_refused_also_among_graded_teachers(copy):
 
 
 def test_the_file_holds_what_was_computed(comparison, tmp_path):
-    back = read_json(write_json(tmp_path / "final_comparison.json", comparison))
+    back = read_record(write_record(tmp_path / "final_comparison.json", comparison))
     assert back["provenance"] == {"commit": "c"}
     assert back["notice"] == "Synthetic cohort. Research only, not for clinical use."
     assert back["gates"] == comparison["gates"]

@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 from sklearn.metrics import roc_auc_score
 
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.evaluation.metrics import METRICS
@@ -141,7 +141,7 @@ def test_validation_counts_and_the_rest(scored):
 
 def test_file_and_page_hold_the_same_figures(scored, tmp_path):
     results, _ = scored
-    back = read_json(write_json(tmp_path / "test_results.json", results))
+    back = read_record(write_record(tmp_path / "test_results.json", results))
     assert back["protocols"]["empty_negative"]["per_label"]["Lung Lesion"]["roc_auc"]["value"] is None
     page = results_markdown(back)
     assert page == results_markdown(results)
@@ -228,7 +228,7 @@ def predictions_of(manifest, splits=("validate", "test"), left_out: int = 0) -> 
 def test_metadata_belong_to_the_studies_that_were_scored(manifest, tmp_path):
     predictions = predictions_of(manifest, left_out=9)
     points, _ = write_scores(tmp_path, predictions, "empty_negative", manifest, CONFIG, RECORD)
-    results = read_json(tmp_path / "test_results.json")
+    results = read_record(tmp_path / "test_results.json")
     assert results["counts"]["test"]["studies"] == len(predictions.of_split("test")) == 71
     assert results["provenance"] == RECORD
     read = read_predictions(tmp_path / "predictions.csv")
@@ -260,7 +260,7 @@ def test_files_are_those_of_a_scored_run_and_hang_together(manifest, tmp_path):
     write_results(tmp_path, results, predictions, points)
     names |= {"results.md", "roc.png", "precision_recall.png", "reliability.png", "risk_coverage.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    results = read_json(tmp_path / "test_results.json")
+    results = read_record(tmp_path / "test_results.json")
     assert (results["fitted_under"], results["abstention"]["alpha"]) == ("empty_masked", 0.25)
     assert "Synthetic cohort" in (tmp_path / "results.md").read_text()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_cxr.core.files import read_json
+from mlx_cxr.core.files import read_record
 from mlx_cxr.inference import cost
 from mlx_cxr.inference.cost import milliseconds_per_sample, write_cost
 
@@ -30,7 +30,7 @@ def test_the_clock_runs_while_the_work_is_done_and_not_in_the_warm_up(monkeypatc
     write_cost(
         tmp_path, parameters=counts, ms_per_sample=62.5, samples=48, batch_size=8, what="one film", device=device
     )
-    assert read_json(tmp_path / "cost.json") == {
+    assert read_record(tmp_path / "cost.json") == {
         "schema": 1,
         "parameters": counts,
         "ms_per_sample": 62.5,

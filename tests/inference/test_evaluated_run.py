@@ -7,7 +7,7 @@ import shutil
 import pytest
 from evaluated_runs import CNN, STUDENT, TEACHER, change, evaluated_run
 
-from mlx_cxr.core.files import RecordError, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
 
@@ -79,11 +79,11 @@ def test_the_records_are_those_of_the_folder(cnn):
     run = EvaluatedRun.open(cnn)
     assert run.name == CNN
     assert run.checkpoint_sha256 == sha256_file(cnn / "best_model.safetensors")
-    assert run.results == read_json(cnn / "test_results.json")
-    assert run.cost == read_json(cnn / "cost.json")
+    assert run.results == read_record(cnn / "test_results.json")
+    assert run.cost == read_record(cnn / "cost.json")
     assert (
         run.points.thresholds.values[1]
-        == read_json(cnn / "operating_points.json")["labels"]["Cardiomegaly"]["threshold"]
+        == read_record(cnn / "operating_points.json")["labels"]["Cardiomegaly"]["threshold"]
     )
     assert (run.localization, run.failures, run.comparison, run.teacher) == (None, None, None, None)
     assert not run.synthetic
@@ -111,7 +111,7 @@ def test_the_summary_counts_only_for_the_manifest_that_the_run_was_trained_on(cn
 
 
 def test_where_maps_point_counts_only_where_this_evaluation_made_maps(cnn):
-    write_json(cnn / "localization.json", {"schema": 1})
+    write_record(cnn / "localization.json", {"schema": 1})
     assert EvaluatedRun.open(cnn).localization is None
     change(cnn / "inference.json", "map_references", "methods", value={"grad_cam": {}})
     assert EvaluatedRun.open(cnn).localization == {"schema": 1}
@@ -121,7 +121,7 @@ def test_a_comparison_counts_only_while_it_is_of_these_results_and_the_latest_do
     def compare(name, sha256, started):
         inputs = {f"{CNN}/test_results.json": {"path": "", "sha256": sha256}}
         path = cnn.parent / f"comparison_{name}" / "final_comparison.json"
-        return write_json(path, {"experiment": name, "provenance": {"inputs": inputs, "started": started}})
+        return write_record(path, {"experiment": name, "provenance": {"inputs": inputs, "started": started}})
 
     now = sha256_file(cnn / "test_results.json")
     compare("other", "0" * 64, "2026-03-01T00:00:00+00:00")
@@ -134,7 +134,7 @@ def test_a_comparison_counts_only_while_it_is_of_these_results_and_the_latest_do
 def test_a_failure_analysis_counts_only_while_it_is_of_these_predictions(cnn):
     path = cnn / "failure_analysis" / "failures.json"
     inputs = {f"{CNN}/predictions.csv": {"path": "", "sha256": sha256_file(cnn / "predictions.csv")}}
-    write_json(path, {"provenance": {"inputs": inputs}})
+    write_record(path, {"provenance": {"inputs": inputs}})
     assert EvaluatedRun.open(cnn).failures is not None
     with (cnn / "predictions.csv").open("a") as predictions:
         predictions.write("\n")
@@ -142,7 +142,7 @@ def test_a_failure_analysis_counts_only_while_it_is_of_these_predictions(cnn):
 
 
 def test_a_student_names_its_teacher_and_describes_it_while_the_soft_labels_are_the_same(student):
-    write_json(student.parent / TEACHER / "teacher.json", {"schema": 1, "reads": "findings"})
+    write_record(student.parent / TEACHER / "teacher.json", {"schema": 1, "reads": "findings"})
     soft = student.parent / TEACHER / "teacher_soft_labels.npy"
     teacher = EvaluatedRun.open(student).teacher
     assert teacher == {

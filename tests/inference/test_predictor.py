@@ -21,7 +21,7 @@ from toy_cohort import make_cohort
 from mlx_cxr import evaluate_cnn, inference, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, read_json, write_json
+from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.dicom import equalize
@@ -32,6 +32,7 @@ from mlx_cxr.inference.predictor import MAPPED, METHODS, Predictor
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import preprocess
+from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
 
 
 def configured(folder: Path) -> Config:
@@ -219,20 +220,20 @@ def test_an_image_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort
 
 def test_the_record_says_how_images_are_prepared(run_dir):
     """The figures that the network normalizes by, as `models.resnet` documents them."""
-    record = read_json(run_dir / "inference.json")
+    record = read_record(run_dir / "inference.json")
     assert record["preprocessing"]["transform"] == {"version": 1, "size": 32, "fit": "letterbox"}
     assert record["preprocessing"]["normalization"] == {"in_channels": 1, "mean": [0.449], "std": [0.226]}
-    assert read_json(run_dir / "training.json")["preprocessing"] == record["preprocessing"]
+    assert read_record(run_dir / "training.json")["preprocessing"] == record["preprocessing"]
     assert record["map_references"]["films"] == 8
     assert set(record["map_references"]["methods"]) == set(METHODS)
 
 
 def spoil(path: Path, *keys: str, value: object) -> None:
-    entry = plain = read_json(path)
+    entry = plain = read_record(path)
     for key in keys[:-1]:
         entry = entry[key]
     entry[keys[-1]] = value
-    write_json(path, plain)
+    write_record(path, plain)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +259,9 @@ def test_a_run_of_another_version_is_refused(copied, keys, value, words):
 
 
 def test_weights_that_changed_are_refused(copied, run_dir):
-    weights = dict(mx.load(str(run_dir / "best_model.safetensors")))
-    header = mx.load(str(run_dir / "best_model.safetensors"), return_metadata=True)[1]
+    weights, header = read_safetensors(run_dir / "best_model.safetensors")
     weights["fc.bias"] = weights["fc.bias"] + 1
-    mx.save_safetensors(str(copied / "best_model.safetensors"), weights, header)
+    write_safetensors(copied / "best_model.safetensors", weights, header)
     with pytest.raises(RecordError, match="changed since"):
         Predictor.from_run(copied)
 

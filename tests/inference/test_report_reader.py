@@ -11,7 +11,7 @@ import pytest
 from toy_teacher import EDEMA, ToyTeacher, shared, toy_reports
 
 from mlx_cxr import cache_teacher_outputs, lfm_finetune
-from mlx_cxr.core.files import RecordError
+from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.report_reader import LONGEST, ReportReader, ReportReadingError
 from mlx_cxr.teacher.image_embeddings import encode_images
@@ -125,8 +125,9 @@ def test_runs_that_cannot_answer_are_refused(toy, run_dir, tmp_path):
     with pytest.raises(RecordError, match=r"operating_points\.json is missing"):
         ReportReader.from_run(unscored)
     changed = Path(shutil.copytree(run_dir, tmp_path / "changed"))
-    text = (changed / "operating_points.json").read_text()
-    adapter = ReportReader.from_run(run_dir).teacher.adapter_sha256
-    (changed / "operating_points.json").write_text(text.replace(adapter, "0" * 64))
+    points = read_record(changed / "operating_points.json")
+    assert points["made_from"]["adapter"] == ReportReader.from_run(run_dir).teacher.adapter_sha256
+    points["made_from"]["adapter"] = "0" * 64
+    write_record(changed / "operating_points.json", points)
     with pytest.raises(RecordError, match="its adapter changed"):
         ReportReader.from_run(changed)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mlx_cxr.core.config_schema import ModelConfig
+from mlx_cxr.core.files import SEAL, UNSEALED, seal_weights
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.models import convert, hub
 from mlx_cxr.models.convert import (
@@ -374,7 +375,9 @@ def test_checkpoint_keeps_statistics_that_training_moved(tmp_path):
 def rewrite(path: Path, header: dict[str, str] | None = None, arrays: Arrays | None = None) -> Path:
     with safe_open(path, "np") as file:
         old = file.metadata()
-    save_file(arrays if arrays is not None else load_file(path), path, metadata=old | (header or {}))
+    changed = old | (header or {}) | {SEAL: UNSEALED}
+    save_file(arrays if arrays is not None else load_file(path), path, metadata=changed)
+    seal_weights(path)
     return path
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.formatting import interval_text
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.comparison import compare
@@ -58,7 +58,7 @@ def test_the_page_begins_with_the_notices_and_the_statement(comparison):
 
 
 def test_the_page_read_back_from_the_file_is_the_same(comparison, tmp_path):
-    back = read_json(write_json(tmp_path / "a.json", comparison))
+    back = read_record(write_record(tmp_path / "a.json", comparison))
     assert comparison_markdown(back) == comparison_markdown(comparison)
     assert comparison_block(back) == comparison_block(comparison)
     assert closing_comparison(back) == closing_comparison(comparison)

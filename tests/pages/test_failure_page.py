@@ -11,7 +11,7 @@ import pytest
 from judged_studies import K
 from simulated_runs import NOISE, model, write_run, write_three
 
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.failure_results import analyse
 from mlx_cxr.evaluation.failures import CATEGORIES, worst
@@ -176,7 +176,7 @@ def test_the_closing_lines_are_the_same_from_the_file(outputs, tmp_path):
     results = analysis_of(outputs, {"teacher": "teacher"}).results
     assert any(np.isnan(entry["fn_ratio"]["low"]) for entry in results["categories"].values())
     text = closing_failures(results)
-    assert closing_failures(read_json(write_json(tmp_path / "failures.json", results))) == text
+    assert closing_failures(read_record(write_record(tmp_path / "failures.json", results))) == text
     counts = results["counts"]
     errors = counts["false_positives"] + counts["false_negatives"]
     assert text.startswith(f"Failures of student on test: {errors} of {counts['pairs']} calls (")

@@ -1,12 +1,10 @@
 """Marked blocks of a README, and the demo's: the right finding by rule, figures as in the files, one picture."""
 
-import json
-
 import pytest
 from PIL import Image
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError
+from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.pages.readme import best_localized, replace_block, update_readme
 
@@ -84,8 +82,8 @@ def run_dir(tmp_path):
         "synthetic": True,
         "provenance": {"device": {"kind": "cpu", "cores": 2}},
     }
-    (folder / "localization.json").write_text(json.dumps(table))
-    (folder / "test_results.json").write_text(json.dumps(results))
+    write_record(folder / "localization.json", table)
+    write_record(folder / "test_results.json", results)
     for name, shade in (("Edema_true_positive_1_5", 10), ("Pleural_Effusion_true_positive_1_7", 200)):
         Image.new("L", (4, 4), shade).save(folder / "grad_cam" / f"{name}.png")
     (tmp_path / "README.md").write_text("top\n<!-- begin demo -->\n<!-- end demo -->\nend\n")
@@ -93,7 +91,7 @@ def run_dir(tmp_path):
 
 
 def test_the_finding_that_maps_hit_best_beyond_chance_is_shown(run_dir, tmp_path):
-    table = json.loads((run_dir / "localization.json").read_text())
+    table = read_record(run_dir / "localization.json")
     # Though Cardiomegaly has the highest hit rate and beats random maps by most: the centre hits it more often.
     assert best_localized(table) == "Pleural Effusion"
     update_readme(tmp_path / "README.md", run_dir, 90)

@@ -1,5 +1,4 @@
 import html
-import json
 import math
 import re
 from dataclasses import replace
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
+from mlx_cxr.core.files import read_record
 from mlx_cxr.explain.word_scores import (
     LOWERS,
     RAISES,
@@ -51,7 +51,7 @@ def test_a_call_that_is_not_made_says_why(tmp_path):
     ink = np.asarray(after.crop((0, 108, after.width, 130)))
     assert np.all(ink == (150, 75, 0), axis=-1).sum() > 100
     folder = write_explanations(tmp_path / "e", "teacher", [abstains], "rule", True, {})
-    (saved,) = json.loads((folder / "explanations.json").read_text())["explanations"]
+    (saved,) = read_record(folder / "explanations.json")["explanations"]
     assert saved["abstention"] == why
 
 
@@ -270,7 +270,7 @@ def test_files_are_written_linked_and_replaced(tmp_path):
     with Image.open(folder / "s1_Edema.png") as picture:
         assert picture.text["Warning"] == "Research only, not for clinical use"
 
-    saved = json.loads((folder / "explanations.json").read_text("utf-8"))
+    saved = read_record(folder / "explanations.json")
     assert saved["scale"] == 2.0
     assert saved["agreement"]["integrated_gradients"]["linear"] == {
         **{"explanations": 1, "median": pytest.approx(1), "lowest": pytest.approx(1), "highest": pytest.approx(1)}
@@ -303,4 +303,4 @@ def test_where_nothing_is_to_be_shown_the_index_says_so(tmp_path):
     page = Page((tmp_path / "index.html").read_text("utf-8"))
     assert "There is none." in page.text
     assert "Synthetic" not in page.text
-    assert json.loads((tmp_path / "explanations.json").read_text("utf-8"))["explanations"] == []
+    assert read_record(tmp_path / "explanations.json")["explanations"] == []

@@ -12,7 +12,7 @@ import pytest
 from simulated_runs import NOISE, model, write_run, write_three
 
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.files import read_json, write_json
+from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.formatting import interval_text, number
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.comparison import compare
@@ -44,7 +44,7 @@ SUMMARY = {
 
 def written_and_read(path: Path, value):
     """As the file has it: NaN is null."""
-    return read_json(write_json(path, value))
+    return read_record(write_record(path, value))
 
 
 @pytest.fixture(scope="module")
