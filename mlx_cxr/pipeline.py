@@ -113,7 +113,8 @@ def _bring_up_to_date(
         if not why:
             log.info("%s: up to date, skipped (configuration, inputs and outputs unchanged)", title)
         else:
-            log.info("%s: runs (%s)%s", title, why, _time_to_come(ledgers, chain[number - 1 :]))
+            log.info("%s: runs (%s)", title, why)
+            _say_time_to_come(ledgers, chain[number - 1 :])
             resume = step.trains and _may_resume(step, why, step.name in forced, overwrite)
             ledger.begin(step.name, now)
             started = time.perf_counter()
@@ -126,13 +127,12 @@ def _bring_up_to_date(
             check_gate(step.folder, config.pipeline.min_val_auc, ignore_gates)
 
 
-def _time_to_come(ledgers: Mapping[Path, Ledger], left: Sequence[Step]) -> str:
-    """The time that the steps from here on took when they were last run, in words; empty where one never was."""
+def _say_time_to_come(ledgers: Mapping[Path, Ledger], left: Sequence[Step]) -> None:
+    """Log the time that the steps from here on took when they were last run, if all of them ever were."""
     took = [ledgers[step.folder].seconds(step.name) for step in left]
     known = [seconds for seconds in took if seconds is not None]
-    if len(known) < len(took):
-        return ""
-    return f"; from here to the end took {sum(known) / 60:.1f} min the last time"
+    if len(known) == len(took):
+        log.info("from here to the end, all stages took %.1f min the last time", sum(known) / 60)
 
 
 def _refuse_a_name_for_two_runs(chain: Sequence[Step]) -> None:

@@ -16,6 +16,7 @@ from toy_training import arrays
 from mlx_cxr import doctor
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.files import write_record
+from mlx_cxr.data.pixel_store import SHARDED_SCHEMA
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
 
@@ -209,11 +210,10 @@ def test_a_pixel_store_in_shards_is_whole_or_missing(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(f"name: t\ndata: {{root: {tmp_path}, work_dir: {tmp_path}}}\n")
     config, names = load_config(path), ["images_224-1-of-2.npy", "images_224-2-of-2.npy"]
-    index = dict.fromkeys(("manifest", "transform", "films", "sample", "unreadable", "notes", "image_ids"), "")
-    shards = [{"file": name, "films": 1, "sample": ""} for name in names]
-    config.pixels_path.with_suffix(".json").write_text(
-        json.dumps({"schema": 2, **index, "shape": [2, 224, 224], "shards": shards})
-    )
+    index = dict.fromkeys(("manifest", "transform", "films", "unreadable", "notes", "image_ids"), "")
+    shards = [{"file": name, "films": 1, "pixels": ""} for name in names]
+    whole = {"schema": SHARDED_SCHEMA, **index, "shape": [2, 224, 224], "shards": shards}
+    write_record(config.pixels_path.with_suffix(".json"), whole)
     (tmp_path / names[0]).touch()
     store = finding(doctor.check_data(config, path), "pixel store")
     assert (store.mark, store.detail) == ("missing", str(tmp_path / names[1]))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from mlx_cxr import export
 from mlx_cxr.core.config import config_from_plain
-from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
+from mlx_cxr.core.files import RecordError, read_json, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.decoding import Transform, decode
 from mlx_cxr.evaluation.conformal import ConformalBands
@@ -89,7 +89,7 @@ def test_torchvisions_layout_gives_the_same_logits_in_pytorch(cnn, tmp_path, tor
     ours = np.array(load_model(folder / "model.safetensors")(preprocess(mx.array(images), in_channels)))
     assert ours.std() > 0.1
 
-    about = read_record(folder / "preprocessing.json")["normalization"]
+    about = read_json(folder / "preprocessing.json")["normalization"]
     mean, std = (np.array(about[key], np.float32)[:, None, None] for key in ("mean", "std"))
     x = torch.from_numpy((np.repeat(images[:, None], in_channels, axis=1).astype(np.float32) / 255 - mean) / std)
     reference = TorchResNet18(in_channels, 14, output_stride)
@@ -234,7 +234,7 @@ def test_the_script_reads_dicoms_by_the_same_recipe(cnn, tmp_path, torch, photom
 
 def test_the_steps_in_words_have_the_numbers_of_this_run(cnn, tmp_path, torch):
     replace_model(cnn, lively_model(3, 32, seed=1), 96, "center_crop")
-    about = read_record(export.run(cnn, tmp_path / "out") / "preprocessing.json")
+    about = read_json(export.run(cnn, tmp_path / "out") / "preprocessing.json")
     recorded = read_record(cnn / "inference.json")["preprocessing"]
     assert {key: about[key] for key in recorded} == recorded
     assert about["input"] == {"dtype": "float32", "torchvision": ["N", 3, 96, 96], "mlx": ["N", 96, 96, 3]}
@@ -247,7 +247,7 @@ def test_the_steps_in_words_have_the_numbers_of_this_run(cnn, tmp_path, torch):
 def test_labels_say_what_the_sources_values_counted_as(cnn, tmp_path):
     policy = {"uncertain": "soft", "empty": "masked", "soft_value": 0.6, "uncertain_per_label": {"Edema": "ones"}}
     change(cnn / "config.json", "config", "labels", value=policy)
-    about = read_record(export.run(cnn, tmp_path / "out") / "labels.json")
+    about = read_json(export.run(cnn, tmp_path / "out") / "labels.json")
     assert about["labels"] == list(LABELS)
     targets = about["target_in_training"]["per_label"]
     assert targets["Edema"] == {"1": 1, "0": 0, "-1": 1, "": None}
@@ -291,10 +291,10 @@ def test_no_path_and_no_user_is_in_any_exported_file(tmp_path):
     for path in folder.iterdir():
         content = path.read_bytes()
         assert not [word for word in private if word in content], path.name
-    exported = read_record(folder / "config.json")
+    exported = read_json(folder / "config.json")
     assert exported["command"][-1] == "--config=films"
     assert config_from_plain(exported["config"], "exported").data.root == Path("films")
-    card = read_record(folder / "model_card.json")
+    card = read_json(folder / "model_card.json")
     assert card["model"]["initial_weights"]["run"] == CNN
     assert (card["model"]["teacher"]["run"], card["model"]["teacher"]["base"]) == (TEACHER, "base")
 
@@ -302,7 +302,7 @@ def test_no_path_and_no_user_is_in_any_exported_file(tmp_path):
 def test_a_hub_id_stays(tmp_path):
     student = evaluated_run(tmp_path, STUDENT)
     change(student / "config.json", "config", "teacher", "base", value="LiquidAI/LFM2.5-VL-1.6B")
-    exported = read_record(export.run(student, tmp_path / "out") / "config.json")
+    exported = read_json(export.run(student, tmp_path / "out") / "config.json")
     assert exported["config"]["teacher"]["base"] == "LiquidAI/LFM2.5-VL-1.6B"
 
 
@@ -348,7 +348,7 @@ def test_an_export_that_is_there_stays_unless_it_is_to_be_replaced(cnn, tmp_path
     (folder / ".DS_Store").write_text("")
     export.run(cnn, folder, overwrite=True)
     assert {path.name for path in folder.iterdir()} == set(export.FILES)
-    assert read_record(folder / "labels.json")["labels"] == list(LABELS)
+    assert read_json(folder / "labels.json")["labels"] == list(LABELS)
     assert {path.name for path in tmp_path.iterdir()} == {"outputs", "out"}
 
 
@@ -397,7 +397,7 @@ export.main(["--run", sys.argv[3], "--to", sys.argv[4], "--overwrite"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "at"), [("write_record", 2), ("write_text", 2)])
+@pytest.mark.parametrize(("name", "at"), [("write_json", 2), ("write_text", 2)])
 def test_a_killed_export_leaves_the_old_one_or_none(cnn, tmp_path, name, at):
     folder = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, name, str(at), str(cnn), str(folder)]

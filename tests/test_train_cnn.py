@@ -53,6 +53,12 @@ def finished(cohort) -> Path:
     return train_cnn.run(load_config(cohort / "trial.yaml"), "whole")
 
 
+def metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics, without what the clock and the machine say."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in lines]
+
+
 def test_a_run_leaves_what_it_promises(cohort, finished):
     assert finished == cohort / "outputs" / "whole"
     record = read_record(finished / "config.json")
@@ -66,7 +72,7 @@ def test_a_run_leaves_what_it_promises(cohort, finished):
     # torchvision's resnet18 with one input channel and 14 classes.
     assert summary["parameters"]["total"] == 11_689_512 - 2 * 3136 - 513 * 1000 + 513 * 14
     assert summary["parameters"]["trainable"] == summary["parameters"]["total"]
-    assert (finished / "last" / "state.safetensors").exists()
+    assert not (finished / "last").exists(), "there is nothing to resume"
 
 
 def test_the_best_weights_reproduce_the_figure_that_chose_them(cohort, finished):
@@ -103,14 +109,15 @@ def test_a_command_killed_and_resumed_ends_with_the_weights_of_an_unbroken_one(c
     resumed = command(cohort, "--run_name", "killed", "--resume")
     _, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors
-    assert "going on from the last saved state" in errors
-    for name in ("best_model.safetensors", "last/state.safetensors"):
-        ours, theirs = mx.load(str(run_dir / name)), mx.load(str(finished / name))
-        assert set(ours) == set(theirs)
-        # Equal bit by bit on the CPU; another device may add up in another order.
-        slack = 0 if on_cpu else 1e-3
-        for key in ours:
-            np.testing.assert_allclose(np.array(ours[key]), np.array(theirs[key]), rtol=slack, atol=slack, err_msg=key)
+    assert "resumed from the last saved state" in errors
+    ours, theirs = (mx.load(str(folder / "best_model.safetensors")) for folder in (run_dir, finished))
+    assert set(ours) == set(theirs)
+    # Equal bit by bit on the CPU; another device may add up in another order.
+    slack = 0 if on_cpu else 1e-3
+    for key in ours:
+        np.testing.assert_allclose(np.array(ours[key]), np.array(theirs[key]), rtol=slack, atol=slack, err_msg=key)
+    if on_cpu:
+        assert metrics(run_dir) == metrics(finished), "the last weights validate alike"
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
 
@@ -122,8 +129,26 @@ def test_a_run_that_exists_is_refused_and_untouched(cohort, finished, capsys):
     for word in (str(finished), "--run_name", "--resume", "--overwrite"):
         assert word in message
     message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--run_name", "whole", "--resume", "--seed", "7")
-    assert "last/state.safetensors was made with other data or settings" in message
+    assert "training.json is of a run that was made with other data or settings" in message
+    train_cnn.main(["--config", str(cohort / "trial.yaml"), "--run_name", "whole", "--resume"])
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_only_one_process_writes_a_run(cohort, finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    code = "import sys, time\nfrom mlx_cxr.core.claim import claimed\nwith claimed(sys.argv[1]):\n"
+    code += "    print(1, flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(finished)], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        for option in ("--resume", "--overwrite"):
+            message = failure(capsys, "--config", str(cohort / "trial.yaml"), "--run_name", "whole", option)
+            assert f"{finished} is being written by process {holder.pid}" in message
+    finally:
+        holder.kill()
+        holder.wait()
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".claim"}
+    assert after == before
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b"])
