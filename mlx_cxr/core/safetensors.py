@@ -59,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
     try:
         return _read_header(path)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error)[:200] if type(error) is ValueError else "its header cannot be parsed"
         raise SafetensorsError(f"{path} is damaged, cut short or not safetensors: {reason}") from None
 
