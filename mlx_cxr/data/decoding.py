@@ -411,7 +411,7 @@ def _read(path: Path) -> bytes:
             raise ImageError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise ImageError("no such file") from None
+        raise ImageError("not found") from None
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a name with a zero byte in it
