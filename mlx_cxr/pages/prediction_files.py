@@ -171,7 +171,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     whole = [line.decode("utf-8", "replace") for line in lines if line.endswith(b"\n")]
-    return [row for row in csv.DictReader(whole, COLUMNS, restval="")][1:]
+    return list(csv.DictReader(whole, COLUMNS, restval=""))[1:]
 
 
 def remove_pictures(folder: Path, after: int = 0) -> None:
