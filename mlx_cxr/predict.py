@@ -79,7 +79,6 @@ def run(
     """
     from tqdm import tqdm
 
-    from mlx_cxr.core.labels import LABELS
     from mlx_cxr.data.image_files import all_files, file_state
     from mlx_cxr.evaluation.operating_points import FILE as POINTS
     from mlx_cxr.inference.predictor import Predictor
@@ -162,9 +161,8 @@ def run(
     else:
         log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(table.statuses))
         log.info("findings: %s", _counted(table.calls))
-        untested = ", ".join(label for label, tested in zip(LABELS, points.tuned, strict=True) if not tested)
-        if untested:
-            log.info("untested by this run, so that its figures are left out: %s", untested)
+        for line in written.untested_lines(points):
+            log.info("%s", line)
     log.info("table in %s. %s", path, footer(synthetic, own_image=True))
     return path
 

@@ -411,6 +411,8 @@ def _read(path: Path) -> bytes:
         if size > MAX_BYTES:
             raise ImageError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
         return path.read_bytes()
+    except ImageError:  # a ValueError too
+        raise
     except FileNotFoundError:
         raise ImageError("no such file") from None
     except OSError as error:

@@ -242,14 +242,18 @@ def montage(
     tile_width, tile_height = sizes.pop()
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
-    top = 62 if title else _MARGIN
     line = 34
     width = 2 * _MARGIN + columns * tile_width + (columns - 1) * _GAP + (_GAP + 74 if scale else 0)
     warning = wrapped(footer(synthetic, own_images), 13, width - 2 * _MARGIN)
+    titles = wrapped(title, 22, width - 2 * _MARGIN, bold=True) if title else []
+    top = 34 + 28 * len(titles) if titles else _MARGIN
     height = top + rows * (tile_height + line) + 28 + 18 * len(warning)
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, 18), fitted(title, 22, width - 2 * _MARGIN, bold=True), _TEXT, font(22, bold=True))
+    for number, words in enumerate(titles):
+        draw.text(
+            (_MARGIN, 18 + 28 * number), fitted(words, 22, width - 2 * _MARGIN, bold=True), _TEXT, font(22, bold=True)
+        )
     for number, tile in enumerate(tiles):
         x = _MARGIN + number % columns * (tile_width + _GAP)
         y = top + number // columns * (tile_height + line)
@@ -286,12 +290,12 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def wrapped(text: str, size: int, room: float) -> list[str]:
+def wrapped(text: str, size: int, room: float, bold: bool = False) -> list[str]:
     """The text as lines, broken between words, that are no wider than `room` pixels unless a word is."""
-    lines = [""]
+    face, lines = font(size, bold), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font(size).getlength(longer) > room:
+        if lines[-1] and face.getlength(longer) > room:
             lines.append(word)
         else:
             lines[-1] = longer

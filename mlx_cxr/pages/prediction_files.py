@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from mlx_cxr.core.claim import CLAIM
 from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.data.tables import guarded
-from mlx_cxr.evaluation.operating_points import PRESENT, STATE_WORDS, OperatingPoints
+from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, OperatingPoints
 from mlx_cxr.inference.answers import ImageAnswer
 from mlx_cxr.pages.case_page import by_margin
 from mlx_cxr.pages.overlay import Tile, draw_overlay, image_tile, map_tile, montage, save_picture
@@ -204,23 +204,27 @@ def answer_lines(answer: ImageAnswer, points: OperatingPoints) -> list[str]:
 
 
 def call_lines(probabilities: np.ndarray, states: np.ndarray, points: OperatingPoints) -> list[str]:
-    """The 14 findings of an image or a report for a terminal: those called present first, untested ones last.
+    """The 14 findings of an image or a report for a terminal: those called present first, the untested in a line.
 
     Args:
         probabilities: (14,), calibrated.
         states: (14,), each PRESENT, ABSENT or ABSTAIN.
         points: of the run that gave them.
     """
-    words, order = call_words(states, points), ("present", "abstain", "absent", UNTESTED)
-    lines = []
-    for k in sorted(by_margin(probabilities, points), key=lambda k: order.index(words[k])):
-        line = f"  {words[k]:8}  {LABELS[k]:26}"
-        if points.tuned[k]:
-            line += f"  {probabilities[k]:.2f}  (threshold {points.thresholds.values[k]:.2f})"
-        if words[k] in ("abstain", UNTESTED):
-            line += f"  {points.reason(k, float(probabilities[k]))}"
-        lines.append(line)
-    return lines
+    order, lines = list(map(STATE_WORDS.get, (PRESENT, ABSTAIN, ABSENT))), []
+    tested = [(word, k) for k, word in enumerate(call_words(states, points)) if word != UNTESTED]
+    ranks = {k: rank for rank, k in enumerate(by_margin(probabilities, points))}
+    for word, k in sorted(tested, key=lambda one: (order.index(one[0]), ranks[one[1]])):
+        figures = f"{probabilities[k]:.2f}  (threshold {points.thresholds.values[k]:.2f})"
+        why = points.reason(k, float(probabilities[k])) if word == STATE_WORDS[ABSTAIN] else ""
+        lines.append(f"  {word:7}  {LABELS[k]:26}  {figures}  {why}".rstrip())
+    return lines + [f"  {line}" for line in untested_lines(points)]
+
+
+def untested_lines(points: OperatingPoints) -> list[str]:
+    """The findings of which a run can say nothing, in a line; none where it was tested on all."""
+    names = ", ".join(label for label, tested in zip(LABELS, points.tuned, strict=True) if not tested)
+    return [f"{UNTESTED}, as validation has no study with it or none without: {names}"] if names else []
 
 
 def call_words(states: np.ndarray, points: OperatingPoints) -> list[str]:
@@ -315,7 +319,7 @@ class ContactSheets:
         if called or answer.states[_NOTHING] == PRESENT:
             first = called[0] if called else LABELS[_NOTHING]
             more = f" +{len(called) - 1}" if len(called) > 1 else ""
-            words = f"{first} {answer.probabilities[LABELS.index(first)]:.2f}{more}"
+            words = f"{answer.probabilities[LABELS.index(first)]:.2f} {first}{more}"
         return Tile(_worded(picture, name, ""), words)
 
 
