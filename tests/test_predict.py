@@ -168,7 +168,7 @@ def test_names_of_all_kinds_have_a_row_and_pictures(run_dir, images, tmp_path):
         b'say "a, b".jpg',
         "\u2028.jpg".encode(),
         b"tab\t.jpg",
-        b"\x1b[31m.jpg",
+        b"\x1b[3m.jpg",
     ]
     for name in names:
         (Path(os.fsdecode(os.fsencode(folder) + b"/" + name))).write_bytes(content)
@@ -247,7 +247,7 @@ def unbroken(run_dir, many, tmp_path_factory) -> dict[str, bytes]:
     return everything(out)
 
 
-@pytest.mark.parametrize("rows", [0, 3, 60, 100])
+@pytest.mark.parametrize("rows", [60, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (0, 3, 100))])
 def test_a_killed_call_keeps_its_rows_and_is_gone_on_with(run_dir, many, unbroken, tmp_path, rows):
     out = tmp_path / "out"
     line = [sys.executable, "-m", "mlx_cxr.predict", "--run", str(run_dir), str(many), "--out", str(out), *WANTED]
