@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mlx_cxr.data.file_types import describe, is_dicom
+from mlx_cxr.data.file_types import is_dicom, unsupported
 from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_size
 from mlx_cxr.data.quiet import quiet_decoders
 
@@ -178,9 +178,8 @@ class ImageContent:
         except ImageError:
             raise
         except UnidentifiedImageError:
-            damaged = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM"))
-            reason = "damaged: an image by its first bytes, but not by what follows" + _AGAIN
-            raise ImageError(reason if damaged else describe(data)) from None
+            damaged = "damaged: an image by its first bytes, but not by what follows" + _AGAIN
+            raise ImageError(unsupported(data) or damaged) from None
         except Image.DecompressionBombError:
             raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
         except MemoryError:
@@ -188,6 +187,8 @@ class ImageContent:
         except Exception as error:
             # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files. What
             # pydicom says may quote the file.
+            if isinstance(data, bytes) and not dicom and (other := unsupported(data)):
+                raise ImageError(other) from None
             detail = "" if dicom else f": {error}"
             raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
 
@@ -410,6 +411,8 @@ def _read(path: Path) -> bytes:
         if size > MAX_BYTES:
             raise ImageError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
         return path.read_bytes()
+    except ImageError:  # a ValueError too
+        raise
     except FileNotFoundError:
         raise ImageError("no such file") from None
     except OSError as error:

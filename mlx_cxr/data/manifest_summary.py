@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.formatting import escaped
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import split_counts
 from mlx_cxr.data.report_files import ReportTexts
@@ -67,13 +68,18 @@ def render(summary: Mapping[str, Any], title: str, synthetic: bool) -> str:
     """The summary as Markdown that reads well on a terminal too."""
     kept = sum(counts["images"] for counts in summary["splits"].values())
     what, counted = ("reports", ("patients", "studies")) if summary["text_only"] else ("images", _COUNTED)
+    dropped, notes = ([(escaped(name), count) for name, count in summary[key].items()] for key in ("dropped", "notes"))
     lines = [f"# {title}", ""]
     if synthetic:
         lines += ["**Synthetic films: rendered by a program, not of people.**", ""]
     lines += ["Not for clinical use.", "", f"{summary['images_read']:,} {what} read, {kept:,} kept.", ""]
-    lines += _table(("dropped because", what), list(summary["dropped"].items()), "Nothing was dropped.")
-    if summary["notes"]:
-        lines += _table(("note", "count"), list(summary["notes"].items()))
+    lines += _table(
+        ("dropped because", what),
+        dropped,
+        "Nothing was dropped.",
+    )
+    if notes:
+        lines += _table(("note", "count"), notes)
     lines += ["## Splits", ""]
     lines += _table(
         ("", *SPLITS, "all"),
@@ -137,7 +143,7 @@ def _sample(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
 
 
 def _split_table(heading: str, groups: Mapping[str, Mapping[str, int]]) -> list[str]:
-    rows = [_with_total(name, list(by.values())) for name, by in groups.items()]
+    rows = [_with_total(escaped(name), list(by.values())) for name, by in groups.items()]
     return [f"## {heading}", "", *_table(("", *SPLITS, "all"), rows)]
 
 

@@ -335,7 +335,8 @@ class TestImagesThatCannotBeUsed:
             (b"\0" * 128 + b"DICM" + b"\0" * 50, "a DICOM file without pixels"),
             (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
-            (b"BM no more", "damaged: an image by its first bytes"),
+            (b"BM no more", "a text file, not an image"),
+            (b"BM\x36\x30\0\0\0\0\0\0\x36\4\0\0\x28\0", "damaged"),
             # By their headers alone: there are no pixels in these.
             (png_with_header(20_000, 20_000), "more than 80,000,000 pixels by its header"),
             (png_with_header(20_000, 2_000), "20000 x 2000 px by its header; more than 12,000 px long"),
