@@ -132,4 +132,4 @@ def _tag(match: re.Match[str]) -> str:
         return "\n\n" if match[1] else f"\n\n{match[2].upper()}: "
     if label := _LABEL.search(match[3]):
         return f"\n\n{label[1].upper()}: "
-    return "\n\n" if name in _BLOCKS else match[0]
+    return "\n\n" if name in _BLOCKS or match[1] else match[0]

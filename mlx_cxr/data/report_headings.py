@@ -41,8 +41,13 @@ _KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # fmt: on
 """Kinds in order of precedence, and the words in a heading that mark them; `BOTH` takes two of them."""
-_EITHER = {"?findings": (FINDINGS, IMPRESSION), "?impression": (IMPRESSION, FINDINGS)}
-"""Kinds of words that stand for one section unless the report names it, then for the other unless it names that too."""
+_EITHER = {
+    "?findings": (FINDINGS, IMPRESSION),
+    "?impression": (IMPRESSION, FINDINGS),
+    "?indication": (INDICATION, FINDINGS, IMPRESSION),
+}
+"""Kinds of words that stand for the first of these sections that the report does not name otherwise, and for none if it
+names all. `?indication` is of two words, as in "clinical summary"."""
 _RANK_OF_BOTH = [kind for kind, _ in _KEYWORDS].index(BOTH)
 _NAMED_ALONE = frozenset((INDICATION, FINDINGS, IMPRESSION, BOTH))
 _KIND_OF_WORD = {word: (rank, kind) for rank, (kind, words) in enumerate(_KEYWORDS) for word in words}
@@ -91,9 +96,9 @@ _KNOWN_HEADING = re.compile(
     (?:(?P<colon>\ {{0,2}}:[*_`"']{{0,3}})
       |(?P<dash>\ ?{_DASH}\ +|\ +{_DASH}\ ?|\ ?[\u2013\u2014]|-(?=(?-i:[A-Z])))
       |(?P<line>\ *(?=\n|\Z))
-      |(?P<gap>\ \ (?=(?-i:[A-Z0-9])))
-      |(?P<none>\.?\ (?=(?-i:[A-Z])[a-z]|(?-i:A)\ ))
-      |(?P<bold>(?<=[*_\]|=~\#])))
+      |(?P<bold>(?<=[*_\]|=~\#]))
+      |(?P<gap>\ \ (?=\S))
+      |(?P<none>\.?\ (?=\S)))
     (?:\n\ *[-=_*~^]{{2,}}\ *(?=\n|\Z))?""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -103,6 +108,8 @@ _LINE_HEADING = re.compile(
 )
 _MARKS = "*_#[|~=<{\"'`,"
 """What may stand right before a heading and belongs to it."""
+_OPENED = re.compile(r"(?:^|\n) *((?:[#>*|=~\u2022-]{1,6} ?|\(?\d{1,2}[.)] ?)+)$")
+"""The signs and numbers that a line of a heading begins with."""
 TITLE = re.compile(
     r"(?m)^[ \t]*(?:(?:FINAL|PRELIMINARY|INTERIM)[ \t]+)?REPORT[ \t]*(?::|$)|FINAL REPORT\b:?|^[ \t]*[_=*-]{8,}[ \t]*$"
 )
@@ -125,7 +132,7 @@ _SIGNATURE = re.compile(
         |{_DONE})[ ]?){{0,8}}{_DONE}(?:\ electronically|\ digitally)?(?:\ by\b|\ on\ \d|\ at\ \d|\ date\b|:))
     |(?i:I,?\ (?:the\ attending|(?:have\ )?personally|have\ reviewed|attest|certify)\b)
     |(?i:as\ the\ (?:attending|teaching)\b)
-    |(?i:electronic(?:ally)?\ sign|end\ of\ (?:the\ )?report\b|\W{{0,3}}end\ of\ (?:the\ )?report)
+    |(?i:electronic(?:ally)?\ sign)
     |(?:D|T|R|DD|DT|TD|TT|TR)\ ?[:=]\ ?\d{{1,4}}[-/]\d|(?i:job\ ?(?:id|no\.?|number|\#)\ ?[:\#]?\ ?\w)
     |(?:Dr\.?\ |DR\.?\ )?{_NAME}(?:\ {_NAME}){{0,3}}?,?\ {_DEGREE}(?:,?\ {_DEGREE}){{0,3}}
         [ ,.;/:()\d]{{0,40}}(?:{_WHEN}\ *)?(?m:$)
@@ -134,6 +141,15 @@ _SIGNATURE = re.compile(
     re.VERBOSE,
 )
 """Who dictated, read, signed or typed a report, and when; it begins a line or follows a sentence."""
+_SIGNED_INLINE = re.compile(
+    rf"""(?<=\ )(?:(?:E|e)lectronically\ signed|(?:Dictated|Signed|Transcribed|Authenticated|Verified|Approved|Finalized
+    |Interpreted|Reported|Reviewed)(?:\ (?:and|&)\ \w+)?(?:\ electronically)?(?:\ by\b|:)
+    |(?:Dr\.?|DR\.?)\ {_NAME}(?:\ {_NAME}){{0,2}},?\ {_DEGREE}[ ,.]{{0,3}}(?:{_WHEN}\ *)?(?m:$))""",
+    re.VERBOSE,
+)
+"""The same within a line, after a section without a full stop; in letters that leave no doubt."""
+_OPENS = re.compile(r"[A-Z][a-z]|A |X{4}|_{2}|\[\*\*|\d")
+"""The begin of a section's text, where nothing but capitals tells its heading from it."""
 _ENDS = '.;:!?|~>*)]"'
 
 
@@ -161,7 +177,7 @@ def headings(text: str) -> list[Heading]:
     """All that looks like a heading in a text of `plain_text`, by position, the longest first where two begin."""
     shouting = sum(map(str.islower, text)) * 10 < sum(map(str.isupper, text))
     found = [Heading(match.start(), match.end(), BODY, "") for match in TITLE.finditer(text)]
-    found += [Heading(match.start("words"), match.end(), SIGNATURE, "") for match in _signatures(text)]
+    found += [Heading(start, end, SIGNATURE, "") for start, end in _signatures(text)]
     for match in _LINE_HEADING.finditer(text):
         name = " ".join(match[1].split())
         if (kind := _kind_of_line(name)) and (not shouting or _begins_sentence(text, match.start(1))):
@@ -170,11 +186,12 @@ def headings(text: str) -> list[Heading]:
     return _settled(sorted(found, key=lambda heading: (heading.start, -heading.end)))
 
 
-def _signatures(text: str) -> Iterator[re.Match[str]]:
+def _signatures(text: str) -> Iterator[tuple[int, int]]:
     for match in _SIGNATURE.finditer(text):
         start = match.start("words")
         if _begins_sentence(text, start) or (not match["weak"] and not _goes_on(text, start)):
-            yield match
+            yield match.span("words")
+    yield from (match.span() for match in _SIGNED_INLINE.finditer(text) if not _goes_on(text, match.start()))
 
 
 def _known_headings(text: str, shouting: bool) -> list[Heading]:
@@ -183,11 +200,17 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
     for match in _KNOWN_HEADING.finditer(text):
         name, mark = match["name"], match.lastgroup or ""
         start = match.start()
+        end = match.end()
+        if mark == "none" and not name.isupper() and name.split()[0].isupper():  # "COMPARISON Comparison was made"
+            name = name.split()[0]
+            end = start + len(name) + 1
         if not name[0].isupper() and (capital := re.search(r"(?<=[ /&+,])[A-Z]", name)):
             name, start = name[capital.start() :], start + capital.start()
         kind = kind_of_words(name)
         while start and text[start - 1] in _MARKS:
             start -= 1
+        if opened := _OPENED.search(text[max(0, start - 12) : start]):
+            start -= len(opened[1])
         if text[match.end() : match.end() + 1] == ",":  # a row of a table: the comma before it divides, too
             start -= len(text[max(0, start - 3) : start]) - len(text[max(0, start - 3) : start].rstrip(" ,"))
         before = text[max(0, start - 100) : start].rstrip(" ")
@@ -198,14 +221,15 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
             continue
         if (mark == "bold" and start == match.start()) or (mark == "gap" and not (line_start and marked)):
             continue
-        if mark == "none" and not (marked and name.isupper() and kind in _NAMED_ALONE):
-            continue
-        sure = (
-            firm
-            or mark == "bold"
-            or (marked and mark in ("colon", "none") and not (mark == "none" and _shouts(before)))
-        )
-        candidates.append((Heading(start, match.end(), kind, name, firm, sure), (marked, mark)))
+        if mark == "none":
+            opens = _OPENS.match(text, end) is not None
+            alone = marked and name.isupper() and (line_start or (opens and kind in _NAMED_ALONE))
+            if not alone:
+                continue
+            firm, sure = firm and opens, opens and (firm or not _shouts(before))
+        else:
+            sure = firm or mark == "bold" or (marked and mark == "colon")
+        candidates.append((Heading(start, end, kind, name, firm, sure), (marked, mark)))
     trusted = {style for heading, style in candidates if heading.firm}
     return [
         heading
@@ -241,8 +265,7 @@ def _settled(found: list[Heading]) -> list[Heading]:
     named |= {FINDINGS, IMPRESSION} if BOTH in named else set()
     kinds: dict[str, str] = {}
     for name in sorted({h.name.upper() for h in found if h.sure and h.kind in _EITHER}, key=_rank):
-        first, second = _EITHER[kind_of_words(name) or ""]
-        kinds[name] = next((kind for kind in (first, second) if kind not in named), OTHER)
+        kinds[name] = next((kind for kind in _EITHER[kind_of_words(name) or ""] if kind not in named), OTHER)
         named.add(kinds[name])
     return [
         replace(heading, kind=kinds.get(heading.name.upper(), OTHER)) if heading.kind in _EITHER else heading
@@ -264,6 +287,8 @@ def kind_of_words(name: str) -> str | None:
     kinds = {kind for _, kind in _ranked(name)}
     if FINDINGS in kinds and not kinds.isdisjoint((IMPRESSION, "?impression")):
         return BOTH if _rank(name) >= _RANK_OF_BOTH else min(_ranked(name))[1]
+    if INDICATION in kinds and not kinds.isdisjoint((*_EITHER, FINDINGS)) and min(_ranked(name))[1] == INDICATION:
+        return "?indication"
     return min(_ranked(name))[1] if kinds else None
 
 

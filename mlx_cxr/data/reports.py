@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mlx_cxr.data.plain_text import plain_text
@@ -47,7 +47,8 @@ _MARKUP = re.compile(r"(?<!\[)\*{2,}(?!\])|`+|^ *#{1,6} ", re.MULTILINE)
 """Markdown's bold and code type and the sign of its headings."""
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
 _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
-_INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z])")
+_INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
+_NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
 _ENDED = tuple(".;:!?")
 
 
@@ -86,7 +87,8 @@ def parse_sections(report: str) -> tuple[Section, ...]:
     colon, a dash, in bold type or alone on a line (`report_headings`). A heading that only names the views ("PA AND
     LATERAL CHEST:") opens the findings unless these have begun. Inside findings and impression, headings of no known
     kind ("LUNGS:") stay part of the text. Indication, comparison and the like end at their first blank line, so that a
-    report that goes on without a heading does not leak into them. Who signed and typed the report ends any section.
+    report that goes on without a heading does not leak into them; nor is a text an indication that goes on to the
+    report's end, in several sentences, where no findings are named. Who signed and typed the report ends any section.
     """
     return _parse(plain_text(report))
 
@@ -105,6 +107,11 @@ def _parse(report: str) -> tuple[Section, ...]:
             continue
         sections += _closed(kind, name, report[start : heading.start], sections)
         kind, name, start = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name, heading.end
+    # Where no findings are named, an indication of several sentences that nothing ends may hold them.
+    if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
+        last = sections[-1]
+        if last.kind == INDICATION and _NEXT_SENTENCE.search(last.text):
+            sections[-1] = replace(last, kind=BODY)
     return tuple(sections)
 
 
@@ -130,7 +137,9 @@ def texts_of_sections(parts: Mapping[str, str]) -> dict[str, str]:
     """
     written = {name: plain_text(parts.get(name, "")) for name in SECTIONS}
     indication = written[INDICATION]
-    answer = next((h.start for h in headings(indication) if h.kind in _ANSWERS), len(indication))
+    answer = next(
+        (h.start for h in headings(indication) if h.kind in _ANSWERS and (h.firm or h.name.isupper())), len(indication)
+    )
     written[INDICATION] = indication[:answer]
     sections = [Section(name, name.upper(), text) for name, text in written.items() if _cleaned(text)]
     sections += _parse(indication[answer:])
@@ -186,7 +195,7 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
 def _cleaned(text: str) -> str:
-    text = _MARKUP.sub("", TITLE.sub("\n\n", text))
+    text = _MARKUP.sub("", TITLE.sub("\n\n", text)).lstrip(" \n,;:|~=")
     text = _without_list_marks(text)
     text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
     text = " ".join(_MARK.sub(" ", text).split())

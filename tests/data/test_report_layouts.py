@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -44,27 +45,19 @@ def sentences(report):
 
 
 def wrapped(report):
-    import textwrap
-
     text = laid("{}: {}", "\n\n", comparison="COMPARISON", names=upper())(report)
-    return "\n\n".join(textwrap.fill(part, 60, initial_indent=" ", subsequent_indent=" ") for part in text.split("\n\n"))
+    margins = {"initial_indent": " ", "subsequent_indent": " ", "break_on_hyphens": False}
+    return "\n\n".join(textwrap.fill(part, 60, **margins) for part in text.split("\n\n"))
 
 
 def signed(signature, joint="\n"):
     return lambda report: laid("{}: {}", joint)(report) + joint + signature
 
 
-def before_findings(joint, findings):
-    """Only the indication has a heading."""
-    return lambda report: joint.join(
-        [f"Indication: {report['indication']}", *(report[n] for n in ("findings", "impression") if report[n])]
-    )
-
-
 LAYOUTS = {
     "one line, mixed case": laid("{}: {}", " "),
-    "one line, upper case": laid("{}: {}", " ", str.upper),
-    "one line, lower case": laid("{}: {}", " ", str.lower),
+    "one line, all upper case": laid("{}: {}", " ", str.upper),
+    "one line, all lower case": laid("{}: {}", " ", str.lower),
     "one line, capital headings": laid("{}: {}", " ", comparison="COMPARISON", names=upper()),
     "lines, mixed case": laid("{}: {}", "\n"),
     "lines, lower-case headings": laid("{}: {}", "\n", names=NAMES, comparison="comparison"),
@@ -86,7 +79,9 @@ LAYOUTS = {
     "no-break spaces in blank lines": laid("{}:\u00a0{}", "\n\u00a0\n"),
     "zero-width spaces": laid("\u200b{}\u200b:\u200b {}", " \ufeff"),
     "full-width colon": laid("{}\uff1a{}", " "),
-    "full-width capitals": laid("{}\uff1a{}", "\n", names=("ＩＮＤＩＣＡＴＩＯＮ", "ＦＩＮＤＩＮＧＳ", "ＩＭＰＲＥＳＳＩＯＮ")),
+    "full-width capitals": laid(
+        "{}\uff1a{}", "\n", names=("ＩＮＤＩＣＡＴＩＯＮ", "ＦＩＮＤＩＮＧＳ", "ＩＭＰＲＥＳＳＩＯＮ")
+    ),
     "Markdown bold": laid("**{}:** {}", "\n\n"),
     "Markdown bold, one line": laid("**{}**: {}", " "),
     "Markdown bold without colon": laid("**{}** {}", " "),
@@ -115,9 +110,7 @@ LAYOUTS = {
         "{}: {}", " ", names=("Clinical details", "Observations", "Conclusion")
     ),
     "reason for exam, description, summary": laid("{}: {}", " ", names=("Reason for exam", "Description", "Summary")),
-    "clinical history, comments, diagnosis": laid(
-        "{}: {}", "\n", names=("Clinical history", "Comments", "Diagnosis")
-    ),
+    "clinical history, comments, diagnosis": laid("{}: {}", "\n", names=("Clinical history", "Comments", "Diagnosis")),
     "history, results, interpretation": laid("{}: {}", " ", names=("HISTORY", "RESULTS", "INTERPRETATION")),
     "clinical information, radiological findings, opinion": laid(
         "{}: {}", "\n", names=("Clinical information", "Radiological findings", "Opinion")
@@ -127,7 +120,9 @@ LAYOUTS = {
     "signed, one line": signed("Dictated by: Dr. Smith. Transcribed by: abc 01/02/2014", " "),
     "signed by name": signed("John Smith, M.D.\n01/02/2014 10:21"),
     "signed with a name and a time, one line": signed("Dr. Jane Doe, MD 2014-02-01 10:21", " "),
-    "signed by the attending": signed("I, the attending physician, have reviewed the images and agree.\nDr. Doe", "\n\n"),
+    "signed by the attending": signed(
+        "I, the attending physician, have reviewed the images and agree.\nDr. Doe", "\n\n"
+    ),
 }
 NAMELESS = {
     "paragraphs": lambda report: "\n\n".join(report[name] for name in NAMES if report[name]),
@@ -136,14 +131,16 @@ NAMELESS = {
     "one line, upper case": lambda report: " ".join(report[name] for name in NAMES if report[name]).upper(),
     "one line, lower case": lambda report: " ".join(report[name] for name in NAMES if report[name]).lower(),
     "HTML": lambda report: "".join(f"<p>{report[name]}</p>" for name in NAMES if report[name]),
+    "only the indication named": lambda report: "\n".join(
+        ["Indication: " * (name == NAMES[0]) + report[name] for name in NAMES if report[name]]
+    ),
     "numbered": lambda report: "\n".join(f"{i}. {report[name]}" for i, name in enumerate(NAMES, 1) if report[name]),
 }
 
 
 def wanted(report, layout):
     """The sections as the layout's letters have them."""
-    case = str.upper if "upper case" in layout and "one" in layout or "all upper" in layout else str
-    case = str.lower if layout == "one line, lower case" else case
+    case = next((case for case in (str.upper, str.lower) if f"all {case.__name__} case" in layout), str)
     return {name: clean(case(report[name])) for name in NAMES}
 
 
