@@ -1,4 +1,4 @@
-"""Where a report's sections begin: its headings, and the lines of those who signed it.
+"""The places where a report's sections begin: its headings, and the lines of those who signed it.
 
 A heading is a phrase of a report's own words ("Findings", "Reason for exam", "CLINICAL HISTORY") with a mark after
 it: a colon, a dash, bold type, the end of its line. The same words in running text ("Findings consistent with ...")

@@ -48,6 +48,7 @@ _MARKUP = re.compile(r"(?<!\[)\*{2,}(?!\])|`+|^ *#{1,6} ", re.MULTILINE)
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
 _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
+_NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
 _NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
 _ENDED = tuple(".;:!?")
 
@@ -77,6 +78,11 @@ def decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8-sig"), True
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace"), False
+
+
+def is_no_report(text: str) -> bool:
+    """True for a text that says nothing: blank, or a word that tables write for an empty cell."""
+    return len(text) < 100 and plain_text(text).strip().casefold() in _NOTHING
 
 
 def parse_sections(report: str) -> tuple[Section, ...]:
