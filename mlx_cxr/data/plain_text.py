@@ -14,10 +14,10 @@ _SAME_LETTER = frozenset({"<wide>", "<narrow>", "<small>", "<vertical>", "<font>
 _HL7_COMMAND = re.compile(r"\\\.(?:br|sp|ce|in|ti|fi|nf|sk)[ +-]?\d{0,3}\\?")
 _HL7_CHARACTER = re.compile(r"\\([HNFSTRE])\\|\\X((?:[0-9A-Fa-f]{2}){1,8})\\")
 _HL7 = {"H": "", "N": "", "F": "|", "S": "^", "T": "&", "R": "~", "E": "\\"}
-_CODE = re.compile(r"_x([0-9A-Fa-f]{4})_|\\+u([0-9A-Fa-f]{4})|[=%](0[AaDd])")
+_CODE = re.compile(r"_x([0-9A-Fa-f]{4})_|\\{1,2}u([0-9A-Fa-f]{4})|[=%](0[AaDd])")
 """A character by its number, as Excel, JSON, and quoted-printable or URLs have it (the last for line ends only)."""
-_LITERAL_LINE_END = re.compile(r"\\+r(?:\\+n)?(?![a-z])|\\+n")
-_LITERAL_TAB = re.compile(r"\\+t(?![a-z])")
+_LITERAL_LINE_END = re.compile(r"\\{1,4}r(?:\\{1,4}n)?(?![a-z])|\\{1,4}n")
+_LITERAL_TAB = re.compile(r"\\{1,4}t(?![a-z])")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 _TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]{0,15})(?![A-Za-z0-9])([^<>]{0,300})>|<!--|-->")
 _LABEL = re.compile(r"\b[Ll]abel=[\"']([^\"'<>]{1,60})[\"']")

@@ -26,7 +26,7 @@ _KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (BOTH, ()),
     (IMPRESSION, ("IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "OPINION", "ASSESSMENT")),
     (FINDINGS, ("FINDINGS", "FINDING", "OBSERVATION", "OBSERVATIONS")),
-    ("recommendation", ("RECOMMENDATION", "RECOMMENDATIONS")),
+    ("recommendation", ("RECOMMENDATION", "RECOMMENDATIONS", "PLAN")),
     ("comparison", ("COMPARISON", "COMPARISONS", "COMPARE", "REFERENCE", "PRIOR")),
     (INDICATION, ("INDICATION", "INDICATIONS", "HISTORY", "REASON", "CLINICAL", "COMPLAINT", "COMPLAINTS", "SYMPTOMS",
                   "CHIEF", "PRESENTING", "ADMITTING", "REFERRING", "PROVISIONAL", "WORKING", "PREOPERATIVE")),
@@ -69,7 +69,7 @@ _NOUNS = (
     "read", "film", "films", "findings", "finding", "impression", "impressions", "conclusion",
     "conclusions", "opinion", "assessment", "observation", "observations", "indication", "indications", "history",
     "reason", "complaint", "complaints", "symptoms", "technique", "comparison", "comparisons", "examination", "exam",
-    "exams", "study", "procedure", "wetread", "addendum", "recommendation", "recommendations", "notification",
+    "exams", "study", "procedure", "wetread", "addendum", "recommendation", "recommendations", "plan", "notification",
     "notifications", "interpretation", "summary", "diagnosis", "diagnoses", "result", "results", "comment", "comments",
     "description", "narrative", "report", "radiologist", "attending", "physician", "signature", "transcriptionist",
     "signed", "dictated", "transcribed",
@@ -127,7 +127,7 @@ _DONE = (
     "|reported|released|typed|attested|validated|edited)"
 )
 _SIGNATURE = re.compile(
-    rf"""(?:(?m:^)\ *|(?<=[.;:!?)])\ {{1,2}})(?P<words>
+    rf"""(?:(?m:^)\ *|(?<=[.;:!?)])\ {{1,2}})(?P<words>[*_]{{0,3}}(?:
     (?i:(?:(?:this|the|final|report|study|examination|exam|was|has|been|electronically|digitally|preliminarily|and|&|/
         |{_DONE})[ ]?){{0,8}}{_DONE}(?:\ electronically|\ digitally)?(?:\ by\b|\ on\ \d|\ at\ \d|\ date\b|:))
     |(?i:I,?\ (?:the\ attending|(?:have\ )?personally|have\ reviewed|attest|certify)\b)
@@ -137,7 +137,7 @@ _SIGNATURE = re.compile(
     |(?:Dr\.?\ |DR\.?\ )?{_NAME}(?:\ {_NAME}){{0,3}}?,?\ {_DEGREE}(?:,?\ {_DEGREE}){{0,3}}
         [ ,.;/:()\d]{{0,40}}(?:{_WHEN}\ *)?(?m:$)
     |(?P<weak>(?:Dr\.?|DR\.?)\ {_NAME}(?:\ {_NAME}){{0,2}}[ ,.]{{0,3}}(?:{_WHEN}\ *)?(?m:$)
-        |(?i:(?:date|time|on)\ ?:?\ ?)?{_WHEN}\ *\.?(?m:$)))""",
+        |(?i:(?:date|time|on)\ ?:?\ ?)?{_WHEN}\ *\.?(?m:$))))""",
     re.VERBOSE,
 )
 """Who dictated, read, signed or typed a report, and when; it begins a line or follows a sentence."""

@@ -92,17 +92,22 @@ def parse_sections(report: str) -> tuple[Section, ...]:
     a colon, by the words in them (misspelt ones too); those of known words in any letters, anywhere in a line, with a
     colon, a dash, in bold type or alone on a line (`report_headings`). A heading that only names the views ("PA AND
     LATERAL CHEST:") opens the findings unless these have begun. Inside findings and impression, headings of no known
-    kind ("LUNGS:") stay part of the text. Indication, comparison and the like end at their first blank line, so that a
-    report that goes on without a heading does not leak into them; nor is a text an indication that goes on to the
-    report's end, in several sentences, where no findings are named. Who signed and typed the report ends any section.
+    kind ("LUNGS:") stay part of the text. Who signed and typed the report ends any section.
+
+    Indication, comparison and the like end at their first blank line, so that a report that goes on without a heading
+    does not leak into them. Where no findings are named, an indication ends with a first line that had room for more;
+    and if it goes on to the report's end in several sentences, it is none.
     """
     return _parse(plain_text(report))
 
 
 def _parse(report: str) -> tuple[Section, ...]:
     sections: list[Section] = []
-    kind, name, start = BODY, "", 0
-    for heading in [*headings(report), Heading(len(report), len(report), BODY, "")]:
+    kind, name, begin, start = BODY, "", 0, 0
+    found = [*headings(report), Heading(len(report), len(report), BODY, "")]
+    unnamed = not any(heading.sure and heading.kind in (FINDINGS, BOTH, VIEWS) for heading in found)
+    width = max(map(len, report.split("\n")))
+    for heading in found:
         inside = kind in _ANSWERS
         if heading.start < start or (inside and heading.kind in (OTHER, VIEWS)):
             continue
@@ -111,9 +116,13 @@ def _parse(report: str) -> tuple[Section, ...]:
         # In doubt an indication ends, and findings go on.
         if not heading.sure and (kind not in _HEADER_KINDS or heading.kind not in _ANSWERS):
             continue
-        sections += _closed(kind, name, report[start : heading.start], sections)
-        kind, name, start = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name, heading.end
-    # Where no findings are named, an indication of several sentences that nothing ends may hold them.
+        text = report[start : heading.start]
+        if unnamed and kind == INDICATION and not text.lstrip(" ").startswith("\n"):
+            text = _with_breaks(report[begin : heading.start], width)[start - begin :]
+        sections += _closed(kind, name, text, sections)
+        kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
+        begin, start = heading.start, heading.end
+    # Nor is the last of them an indication where it goes on in several sentences and neither is named.
     if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
         last = sections[-1]
         if last.kind == INDICATION and _NEXT_SENTENCE.search(last.text):
@@ -236,6 +245,14 @@ def _closed(kind: str, heading: str, text: str, before: Sequence[Section]) -> li
         kind = EXAMINATION
     parts = [Section(kind, heading, text)] if text else []
     return [*parts, *(_closed(BODY, "", rest, before) if rest else [])]
+
+
+def _with_breaks(text: str, width: int) -> str:
+    """A text with a blank line where its first line ends though the next word had found room: where no findings are
+    named, they may begin there."""
+    line, _, rest = text.partition("\n")
+    fits = rest.split(maxsplit=1)[:1]
+    return f"{line}\n\n{rest}" if fits and len(line) + 1 + len(fits[0]) <= width else text
 
 
 def _is_title(paragraph: str) -> bool:

@@ -131,7 +131,10 @@ NAMELESS = {
     "one line, upper case": lambda report: " ".join(report[name] for name in NAMES if report[name]).upper(),
     "one line, lower case": lambda report: " ".join(report[name] for name in NAMES if report[name]).lower(),
     "HTML": lambda report: "".join(f"<p>{report[name]}</p>" for name in NAMES if report[name]),
-    "only the indication named": lambda report: "\n".join(
+    "only the indication named, one line": lambda report: " ".join(
+        ["Indication: " * (name == NAMES[0]) + report[name] for name in NAMES if report[name]]
+    ),
+    "only the indication named, lines": lambda report: "\n".join(
         ["Indication: " * (name == NAMES[0]) + report[name] for name in NAMES if report[name]]
     ),
     "numbered": lambda report: "\n".join(f"{i}. {report[name]}" for i, name in enumerate(NAMES, 1) if report[name]),
@@ -155,21 +158,29 @@ def table(rows):
     return "\n".join(f"{name:55s} {right:6.2%} right {leak:5d} leaks  {wrong}" for name, right, leak, wrong in rows)
 
 
-def test_real_reports_in_every_layout(real):
+def judged(reports, layouts, is_right):
+    """(layout, share of reports that are right, leaks, some that are wrong) of each."""
     rows = []
-    for name, layout in LAYOUTS.items():
-        got = [section_texts(layout(report)) for report in real]
-        wrong = [r["uid"] for r, g in zip(real, got, strict=True) if any(g[n] != t for n, t in wanted(r, name).items())]
-        leaked = sum(leaks(g["indication"], r) for r, g in zip(real, got, strict=True))
-        rows.append((name, 1 - len(wrong) / len(real), leaked, " ".join(wrong[:4])))
-    assert all(right >= 0.99 and not leak for _, right, leak, _ in rows), "\n" + table(rows)
+    for name, layout in layouts.items():
+        got = [(report, section_texts(layout(report))) for report in reports]
+        wrong = [report["uid"] for report, sections in got if not is_right(report, sections, name)]
+        leaked = sum(leaks(sections["indication"], report) for report, sections in got)
+        rows.append((name, 1 - len(wrong) / len(reports), leaked, " ".join(wrong[:4])))
+    return rows
 
 
-def test_real_reports_without_headings_have_no_sections(real):
-    rows = []
-    for name, layout in NAMELESS.items():
-        got = [section_texts(layout(report)) for report in real]
-        wrong = [r["uid"] for r, g in zip(real, got, strict=True) if any(g[n] for n in NAMES)]
-        leaked = sum(leaks(g["indication"], r) for r, g in zip(real, got, strict=True))
-        rows.append((name, 1 - len(wrong) / len(real), leaked, " ".join(wrong[:4])))
-    assert all(right >= 0.99 and not leak for _, right, leak, _ in rows), "\n" + table(rows)
+def has_its_sections(report, got, layout):
+    return all(got[name] == text for name, text in wanted(report, layout).items())
+
+
+def has_none_wrong(report, got, layout):
+    named = clean(report["indication"]) if "only" in layout else ""
+    return got["indication"] in ("", named) and not got["findings"] and not got["impression"]
+
+
+@pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("layouts", "is_right"), [(LAYOUTS, has_its_sections), (NAMELESS, has_none_wrong)])
+def test_real_reports_in_every_layout(real, layouts, is_right, step):
+    """At least 99 % of reports have each section to the letter, or, where nothing names one, none; and none leaks."""
+    rows = judged(real[::step], layouts, is_right)
+    assert all(right >= 0.99 and not leaked for _, right, leaked, _ in rows), "\n" + table(rows)
