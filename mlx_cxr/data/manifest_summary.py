@@ -39,7 +39,8 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         splits: split -> patients, studies, images.
         labels: label -> split -> studies with 1, 0, -1 and empty.
         views: view -> split -> images. sex, age: group -> split -> studies.
-        reports: counts, sections that served for the manifest's text, where they lie.
+        reports: counts, sections that served for the manifest's text, where they lie,
+            and `unreadable_reports`, study -> why.
         report_sections: section -> split -> studies whose report has it; `any` for having a report, and
             `findings and impression in one` for the same text as both.
         sample: studies before and after, and the share of studies positive for each label; null when not sampled.
@@ -58,7 +59,12 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         "views": _by_split(frame["view"].replace("", MISSING_VIEW), frame["split"]),
         "sex": _by_split(studies["sex"].replace("", _UNKNOWN), studies["split"]),
         "age": _by_split(bands, studies["split"], (*_AGE_BANDS, _UNKNOWN)),
-        "reports": {**reports.counts, "text_from": reports.served, "where": reports.where},
+        "reports": {
+            **reports.counts,
+            "text_from": reports.served,
+            "where": reports.where,
+            "unreadable_reports": reports.unreadable,
+        },
         "report_sections": _report_sections(reports.sections, studies),
         "sample": None if before is None else _sample(before.drop_duplicates("study_id"), studies),
     }
@@ -151,6 +157,11 @@ def _report_lines(reports: Mapping[str, Any]) -> list[str]:
     if not reports["found"]:
         return ["None found; the text column is empty.", ""]
     lines = [f"From {reports['where']}: {reports['found']:,} found, {reports['missing']:,} missing."]
+    if reports["unreadable"]:
+        first = next(iter(reports["unreadable_reports"].values()))
+        lines.append(
+            f"{reports['unreadable']:,} could not be read, and their studies have no report. The first: {first}."
+        )
     if reports["not UTF-8"]:
         lines.append(f"{reports['not UTF-8']:,} were not UTF-8 and were read as Windows-1252 or UTF-16.")
     table = [(name, f"{count:,}", f"{count / reports['found']:.1%}") for name, count in reports["text_from"].items()]

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, label_word
+from mlx_cxr.data.report_files import UnreadableReportError, read_report_file
 from mlx_cxr.data.reports import decode
 from mlx_cxr.explain.word_scores import TextExplanation
 from mlx_cxr.inference.answers import ReportAnswer
@@ -106,8 +107,10 @@ def read_report(text: str) -> str:
     """
     try:
         if Path(text).is_file():
-            return decode(Path(text).read_bytes())[0]
-    except OSError:  # too long for a file's name
+            return decode(read_report_file(Path(text)))[0]
+    except UnreadableReportError as error:
+        raise ExplainReportError(f"--text {error}") from None
+    except (OSError, ValueError):  # too long for a file's name
         return text
     if re.fullmatch(r"\S+\.\w{1,5}|\S*/\S*", text):
         raise ExplainReportError(f"--text {text}: there is no such file; a report itself goes between quotes")
