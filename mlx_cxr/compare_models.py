@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import atomic_path, read_record, write_record, write_text
+from mlx_cxr.core.files import read_record, write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -57,6 +57,7 @@ def run(
         RecordError: a file is not what it should be.
         UserError: the README has no such block; the comparison itself is written then.
     """
+    from mlx_cxr.data.tables import write_table
     from mlx_cxr.evaluation.comparison import compare
     from mlx_cxr.evaluation.scored_runs import open_scored_run
     from mlx_cxr.pages.comparison_page import comparison_markdown
@@ -88,8 +89,7 @@ def run(
         provenance=provenance("compare_models", config.plain(), inputs),
     )
     write_record(folder / "final_comparison.json", comparison)
-    with atomic_path(folder / "final_comparison.csv") as temporary:
-        comparison_table(comparison).to_csv(temporary, index=False, lineterminator="\n")
+    write_table(folder / "final_comparison.csv", comparison_table(comparison))
     pictures = draw(runs, folder, config)
     write_text(folder / "final_comparison.md", comparison_markdown(comparison, [path.name for path in pictures]))
     log.info("tables and pictures in %s", folder / "final_comparison.md")

@@ -1,21 +1,26 @@
 """Explain a teacher's answers by words of reports: `python -m mlx_cxr.explain_report --config configs/demo.yaml`.
 
 By default the most confident true positives of each finding among the test studies; with `--study_id` or `--text` the
-reports that are named. Writes `outputs/<teacher_run>/text_explanation/`: for each report and finding a page
-`<study>_<finding>.html` and the same as `.png`, then `explanations.json`, then `index.html`. Run again, it replaces all
-of them. They quote reports: what holds for the data holds for them. `token_page.write_explanations` describes the JSON.
+reports that are named, whose answers are printed too. Writes `outputs/<teacher_run>/text_explanation/`: for each report
+and finding a page `<study>_<finding>.html` and the same as `.png`, then `explanations.json`, then `index.html`. What is
+asked for by an option goes to a folder of its own under `asked_explanations/`, named by the question, so that only the
+same question again replaces an answer. They quote reports: what holds for the data holds for them.
+`token_page.write_explanations` describes the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.claim import claims
+from mlx_cxr.core.files import hash_of
+from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_cxr")
 
-FOLDER = "text_explanation"
+FOLDER, ASKED = "text_explanation", "asked_explanations"
 
 
 @claims(lambda config, teacher_run=None, **_: config.run_dir(teacher_run or config.teacher.run_name))
@@ -59,9 +64,10 @@ def run(
     """
     from mlx_cxr.core.labels import LABELS, finding_name
     from mlx_cxr.evaluation.operating_points import FILE as POINTS
-    from mlx_cxr.inference.asked_reports import ExplainReportError, explained, of_studies, of_text
+    from mlx_cxr.inference.asked_reports import ExplainReportError, explained, of_studies, of_text, read_report
     from mlx_cxr.inference.report_reader import ReportReader
-    from mlx_cxr.pages.token_page import write_explanations
+    from mlx_cxr.pages.prediction_files import call_lines
+    from mlx_cxr.pages.token_page import word_lines, write_explanations
     from mlx_cxr.teacher.lora import WEIGHTS
     from mlx_cxr.teacher.teacher_run import ADAPTER, Material
 
@@ -78,6 +84,7 @@ def run(
     inputs = {"adapter": run_dir / ADAPTER / WEIGHTS, "operating_points": run_dir / POINTS}
     if text is not None:
         rule = "A report that was asked for."
+        text = read_report(text)
         asked = [of_text(text, teacher, columns)]
     else:
         material = Material.open(teacher.config)
@@ -96,10 +103,27 @@ def run(
             wanted = confident_true_positives(run_dir, teacher.protocol, columns, points, examples)
         asked = of_studies(wanted, teacher, material) if wanted else []
     record = provenance("explain_report", config.plain(), inputs, machine)
-    explanations = [e for one in asked for e in explained(one, reader)]
+    explanations = []
+    for one in asked:
+        answer, words = explained(one, reader)
+        explanations += words
+        if text is not None or study_ids:
+            calls = call_lines(answer.probabilities, answer.states, points)
+            log.info("\n".join(["", f"{one.study_id}:", *calls, *word_lines(words)]))
     explanations.sort(key=lambda e: (LABELS.index(e.finding), -e.probability))
-    synthetic = teacher.config.data.synthetic
-    return write_explanations(run_dir / FOLDER, run_dir.name, explanations, rule, synthetic, record)
+    folder, synthetic = place_of(run_dir, text, study_ids, findings, examples), teacher.config.data.synthetic
+    write_explanations(folder, run_dir.name, explanations, rule, synthetic, record)
+    log.info("%s\npages in %s", footer(synthetic), folder / "index.html")
+    return folder
+
+
+def place_of(run_dir: Path, text: str | None, study_ids: Sequence[str], findings: Sequence[str], examples: int) -> Path:
+    """Folder of a question's answer: `FOLDER` for the one that the pipeline asks, else one of its own in `ASKED`."""
+    if text is None and not study_ids and not findings and examples == 1:
+        return run_dir / FOLDER
+    kind = "text" if text is not None else f"study_{study_ids[0]}" if study_ids else f"examples_{examples}"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", kind)[:60]
+    return run_dir / ASKED / f"{name}_{hash_of([text, study_ids, findings, examples])[:12]}"
 
 
 def confident_true_positives(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import atomic_path, read_record, write_record, write_text
+from mlx_cxr.core.files import read_record, sha256_file, write_record, write_text
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -49,6 +49,7 @@ def run(
     """
     from mlx_cxr.core.labels import MAPPED
     from mlx_cxr.data.study_reports import load_reports
+    from mlx_cxr.data.tables import write_table
     from mlx_cxr.evaluation.failure_results import analyse
     from mlx_cxr.evaluation.failures import PROTOCOL, per_label, worst
     from mlx_cxr.evaluation.scored_runs import open_scored_run, shared_studies
@@ -97,9 +98,9 @@ def run(
 
     folder, failures = student.folder / FOLDER, analysis.failures
     sheet, key = relabel_sheet(analysis.judged, analysis.category, images, settings.relabel, config.seed)
+    _keep_filled_in(folder)
     for name, table in {"failures": failures, "relabel": sheet, "relabel_key": key}.items():
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+        write_table(folder / f"{name}.csv", table, "%.6g")
     results = analysis.results | {"relabel": {"items": len(sheet)}}
     cohort_said = cohort_line(student.test, PROTOCOL)
     plot_confusions(folder / PICTURE, results["confusions"], cohort_said, config.data.synthetic)
@@ -140,6 +141,20 @@ def _optional(config: Config, role: str, named: str | None, default: str) -> Sco
         log.info("no scored %s run %s: its columns are left out", role, folder)
         return None
     return open_scored_run(folder, role)
+
+
+def _keep_filled_in(folder: Path) -> None:
+    """Give a sheet that somebody wrote answers into, and its key, names that new ones do not take."""
+    sheet = folder / "relabel.csv"
+    lines = sheet.read_bytes().splitlines()[1:] if sheet.exists() else []
+    # Answer and comment are the last cells; what a spreadsheet wrote anew, with other separators, is kept too.
+    if all(line.endswith(b",,") for line in lines):
+        return
+    mark = sha256_file(sheet)[:8]
+    for path in (sheet, folder / "relabel_key.csv"):
+        if path.exists():
+            path.replace(path.with_stem(f"{path.stem}_filled_in_{mark}"))
+    log.warning("the sheet that was filled in is kept as %s", sheet.with_stem(f"{sheet.stem}_filled_in_{mark}"))
 
 
 def _excerpt(sections: dict[str, str] | None, label: str) -> str | None:

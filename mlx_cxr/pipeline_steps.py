@@ -175,6 +175,7 @@ def _tiny_base(config: Config) -> Step:
 
 def _taught(config: Config, suffix: str) -> list[Step]:
     """A teacher, and what it says of the cohort."""
+    from mlx_cxr.data.pixel_store import store_files
     from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
 
     folder = config.run_dir(config.teacher.run_name)
@@ -183,7 +184,7 @@ def _taught(config: Config, suffix: str) -> list[Step]:
     def read() -> list[Path]:
         read = [config.manifest_path, *_reports(config)]
         if config.teacher.modality != "text":
-            read.append(_pixel_index(config))
+            read += store_files(config.pixels_path)[1:]
         base = Path(config.teacher.base)
         return [*read, *sorted(base.glob("*.safetensors"))] if base.is_dir() else read
 
@@ -253,14 +254,13 @@ def graded_run_name(teacher_run: str, sections: Sequence[str]) -> str:
     return f"{teacher_run}_reads_{'_'.join(sections)}"
 
 
-def _pixel_index(config: Config) -> Path:
-    return config.pixels_path.with_suffix(".json")
-
-
 def _reports(config: Config) -> list[Path]:
     """Report files that a teacher reads: none, where it looks at images only."""
     return [] if config.teacher.modality == "image" else [config.reports_path]
 
 
 def _images(config: Config) -> list[Path]:
-    return [config.manifest_path, _pixel_index(config)]
+    """Manifest and pixels; not the index, which changes with the dates of the image files too."""
+    from mlx_cxr.data.pixel_store import store_files
+
+    return [config.manifest_path, *store_files(config.pixels_path)[1:]]

@@ -1,9 +1,10 @@
 """Predict the findings of images: `python -m mlx_cxr.predict --run outputs/student_v1 FILES_OR_FOLDERS --out results/`.
 
-JPEG, PNG, TIFF, BMP and DICOM, whatever their names. Writes into the folder `--out`: `films.csv`, a row per file (see
-`prediction_files`), `predict.json` with what it was made by, and as asked for `overlays/` and `contact_sheet_<n>.png`.
-Run again, it replaces all of them. A file that cannot be used gets its reason in the table, and the next one is read.
-Research only, not for clinical use.
+JPEG, PNG, TIFF, BMP and DICOM, whatever their names. Prints the findings of a few images, and of many the counts.
+Writes into the folder `--out`: `films.csv`, a row per file (see `prediction_files`), `predict.json` with what it was
+made by, and as asked for `overlays/` and `contact_sheet_<n>.png`. A call that was stopped leaves its rows so far in
+`films.part.csv`, and `--resume` goes on from there; answers that are there are replaced with `--overwrite` only. A file
+that cannot be used gets its reason in the table, and the next one is read. Research only, not for clinical use.
 """
 
 from __future__ import annotations
@@ -11,32 +12,33 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_cxr.core import device
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import hash_of, read_record, write_record
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import run_folder_given, stage_parser, started
 
 log = logging.getLogger("mlx_cxr")
 
-OVERLAYS = "overlays"
 METHODS = ("grad_cam", "grad_cam_pp", "hires_cam")
 """Of `explain.grad_cam`, named here so that `--help` need not import it."""
-WRITTEN = re.compile(r"films\.csv|predict\.json|contact_sheet_\d+\.png")
+_FEW = 3
+"""Files whose answers are printed."""
 
 
 class PredictError(UserError, ValueError):
-    """Nothing to answer for, or something asked for that the run cannot give."""
+    """Nothing to answer for, something asked for that the run cannot give, or answers that are there already."""
 
 
+@claims(lambda run_dir, inputs, out, **_: out)
 def run(
     run_dir: Path,
     inputs: Sequence[Path],
@@ -49,6 +51,8 @@ def run(
     ignore_gate: bool = False,
     batch_size: int = 32,
     precision: Literal["float32", "auto"] = "float32",
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Answer for all files, and return the path of the table.
 
@@ -63,120 +67,149 @@ def run(
         ignore_gate: answer for images that do not look like frontal chest images too.
         batch_size: images per forward pass.
         precision: as `Predictor` has it.
+        resume: go on with a call of the same question that was stopped.
+        overwrite: replace the answers that are in `out`.
 
     Raises:
-        PredictError: no files, none that can be read, or a run without maps of this method.
+        PredictError: no files, none that can be read, a run without maps of this method, or answers in `out` that are
+            not to be replaced.
         RecordError, ConfigError, ModelFormatError: as `Predictor.from_run`.
+        FolderBusyError: another process writes into `out`.
         OSError: the folder cannot be written.
     """
     from tqdm import tqdm
 
-    from mlx_cxr.evaluation.operating_points import STATE_WORDS
+    from mlx_cxr.data.image_files import all_files, file_state
+    from mlx_cxr.evaluation.operating_points import FILE as POINTS
     from mlx_cxr.inference.predictor import Predictor
-    from mlx_cxr.pages.prediction_files import ContactSheets, called_findings, images_table, row_of, write_overlays
+    from mlx_cxr.pages import prediction_files as written
 
+    if overlays < 0:
+        raise PredictError(f"--overlays {overlays}: give 0 for none, or the number of findings per film")
+    if resume and overwrite:
+        raise PredictError("--resume and --overwrite exclude each other: give one of them")
+    if not any(map(os.path.lexists, inputs)):
+        raise PredictError(f"not found: {_some(written.cell_of(str(path)) for path in inputs)}")
     machine = device.start("predict")
     predictor = Predictor.from_run(run_dir, batch_size, precision)
     if (overlays or contact_sheet) and method not in predictor.methods:
         raise PredictError(
             f"{run_dir} has no scale for {method} maps; evaluate it again without --without_maps, or ask for none"
         )
-    files = all_files(inputs, out)
+    files, hidden = all_files(inputs, lambda path: written.is_ours(path, out.resolve()))
+    if hidden:
+        log.info("left out as hidden: %s", _some(written.cell_of(str(path)) for path in hidden))
     if not files:
-        raise PredictError(f"no files in {', '.join(map(str, inputs))}")
-    _remove_earlier(out)
-    counts: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    run_name, points, synthetic = predictor.trained.folder.name, predictor.points, predictor.synthetic
-    sheets = ContactSheets(out, run_name, points, synthetic) if contact_sheet else None
-    most = max(overlays, int(contact_sheet))
-    begun = time.perf_counter()
-    with images_table(out / "films.csv") as table:
-        answers = predictor.predict_files(files, recipe, ignore_gate)
-        for number, answer in enumerate(tqdm(answers, total=len(files), unit="film", disable=None), start=1):
-            counts[answer.status] += 1
-            table.writerow(row_of(answer, points))
-            maps = {}
-            if answer.answered:
-                calls.update(STATE_WORDS[state] for state in answer.states.tolist())
-                if called := called_findings(answer, points)[:most]:
-                    maps = dict(zip(called, predictor.maps(answer, called, method), strict=True))
-                drawn = dict(list(maps.items())[:overlays])
-                write_overlays(out / OVERLAYS, number, answer, points, drawn, method, synthetic)
-            if sheets is not None:
-                sheets.add(answer, next(iter(maps.values()), None))
-    if sheets is not None:
-        sheets.finish()
-    seconds = time.perf_counter() - begun
-    made_from = {"checkpoint": predictor.trained.checkpoint}
+        raise PredictError(f"no files in {_some(written.cell_of(str(path)) for path in inputs)}")
+
     settings = {
-        "run": run_name,
+        "run": predictor.trained.folder.name,
+        "overlays": overlays,
+        "contact_sheet": contact_sheet,
         "method": method,
         "recipe": recipe,
         "ignore_gate": ignore_gate,
-        "precision": predictor.computed_in,
+        "precision": precision,
     }
-    write_json(
-        out / "predict.json",
-        {
-            **provenance("predict", settings, made_from, machine),
-            "synthetic": synthetic,
-            "files": len(files),
-            "status": dict(counts),
-            "findings": dict(calls),
-            "films_per_second": len(files) / seconds,
-        },
-    )
-    per_second = len(files) / seconds
-    log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(counts))
-    log.info("findings: %s", _counted(calls))
-    log.info("table in %s. %s", out / "films.csv", footer(synthetic, own_image=True))
-    if not counts.keys() - {"unreadable"}:
-        raise PredictError(f"none of the {len(files)} files can be read; {out / 'films.csv'} says why")
-    return out / "films.csv"
+    made_from = {"checkpoint": predictor.trained.checkpoint, "operating_points": predictor.trained.folder / POINTS}
+    record = provenance("predict", settings, made_from, machine) | {
+        "synthetic": predictor.synthetic,
+        "files": len(files),
+        "files_sha256": hash_of([file_state(path) for path in files]),
+    }
+    done = _rows_to_keep(out, record, resume, overwrite)
+    # A contact sheet is drawn whole, or again; of a few films the answers are printed, so that they are read again.
+    done -= done % written.PER_SHEET if contact_sheet else 0
+    done *= len(files) > _FEW
+    for name in (written.TABLE,) if done else (written.TABLE, written.PART):
+        (out / name).unlink(missing_ok=True)
+    write_record(out / written.RECORD, record)
+    written.remove_pictures(out, done)
+
+    points, synthetic = predictor.points, predictor.synthetic
+    pages = done // written.PER_SHEET
+    sheets = written.ContactSheets(out, settings["run"], points, synthetic, pages) if contact_sheet else None
+    printed: list[str] = []
+    begun = time.perf_counter()
+    with written.ImagesTable(out, done) as table:
+        answers = predictor.predict_files(files[done:], recipe, ignore_gate)
+        answers = tqdm(answers, total=len(files), initial=done, unit="film", disable=None)
+        for number, answer in enumerate(answers, start=done + 1):
+            maps = {}
+            if answer.answered and (called := written.called_findings(answer, points)[: max(overlays, contact_sheet)]):
+                maps = dict(zip(called, predictor.maps(answer, called, method), strict=True))
+            drawn = dict(list(maps.items())[:overlays])
+            written.write_overlays(out / written.OVERLAYS, number, answer, points, drawn, method, synthetic)
+            if sheets is not None:
+                sheets.add(answer, next(iter(maps.values()), None))
+            # The row comes last: what a stopped call has no row of is made again.
+            table.add(written.row_of(answer, points))
+            if len(files) <= _FEW:
+                printed += written.answer_lines(answer, points)
+        if sheets is not None:
+            sheets.finish()
+        path = table.finish()
+    seconds = time.perf_counter() - begun
+    per_second = (len(files) - done) / seconds
+    found = {"status": dict(table.statuses), "findings": dict(table.calls), "films_per_second": per_second}
+    write_record(out / written.RECORD, record | {"computed_in": predictor.computed_in, **found})
+    if not table.statuses.keys() - {"unreadable"}:
+        none = f"none of the {len(files)} files can be read; {path} says why"
+        raise PredictError("\n".join(printed) or none)
+    if printed:
+        log.info("%s", "\n".join(printed))
+    else:
+        log.info("%d files in %.1f s, %.1f a second: %s", len(files), seconds, per_second, _counted(table.statuses))
+        log.info("findings: %s", _counted(table.calls))
+        for line in written.untested_lines(points):
+            log.info("%s", line)
+    log.info("table in %s. %s", path, footer(synthetic, own_image=True))
+    return path
 
 
-def all_files(inputs: Iterable[Path], out: Path) -> list[Path]:
-    """Files and the files of folders, each once, in order; hidden ones and what was written here are left out.
+def _rows_to_keep(out: Path, record: Mapping[str, Any], resume: bool, overwrite: bool) -> int:
+    """Rows of a stopped call in `out` that this one goes on from.
 
-    A name or a link that leads nowhere stays: its row says so.
+    Raises:
+        PredictError: there are answers that it does not go on from, and that are not to be replaced.
+        RecordError: `predict.json` does not say of what call they are.
     """
-    files: dict[Path, None] = {}
-    for path in inputs:
-        try:
-            folder = path.is_dir()
-        except OSError:  # such as a name that is too long; reading it will say so
-            folder = False
-        files |= dict.fromkeys(sorted(_inside(path, out)) if folder else [path])
-    return list(files)
+    from mlx_cxr.pages.prediction_files import PART, RECORD, TABLE, rows_of
+
+    finished, done = (out / TABLE).exists(), len(rows_of(out / PART))
+    nothing = all(row["status"] == "unreadable" for row in rows_of(out / TABLE)) if finished else not done
+    if overwrite or nothing:
+        return 0
+    if resume:
+        earlier = read_record(out / RECORD)
+        differs = {
+            "had other options": earlier["config"] != record["config"],
+            "was of other weights": _hashes(earlier) != _hashes(record),
+            "was of other files, or they changed since": earlier["files_sha256"] != record["files_sha256"],
+        }
+        if any(differs.values()):
+            what = next(what for what, differ in differs.items() if differ)
+            raise PredictError(f"{out}: the call that is there {what}; --overwrite begins anew")
+        if finished:
+            raise PredictError(f"{out / TABLE} is complete; --overwrite makes it anew")
+        log.info("going on after %d of %d files", done, record["files"])
+        return done
+    there = "the answers of an earlier call" if finished else f"{done} rows of a call that was stopped"
+    ways = "--overwrite to replace them" if finished else "--resume to go on with them, --overwrite to begin anew"
+    raise PredictError(f"{out} holds {there}: give {ways}, or another --out")
 
 
-def _inside(folder: Path, out: Path) -> Iterator[Path]:
-    """Files of a folder and of the folders in it, through links too, each folder once."""
-    seen, results = set(), out.resolve()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        folders[:] = [] if here in seen else [name for name in folders if not name.startswith(".")]
-        if here in seen:
-            continue
-        seen.add(here)
-        for name in names:
-            path = Path(root) / name
-            ours = here == results / OVERLAYS or (here == results and WRITTEN.fullmatch(name))
-            if not name.startswith(".") and not ours and (path.is_file() or path.is_symlink()):
-                yield path
-
-
-def _remove_earlier(out: Path) -> None:
-    """Take away the pictures of an earlier call, which would stand beside a table that they do not belong to."""
-    if not (out / "predict.json").exists():
-        return
-    for path in (*out.glob("contact_sheet_*.png"), *(out / OVERLAYS).glob("?????_*.png")):
-        path.unlink()
+def _hashes(record: Mapping[str, Any]) -> dict[str, str]:
+    return {role: one["sha256"] for role, one in record["inputs"].items()}
 
 
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "none"
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = names
+    return first + (f" and {len(others)} more" if others else "")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -212,6 +245,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="float32, which the run was evaluated in; auto: float16 where it is faster here and says the same",
     )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a call that was stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace the answers that are in --out")
     return parser
 
 
@@ -229,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
             ignore_gate=args.ignore_gate,
             batch_size=args.batch_size,
             precision=args.precision,
+            resume=args.resume,
+            overwrite=args.overwrite,
         )
 
 

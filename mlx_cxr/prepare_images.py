@@ -20,7 +20,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -100,9 +99,10 @@ def _write_lists(path: Path, frame: pd.DataFrame, report: StoreReport) -> None:
 def _write_list(path: Path, rows: list[tuple[str, str, str]], what: str) -> Path:
     import pandas as pd
 
+    from mlx_cxr.data.tables import write_table
+
     if rows:
-        with atomic_path(path) as temporary:
-            pd.DataFrame(rows, columns=["image_id", "path", what]).to_csv(temporary, index=False, lineterminator="\n")
+        write_table(path, pd.DataFrame(rows, columns=["image_id", "path", what]))
     else:
         path.unlink(missing_ok=True)
     return path

@@ -235,7 +235,7 @@ def test_cost_counts_what_was_trained_and_names_what_is_timed(evaluated, copy):
     assert cost["device"] == read_record(folder_of(evaluated) / "test_results.json")["provenance"]["device"]
     record = read_record(folder_of(config_in(copy)) / "config.json")
     record["config"]["model"]["freeze_stages"] = 5
-    (folder_of(config_in(copy)) / "config.json").write_text(json.dumps(record))
+    write_record(folder_of(config_in(copy)) / "config.json", record)
     assert TrainedRun.open(folder_of(config_in(copy))).parameters == {"total": total, "trainable": 513 * 14}
 
 
@@ -357,7 +357,7 @@ def test_what_lacks_is_named(copy):
     (folder_of(config) / "best_model.safetensors").unlink()
     with pytest.raises(RecordError, match=r"has no best_model\.safetensors; has its training saved an epoch"):
         evaluate_cnn.run(config)
-    (folder_of(config) / "config.json").write_text(json.dumps({"stage": "train_cnn"}))
+    write_record(folder_of(config) / "config.json", {"stage": "train_cnn"})
     with pytest.raises(RecordError, match=r"lacks 'config' or 'inputs\.manifest\.sha256'"):
         evaluate_cnn.run(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from mlx_cxr import cache_teacher_outputs, explain_report
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.evaluation.operating_points import read_operating_points
+from mlx_cxr.evaluation.operating_points import STATE_WORDS, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.asked_reports import ExplainReportError, read_report
+from mlx_cxr.inference.report_reader import ReportReader
 
 TEST = [f"s{i:03}" for i, split in enumerate(SPLITS) if split == "test"]
 ANOTHER = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread."
@@ -42,6 +44,11 @@ def pages(toy, scored) -> Path:
     return explain_report.run(toy.config(), scored, examples=2)
 
 
+def run_of(asked: Path) -> Path:
+    """The run that a folder of asked explanations lies in."""
+    return asked.parents[1]
+
+
 def failure(capsys, toy: ToyTeacher, *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:
         explain_report.main(["--config", str(toy.folder / "trial.yaml"), *arguments])
@@ -53,7 +60,7 @@ def failure(capsys, toy: ToyTeacher, *arguments: str) -> str:
 
 def test_the_most_confident_true_positives_of_the_test_split_are_shown(pages):
     saved = read_record(pages / "explanations.json")
-    scored = read_predictions(pages.parent / "predictions.csv")
+    scored = read_predictions(run_of(pages) / "predictions.csv")
     test = scored.predictions.split == "test"
     expected = []
     for k, label in enumerate(LABELS):
@@ -67,8 +74,8 @@ def test_the_most_confident_true_positives_of_the_test_split_are_shown(pages):
 
 
 def test_probabilities_and_logits_are_those_of_the_predictions(pages):
-    scored = read_predictions(pages.parent / "predictions.csv")
-    points, _ = read_operating_points(pages.parent / "operating_points.json")
+    scored = read_predictions(run_of(pages) / "predictions.csv")
+    points, _ = read_operating_points(run_of(pages) / "operating_points.json")
     rows = {study: i for i, study in enumerate(scored.predictions.study_ids.tolist())}
     for e in read_record(pages / "explanations.json")["explanations"]:
         row, k = rows[e["study_id"]], LABELS.index(e["finding"])
@@ -108,7 +115,7 @@ def test_a_study_is_explained_for_what_is_asked(folder):
         ("s001", "Cardiomegaly"),
         ("s001", "Edema"),
     ]
-    assert len(list(pages.glob("*.png"))) == 2  # those of an earlier call are gone
+    assert len(list(pages.glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("kind", ["text", "file"])
@@ -130,6 +137,56 @@ def test_a_text_is_explained_as_the_same_report_of_a_study_would_be(folder, tmp_
     bare = explain_report.run(toy.config(), name, text="Edema. Edema. Edema. Edema. Normal. Normal. Normal.")
     again = read_record(bare / "explanations.json")["explanations"]
     assert [e["logit"] for e in again] == pytest.approx([e["logit"] for e in saved["explanations"]], abs=1e-5)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_question_takes_away_the_answer_to_another(folder):
+    toy, name = folder
+    run_dir = toy.folder / "outputs" / name
+    explain_report.run(toy.config(), name)
+    questions = (
+        {"text": ANOTHER},
+        {"text": "Normal. Normal."},
+        {"study_ids": ["s001"]},
+        {"study_ids": ["s001"], "findings": ["Edema"]},
+        {"study_ids": ["s001", "s002"]},
+        {"findings": ["Edema"]},
+        {"examples": 3},
+    )
+    places = set()
+    for question in questions:
+        before = contents(run_dir)
+        place = explain_report.run(toy.config(), name, **question)
+        after = contents(run_dir)
+        assert {file: after.get(file) for file in before} == before
+        assert set(after) > set(before)
+        places.add(place)
+    assert len(places) == len(questions)
+    assert explain_report.run(toy.config(), name, text=ANOTHER) in places, "the same question has the same place"
+    assert set(contents(run_dir)) == set(after)
+
+
+def test_the_answer_to_a_question_is_printed(folder, caplog):
+    toy, name = folder
+    with caplog.at_level(logging.INFO, "mlx_cxr"):
+        pages = explain_report.run(toy.config(), name, text=ANOTHER)
+    reader = ReportReader.from_run(toy.folder / "outputs" / name)
+    answer = reader.read(ANOTHER)
+    said = caplog.text
+    for k, label in enumerate(LABELS):
+        if reader.points.tuned[k]:
+            call = STATE_WORDS[int(answer.states[k])]
+            (line,) = (line for line in said.splitlines() if f"  {label} " in line)
+            assert line.split()[0] == call
+            assert f" {answer.probabilities[k]:.2f}  (threshold " in line
+    for e in read_record(pages / "explanations.json")["explanations"]:
+        shown = np.abs(e["scores"][e["colours"]])
+        strongest = e["words"][int(np.argmax(shown))]
+        assert f"{e['finding']} was moved most, in logits, by: {strongest!r} " in said
+    assert "not for clinical use" in said
 
 
 def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):

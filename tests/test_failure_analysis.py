@@ -16,13 +16,14 @@ from simulated_runs import NOISE, model, write_run
 from mlx_cxr import failure_analysis
 from mlx_cxr.core.config import config_from_plain
 from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
+from mlx_cxr.core.formatting import escaped
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.study_reports import load_reports, write_reports
-from mlx_cxr.data.tables import DataError
+from mlx_cxr.data.tables import DataError, unguarded
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import ComparisonError
 from mlx_cxr.explain.maps import ScaledMaps
@@ -217,12 +218,51 @@ def test_the_sheet_gives_nothing_away_and_its_key_is_apart(analysed):
     assert not re.search(r"positive|negative|right|noise|0\.\d", text)
 
 
+def test_a_sheet_that_was_filled_in_is_kept_with_its_key(copy):
+    config = config_in(copy)
+    folder = failure_analysis.run(config)
+    names = ("relabel.csv", "relabel_key.csv")
+    empty = {name: (folder / name).read_bytes() for name in names}
+    failure_analysis.run(config)
+    assert not list(folder.glob("*filled_in*")), "nobody wrote into it"
+    for filled in (empty["relabel.csv"].replace(b",,\n", b",yes,\n", 1), empty["relabel.csv"].replace(b",", b";")):
+        (folder / "relabel.csv").write_bytes(filled)
+        failure_analysis.run(config_in(copy, seed=len(filled)))
+        (kept,) = (path for path in folder.glob("relabel_filled_in_*.csv") if path.read_bytes() == filled)
+        key = folder / kept.name.replace("relabel_", "relabel_key_")
+        assert key.read_bytes() == empty["relabel_key.csv"]
+        empty["relabel_key.csv"] = (folder / "relabel_key.csv").read_bytes()
+
+
+def test_texts_of_data_are_no_formulas_and_no_markup(copy):
+    """The sex is free text of a source."""
+    config = config_in(copy)
+    hostile = "=1+1|<img src=x>$x$`![a](http://b)"
+    manifest = config.manifest_path.read_text()
+    assert manifest.count(",F,") > 5
+    config.manifest_path.write_text(manifest.replace(",F,", f",{hostile},"))
+    sha256 = sha256_file(config.manifest_path)
+    for name in ("cnn", "student", "teacher"):
+        record = read_record(config.run_dir(name) / "config.json")
+        record["inputs"]["manifest"]["sha256"] = sha256
+        write_record(config.run_dir(name) / "config.json", record)
+    build_store(config.pixels_path, load_manifest(config.manifest_path), Transform(SIZE), copy, workers=1)
+    folder = failure_analysis.run(config)
+    table = pd.read_csv(folder / "failures.csv", keep_default_na=False)
+    assert set(table["sex"]) - {"M", ""} == {f"'{hostile}"}
+    assert set(table["sex"].map(unguarded)) - {"M", ""} == {hostile}
+    text = (folder / "summary.md").read_text()
+    assert hostile not in text
+    assert escaped(hostile) in text
+    assert not re.search(r"(?<!\\)(<img|\$x|!\[a)", text)
+
+
 def test_reports_are_quoted_where_they_name_the_finding(copy):
     """Every error is shown, so that each of the three cases is among them."""
     config = config_in(copy, failure={"examples": 40})
     text = (failure_analysis.run(config) / "summary.md").read_text()
     reports = load_reports(config.reports_path).sections
-    cases = re.findall(r"### \d+\. ([A-Za-z ]+): false.*?Study `([^`]+)`.*?\.png\)\n\n(.*?)\n", text, re.DOTALL)
+    cases = re.findall(r"### \d+\. ([A-Za-z ]+): false.*?Study ([^,]+),.*?\.png\)\n\n(.*?)\n", text, re.DOTALL)
     expected = []
     for label, study, said in cases:
         report = reports.get(study)

@@ -78,7 +78,7 @@ def test_a_run_leaves_what_it_promises(toy, tuned):
     assert summary["steps"] == 10 * (TRAINED // 2 // 2)
     assert summary["peak_memory_bytes"] > 0
     assert summary["memory_estimate_bytes"] > 0
-    assert (tuned / "last" / "state.safetensors").stat().st_size < 40 * trainable, "the frozen base is not saved"
+    assert not (tuned / "last").exists()
     epoch = lines(tuned, "epoch")[-1]
     assert {"samples_per_second", "tokens_per_second", "peak_memory_bytes", "train_loss", "val_macro_auc"} <= set(epoch)
 
@@ -188,7 +188,7 @@ def test_killed_and_resumed_ends_with_the_bytes_of_an_unbroken_run(toy):
     assert unbroken.returncode == 0, errors
     resumed = subprocess.run([*stage, "killed", "--resume"], capture_output=True, text=True, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from the last saved state" in resumed.stderr
+    assert "resumed from the last saved state" in resumed.stderr
     assert "zero-shot validation macro AUC" in resumed.stderr
     if mx.default_device().type == mx.DeviceType.cpu:
         for name in ("adapters.safetensors", "adapter_config.json"):

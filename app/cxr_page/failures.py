@@ -11,6 +11,7 @@ from cxr_page.models import predictor
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CONTROL, STUDENT, RunEntry, RunIndex
 from mlx_cxr.core.files import RecordError, read_record
+from mlx_cxr.data.tables import unguarded
 from mlx_cxr.pages.failure_advice import closing_failures
 
 _FOLDER = "failure_analysis"
@@ -32,6 +33,7 @@ _TITLES = {
     "age": "age",
     "abstention": "why no call is made",
 }
+_TEXTS = ("study_id", "patient_id", "sex", "view")
 _ANY, _ABSTAINED = "any", "abstained on"
 
 
@@ -74,11 +76,13 @@ def failures_tab(index: RunIndex) -> None:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _table(path: str, stamp: str) -> pd.DataFrame:
-    table = pd.read_csv(path, dtype={"study_id": str, "patient_id": str, "abstention": str})
+    # An id may read "NA", so that only an empty cell is none.
+    table = pd.read_csv(path, dtype=dict.fromkeys((*_TEXTS, "abstention"), str), keep_default_na=False, na_values=[""])
     if lacking := [name for name in _NEEDED if name not in table]:
         raise RecordError(f"{path} lacks {', '.join(lacking)}; run failure_analysis again")
+    texts = {name: table[name].map(unguarded, na_action="ignore") for name in _TEXTS if name in table}
     reasons = table["abstention"].fillna("")
-    return table.assign(abstention=reasons, call=[_ABSTAINED if reason else "made" for reason in reasons])
+    return table.assign(**texts, abstention=reasons, call=[_ABSTAINED if reason else "made" for reason in reasons])
 
 
 def _filtered(table: pd.DataFrame) -> pd.DataFrame:

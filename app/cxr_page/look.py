@@ -7,7 +7,6 @@ import html
 import inspect
 import ipaddress
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,11 +16,11 @@ from PIL import Image, ImageDraw
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.formatting import NOT_CLINICAL, SYNTHETIC
+from mlx_cxr.core.formatting import escaped as plain
 
 log = logging.getLogger("mlx_cxr.page")
 
 T = TypeVar("T")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$:!&])")
 
 STYLES = """<style>
 .stMainBlockContainer { max-width: 92rem; padding-top: .9rem; padding-bottom: 3rem; }
@@ -119,11 +118,6 @@ def icon() -> Image.Image:
 def esc(text: object) -> str:
     """Text as HTML shows it, attributes included."""
     return html.escape(str(text), quote=True)
-
-
-def plain(text: object) -> str:
-    """Text as Markdown shows it: no markup, no picture, no formula."""
-    return _MARKDOWN.sub(r"\\\1", str(text))
 
 
 def block(body: str) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 NOT_CLINICAL = "Research only, not for clinical use"
 SYNTHETIC = "Synthetic cohort"
+
+
+def escaped(text: object) -> str:
+    """Text from data as Markdown shows it, on one line: no markup, picture, formula or HTML, also not in Streamlit."""
+    line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", str(text))
+    line = re.sub(r"([\\`*_{}\[\]<>#|~$:!&])", r"\\\1", line)
+    # What begins a list, or underlines a heading.
+    return re.sub(r"^(\s*\d*)([-+=.)])(?=[\s=-]|$)", r"\1\\\2", line)
 
 
 def footer(synthetic: bool, own_image: bool = False) -> str:

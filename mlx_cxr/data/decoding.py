@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mlx_cxr.data.file_types import describe, is_dicom
+from mlx_cxr.data.file_types import is_dicom, unsupported
 from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_size
 from mlx_cxr.data.quiet import quiet_decoders
 
@@ -38,8 +38,18 @@ _BLANK_RANGE = 2
 """Gray levels between darkest and brightest: JPEG noise on a uniform image stays within this."""
 _GRAY_MODES = ("1", "L", "LA", "I", "F")
 _AGAIN = "; download or copy it again"
-_TIFF_PHOTOMETRIC = 262
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of an EXIF or TIFF orientation upright."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +178,8 @@ class ImageContent:
         except ImageError:
             raise
         except UnidentifiedImageError:
-            damaged = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"BM"))
-            reason = "damaged: an image by its first bytes, but not by what follows" + _AGAIN
-            raise ImageError(reason if damaged else describe(data)) from None
+            damaged = "damaged: an image by its first bytes, but not by what follows" + _AGAIN
+            raise ImageError(unsupported(data) or damaged) from None
         except Image.DecompressionBombError:
             raise ImageError(f"more than {MAX_PIXELS:,} pixels by its header") from None
         except MemoryError:
@@ -178,6 +187,8 @@ class ImageContent:
         except Exception as error:
             # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files. What
             # pydicom says may quote the file.
+            if isinstance(data, bytes) and not dicom and (other := unsupported(data)):
+                raise ImageError(other) from None
             detail = "" if dicom else f": {error}"
             raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
 
@@ -251,7 +262,8 @@ def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) 
         size = image.size
         notes = []
         # Pillow itself turns a TIFF when loading it.
-        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        turned = image.format != "TIFF" and orientation != 1
         colour, scale = None, 1
         reduces = image.format in _JPEG and not turned
         if reduces:
@@ -274,7 +286,40 @@ def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) 
             size = image.size
         if inspect and colour is None and image.mode not in _GRAY_MODES and not image.mode.startswith("I;"):
             colour = image.convert("RGB")
-        return _Opened(_gray(image, notes), size, scale, colour, tuple(notes), reduces=reduces)
+        gray = _deep_colour(data, orientation, notes) if _loses_bits(data, image) else _gray(image, notes)
+        return _Opened(gray, size, scale, colour, tuple(notes), reduces=reduces)
+
+
+def _loses_bits(data: bytes | Image.Image, image: Image.Image) -> bool:
+    """True for samples of more than 8 bits of which Pillow keeps 8: those of colours, and of gray with transparency."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return False
+    if image.format == "PNG" and isinstance(data, bytes):
+        return data[24] == 16  # PNG specification, 11.2.2: the bit depth in IHDR, which comes first
+    return image.format == "TIFF" and max(image.tag_v2.get(_TIFF_BITS, (8,))) > 8
+
+
+def _deep_colour(data: bytes, orientation: int, notes: list[str]) -> Image.Image:
+    """Mode `L` of colours of more than 8 bits, by their luma's lowest and highest value; OpenCV reads them whole."""
+    import cv2
+    import numpy as np
+
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.ndim != 3 or values.shape[2] not in (3, 4) or values.dtype == np.uint8:
+        raise ImageError("samples of more than 8 bits in a form that is not read whole here; save it as gray PNG")
+    notes.append(f"{values.dtype.itemsize * 8}-bit {'RGB' if values.shape[2] == 3 else 'with transparency'}")
+    full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
+    values = values.astype(np.float64)
+    colours, alpha = values[..., :3], values[..., 3:]
+    # Where the three are equal, as in a gray image saved as colour, their luma is exactly that value.
+    equal = (colours == colours[..., :1]).all(axis=2)
+    gray = np.where(equal, colours[..., 0], colours @ np.array([114, 587, 299]) / 1000)
+    if alpha.size:
+        gray = gray * alpha[..., 0] / full
+    upright = Image.fromarray(gray.astype(np.float32))
+    if orientation in _TURNS:
+        upright = upright.transpose(_TURNS[orientation])
+    return _to_8_bits(upright, inverted=False)
 
 
 def _finished(opened: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
@@ -320,6 +365,9 @@ def squared(
 def _gray(image: Image.Image, notes: list[str]) -> Image.Image:
     """An image in mode `L`; appends to `notes` what it was made from."""
     if image.mode == "L":
+        if image.format == "TIFF" and image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2:
+            notes.append("8-bit signed")
+            return image.point([level ^ 0x80 for level in range(256)])
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         notes.append({"I": "32-bit", "F": "floating point"}.get(image.mode, "16-bit"))
@@ -363,6 +411,8 @@ def _read(path: Path) -> bytes:
         if size > MAX_BYTES:
             raise ImageError(f"{size:,} bytes; no film is larger than {MAX_BYTES:,}")
         return path.read_bytes()
+    except ImageError:  # a ValueError too
+        raise
     except FileNotFoundError:
         raise ImageError("no such file") from None
     except OSError as error:

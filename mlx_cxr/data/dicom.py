@@ -31,16 +31,20 @@ if TYPE_CHECKING:
 
 Recipe = Literal["mimic", "window"]
 
-_REQUIRED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel", "PhotometricInterpretation")
+_REQUIRED = ("Rows", "Columns", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _ABOUT = ("Modality", "BodyPartExamined", "ViewPosition", "PresentationIntentType")
+_OVERLAY_BIT = 0x60000102
+"""Overlay Bit Position, of which there are several in one element's name."""
 _ELEMENTS = (
     *(*_REQUIRED, *_PIXELS, *_ABOUT),
-    *("NumberOfFrames", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
+    *("NumberOfFrames", "BitsStored", "HighBit", _OVERLAY_BIT, "PixelRepresentation", "PlanarConfiguration"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LUTDescriptor", "LUTData"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
 )
+_MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation")
+"""Elements that some programs write without a value; absent they have a meaning, empty they stop pydicom."""
 _CHEST = ("CHEST", "THORAX", "LUNG", "TORAX")
 _NOT_FRONTAL = {
     **dict.fromkeys(("LATERAL", "LL", "RL", "LAT"), "a lateral"),
@@ -93,8 +97,8 @@ def read_dicom(data: bytes, recipe: Recipe = "mimic") -> DicomImage:
     _check_header(dataset)
     values = _stored_values(dataset)
     notes = ["DICOM"]
-    if dataset.BitsStored != 8:
-        notes.append(f"{dataset.BitsStored}-bit")
+    if (bits := dataset.get("BitsStored", dataset.BitsAllocated)) != 8:
+        notes.append(f"{bits}-bit")
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     if inverted:
         notes.append("MONOCHROME1, inverted")
@@ -172,10 +176,17 @@ def _check_header(dataset: FileDataset) -> None:
         # An unknown identifier is its own name.
         kind = f" ({name})" if " " in name else ""
         raise ImageError(f"a DICOM file without pixels{kind}, or one cut short before them; give the file of an image")
-    missing = [keyword for keyword in _REQUIRED if dataset.get(keyword) in (None, "")]
+    for keyword in _MAY_BE_EMPTY:
+        if keyword in dataset and dataset.get(keyword) in (None, ""):
+            del dataset[keyword]
+    if said := dataset.get("PhotometricInterpretation"):
+        dataset.PhotometricInterpretation = str(said).strip(" \0").upper()
+    # Floating point pixels (PS3.3 C.7.6.24 and 25) have no bits stored.
+    required = (*_REQUIRED, "BitsStored") if "PixelData" in dataset else _REQUIRED
+    missing = [keyword for keyword in required if dataset.get(keyword) in (None, "")]
     if missing:
         raise ImageError(f"a DICOM whose header lacks {', '.join(missing)}; export it again")
-    for keyword in _REQUIRED[:-1]:
+    for keyword in set(required) - {"PhotometricInterpretation"}:
         if not isinstance(dataset.get(keyword), int):
             raise ImageError(f"a DICOM whose header has no single number as {keyword}; export it again")
     frames = int(dataset.get("NumberOfFrames") or 1)
@@ -217,6 +228,8 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
         held = len(dataset.PixelData or b"")
         raise ImageError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
+    elif "PixelData" in dataset:
+        _refuse_contradicting_bits(dataset, syntax.is_little_endian)
     values = dataset.pixel_array
     if values.ndim != 2:
         raise ImageError("a DICOM of several frames or samples; give one gray film per file")
@@ -225,6 +238,34 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     if values.min() == values.max():
         raise ImageError(f"blank: every pixel is {values.min()}")
     return values
+
+
+def _refuse_contradicting_bits(dataset: FileDataset, little_endian: bool) -> None:
+    """Refuse values that do not fit into the bits that the header gives them: cut to these, they would wrap around.
+
+    Bits above may hold a sign (PS3.5 8.1.1), or an overlay, as in files of before 2004.
+    """
+    allocated, stored = dataset.BitsAllocated, dataset.BitsStored
+    high = dataset.get("HighBit", stored - 1)
+    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
+        raise ImageError(
+            f"a DICOM whose header contradicts itself: {stored} bits stored in {allocated}, the highest of them bit "
+            f"{high}; export it again"
+        )
+    if (_OVERLAY_BIT in dataset and dataset[_OVERLAY_BIT].value) or high == allocated - 1 == stored - 1:
+        return
+    kind = np.dtype(f"u{allocated // 8}").newbyteorder("<" if little_endian else ">")
+    raw = np.frombuffer(dataset.PixelData, kind, dataset.Rows * dataset.Columns)
+    above, below = raw >> (high + 1), raw & ((1 << (high + 1 - stored)) - 1)
+    wrong = above != 0
+    if dataset.PixelRepresentation == 1:
+        negative = (raw >> high) & 1 == 1
+        wrong &= ~(negative & (above == (1 << (allocated - 1 - high)) - 1))
+    if wrong.any() or below.any():
+        raise ImageError(
+            f"a DICOM with values of more than the {stored} bits that its header gives them (highest bit {high}); "
+            "export it again"
+        )
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
@@ -242,17 +283,25 @@ def _windowed(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
     """Gray levels as a viewer shows them, but for the inversion of MONOCHROME1; uint8."""
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-    measured = np.asarray(apply_modality_lut(values, dataset))
     tables, width = dataset.get("VOILUTSequence"), dataset.get("WindowWidth")
     try:
+        if rescales := dataset.get("ModalityLUTSequence"):
+            # Of its entries pydicom reads 8 or 16 bits; they lie in 16 whatever number of them is used (C.11.1.1.1).
+            first, mapped, bits = rescales[0].LUTDescriptor
+            rescales[0].LUTDescriptor = [first, mapped, 8 if bits <= 8 else 16]
+            measured = np.asarray(apply_modality_lut(values, dataset)).astype(np.float64)
+        else:
+            # Not in the integers of the file, where a product would wrap around.
+            measured = np.asarray(apply_modality_lut(values.astype(np.float64), dataset))
         if tables and tables[0].get("LUTData"):
-            shown = apply_voi(measured, dataset)
+            shown = apply_voi(measured.astype(np.int64), dataset)
             low, high = 0.0, 2.0 ** tables[0].LUTDescriptor[2] - 1
         elif width not in (None, "") and dataset.get("WindowCenter") not in (None, ""):
             shown = apply_windowing(measured, dataset)
             low, high = apply_windowing(np.array([-np.inf, np.inf]), dataset)
         else:
-            shown, low, high = measured, measured.min(), measured.max()
+            exposed = measured[~_padding(values, dataset)]
+            shown, low, high = measured, exposed.min(initial=np.inf), exposed.max(initial=-np.inf)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
         raise ImageError("a DICOM whose window cannot be used; try the recipe 'mimic'") from None
     shown = np.asarray(shown, dtype=np.float64)

@@ -6,12 +6,15 @@ Signatures after the formats' own specifications, as collected by the `file` com
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 _HEAD = 4096
 _EXPORT = "; save the film in it as PNG or JPEG"
 _UNPACK = "; unpack it and give the films inside"
+_VIDEO = "a video, not a film; save one picture of it as PNG"
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"%PDF-", "a PDF document" + _EXPORT),
+    (0, b"\0\x05\x16\7", "what macOS keeps beside a file (`._…`), not a film; give the file itself"),
+    (0, b"\0\0\0\1Bud1", "what macOS keeps of a folder, not a film"),
     (0, b"%!PS", "a PostScript document" + _EXPORT),
     (0, b"{\\rtf", "a text document" + _EXPORT),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document" + _EXPORT),
@@ -28,7 +31,13 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image; convert it to PNG"),
     (0, b"\xff\x0a", "a JPEG XL image; convert it to PNG"),
     (0, b"8BPS", "a Photoshop file; save it as PNG"),
+    *((4, kind, _VIDEO) for kind in (b"moov", b"mdat", b"wide", b"free")),
+    *(
+        (0, kind, _VIDEO)
+        for kind in (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"0&\xb2u\x8ef\xcf\x11", b"FLV\1")
+    ),
     (0, b"\0\0\1\0", "an icon, not a film; give a JPEG, PNG or DICOM"),
+    (0, b"II\xbc", "a JPEG XR image; convert it to PNG"),
     (0, b"P5", "a PGM image; convert it to PNG"),
     (0, b"P6", "a PPM image; convert it to PNG"),
     (0, b"\x93NUMPY", "a NumPy array; save it as PNG"),
@@ -39,8 +48,11 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x7fELF", "a program, not a film; give a JPEG, PNG or DICOM"),
     (0, b"MZ", "a program, not a film; give a JPEG, PNG or DICOM"),
 )
-_BRANDS = {b"heic": "a HEIC photo", b"heix": "a HEIC photo", b"mif1": "a HEIC photo", b"avif": "an AVIF image"}
-_RIFF = {b"WEBP": "a WebP image; convert it to PNG", b"AVI ": "a video, not a film; save one picture of it as PNG"}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_BRANDS = dict.fromkeys(_HEIC, "a HEIC photo") | dict.fromkeys((b"avif", b"avis"), "an AVIF image")
+_RIFF = {b"WEBP": "a WebP image; convert it to PNG", b"AVI ": _VIDEO}
+_UNREAD_JPEG = {0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical", 0xCB: "lossless"}
+_UNREAD_JPEG |= {0xF7: "JPEG-LS"}
 
 
 def is_dicom(data: bytes) -> bool:
@@ -65,6 +77,8 @@ def describe(data: bytes) -> str:
         data: the whole file, not empty.
     """
     head = data[:_HEAD]
+    if b"%PDF-" in head[:1024]:
+        return "a PDF document" + _EXPORT
     for offset, signature, words in _SIGNATURES:
         if head.startswith(signature, offset):
             if signature == b"PK\x03\x04" and b"[Content_Types].xml" in head:
@@ -78,10 +92,52 @@ def describe(data: bytes) -> str:
         return _RIFF[head[8:12]]
     if head[4:8] == b"ftyp":
         still = _BRANDS.get(head[8:12])
-        return f"{still}; convert it to PNG" if still else "a video, not a film; save one picture of it as PNG"
+        return f"{still}; convert it to PNG" if still else _VIDEO
     if not any(head):
         return "no image: it begins with zeros, as a stopped download leaves it; download or copy it again"
     return _markup(head) or _text(head) or "of no known kind; JPEG, PNG, TIFF, BMP and DICOM are read"
+
+
+def unsupported(data: bytes) -> str | None:
+    """A sentence on a file of another kind than Pillow reads here; None for a JPEG, PNG, TIFF or BMP that it does read.
+
+    Args:
+        data: the whole file, not empty, and no DICOM.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return _unread_jpeg(data)
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return _unread_tiff(data)
+    # Words may begin with BM too; after its size a bitmap has four zeros.
+    if data.startswith(b"\x89PNG\r\n\x1a\n") or (data.startswith(b"BM") and data[6:10] == bytes(4)):
+        return None
+    return describe(data)
+
+
+def _unread_jpeg(data: bytes) -> str | None:
+    """By the frame header (ITU-T T.81, B.2.2): the coding process, and the bits per sample."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 5 < min(len(data), 1 << 22):
+        kind = data[at + 1]
+        if kind in _UNREAD_JPEG or (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)):
+            process = _UNREAD_JPEG.get(kind) or ("12-bit" if data[at + 4] != 8 else None)
+            return process and f"a JPEG of a kind that is not read here ({process}); convert it to PNG"
+        at += 1 if kind == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _unread_tiff(data: bytes) -> str | None:
+    """By the tag Compression (259) of the first directory."""
+    from PIL.TiffImagePlugin import COMPRESSION_INFO
+
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    directory = int.from_bytes(data[4:8], order)
+    for at in range(directory + 2, directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], order), 12):
+        if int.from_bytes(data[at : at + 2], order) == 259:
+            compression = int.from_bytes(data[at + 8 : at + 10], order)
+            if compression not in COMPRESSION_INFO:
+                return f"a TIFF of a compression that is not read here ({compression}); save it uncompressed, or as PNG"
+    return None
 
 
 def _markup(head: bytes) -> str | None:

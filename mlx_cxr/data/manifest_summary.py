@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.formatting import escaped
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.manifest import split_counts
 from mlx_cxr.data.report_files import ReportTexts
@@ -38,7 +39,8 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         splits: split -> patients, studies, images.
         labels: label -> split -> studies with 1, 0, -1 and empty.
         views: view -> split -> images. sex, age: group -> split -> studies.
-        reports: counts, sections that served for the manifest's text, where they lie.
+        reports: counts, sections that served for the manifest's text, where they lie,
+            and `unreadable_reports`, study -> why.
         report_sections: section -> split -> studies whose report has it; `any` for having a report, and
             `findings and impression in one` for the same text as both.
         sample: studies before and after, and the share of studies positive for each label; null when not sampled.
@@ -57,7 +59,12 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         "views": _by_split(frame["view"].replace("", MISSING_VIEW), frame["split"]),
         "sex": _by_split(studies["sex"].replace("", _UNKNOWN), studies["split"]),
         "age": _by_split(bands, studies["split"], (*_AGE_BANDS, _UNKNOWN)),
-        "reports": {**reports.counts, "text_from": reports.served, "where": reports.where},
+        "reports": {
+            **reports.counts,
+            "text_from": reports.served,
+            "where": reports.where,
+            "unreadable_reports": reports.unreadable,
+        },
         "report_sections": _report_sections(reports.sections, studies),
         "sample": None if before is None else _sample(before.drop_duplicates("study_id"), studies),
     }
@@ -67,13 +74,18 @@ def render(summary: Mapping[str, Any], title: str, synthetic: bool) -> str:
     """The summary as Markdown that reads well on a terminal too."""
     kept = sum(counts["images"] for counts in summary["splits"].values())
     what, counted = ("reports", ("patients", "studies")) if summary["text_only"] else ("images", _COUNTED)
+    dropped, notes = ([(escaped(name), count) for name, count in summary[key].items()] for key in ("dropped", "notes"))
     lines = [f"# {title}", ""]
     if synthetic:
         lines += ["**Synthetic films: rendered by a program, not of people.**", ""]
     lines += ["Not for clinical use.", "", f"{summary['images_read']:,} {what} read, {kept:,} kept.", ""]
-    lines += _table(("dropped because", what), list(summary["dropped"].items()), "Nothing was dropped.")
-    if summary["notes"]:
-        lines += _table(("note", "count"), list(summary["notes"].items()))
+    lines += _table(
+        ("dropped because", what),
+        dropped,
+        "Nothing was dropped.",
+    )
+    if notes:
+        lines += _table(("note", "count"), notes)
     lines += ["## Splits", ""]
     lines += _table(
         ("", *SPLITS, "all"),
@@ -137,7 +149,7 @@ def _sample(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
 
 
 def _split_table(heading: str, groups: Mapping[str, Mapping[str, int]]) -> list[str]:
-    rows = [_with_total(name, list(by.values())) for name, by in groups.items()]
+    rows = [_with_total(escaped(name), list(by.values())) for name, by in groups.items()]
     return [f"## {heading}", "", *_table(("", *SPLITS, "all"), rows)]
 
 
@@ -145,6 +157,11 @@ def _report_lines(reports: Mapping[str, Any]) -> list[str]:
     if not reports["found"]:
         return ["None found; the text column is empty.", ""]
     lines = [f"From {reports['where']}: {reports['found']:,} found, {reports['missing']:,} missing."]
+    if reports["unreadable"]:
+        first = next(iter(reports["unreadable_reports"].values()))
+        lines.append(
+            f"{reports['unreadable']:,} could not be read, and their studies have no report. The first: {first}."
+        )
     if reports["not UTF-8"]:
         lines.append(f"{reports['not UTF-8']:,} were not UTF-8 and were read as Windows-1252 or UTF-16.")
     table = [(name, f"{count:,}", f"{count / reports['found']:.1%}") for name, count in reports["text_from"].items()]

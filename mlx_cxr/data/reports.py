@@ -7,70 +7,49 @@ last section (Johnson et al., arXiv:1901.07042), which is the order of `data.rep
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-INDICATION, FINDINGS, IMPRESSION, BOTH = "indication", "findings", "impression", "findings_and_impression"
+from mlx_cxr.data.plain_text import plain_text
+from mlx_cxr.data.report_headings import (
+    BODY,
+    BOTH,
+    EXAMINATION,
+    FINDINGS,
+    IMPRESSION,
+    INDICATION,
+    OTHER,
+    SIGNATURE,
+    TITLE,
+    VIEW_NOUNS,
+    VIEWS,
+    Heading,
+    headings,
+)
+
 LAST_PARAGRAPH, WHOLE = "last_paragraph", "whole"
-BODY, OTHER, EXAMINATION = "body", "other", "examination"
 SECTIONS: tuple[str, ...] = (INDICATION, FINDINGS, IMPRESSION, LAST_PARAGRAPH, WHOLE)
 """The parts of a report that can be asked for."""
-
-_KEYWORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("addendum", ("ADDENDUM", "AMENDMENT")),
-    ("wet_read", ("WET", "WETREAD", "PRELIMINARY", "PFI")),
-    ("notification", ("NOTIFICATION", "NOTIFICATIONS")),
-    ("recommendation", ("RECOMMENDATION", "RECOMMENDATIONS")),
-    ("comparison", ("COMPARISON", "COMPARISONS", "COMPARE", "REFERENCE", "PRIOR")),
-    (BOTH, ()),
-    (IMPRESSION, ("IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "OPINION")),
-    (FINDINGS, ("FINDINGS", "FINDING")),
-    (INDICATION, ("INDICATION", "INDICATIONS", "HISTORY", "REASON", "CLINICAL")),
-    ("technique", ("TECHNIQUE",)),
-    (EXAMINATION, ("EXAMINATION", "EXAM", "EXAMS", "STUDY", "PROCEDURE", "DATE", "ACCESSION")),
-)
-"""Kinds in order of precedence, and the words in a heading that mark them; `BOTH` takes two of them."""
-_KIND_OF_WORD = {word: kind for kind, words in _KEYWORDS for word in words}
-_RANK = {kind: rank for rank, (kind, _) in enumerate(_KEYWORDS)}
-_VIEW_NOUNS = frozenset({"CHEST", "CXR", "VIEW", "VIEWS", "FILM", "FILMS", "RADIOGRAPH", "RADIOGRAPHS", "X-RAY"})
-# fmt: off
-_VIEW_WORDS = _VIEW_NOUNS | {
-    "PA", "AP", "LATERAL", "LAT", "FRONTAL", "PORTABLE", "BEDSIDE", "UPRIGHT", "ERECT", "SUPINE", "SEMI", "SEMI-ERECT",
-    "SEMI-UPRIGHT", "SEMIERECT", "SEMIUPRIGHT", "SINGLE", "ONE", "TWO", "THREE", "OF", "THE", "AND", "&", "WITH",
-}
-_PLAIN_HEADINGS = frozenset({
-    "findings", "finding", "impression", "impressions", "conclusion", "conclusions", "findings and impression",
-    "findings/impression", "impression and findings", "indication", "indications", "history", "clinical history",
-    "clinical information", "clinical indication", "patient history", "reason for exam", "reason for examination",
-    "reason for study", "technique", "comparison", "comparisons", "examination", "exam", "type of examination",
-    "procedure", "wet read", "addendum", "recommendation", "recommendations", "recommendation(s)", "notification",
-    "notifications", "notification(s)",
-})
-# fmt: on
-"""Headings that also count in mixed case, in the middle of a line, or alone on a line without a colon."""
 
 _HEADER_KINDS = frozenset((INDICATION, "technique", "comparison", EXAMINATION, OTHER))
 """Kinds that end at their first blank line: text that follows without a heading is the report's body."""
 _CONTENT_KINDS = frozenset((BODY, OTHER, FINDINGS, IMPRESSION, BOTH))
+_ANSWERS = frozenset((FINDINGS, IMPRESSION, BOTH))
+"""Kinds that no other section may run into."""
 
-_LINE_HEADING = re.compile(r"(?m)^[ \t]*([A-Za-z](?:[A-Za-z0-9_ &()/,.'-]|:(?=\d)){1,80}?)[ \t]*(:(?=\s|$)|$)")
-_INLINE_HEADING = re.compile(
-    r"(?:(?<=\s)|(?<=[.;]))((?:{0})|(?<=[.;] )(?i:{0})|(?<=[.;])(?i:{0})):(?=\s|$)".format(
-        "|".join(re.escape(name).upper() for name in sorted(_PLAIN_HEADINGS, key=len, reverse=True))
-    )
-)
-_TITLE = re.compile(
-    r"(?m)^[ \t]*(?:(?:FINAL|PRELIMINARY|INTERIM)[ \t]+)?REPORT[ \t]*(?::|$)|FINAL REPORT\b:?|^[ \t]*[_=*-]{8,}[ \t]*$"
-)
-"""Lines that announce a report, and ruled lines: an open section ends there."""
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
-_MARK = re.compile(r"[-/]?(?:_{2,}|X{4,}|\[\*\*.*?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?")
+_MARK = re.compile(
+    r"[-/]?(?:_{2,}|X{4,}|\[\*\*[^\[\]\n]{0,200}?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?"
+)
+_MARKUP = re.compile(r"(?<!\[)\*{2,}(?!\])|`+|^ *#{1,6} ", re.MULTILINE)
+"""Markdown's bold and code type and the sign of its headings."""
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
 _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
-_INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z])")
+_INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
+_NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
+_NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
 _ENDED = tuple(".;:!?")
 
 
@@ -80,10 +59,10 @@ class Section:
 
     Attributes:
         kind: `indication`, `findings`, `impression`, `findings_and_impression`, `examination`, `technique`,
-            `comparison`, `recommendation`, `notification`, `wet_read`, `addendum`, `other` (a heading of no known
-            kind) or `body` (text under no heading).
+            `comparison`, `recommendation`, `notification`, `wet_read`, `addendum`, `signature`, `other` (a heading
+            of no known kind) or `body` (text under no heading).
         heading: as written, without its colon; empty for `body`.
-        text: as written, without its heading.
+        text: plain text, without its heading.
     """
 
     kind: str
@@ -101,28 +80,53 @@ def decode(data: bytes) -> tuple[str, bool]:
         return data.decode("cp1252", errors="replace"), False
 
 
+def is_no_report(text: str) -> bool:
+    """True for a text that says nothing: blank, or a word that tables write for an empty cell."""
+    return len(text) < 100 and plain_text(text).strip().casefold() in _NOTHING
+
+
 def parse_sections(report: str) -> tuple[Section, ...]:
     """A report cut at its headings, in the order written; sections without text are left out.
 
-    Headings are recognized at the start of a line in capitals with a colon, by the words in them (misspelt ones too);
-    well-known ones also in mixed case, after a sentence's end in the same line, or alone on a line. A heading that
-    only names the views ("PA AND LATERAL CHEST:") opens the findings unless these have begun. Inside findings and
-    impression, headings of no known kind ("LUNGS:") stay part of the text. Indication, comparison and the like end at
-    their first blank line, so that a report that goes on without a heading does not leak into them.
+    Markup and escapes are undone first (`plain_text`). Headings are recognized at the start of a line in capitals with
+    a colon, by the words in them (misspelt ones too); those of known words in any letters, anywhere in a line, with a
+    colon, a dash, in bold type or alone on a line (`report_headings`). A heading that only names the views ("PA AND
+    LATERAL CHEST:") opens the findings unless these have begun. Inside findings and impression, headings of no known
+    kind ("LUNGS:") stay part of the text. Who signed and typed the report ends any section.
+
+    Indication, comparison and the like end at their first blank line, so that a report that goes on without a heading
+    does not leak into them. Where no findings are named, an indication ends with a first line that had room for more;
+    and if it goes on to the report's end in several sentences, it is none.
     """
-    report = report.replace("\r\n", "\n").replace("\r", "\n")
+    return _parse(plain_text(report))
+
+
+def _parse(report: str) -> tuple[Section, ...]:
     sections: list[Section] = []
-    kind, heading, start = BODY, "", 0
-    for begin, end, new_kind, name in [*_headings(report), (len(report), len(report), BODY, "")]:
-        if begin < start:
+    kind, name, begin, start = BODY, "", 0, 0
+    found = [*headings(report), Heading(len(report), len(report), BODY, "")]
+    unnamed = not any(heading.sure and heading.kind in (FINDINGS, BOTH, VIEWS) for heading in found)
+    width = max(map(len, report.split("\n")))
+    for heading in found:
+        inside = kind in _ANSWERS
+        if heading.start < start or (inside and heading.kind in (OTHER, VIEWS)):
             continue
-        inside = kind in (FINDINGS, IMPRESSION, BOTH)
-        if new_kind in (OTHER, "views"):
-            if inside:
-                continue
-            new_kind = FINDINGS if new_kind == "views" else OTHER
-        sections += _closed(kind, heading, report[start:begin])
-        kind, heading, start = new_kind, name, end
+        if inside and not heading.firm and heading.kind not in _ANSWERS:
+            continue
+        # In doubt an indication ends, and findings go on.
+        if not heading.sure and (kind not in _HEADER_KINDS or heading.kind not in _ANSWERS):
+            continue
+        text = report[start : heading.start]
+        if unnamed and kind == INDICATION and not text.lstrip(" ").startswith("\n"):
+            text = _with_breaks(report[begin : heading.start], width)[start - begin :]
+        sections += _closed(kind, name, text, sections)
+        kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
+        begin, start = heading.start, heading.end
+    # Nor is the last of them an indication where it goes on in several sentences and neither is named.
+    if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
+        last = sections[-1]
+        if last.kind == INDICATION and _NEXT_SENTENCE.search(last.text):
+            sections[-1] = replace(last, kind=BODY)
     return tuple(sections)
 
 
@@ -132,20 +136,29 @@ def section_texts(report: str) -> dict[str, str]:
     Under a heading "findings and impression" both are the same text. The last paragraph is that of findings, impression
     and text under no heading, never of indication, comparison, recommendation, wet read or addendum.
     """
-    sections = parse_sections(report)
-    return {name: clean(report) if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
+    report = plain_text(report)
+    sections = _parse(report)
+    return {name: _cleaned(report) if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
 
 
 def texts_of_sections(parts: Mapping[str, str]) -> dict[str, str]:
     """The same as `section_texts`, from a report that comes in parts.
 
-    A part keeps all of its text, even the heading of another; `whole` is all of them, each under its heading.
+    A part keeps all of its text, even the heading of another; but findings and impression inside an indication are
+    taken out of it, and are what their headings say. `whole` is all of them, each under its heading.
 
     Args:
         parts: of `indication`, `findings` and `impression`, those that there are, as written.
     """
-    sections = [Section(name, name.upper(), text) for name in SECTIONS if clean(text := parts.get(name, ""))]
-    whole = clean("\n\n".join(f"{section.heading}: {section.text}" for section in sections))
+    written = {name: plain_text(parts.get(name, "")) for name in SECTIONS}
+    indication = written[INDICATION]
+    answer = next(
+        (h.start for h in headings(indication) if h.kind in _ANSWERS and (h.firm or h.name.isupper())), len(indication)
+    )
+    written[INDICATION] = indication[:answer]
+    sections = [Section(name, name.upper(), text) for name, text in written.items() if _cleaned(text)]
+    sections += _parse(indication[answer:])
+    whole = _cleaned("\n\n".join(f"{section.heading}: {section.text}" for section in sections))
     return {name: whole if name == WHOLE else _wanted_text(sections, name) for name in SECTIONS}
 
 
@@ -184,17 +197,20 @@ def has_headings(report: str) -> bool:
     return any(section.kind in (FINDINGS, IMPRESSION, BOTH) for section in parse_sections(report))
 
 
-@lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
 def clean(text: str) -> str:
     """One line of plain text; words, negations, hedges and numbers stay.
 
-    Taken out: line breaks and runs of blanks, de-identification marks (`___`, `XXXX`, `[** **]`), "FINAL REPORT" and
-    ruled lines, list numbers ("1.", "2)", "(3)", but not "2.5 cm" nor a number that ends a sentence), bullets, and
-    punctuation that these leave behind. A list item or paragraph that ends without a full stop gets one, so that a "no"
-    does not reach into the next.
+    Taken out: markup and escapes (`plain_text`), line breaks and runs of blanks, de-identification marks (`___`,
+    `XXXX`, `[** **]`), "FINAL REPORT" and ruled lines, list numbers ("1.", "2)", "(3)", but not "2.5 cm" nor a number
+    that ends a sentence), bullets, and punctuation that these leave behind. A list item or paragraph that ends without
+    a full stop gets one, so that a "no" does not reach into the next.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
-    text = _TITLE.sub("\n\n", text)
+    return _cleaned(plain_text(text))
+
+
+@lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
+def _cleaned(text: str) -> str:
+    text = _MARKUP.sub("", TITLE.sub("\n\n", text)).lstrip(" \n,;:|~=")
     text = _without_list_marks(text)
     text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
     text = " ".join(_MARK.sub(" ", text).split())
@@ -202,7 +218,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\(\s+", "(", text)
     text = re.sub(r"\s+(?=[.,;:)?!])(?!\.\d)", "", text)
     text = re.sub(r"[,;:](?=[,;.])|\.(?=\.)", "", text)
-    return " ".join(text.split()).lstrip(".,;: -")
+    return " ".join(text.split()).lstrip(".,;: -|~=").rstrip(" -|~=")
 
 
 def _wanted_text(sections: Sequence[Section], name: str) -> str:
@@ -213,67 +229,37 @@ def _wanted_text(sections: Sequence[Section], name: str) -> str:
             if section.kind in _CONTENT_KINDS
             for paragraph in reversed(_BLANK_LINE.split(section.text))
         )
-        return next((text for p in paragraphs if not _is_title(p) and (text := clean(p))), "")
+        return next((text for p in paragraphs if not _is_title(p) and (text := _cleaned(p))), "")
     kinds = (name, BOTH) if name in (FINDINGS, IMPRESSION) else (name,)
-    return clean("\n\n".join(section.text for section in sections if section.kind in kinds))
+    return _cleaned("\n\n".join(section.text for section in sections if section.kind in kinds))
 
 
-def _headings(report: str) -> list[tuple[int, int, str, str]]:
-    """(start, end of the heading, kind, name) of everything that looks like one, by position."""
-    found = [(match.start(), match.end(), BODY, "") for match in _TITLE.finditer(report)]
-    for match in _LINE_HEADING.finditer(report):
-        name = " ".join(match[1].split())
-        if kind := _kind(name, colon=bool(match[2])):
-            found.append((match.start(), match.end(), kind, name))
-    for match in _INLINE_HEADING.finditer(report):
-        if kind := _kind(match[1].upper(), colon=True):
-            found.append((match.start(), match.end(), kind, match[1]))
-    return sorted(found)
-
-
-@lru_cache(maxsize=4096)
-def _kind(name: str, colon: bool) -> str | None:
-    """The kind of heading that a line begins with; None if it is no heading."""
-    plain = name.casefold() in _PLAIN_HEADINGS
-    words = re.findall(r"[A-Z&-]+", name.upper())
-    if not words or not name[0].isupper() or not (plain or colon):
-        return None
-    views = len(words) > 1 and _VIEW_WORDS.issuperset(words) and not _VIEW_NOUNS.isdisjoint(words)
-    if name != name.upper() and not (plain or views):
-        return None
-    kinds = {kind for word in words if (kind := _kind_of_word(word))}
-    if {FINDINGS, IMPRESSION} <= kinds:
-        kinds = kinds - {FINDINGS, IMPRESSION} | {BOTH}
-    if kinds:
-        return min(kinds, key=_RANK.__getitem__)
-    return "views" if views or not _VIEW_NOUNS.isdisjoint(words) else OTHER
-
-
-def _kind_of_word(word: str) -> str | None:
-    if word in _VIEW_WORDS or len(word) < 3:
-        return None
-    if kind := _KIND_OF_WORD.get(word):
-        return kind
-    near = difflib.get_close_matches(word, _KIND_OF_WORD, n=1, cutoff=0.8) if len(word) > 5 else []
-    return _KIND_OF_WORD[near[0]] if near else None
-
-
-def _closed(kind: str, heading: str, text: str) -> list[Section]:
+def _closed(kind: str, heading: str, text: str, before: Sequence[Section]) -> list[Section]:
     text = text.strip()
     rest = ""
-    if kind in _HEADER_KINDS and (blank := _BLANK_LINE.search(text)):
+    # What follows a signature belongs to it, unless it stands before the report.
+    short = kind in _HEADER_KINDS or (kind == SIGNATURE and _ANSWERS.isdisjoint(section.kind for section in before))
+    if short and (blank := _BLANK_LINE.search(text)):
         text, rest = text[: blank.start()], text[blank.end() :].strip()
     if kind == BODY and _is_title(text):
         kind = EXAMINATION
     parts = [Section(kind, heading, text)] if text else []
-    return [*parts, *(_closed(BODY, "", rest) if rest else [])]
+    return [*parts, *(_closed(BODY, "", rest, before) if rest else [])]
+
+
+def _with_breaks(text: str, width: int) -> str:
+    """A text with a blank line where its first line ends though the next word had found room: where no findings are
+    named, they may begin there."""
+    line, _, rest = text.partition("\n")
+    fits = rest.split(maxsplit=1)[:1]
+    return f"{line}\n\n{rest}" if fits and len(line) + 1 + len(fits[0]) <= width else text
 
 
 def _is_title(paragraph: str) -> bool:
     """True for a paragraph that only names the examination: "AP CHEST, 6:00 A.M., ___"."""
     line = paragraph.strip()
     words = set(re.findall(r"[A-Z-]+", line))
-    return "\n" not in line and len(line) < 100 and line == line.upper() and not _VIEW_NOUNS.isdisjoint(words)
+    return "\n" not in line and len(line) < 100 and line == line.upper() and not VIEW_NOUNS.isdisjoint(words)
 
 
 def _without_list_marks(text: str) -> str:

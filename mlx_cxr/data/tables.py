@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.labels import LABELS
 
 log = logging.getLogger("mlx_cxr")
@@ -41,6 +42,8 @@ MOST_BYTES = 8 << 30
 _OTHER_SEPARATORS = (",", ";", "\t", "|")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _FLOAT_ID = re.compile(r"([0-9]+)\.0+")
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+"""Beginnings that make a spreadsheet compute a cell (OWASP, "CSV Injection"), after any `'` of `guarded`."""
 
 
 class DataError(UserError, ValueError):
@@ -229,6 +232,40 @@ def row_number(table: pd.DataFrame | pd.Series, position: int) -> int:
 def label_of_name(name: str) -> str | None:
     """The one of the 14 that a column or finding name stands for, whatever its case and underscores; None if none."""
     return _LABEL_OF_PLAIN.get(plain_name(name))
+
+
+def guarded(text: str) -> str:
+    """Text as a cell that no spreadsheet takes for a formula: `'` stands before what begins like one.
+
+    `unguarded` gives the text back exactly.
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unguarded(cell: str) -> str:
+    """The text that `guarded` made a cell of."""
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
+
+
+def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None = None) -> Path:
+    """Write a table for people atomically, as CSV in UTF-8 with a header, and return its path.
+
+    Texts are `guarded`, and a carriage return in one, which readers would take for the end of the row, is written as
+    `\\r`. Numbers stay as they are.
+
+    Raises:
+        OSError: it cannot be written; what was there before is kept.
+    """
+    texts = {
+        name: [guarded(cell).replace("\r", "\\r") if isinstance(cell, str) else cell for cell in table[name]]
+        for name in table.columns
+        if not pd.api.types.is_numeric_dtype(table[name])
+    }
+    with atomic_path(path) as temporary:
+        table.assign(**texts).to_csv(
+            temporary, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8"
+        )
+    return Path(path)
 
 
 def plain_name(name: str) -> str:

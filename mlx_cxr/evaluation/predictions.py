@@ -12,6 +12,7 @@ import pandas as pd
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import atomic_path
 from mlx_cxr.core.labels import LABELS, check_raw_labels
+from mlx_cxr.data.tables import guarded, unguarded
 from mlx_cxr.evaluation.operating_points import STATE_WORDS, OperatingPoints
 
 COLUMNS: tuple[str, ...] = (
@@ -197,7 +198,7 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
 
     Columns:
         split: `validate` or `test`.
-        patient_id, study_id: text; leading zeros are kept.
+        patient_id, study_id: text, `tables.guarded` from spreadsheets; leading zeros are kept.
         view: view positions of the study's images, joined by `+`.
         label: one of `labels.LABELS`.
         raw_label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
@@ -209,7 +210,10 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
     """
     n, k = predictions.logits.shape
     decided, thresholds = points.decide(predictions.logits), points.thresholds.values
-    per_study = {name: np.repeat(getattr(predictions, field), k) for name, field in _FIELDS.items()}
+    per_study = {
+        name: np.repeat([guarded(text) for text in getattr(predictions, field).tolist()], k)
+        for name, field in _FIELDS.items()
+    }
     raw = predictions.raw_labels.ravel()
     table = pd.DataFrame(
         {
@@ -230,7 +234,7 @@ def write_predictions(path: str | Path, predictions: Predictions, points: Operat
 
 
 def read_predictions(path: str | Path) -> ScoredPredictions:
-    """Read and check what `write_predictions` wrote; logits, probabilities and thresholds come back exactly.
+    """Read and check what `write_predictions` wrote; ids, logits, probabilities and thresholds come back exactly.
 
     Raises:
         PredictionsError: the file is missing or not such a table: a column lacks, a study has not each label once, a
@@ -264,7 +268,7 @@ def read_predictions(path: str | Path) -> ScoredPredictions:
     heads = table.iloc[::k]
     try:
         predictions = Predictions(
-            **{field: heads[name].to_numpy(dtype=str) for name, field in _FIELDS.items()},
+            **{field: heads[name].map(unguarded).to_numpy(dtype=str) for name, field in _FIELDS.items()},
             raw_labels=table["raw_label"].map(_RAW_TEXT).to_numpy(dtype=np.float32).reshape(-1, k),
             logits=numbers["logit"].astype(np.float32).reshape(-1, k),
         )

@@ -13,8 +13,10 @@ import numpy as np
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import LABELS, label_word
+from mlx_cxr.data.report_files import UnreadableReportError, read_report_file
 from mlx_cxr.data.reports import decode
 from mlx_cxr.explain.word_scores import TextExplanation
+from mlx_cxr.inference.answers import ReportAnswer
 from mlx_cxr.inference.report_reader import ReportReader, sections_to_read
 from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.prompt import Prompt
@@ -84,16 +86,16 @@ def of_studies(
 
 
 def of_text(text: str, teacher: TrainedTeacher, columns: tuple[int, ...] | None) -> Asked:
-    """A report that is given as a text or a file; one without headings counts as the first section that may be read.
+    """A report that is given as a text; one without headings counts as the first section that may be read.
 
     Raises:
-        ExplainReportError: there is no such file, or the teacher needs an image.
+        ExplainReportError: the teacher needs an image.
         ReportReadingError: the report has none of the sections.
     """
     settings = teacher.config.teacher
     if settings.modality != "text":
         raise ExplainReportError(f"{teacher.folder} reads films too, and --text has none; name a study with --study_id")
-    wanted = sections_to_read(read_report(text), settings)
+    wanted = sections_to_read(text, settings)
     return Asked("text", teacher.form.prompt(wanted), None, None, columns)
 
 
@@ -105,22 +107,28 @@ def read_report(text: str) -> str:
     """
     try:
         if Path(text).is_file():
-            return decode(Path(text).read_bytes())[0]
-    except OSError:  # too long for a file's name
+            return decode(read_report_file(Path(text)))[0]
+    except UnreadableReportError as error:
+        raise ExplainReportError(f"--text {error}") from None
+    except (OSError, ValueError):  # too long for a file's name
         return text
     if re.fullmatch(r"\S+\.\w{1,5}|\S*/\S*", text):
         raise ExplainReportError(f"--text {text}: there is no such file; a report itself goes between quotes")
     return text
 
 
-def explained(asked: Asked, reader: ReportReader) -> list[TextExplanation]:
-    """The explanations of one report; without findings asked for, of those called present, or of the likeliest."""
-    answer = reader.answer(asked.prompt, asked.image)
+def explained(asked: Asked, reader: ReportReader) -> tuple[ReportAnswer, list[TextExplanation]]:
+    """The answer for one report and its explanations.
+
+    Without findings asked for these are of the ones at or above their thresholds, or of the likeliest one of those that
+    validation could test.
+    """
+    answer, points = reader.answer(asked.prompt, asked.image), reader.points
     columns = asked.columns
     if columns is None:
-        above = np.flatnonzero(answer.probabilities >= reader.points.tuned_thresholds).tolist()
-        columns = tuple(above or [int(np.argmax(answer.probabilities))])
+        above = np.flatnonzero(answer.probabilities >= points.tuned_thresholds).tolist()
+        columns = tuple(above or [int(np.argmax(np.where(points.tuned, answer.probabilities, -1)))])
     findings = [LABELS[k] for k in columns]
     log.info("study %s: %s", asked.study_id, ", ".join(findings))
     labels = () if asked.raw_labels is None else [label_word(float(asked.raw_labels[k])) for k in columns]
-    return reader.explain(answer, findings, asked.study_id, labels)
+    return answer, reader.explain(answer, findings, asked.study_id, labels)

@@ -268,7 +268,7 @@ def _columns(figure: Figure, ax: Axes, readers: Sequence[tuple], order: Sequence
     """Each reader's call and probability in words, beside the chart's rows."""
     left, bottom, width, height = ax.get_position().bounds
     place, top = left + width + 0.025, bottom + height + 0.012
-    for i, (name, probabilities, states, _) in enumerate(readers):
+    for i, (name, probabilities, states, points) in enumerate(readers):
         x = place + i * 0.112
         mark, text = _MARKERS[i], _short(name, 17)
         figure.text(x, top, text, size=7, color=_COLOURS[i], va="center")
@@ -278,6 +278,7 @@ def _columns(figure: Figure, ax: Axes, readers: Sequence[tuple], order: Sequence
             state = int(states[k])
             weight = "bold" if state == PRESENT else "normal"
             words = f"{probabilities[k]:.2f} {STATE_WORDS[state] if state != ABSTAIN else 'abstains'}"
+            words = words if points.tuned[k] else "untested"
             figure.text(x, y, words, size=8, weight=weight, color=_DIM if state == ABSENT else _INK, va="center")
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr.core.formatting import interval_text, notice_lines, number
+from mlx_cxr.core.formatting import escaped, interval_text, notice_lines, number
 from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.evaluation.confusions import MIN_COUNT
 from mlx_cxr.evaluation.failures import BEDSIDE, DEVICES, NOISE, OTHER, RARE, UNCERTAIN, UNMENTIONED
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES, MIN_PATIENTS
 from mlx_cxr.pages.failure_advice import gap_sentence, next_steps
-from mlx_cxr.pages.tables import columns_of, escaped, finding_table, markdown_table
+from mlx_cxr.pages.tables import columns_of, finding_table, markdown_table
 
 TITLES = {"student": "student", "cnn": "CNN", "teacher": "teacher"}
 PAIRS_SHOWN = 5
@@ -51,6 +51,9 @@ def failure_markdown(results: Mapping[str, Any], shown: Sequence[Shown], most_of
         most_of_a_finding: errors of one finding that the gallery takes.
         picture: of the confusions, relative to the page.
     """
+    if largest := results["gaps"]["largest"]:
+        largest = {**largest, "group": escaped(largest["group"])}
+        results = {**results, "gaps": {**results["gaps"], "largest": largest}}
     lines = [
         f"# Failure analysis of `{results['run']}`",
         "",
@@ -166,8 +169,8 @@ def _gallery(results: Mapping[str, Any], shown: Sequence[Shown], most: int) -> l
 
 def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
     row = error.row
-    known = [f"view {row['view']}"]
-    known += [f"sex {row['sex']}"] if row["sex"] else []
+    known = [f"view {escaped(row['view'])}"]
+    known += [f"sex {escaped(row['sex'])}"] if row["sex"] else []
     known += [f"age {row['age']:g}"] if not np.isnan(row["age"]) else []
     probabilities = [("student", row["probability"], row["threshold"])]
     probabilities += [
@@ -188,11 +191,11 @@ def _case(place: int, error: Shown, results: Mapping[str, Any]) -> list[str]:
         header.append("shows in the film, by the drawing")
         cells.append("yes" if row["drawn"] else "no")
     said = {None: "There is no report.", "": "The report does not name it."}.get(error.report)
-    quote = said or "> " + escaped(error.report or "")
+    quote = said or "> " + escaped(error.report)
     return [
         f"### {place}. {row['label']}: {row['error']}",
         "",
-        f"Study `{row['study_id']}`, {', '.join(known)}.",
+        f"Study {escaped(row['study_id'])}, {', '.join(known)}.",
         "",
         f"![{row['label']}, {row['error']}]({error.picture})",
         "",
@@ -297,7 +300,7 @@ def _subgroups(results: Mapping[str, Any]) -> list[str]:
             continue
         rows = [
             [
-                name + ("\\*" if entry["small"] else ""),
+                escaped(name) + ("\\*" if entry["small"] else ""),
                 f"{entry['studies']} ({entry['patients']})",
                 str(entry["positives"]),
                 str(len(entry["labels"])),
@@ -308,7 +311,7 @@ def _subgroups(results: Mapping[str, Any]) -> list[str]:
         header = ["group", "studies (patients)", "positive labels", "findings"]
         header += ["ROC-AUC", "sensitivity", "specificity", "false-negative gap"]
         lines += markdown_table(header, rows, right=(1, 2, 3))
-        left_out = [f"{name}: {_left_out(entry)}" for name, entry in table.items() if entry["left_out"]]
+        left_out = [f"{escaped(name)}: {_left_out(entry)}" for name, entry in table.items() if entry["left_out"]]
         lines += [f"Left out for too few patients. {'; '.join(left_out)}.", ""] if left_out else []
     return [*lines, gap_sentence(results["gaps"]), ""]
 

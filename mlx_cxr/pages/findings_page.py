@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.files import write_text
-from mlx_cxr.core.formatting import notice_lines, number
+from mlx_cxr.core.formatting import escaped, notice_lines, number
 from mlx_cxr.core.labels import SCORING_PROTOCOLS, label_index
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import MEANINGS
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.overlay import draw_overlay, save_picture
-from mlx_cxr.pages.tables import escaped, markdown_table
+from mlx_cxr.pages.tables import markdown_table
 from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 OUTCOMES = ("true positive", "false positive", "false negative")
@@ -280,7 +280,7 @@ def _case(case: Case) -> list[str]:
     empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
     quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
     return [
-        f"**{case.rank}.** study `{case.study_id}`, film `{reading.image}`",
+        f"**{case.rank}.** study {escaped(case.study_id)}, film {escaped(reading.image)}",
         "",
         f"![{title}]({case.picture})",
         "",

@@ -242,13 +242,18 @@ def montage(
     tile_width, tile_height = sizes.pop()
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
-    top = 62 if title else _MARGIN
     line = 34
     width = 2 * _MARGIN + columns * tile_width + (columns - 1) * _GAP + (_GAP + 74 if scale else 0)
-    height = top + rows * (tile_height + line) + 46
+    warning = wrapped(footer(synthetic, own_images), 13, width - 2 * _MARGIN)
+    titles = wrapped(title, 22, width - 2 * _MARGIN, bold=True) if title else []
+    top = 34 + 28 * len(titles) if titles else _MARGIN
+    height = top + rows * (tile_height + line) + 28 + 18 * len(warning)
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, 18), fitted(title, 22, width - 2 * _MARGIN, bold=True), _TEXT, font(22, bold=True))
+    for number, words in enumerate(titles):
+        draw.text(
+            (_MARGIN, 18 + 28 * number), fitted(words, 22, width - 2 * _MARGIN, bold=True), _TEXT, font(22, bold=True)
+        )
     for number, tile in enumerate(tiles):
         x = _MARGIN + number % columns * (tile_width + _GAP)
         y = top + number // columns * (tile_height + line)
@@ -256,8 +261,8 @@ def montage(
         draw.text((x, y + tile_height + 7), fitted(tile.caption, 14, tile_width), _TEXT, font(14))
     if scale:
         _colour_bar(canvas, (width - _MARGIN - 74, top), tile_height)
-    warning = fitted(footer(synthetic, own_images), 13, width - 2 * _MARGIN)
-    draw.text((_MARGIN, height - 32), warning, _ACCENT, font(13))
+    for number, words in enumerate(reversed(warning)):
+        draw.text((_MARGIN, height - 32 - 18 * number), words, _ACCENT, font(13))
     return canvas
 
 
@@ -283,6 +288,18 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings, so that pictures look the same on every machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def wrapped(text: str, size: int, room: float, bold: bool = False) -> list[str]:
+    """The text as lines, broken between words, that are no wider than `room` pixels unless a word is."""
+    face, lines = font(size, bold), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and face.getlength(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def fitted(text: str, size: int, room: float, bold: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: 
     """Lines of a Markdown table, and an empty one; columns at the positions `right` are set to the right."""
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)] + [""]
-
-
-def escaped(text: str) -> str:
-    """Text with Markdown's own characters escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
 
 
 def finding_table(

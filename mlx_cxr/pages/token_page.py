@@ -21,6 +21,7 @@ from mlx_cxr.pages.token_picture import draw_picture
 
 STRONGEST = 10
 """Words in a page's table."""
+_ON_A_LINE = 6
 RAMP = ", ".join("#{:02x}{:02x}{:02x}".format(*shade(v, 1.0)) for v in (-1.0, 0.0, 1.0))
 """The scale's colours from lowering to raising, for a CSS gradient."""
 
@@ -174,6 +175,17 @@ def write_explanations(
         if path.stem not in kept:
             path.unlink()
     return folder
+
+
+def word_lines(explanations: Sequence[TextExplanation]) -> list[str]:
+    """The words that moved each answer most, for a terminal."""
+    lines = []
+    for e in explanations:
+        strongest = np.argsort(-np.abs(e.scores.shown), kind="stable")[:_ON_A_LINE].tolist()
+        moved = ", ".join(f"{e.scores.words[i]!r} {signed(e.scores.shown[i])}" for i in strongest)
+        lines.append(f"{e.finding} was moved most, in logits, by: {moved}.")
+        lines += [note for note in (e.cut_note(),) if note]
+    return lines
 
 
 def _file_names(explanations: Sequence[TextExplanation]) -> list[str]:

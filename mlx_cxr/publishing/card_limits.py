@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.core.formatting import escaped, interval_text, number
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES
 from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
@@ -108,7 +108,7 @@ def _shortcuts(card: Mapping[str, Any]) -> Iterator[str]:
         more = "more" if largest["value"] > 0 else "less"
         yield (
             f"Findings go unseen {more} often than in all studies together where {largest['attribute']} is "
-            f"{largest['group']}: false-negative rate {interval_text(largest)} apart."
+            f"{escaped(largest['group'])}: false-negative rate {interval_text(largest)} apart."
         )
     teacher = card["model"]["teacher"]
     if teacher is not None and teacher["targets"] == "teacher":

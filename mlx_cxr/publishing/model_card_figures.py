@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.core.formatting import escaped, interval_text, number
 from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.pages.map_checks import table_rows
 from mlx_cxr.pages.tables import calibration_column, columns_of, finding_table, markdown_table, mean_head
@@ -153,7 +153,7 @@ def _groups(analysis: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             attribute,
-            f"{group}{' (few)' if entry['small'] else ''}",
+            f"{escaped(group)}{' (few)' if entry['small'] else ''}",
             str(entry["studies"]),
             str(len(entry["labels"])),
             *(interval_text(entry[key]) for key in ("roc_auc", "sensitivity", "specificity", "fnr_gap")),

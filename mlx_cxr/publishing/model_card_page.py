@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_cxr.core.formatting import interval_text, notice_lines, number
+from mlx_cxr.core.formatting import escaped, interval_text, notice_lines, number
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.pages.tables import markdown_table
 from mlx_cxr.publishing import model_card_figures as figures
@@ -97,7 +97,7 @@ def _data(card: Card) -> list[str]:
     lines = [
         "## Data",
         "",
-        f"{data['about']} Labels: {data['label_origin'][:1].lower()}{data['label_origin'][1:]}",
+        f"{data['about']} Labels: {escaped(data['label_origin'][:1].lower() + data['label_origin'][1:])}",
         "",
         f"In training, {data['label_policy_in_words']}. No patient is in two splits. Manifest, SHA-256: "
         f"`{data['manifest_sha256']}`.",
@@ -110,7 +110,7 @@ def _data(card: Card) -> list[str]:
         if groups is None:
             lines += [f"By {what}: {NOT_RECORDED}.", ""]
         else:
-            rows = [[name, *(str(by[split]) for split in _SPLITS)] for name, by in groups.items()]
+            rows = [[escaped(name), *(str(by[split]) for split in _SPLITS)] for name, by in groups.items()]
             lines += markdown_table([what, *_SPLITS], rows, right=(1, 2, 3))
     if data["labels"] is None:
         return [*lines, f"By label: {NOT_RECORDED}, as the manifest's summary is not at hand.", ""]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 from dicom_files import dicom_bytes
@@ -188,6 +189,54 @@ class TestGrayLevels:
         assert result.pixels.max() == 255
         assert "16-bit" in result.notes
 
+    @pytest.mark.parametrize("suffix", ["png", "tiff"])
+    @pytest.mark.parametrize("channels", [3, 4])
+    @pytest.mark.parametrize(("low", "high"), [(100, 4000), (0, 65535), (30_000, 30_255)])
+    def test_16_bit_colour_is_read_whole(self, tmp_path, saved, suffix, channels, low, high):
+        """The same image as gray PNG gives the same pixels; its high bytes alone would be 16, 256 or 2 levels."""
+        values = np.linspace(low, high, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+        expected = decode(saved(values, "gray.png"), Transform(64)).pixels
+        stack = np.dstack([values] * 3 + [np.full_like(values, 65535)] * (channels - 3))
+        assert cv2.imwrite(str(tmp_path / f"film.{suffix}"), stack)
+        result = decode(tmp_path / f"film.{suffix}", Transform(64))
+        np.testing.assert_array_equal(result.pixels, expected)
+        assert any(note.startswith("16-bit") for note in result.notes)
+
+    def test_16_bit_colours_become_luma_and_what_is_transparent_black(self, tmp_path):
+        rng = np.random.default_rng(0)
+        blue, green, red = (rng.integers(0, 65536, (64, 64)).astype(np.uint16) for _ in range(3))
+        alpha = np.full((64, 64), 65535, np.uint16)
+        alpha[:, 32:] = 0
+        assert cv2.imwrite(str(tmp_path / "film.png"), np.dstack([blue, green, red, alpha]))
+        luma = (red * 0.299 + green * 0.587 + blue * 0.114) * (alpha / 65535)
+        expected = (luma - luma.min()) / (luma.max() - luma.min()) * 255
+        result = decode(tmp_path / "film.png", Transform(64)).pixels
+        assert np.abs(result - expected).max() < 1.01
+        assert (result[:, 32:] == 0).all()
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_16_bit_colour_is_turned_as_8_bit_is(self, saved, tmp_path, orientation):
+        exif = Image.Exif()
+        exif[decoding.EXIF_ORIENTATION] = orientation
+        values = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+        values[:16] //= 3
+        expected = decode(saved(np.dstack([values] * 3), "eight.png", exif=exif), Transform(64)).pixels
+        deep = np.dstack([values.astype(np.uint16) * 257] * 3)
+        data = cv2.imencode(".png", deep)[1].tobytes()
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        inserted = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        (tmp_path / "sixteen.png").write_bytes(data[:33] + inserted + data[33:])
+        result = decode(tmp_path / "sixteen.png", Transform(64)).pixels
+        assert np.abs(result.astype(int) - expected).max() <= 1
+
+    def test_a_tiff_of_signed_bytes(self, saved):
+        values = np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64)
+        expected = decode(saved(values, "plain.tif"), Transform(64)).pixels
+        signed = saved(values ^ 0x80, "signed.tif", tiffinfo={339: 2})
+        result = decode(signed, Transform(64))
+        np.testing.assert_array_equal(result.pixels, expected)
+        assert "8-bit signed" in result.notes
+
     @pytest.mark.parametrize(("dtype", "note"), [(np.int32, "32-bit"), (np.float32, "floating point")])
     def test_32_bit_tiff(self, saved, dtype, note):
         values = np.linspace(-1000, 70000, 64 * 64).astype(dtype).reshape(64, 64)
@@ -286,7 +335,8 @@ class TestImagesThatCannotBeUsed:
             (b"\0" * 128 + b"DICM" + b"\0" * 50, "a DICOM file without pixels"),
             (b"\n<!DOCTYPE html><html>log in</html>", "a web page"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
-            (b"BM no more", "damaged: an image by its first bytes"),
+            (b"BM no more", "a text file, not an image"),
+            (b"BM\x36\x30\0\0\0\0\0\0\x36\4\0\0\x28\0", "damaged"),
             # By their headers alone: there are no pixels in these.
             (png_with_header(20_000, 20_000), "more than 80,000,000 pixels by its header"),
             (png_with_header(20_000, 2_000), "20000 x 2000 px by its header; more than 12,000 px long"),

@@ -1,5 +1,8 @@
 """Where reports are found: beside the images, in a folder, in a zip; and what is missing or in another encoding."""
 
+import os
+import re
+import tracemalloc
 import zipfile
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -10,7 +13,7 @@ import pytest
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
 from mlx_cxr.core.workers import worker_pool
 from mlx_cxr.data import report_files
-from mlx_cxr.data.report_files import read_reports, reports_of_table
+from mlx_cxr.data.report_files import LONGEST, read_reports, reports_of_table
 from mlx_cxr.data.reports import decode, section_texts
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.synthetic.cohort import plan_cohort
@@ -55,7 +58,7 @@ def test_reports_are_found(tmp_path, place):
     reports = read_reports(data(root, reports=place(root)[-1]), *IDS)
     assert reports.texts == {"50414267": "No pneumonia.", "53189527": "No pneumonia.", "50000001": ""}
     assert reports.sections == dict.fromkeys(IDS[1][:2], section_texts(REPORT))
-    assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}
+    assert reports.counts == {"found": 2, "missing": 1, "unreadable": 0, "not UTF-8": 0}
     assert reports.served == {"impression": 2}
     assert str(tmp_path) in reports.where
 
@@ -149,8 +152,103 @@ def test_a_zip_cut_short(tmp_path):
     with pytest.raises(DataError, match=r"r\.zip is not a zip or is cut short"):
         read_reports(data(tmp_path / "raw", reports=path), *IDS)
     path.write_bytes(whole.replace(b"Clear lungs", b"Clear_lungs"))
-    with pytest.raises(DataError, match=r"r\.zip: files/p10/.*txt cannot be read"):
+    with pytest.raises(
+        DataError, match=r"none of the 2 reports found can be read: .*r\.zip: files/p10/.*txt cannot be read"
+    ):
         read_reports(data(tmp_path / "raw", reports=path), *IDS)
+
+
+UNREADABLE = {
+    "a pipe": (lambda file: os.mkfifo(file), "is no file but a pipe or device"),
+    "a device": (lambda file: file.symlink_to("/dev/zero"), "is no file but a pipe or device"),
+    "a folder": (lambda file: file.mkdir(), r"cannot be read \(Is a directory\)"),
+    "too long": (lambda file: file.write_bytes(b"x" * (LONGEST + 1)), "has more than 1,000,000 bytes"),
+    "a circle of links": (lambda file: file.symlink_to(file), r"cannot be read \(.*symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_report_that_cannot_be_read_costs_its_study_the_report_and_no_more(tmp_path, kind):
+    make, reason = UNREADABLE[kind]
+    put(tmp_path / "raw")
+    bad = tmp_path / "raw" / MEMBERS[1]
+    bad.unlink()
+    make(bad)
+    reports = read_reports(data(tmp_path / "raw"), *IDS)
+    assert reports.texts == {"50414267": "No pneumonia.", "53189527": "", "50000001": ""}
+    assert reports.counts == {"found": 1, "missing": 1, "unreadable": 1, "not UTF-8": 0}
+    assert list(reports.unreadable) == ["53189527"]
+    assert re.search(rf"s53189527\.txt {reason}", reports.unreadable["53189527"])
+    # Where the zip beside it has that report, it is taken from there.
+    put_zip(tmp_path / "raw" / "mimic-cxr-reports.zip")
+    again = read_reports(data(tmp_path / "raw"), *IDS)
+    assert (again.texts["53189527"], again.counts["unreadable"]) == ("No pneumonia.", 0)
+
+
+def encrypted(data):
+    """Set the flag of encryption in the second member's headers."""
+    for head, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.rindex(head)
+        data[place + at] |= 1
+
+
+def packed_as_deflate64(data):
+    for head, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = data.rindex(head)
+        data[place + at] = 9
+
+
+def damaged(data):
+    place = data.rindex(b"Clear lungs")
+    data[place] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(encrypted, "encrypted"), (packed_as_deflate64, "compression method"), (damaged, "CRC-32")],
+)
+def test_a_member_of_a_zip_that_cannot_be_read(tmp_path, change, reason):
+    put_zip(tmp_path / "r.zip")
+    raw = bytearray((tmp_path / "r.zip").read_bytes())
+    change(raw)
+    (tmp_path / "r.zip").write_bytes(raw)
+    reports = read_reports(data(tmp_path / "raw", reports=tmp_path / "r.zip"), *IDS)
+    assert reports.texts == {"50414267": "No pneumonia.", "53189527": "", "50000001": ""}
+    assert re.search(rf"r\.zip: {MEMBERS[1]} cannot be read \(.*{reason}", reports.unreadable["53189527"])
+
+
+def test_a_member_that_unpacks_to_too_much_is_not_unpacked(tmp_path):
+    put_zip(tmp_path / "r.zip")
+    with zipfile.ZipFile(tmp_path / "r.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("files/p11/p11000045/s50000001.txt", bytes(300_000_000))
+    assert (tmp_path / "r.zip").stat().st_size < 400_000
+    tracemalloc.start()
+    reports = read_reports(data(tmp_path / "raw", reports=tmp_path / "r.zip"), *IDS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reports.counts["found"] == 2
+    assert "has more than 1,000,000 bytes" in reports.unreadable["50000001"]
+    assert peak < 20_000_000
+
+
+@pytest.mark.parametrize("nothing", ["", " \r\n", "nan", "None\n", "NA", "N/A", "null", "\ufeff <NA>", "&nbsp;"])
+def test_a_word_for_nothing_is_no_report(tmp_path, nothing):
+    put(tmp_path / "raw")
+    (tmp_path / "raw" / MEMBERS[0]).write_text(nothing, encoding="utf-8")
+    reports = read_reports(data(tmp_path / "raw"), *IDS)
+    assert list(reports.sections) == ["53189527"]
+    assert (reports.counts["found"], reports.counts["missing"]) == (1, 2)
+
+
+def test_none_as_a_sections_whole_text_stays(tmp_path):
+    put(tmp_path / "raw", b"INDICATION: None.\n\nIMPRESSION: Nan")
+    assert read_reports(data(tmp_path / "raw"), *IDS).sections["50414267"]["indication"] == "None."
+
+
+def test_a_pipe_in_place_of_the_zip(tmp_path):
+    os.mkfifo(tmp_path / "r.zip")
+    with pytest.raises(DataError, match=r"r\.zip is neither a folder nor a file"):
+        read_reports(data(tmp_path / "raw", reports=tmp_path / "r.zip"), *IDS)
 
 
 def table(*rows, columns=("text",)):
@@ -162,7 +260,7 @@ def test_a_text_column_is_cut_where_it_is_a_report_and_cleaned_anyway(tmp_path):
     reports = reports_of_table(data(tmp_path), table(("a", "1", REPORT), ("b", "2", note), ("c", "3", "")))
     assert reports.texts == {"a": "No pneumonia.", "b": "Tube in place. No effusion", "c": ""}
     assert reports.served == {"impression": 1, "whole": 1}
-    assert reports.counts == {"found": 2, "missing": 1, "not UTF-8": 0}
+    assert reports.counts == {"found": 2, "missing": 1, "unreadable": 0, "not UTF-8": 0}
     assert reports.sections == {"1": section_texts(REPORT), "2": section_texts(note)}
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -170,6 +171,16 @@ def test_fall_back_order(report, served, text):
         *((x, "notification") for x in ("NOTIFICATION", "NOTFICATIONS")),
         *((x, "wet_read") for x in ("WET READ", "WETREAD", "PRELIMINARY RESIDENT WET READ")),
         ("ADDENDUM", "addendum"),
+        *((x, "findings") for x in ("OBSERVATIONS", "COMMENT", "COMMENTS", "DESCRIPTION", "RESULT", "RESULTS")),
+        *((x, "impression") for x in ("INTERPRETATION", "SUMMARY", "DIAGNOSIS", "ASSESSMENT", "FINAL DIAGNOSIS")),
+        *((x, "indication") for x in ("CLINICAL DETAILS", "CLINICAL DIAGNOSIS", "PROVISIONAL DIAGNOSIS")),
+        *((x, "impression") for x in ("IMPRESSION AND RECOMMENDATION", "IMPRESSION/PLAN", "CLINICAL IMPRESSION")),
+        *((x, "findings_and_impression") for x in ("IMPRESSION AND FINDINGS", "FINDINGS AND CONCLUSION")),
+        *((x, "notification") for x in ("NOTIFICATION OF FINDINGS AND IMPRESSION", "COMMUNICATION OF RESULTS")),
+        # One letter is a slip, two make another word.
+        *((x, "other") for x in ("COMPRESSION", "DEPRESSION", "CONTUSION", "OCCLUSION", "MEDICATION", "MEDICATIONS")),
+        *((x, "other") for x in ("BINDINGS", "SEASON", "PREFERENCE", "PRESCRIPTION", "CONSERVATION", "IMPREXXION")),
+        *((x, "impression") for x in ("IMPREXSION", "IMPRESSIION", "IMPRESION", "IPMRESSION", "MPRESSION")),
         *((x, "findings") for x in ("CHEST, TWO VIEWS", "PORTABLE SEMI-ERECT CHEST RADIOGRAPH", "CHEST")),
         *((x, "findings") for x in ("PA and lateral views of the chest", "SINGLE FRONTAL VIEW", "CHEST PA")),
         *((x, "other") for x in ("PLEASE NOTE", "BONE WINDOWS", "COR")),
@@ -185,6 +196,141 @@ def test_kinds_of_headings(heading, kind):
 )
 def test_prose_is_no_heading(line):
     assert [section.kind for section in parse_sections(f"Clear lungs.\n{line}")] == ["body"]
+
+
+def test_words_of_headings_in_running_text_are_no_headings():
+    said = {
+        "findings": "Heart normal. Findings consistent with pneumonia. Comparison to prior shows no change. History of "
+        "CABG. Impression of a nodule. Vertebral body COMPRESSION: mild. ST DEPRESSION: none.",
+        "impression": "No acute findings: stable. Findings discussed with Dr. Smith. Comparison with prior exam - "
+        "advised. The findings: none. Results and history as above.",
+    }
+    report = f"Indication: Cough. History of TB. Findings: {said['findings']} Impression: {said['impression']}"
+    assert section_texts(report) == {
+        "indication": "Cough. History of TB.",
+        **said,
+        "last_paragraph": said["impression"],
+        "whole": report,
+    }
+    shouted = section_texts(
+        "INDICATION: COUGH.\n\nFINDINGS: NO ACUTE FINDINGS - STABLE. FINDINGS CONSISTENT WITH: CHF.\n\n"
+        "IMPRESSION: IMPRESSION OF MASS. IN COMPARISON TO PRIOR EXAM: STABLE."
+    )
+    assert shouted["findings"] == "NO ACUTE FINDINGS - STABLE. FINDINGS CONSISTENT WITH: CHF."
+    assert shouted["impression"] == "IMPRESSION OF MASS. IN COMPARISON TO PRIOR EXAM: STABLE."
+    wrapped = section_texts("indication: cough\nfindings: there are the following\nfindings: nodule.\nimpression: mass")
+    assert [wrapped[name] for name in ("indication", "findings", "impression")] == [
+        "cough",
+        "there are the following findings: nodule.",
+        "mass",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "findings", "impression"),
+    [
+        ("FINDINGS", "COMMENT", "One.", "Two."),
+        ("COMMENT", "IMPRESSION", "One.", "Two."),
+        ("INTERPRETATION", "CONCLUSION", "One.", "Two."),
+        ("INTERPRETATION", "DIAGNOSIS", "One.", "Two."),
+        ("RESULTS", "COMMENTS", "One.", "Two."),
+        ("Description", "Interpretation", "One.", "Two."),
+        ("Clinical summary", "Findings", "Two.", ""),
+    ],
+)
+def test_a_word_of_two_meanings_stands_for_what_the_report_does_not_name(first, second, findings, impression):
+    texts = section_texts(f"{first}: One.\n{second}: Two.")
+    assert (texts["findings"], texts["impression"]) == (findings, impression)
+
+
+def test_a_word_of_two_meanings_is_part_of_the_text_where_both_are_named():
+    texts = section_texts("FINDINGS: One.\nCOMMENT: Two.\nIMPRESSION: Three.")
+    assert (texts["findings"], texts["impression"]) == ("One. COMMENT: Two.", "Three.")
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "Dictated by: Dr. Smith",
+        "This report was electronically signed by John Smith, MD on 01/02/2014 at 10:21 AM.",
+        "Dictated and authenticated by: J. SMITH, M.D.",
+        "Electronically Signed: 2014-02-01 10:21",
+        "*Electronically signed*",
+        "Transcribed by: abc\nD: 01/02/2014 T: 01/02/2014",
+        "Jane Q. Doe, MD, PhD",
+        "Dr. Doe",
+        "01/02/2014 10:21 AM",
+        "Radiologist: J. Doe",
+        "I, the attending physician, have reviewed the images and agree.",
+    ],
+)
+@pytest.mark.parametrize("joint", ["\n", " ", "\n\n"])
+def test_signatures_are_no_part_of_the_impression(signature, joint):
+    texts = section_texts(f"FINDINGS: Clear.\nIMPRESSION: Normal chest.{joint}{signature}")
+    assert (texts["impression"], texts["last_paragraph"]) == ("Normal chest.", "Normal chest.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Discussed with\nDr. Smith, MD at 10:00.",
+        "Dr. Smith was notified of these results at 2:15 pm.",
+        "Compared to\n01/02/2014, no change.",
+        "CT was reviewed by telephone.",
+    ],
+)
+def test_what_was_said_to_whom_stays(text):
+    assert section_texts(f"IMPRESSION: Nodule. {text}")["impression"] == clean(f"Nodule. {text}")
+
+
+def test_an_indication_ends_before_findings_that_nothing_names():
+    for report in (
+        "EXAM: CHEST\nHISTORY: cough\nThe lungs are clear.\nIMPRESSION: Normal.",
+        "HISTORY: cough\n\u00a0\nThe lungs are clear.\n\nIMPRESSION: Normal.",
+    ):
+        texts = section_texts(report)
+        assert (texts["indication"], texts["findings"], texts["impression"]) == ("cough", "", "Normal.")
+    assert section_texts("Indication: cough. The lungs are clear. Normal chest.")["indication"] == ""
+    # A line that is full goes on in the next.
+    wrapped = "HISTORY: woman of 60 years with a cough since\nyesterday. Pneumonia?\nIMPRESSION: Normal."
+    assert section_texts(wrapped)["indication"] == "woman of 60 years with a cough since yesterday. Pneumonia?"
+
+
+def test_an_indication_in_a_column_of_its_own_gives_up_what_is_not_its_own():
+    texts = texts_of_sections({"indication": "Cough. Findings: Clear lungs. IMPRESSION: Normal.", "findings": ""})
+    assert [texts[name] for name in ("indication", "findings", "impression")] == ["Cough.", "Clear lungs.", "Normal."]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *(
+            "[**",
+            "(",
+            "\n",
+            "\r",
+            "\\",
+            "<a ",
+            "&",
+            "_",
+            "X",
+            "**",
+            "=",
+            "FINDINGS ",
+            "Clinical history ",
+            "1. ",
+            "a: ",
+        ),
+        *("A, M.D. ", "Dictated and ", "FINDINGS:", "\u00a0\n", "INDICATION:\n", "01/02/2014 "),
+    ],
+)
+def test_time_grows_no_faster_than_the_text(unit):
+    def seconds(length):
+        started = time.process_time()
+        section_texts((unit * length)[:length])
+        return time.process_time() - started
+
+    assert seconds(64_000) < 8 * seconds(16_000) + 0.1  # 16 times, were it quadratic
 
 
 def test_all_sections_in_order_and_none_twice():
@@ -333,7 +479,7 @@ def test_real_reports_lose_nothing_but_marks_and_list_numbers(openi):
     lost = Counter()
     for report in openi:
         for name in ("indication", "findings", "impression"):
-            raw = re.sub(r"X{4,}('s\b)?", " ", report[name])
+            raw = re.sub(r"X{4,}('s\b)?|<BR>|&[lg]t;", " ", report[name])
             before, after = Counter(tokens(raw)), Counter(tokens(clean(report[name])))
             assert not after - before, report["uid"]
             lost += before - after

@@ -7,9 +7,12 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_cxr.data.tables import (
     DataError,
+    guarded,
     ids_of,
     label_of_name,
     label_values,
@@ -17,6 +20,8 @@ from mlx_cxr.data.tables import (
     read_table,
     refuse_blank,
     refuse_duplicates,
+    unguarded,
+    write_table,
 )
 
 
@@ -270,3 +275,44 @@ def test_json_lines_that_are_no_table(tmp_path):
     path.write_text('{"uid": "1", "gold": []}\n')
     with pytest.raises(DataError, match=r"lacks the column\(s\) golds; did you mean 'gold' .*there: uid, gold"):
         read_json_lines(path, ["uid", "golds"], separator="|")
+
+
+HOSTILE = (
+    "=1+1",
+    "+1",
+    "-1",
+    "@a",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''=1",
+    "'a",
+    "'",
+    "",
+    "plain",
+    "\uff1d1",
+    "nan",
+    "007",
+    "- a",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_guarded_text_is_no_formula_and_comes_back(text):
+    cell = guarded(text)
+    assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d")
+    assert unguarded(cell) == text
+    assert (cell == text) == (text in ("'a", "'", "", "plain", "nan", "007"))
+
+
+@given(st.lists(st.text(alphabet="'=+-@\t\r\n a,\"", max_size=6), min_size=2, max_size=20, unique=True))
+def test_guarding_is_one_to_one(texts):
+    assert len({*map(guarded, texts)}) == len(texts)
+    assert [unguarded(guarded(text)) for text in texts] == texts
+
+
+def test_a_table_for_people_has_a_line_per_row_and_numbers_as_they_are(tmp_path):
+    names = ["=1", "a\rb", None, 'say "x, y"']
+    table = pd.DataFrame({"name": names, "value": [-1.5, 0.25, np.nan, 3.0], "n": [-1, 2, 3, 4]})
+    path = write_table(tmp_path / "t.csv", table, "%.6g")
+    assert path.read_bytes() == b'name,value,n\n\'=1,-1.5,-1\na\\rb,0.25,2\n,,3\n"say ""x, y""",3,4\n'

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.calibration import Calibration
 from mlx_cxr.evaluation.conformal import ConformalBands
@@ -16,10 +17,12 @@ from mlx_cxr.pages.overlay import (
     _colours,
     colour_scale,
     draw_overlay,
+    font,
     image_tile,
     map_tile,
     montage,
     save_picture,
+    wrapped,
 )
 
 IMAGE = np.tile(np.linspace(30, 220, 64).astype(np.uint8), (64, 1))
@@ -167,6 +170,23 @@ def test_montage_places_every_tile_in_order():
         montage(tiles, 0)
     with pytest.raises(ValueError, match="one size"):
         montage([], 2)
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_notice_and_the_title_of_a_montage_are_whole(synthetic, count):
+    tile = Tile(image_tile(IMAGE, 208), "")
+    sheet = montage([tile] * count, 8, "student_v1_of_a_long_name: films, page 1", synthetic, own_images=True)
+    room = sheet.width - 2 * 20
+    lines = wrapped(footer(synthetic, own_image=True), 13, room)
+    assert " ".join(lines) == footer(synthetic, own_image=True)
+    assert all(font(13).getlength(line) <= room for line in lines)
+    pixels = np.asarray(sheet).astype(int)
+    ours = (np.abs(pixels - (255, 196, 61)).sum(axis=-1) < 40).any(axis=1)
+    assert (np.diff(ours[-18 * len(lines) - 20 :].astype(int)) == 1).sum() >= len(lines), "each line is drawn"
+    # What lies outside the margins is ground.
+    assert (pixels[:, :18] == pixels[0, 0]).all()
+    assert (pixels[-60:, -20:] == pixels[0, 0]).all()
 
 
 def test_saved_picture_reads_back_and_carries_the_warning(tmp_path):
