@@ -197,7 +197,7 @@ main()
         ("os.rename", 2, "old"),  # the old one is still in place
         ("os.rename", 3, "none"),  # between the two
         ("os.remove", 6, "new"),  # while the old one is removed
-        ("os.remove", 20, "new"),
+        ("os.remove", 10, "new"),
     ],
 )
 def test_whenever_it_is_killed_the_next_run_makes_the_same_bytes(tmp_path, event, at, left):

@@ -650,7 +650,7 @@ def test_a_full_disk_is_called_so(tmp_path):
         assert full.value.errno == 28
         assert list(disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_the_bytes_written_are_mlx_own(tmp_path):

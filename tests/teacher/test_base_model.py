@@ -228,7 +228,7 @@ def test_one_flipped_bit_of_a_recorded_base_is_found(toy, tmp_path, name):
     folder = tmp_path / "base"
     shutil.copytree(toy.base, folder)
     data = bytearray((folder / name).read_bytes())
-    place = data.rindex(b"2") if name.endswith(".json") else len(data) - 100
+    place = max(data.rfind(digit) for digit in b"02468") if name.endswith(".json") else len(data) - 100
     data[place] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(WeightsCorruptError, match=f"{name} has SHA-256"):

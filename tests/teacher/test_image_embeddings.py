@@ -165,4 +165,4 @@ def test_a_full_disk_is_an_error_before_the_first_image(base, store, ids, tmp_pa
             image_embeddings(base, store, "s", ids, 256, disk)
         assert list(disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
