@@ -202,7 +202,9 @@ def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):
 
 def test_bad_requests_are_refused_with_what_to_do(toy, scored, capsys):
     run = ("--teacher_run", scored)
-    assert "'Oedema' is no finding; the 14 are: Atelectasis" in failure(capsys, toy, *run, "--finding", "Oedema")
+    assert "'Oedema' is no finding; did you mean 'Edema'? The 14 are: Atelectasis" in failure(
+        capsys, toy, *run, "--finding", "Oedema"
+    )
     assert "study 's999' is not in" in failure(capsys, toy, *run, "--study_id", "s001", "s999")
     without = f"s{WITHOUT_REPORT[0]:03}"
     error = failure(capsys, toy, *run, "--study_id", without)

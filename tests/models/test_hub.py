@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save
 
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
@@ -270,11 +270,6 @@ def test_each_fault_of_a_language_model_folder_is_named(tmp_path, change, words)
         hub.check_language_model(folder)
     assert words in str(error.value)
     assert "fetch_weights --what lfm" in str(error.value)
-
-
-def test_safetensors_names_reads_the_header_only(tmp_path):
-    save_file({"x": np.zeros(3, np.float32), "y": np.zeros((2, 2), np.float16)}, tmp_path / "t.safetensors")
-    assert hub.safetensors_names(tmp_path / "t.safetensors") == {"x", "y"}
 
 
 def test_record_that_is_no_record(tmp_path):
