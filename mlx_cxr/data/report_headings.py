@@ -207,10 +207,6 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
         if not name[0].isupper() and (capital := re.search(r"(?<=[ /&+,])[A-Z]", name)):
             name, start = name[capital.start() :], start + capital.start()
         kind = kind_of_words(name)
-        if (shouting or name[0].islower()) and text[start - 1 : start] != "\n" and not _begins_sentence(text, start):
-            # "MALE, PREOPERATIVE COMPARISON:" is of the section before as far as it need not be of the heading.
-            while (rest := name.partition(" ")[2]) and kind_of_words(rest) == kind:
-                name, start = rest, start + len(name) - len(rest)
         while start and text[start - 1] in _MARKS:
             start -= 1
         if opened := _OPENED.search(text[max(0, start - 12) : start]):
