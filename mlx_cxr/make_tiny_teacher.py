@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
-from mlx_cxr.core.claim import CLAIM, claims
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.runs import provenance
@@ -53,7 +53,7 @@ def run(config: Config) -> Path:
 
     machine = device.start("make_tiny_teacher")
     folder = _folder(config)
-    if {path.name for path in folder.iterdir()} - {CLAIM} and not (folder / MADE_HERE).exists():
+    if not (folder / MADE_HERE).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds something that was not made here; name another folder as teacher.base")
 
     manifest = load_manifest(config.manifest_path)
@@ -69,7 +69,8 @@ def run(config: Config) -> Path:
     record = provenance("make_tiny_teacher", config.plain(), inputs, machine)
     write_record(folder / MADE_HERE, record)
     made = make_tiny_teacher(folder, texts, config.teacher.tiny or TinyTeacherConfig(), config.seed)
-    files = {path.name: {"sha256": sha256_file(path)} for path in [*base_files(folder), *folder.glob("*config.json")]}
+    others = [folder / name for name in ("tokenizer_config.json", "preprocessor_config.json")]
+    files = {path.name: {"sha256": sha256_file(path)} for path in [*base_files(folder), *others]}
     write_record(folder / MADE_HERE, {**record, "made": made, "files": files})
     figures = f"{made['parameters']:,}", made["reports"], made["loss"], made["seconds"]
     log.info("%s: %s parameters, %d reports, %.3f nats per token, %.0f s", folder, *figures)

@@ -132,6 +132,19 @@ def value_faults(weights: Mapping[str, mx.array]) -> list[str]:
     return faults
 
 
+def check_values(path: Path) -> None:
+    """Read a file tensor by tensor, and raise ModelFormatError where it is damaged or has `value_faults`."""
+    try:
+        read_header(path)
+        arrays = mx.load(str(path), format="safetensors")
+        # One at a time: those of a base would take all of the memory.
+        faults = [fault for name in list(arrays) for fault in value_faults({name: arrays.pop(name)})]
+    except (RuntimeError, ValueError) as error:
+        raise ModelFormatError(f"{path} cannot be read: {error}") from None
+    if faults:
+        raise ModelFormatError(f"{path}: " + "; ".join(faults[:5]) + "; fetch or write it again")
+
+
 def _resemblance(names: Iterable[str]) -> str:
     names = set(names)
     if "layer1.0.conv3.weight" in names:
