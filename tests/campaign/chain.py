@@ -23,6 +23,8 @@ from mlx_cxr.core.files import known_sha256, read_record
 
 SEED = 14
 """Of every place, time and kind of fault that is drawn."""
+SHARE = float(os.environ.get("CAMPAIGN_SHARE", "1"))
+"""Of the faults, for a quick look."""
 ROOT = Path(__file__).resolve().parents[2]
 YAML = """
 name: trial
@@ -71,8 +73,8 @@ TRAINS = {"train_cnn": "outputs/cnn", "lfm_finetune": "outputs/teacher", "distil
 
 VOLATILE = frozenset(
     (
-        *("started", "command", "self_sha256"),
-        *("seconds", "ms_per_sample", "samples_per_second", "films_per_second"),
+        *("started", "command", "commit", "tree_dirty", "self_sha256"),
+        *("seconds", "ms_per_sample", "samples_per_second", "tokens_per_second", "films_per_second"),
         *("peak_memory_bytes", "active_memory_bytes", "cache_memory_bytes"),
     )
 )

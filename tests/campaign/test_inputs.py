@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import struct
 import warnings
 import zipfile
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from campaign.chain import ROOT, rng
+from campaign.chain import ROOT, SHARE, rng
 from campaign.forks import call
 from chest_images import chest_image
 from dicom_files import dicom_bytes
@@ -26,18 +26,17 @@ from PIL import Image, ImageFile
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from mlx_cxr.core.config import load_config
+from mlx_cxr import build_manifest
+from mlx_cxr.core.config import config_from_plain, load_config
 from mlx_cxr.core.config_schema import DataConfig
+from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.csv_source import read_csv_source
 from mlx_cxr.data.decoding import Transform, decode
 from mlx_cxr.data.report_files import read_reports
 from mlx_cxr.models.weight_files import read_safetensors
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
 
-SHARE = float(os.environ.get("CAMPAIGN_SHARE", "1"))
-"""Of the inputs that are tried, for a quick look."""
 SECONDS = 15
 """Longer than an answer may take, on a busy machine."""
 Case = tuple[str, bytes]
@@ -147,15 +146,32 @@ def image_cases() -> Iterator[Case]:
 TABLE = {"Patient": "patient", "Study": "study", "Image": "image", "Split": "split", "View": "view"}
 
 
+MUST_REFUSE = (
+    "open-quote",
+    "twice-a-column",
+    "a-cell-more",
+    "nan-patient",
+    "spread-spellings",
+    "outside",
+    "two-splits",
+)
+"""Tables of which no reading of all rows is right."""
+
+
 def answer_table(path: Path) -> tuple[Any, ...]:
-    """(rows read, rows kept, rows named as dropped)."""
-    plain = {"table": str(path), **{role.lower(): role for role in TABLE}, "findings": None}
-    data = {"source": "csv", "root": str(path.parent), "work_dir": str(path.parent), "views": None, "csv": plain}
-    rows = read_csv_source(DataConfig.model_validate_json(json.dumps(data)))
-    return (rows.read, len(rows), sum(rows.dropped.values()))
+    """(rows read, rows kept, rows named as dropped) of the manifest that is built of a table."""
+    source = {"table": str(path), **{role.lower(): role for role in TABLE}}
+    data = {"source": "csv", "root": str(path.parent), "work_dir": str(path.parent / "made"), "csv": source}
+    for row in range(24):
+        (path.parent / f"i{row:03}.png").touch()
+    (path.parent.parent / "i006.png").touch()
+    build_manifest.run(config_from_plain({"name": "trial", "data": {**data, "views": None}}, path))
+    summary = read_record(path.parent / "made" / "manifest_summary.json")
+    kept = len(pd.read_csv(path.parent / "made" / "manifest.csv", dtype=str))
+    return (summary["images_read"], kept, sum(summary["dropped"].values()))
 
 
-def _table(rows: int = 24, separator: str = ",", **odd: str) -> str:
+def _table(rows: int = 24, separator: str = ",") -> str:
     lines = [separator.join([*TABLE, *LABELS[:3]])]
     for row in range(rows):
         cells = [f"p{row // 2:03}", f"s{row:03}", f"i{row:03}.png", ("train", "validate", "test")[row // 2 % 3], "PA"]
@@ -197,7 +213,7 @@ def table_cases() -> Iterator[Case]:
         "mixed-ends": text.replace("\n", "\r\n", 9),
         "return-in-a-name": text.replace("i006.png", '"i006\r.png"'),
         "spread-spellings": text.replace("p003", "3").replace("p004", "3.0"),
-        "outside": text.replace("i006.png", "../../i006.png"),
+        "outside": text.replace("i006.png", "../i006.png"),
         "absolute": text.replace("i006.png", "/etc/passwd"),
         "formula": text.replace("s006", "=1+1"),
         "two-splits": text.replace(at, at.replace("train", "test").replace("validate", "test")),
@@ -252,7 +268,7 @@ def answer_report(path: Path) -> tuple[Any, ...]:
     return (texts.counts["found"], texts.counts["missing"])
 
 
-def _zipped(text: bytes, **changed: Any) -> bytes:
+def _zipped(text: bytes) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("mimic-cxr-reports/files/p10/p10000001/s50000001.txt", text)
@@ -420,7 +436,8 @@ def _silent(kind: str, name: str, content: bytes, path: Path, value: Any) -> boo
     if kind == "tables":
         read, kept, dropped = value
         expected = _rows_of_reference(name, content)
-        return read != kept + dropped or (expected is not None and read != expected)
+        lost = read != kept + dropped or (expected is not None and read != expected)
+        return lost or (name.startswith(MUST_REFUSE) and not dropped)
     return kind == "weights" and _silent_weights(content, value[0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from campaign.chain import (
     PIPELINE,
+    SHARE,
     STAGES,
     TRAINS,
     VOLATILE,
@@ -19,9 +20,9 @@ from campaign.chain import (
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
 
-KILLS = 3
+KILLS = max(1, round(3 * SHARE))
 """Of each stage: one after a share of the time that it takes, the others before one of its changes on disk."""
-KILLS_OF_THE_PIPELINE = 8
+KILLS_OF_THE_PIPELINE = max(2, round(8 * SHARE))
 
 
 @pytest.mark.parametrize("number", range(KILLS))
