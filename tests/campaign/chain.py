@@ -44,7 +44,7 @@ teacher:
   tiny: {hidden_size: 32, layers: 2, vocabulary: 800, epochs: 1}
 distillation: {init: cnn, run_name: student}
 comparison: {min_retention: 0.0}
-evaluation: {bootstrap_samples: 20}
+evaluation: {bootstrap_samples: 20, abstention_alpha: 0.6}
 explain: {labels: [Support Devices], examples_per_outcome: 1}
 failure: {examples: 2}
 pipeline: {min_val_auc: 0.0}
@@ -193,8 +193,10 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def contents(folder: Path, volatile: frozenset[str] = VOLATILE) -> dict[str, str]:
-    """Name -> content of every file, without what differs between two unbroken chains."""
+    """Name -> content of every file that is not hidden, without what differs between two unbroken chains."""
+    unseen = set(hidden(folder))
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if name not in unseen}
     hashes: dict[str, str] = {}
     for name, path in files.items():
         hashes.setdefault(known_sha256(path), name)
@@ -202,8 +204,9 @@ def contents(folder: Path, volatile: frozenset[str] = VOLATILE) -> dict[str, str
 
 
 def hidden(folder: Path) -> list[str]:
-    """Files and folders with a leading dot, of which no stage may leave any."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+    """Files and folders with a leading dot, and what is in these; no stage may leave any."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return sorted(str(path) for path in paths if any(part.startswith(".") for part in path.parts))
 
 
 def differing(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections import defaultdict
@@ -10,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from campaign.chain import ROOT, SEED, Chain
+from campaign.chain import ROOT, SEED, SHARE, Chain
 
 from mlx_cxr.core.files import write_json
 from mlx_cxr.core.runs import git_state
@@ -34,10 +35,11 @@ def counts(request: pytest.FixtureRequest) -> Iterator[Counts]:
     name = Path(request.node.name).stem.removeprefix("test_")
     about = {
         "seed": SEED,
+        "share": SHARE,
         "commit": commit,
         "tree_dirty": dirty,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(time.monotonic() - begun),
     }
     write_json(ROOT / "outputs" / "campaign" / f"{name}.json", {**about, "rows": rows})
