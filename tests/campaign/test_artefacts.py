@@ -141,7 +141,7 @@ def test_damage_is_noticed_by_name_or_has_no_effect(whole, stopped, counts, tmp_
         assert _read(folder, command).kind == "answer"
         expected[command] = contents(folder)
         shutil.rmtree(folder)
-    for number, damage in enumerate(DAMAGE[:: max(1, round(1 / SHARE))]):
+    for number, damage in enumerate(DAMAGE[: max(1, round(SHARE * len(DAMAGE)))]):
         bad = damage(content, rng("artefact", kind, number))
         if bad == content:  # A block of zeros, zeroed.
             bad = flipped(content, rng("artefact", kind, number, "again"))

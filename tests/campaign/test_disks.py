@@ -63,7 +63,7 @@ def _try(folder: Path, stage: str, row: dict[str, int], before: dict[str, str], 
     end_workers(ended)
     row["faults"] += 1
     wrong = [] if ended.status in (1, 2) else [f"ended with status {ended.status}"]
-    if not re.search(r"(data|outputs)/\S", ended.error):
+    if not re.search(r"\b(data|outputs)\b", ended.error):
         wrong.append(f"no sentence that names a file: {ended.said[-2000:]}")
     after = _files(folder)
     wrong += [f"{name} is not what it was" for name, digest in before.items() if after.get(name) != digest]
