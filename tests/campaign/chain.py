@@ -158,8 +158,7 @@ class Chain:
     def unbroken(cls, root: Path) -> Chain:
         """Run every stage, each in a copy of the folder that the one before it left."""
         chain = cls(root)
-        (root / "0").mkdir(parents=True)
-        (root / "0" / "trial.yaml").write_text(YAML)
+        configured(root / "0")
         for number, (name, stage) in enumerate(STAGES.items()):
             folder = copied(root / str(number), root / str(number + 1))
             chain.ended[name] = run(folder, *stage)
@@ -174,10 +173,12 @@ class Chain:
         """The folder as a stage left it."""
         return self.root / str(list(STAGES).index(stage) + 1)
 
-    @property
-    def whole(self) -> Path:
-        """The folder as the last stage left it."""
-        return self.root / str(len(STAGES))
+
+def configured(folder: Path) -> Path:
+    """A new folder with the configuration alone."""
+    folder.mkdir(parents=True)
+    (folder / "trial.yaml").write_text(YAML)
+    return folder
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from campaign.chain import CONFIG, PIPELINE, SHARE, STAGES, contents, copied, differing, rng, run
+from campaign.chain import CONFIG, PIPELINE, SHARE, STAGES, configured, contents, copied, differing, rng, run
 from campaign.forks import Outcome, call, stage
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
@@ -88,9 +88,9 @@ DAMAGE: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (*(cut, flip
 
 
 @pytest.fixture(scope="module")
-def whole(chain, tmp_path_factory) -> Path:
-    """What the whole chain leaves, with the ledgers of the pipeline, which makes cohort and base itself."""
-    folder = copied(chain.root / "0", tmp_path_factory.mktemp("whole") / "whole")
+def whole(tmp_path_factory) -> Path:
+    """What the pipeline leaves, an export and predictions."""
+    folder = configured(tmp_path_factory.mktemp("whole") / "whole")
     for command in (PIPELINE, STAGES["export"], STAGES["predict"]):
         ended = run(folder, *command)
         assert ended.status == 0, ended.said
@@ -98,15 +98,16 @@ def whole(chain, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(chain, tmp_path_factory) -> Path:
-    """A CNN whose training was killed after it had saved a state to resume from."""
-    folder, at = tmp_path_factory.mktemp("stopped") / "stopped", chain.ended["train_cnn"].changes
-    while not (folder / "outputs/cnn/last/state.safetensors").exists():
-        at -= 2
-        shutil.rmtree(folder, ignore_errors=True)
-        copied(chain.before("train_cnn"), folder)
-        assert run(folder, *STAGES["train_cnn"], at=at).status == -9
-    return folder
+def stopped(whole, tmp_path_factory) -> Path:
+    """The same, but the training of the CNN was killed after it had saved a state to resume from."""
+    folder = tmp_path_factory.mktemp("stopped") / "stopped"
+    for at in range(40, 0, -3):
+        shutil.rmtree(copied(whole, folder) / "outputs" / "cnn")
+        killed = run(folder, *STAGES["train_cnn"], at=at).status == -9
+        if killed and (folder / "outputs/cnn/last/state.safetensors").exists():
+            return folder
+        shutil.rmtree(folder)
+    raise AssertionError("no training was stopped between its first saved state and its end")
 
 
 def _read(folder: Path, command: tuple[str, ...]) -> Outcome:
