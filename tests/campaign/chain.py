@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,12 +194,18 @@ def copied(source: Path, target: Path) -> Path:
     return shutil.copytree(source, target, copy_function=copy, dirs_exist_ok=True)
 
 
-def contents(folder: Path, volatile: frozenset[str] = VOLATILE) -> dict[str, str]:
-    """Name -> content of every file that is not hidden, without what differs between two unbroken chains."""
+def contents(
+    folder: Path, volatile: frozenset[str] = VOLATILE, once: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Name -> content of every file that is not hidden, without what differs between two unbroken chains.
+
+    Args:
+        once: hash -> name of files that have been changed since records told their hashes.
+    """
     unseen = set(hidden(folder))
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in files.items() if name not in unseen}
-    hashes: dict[str, str] = {}
+    hashes = dict(once or {})
     for name, path in files.items():
         hashes.setdefault(known_sha256(path), name)
     return {name: _content(path, hashes, volatile) for name, path in files.items()}

@@ -53,6 +53,7 @@ def _modules() -> list[str]:
     return [*libraries, *(name for name in found if not name.startswith(_LEFT_OUT))]
 
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # Two of them on a busy machine wait for each other most of the time.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_modules())
 

@@ -40,7 +40,7 @@ PARTS = {
         "Damaged files between stages",
         "Cut at a random place, a random bit flipped, a random block of 64 bytes zeroed, or emptied; then each stage "
         "that reads it is run. `named`: an error, or the pipeline's reason to make it again, names the file. "
-        "`harmless`: no output differs. All else is a fault of this package; `silent` would be an output that differs "
+        "`mismatch`: it is refused beside another file, which is named. `harmless`: no output differs. All else is a fault of this package; `silent` would be an output that differs "
         "without a word.",
     ),
     "inputs": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 from campaign.chain import CONFIG, PIPELINE, SHARE, STAGES, configured, contents, copied, differing, rng, run
 from campaign.forks import Outcome, call, stage
 
+from mlx_cxr.core.files import known_sha256
+
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
 
 EXPORTED = "outputs/exported"
@@ -21,16 +24,23 @@ TRAIN = ("train_cnn", *CONFIG, "--run_name", "second", "--set", "training.epochs
 DISTIL = ("distillation", *CONFIG, "--run_name", "second", "--set", "distillation.epochs=1")
 TUNE = ("lfm_finetune", *CONFIG, "--run_name", "second")
 RESUME = ("train_cnn", *CONFIG, "--resume")
-MAPS, COMPARE, FAILURES, EXPLAIN, CACHE = (
+PREPARE, MAPS, COMPARE, FAILURES, EXPLAIN, CACHE = (
     STAGES[name]
-    for name in ("evaluate_cnn", "compare_models", "failure_analysis", "explain_report", "cache_teacher_outputs")
+    for name in (
+        "prepare_images",
+        "evaluate_cnn",
+        "compare_models",
+        "failure_analysis",
+        "explain_report",
+        "cache_teacher_outputs",
+    )
 )
 EVALUATE = (*MAPS, "--without_maps")
 CHECK_SUMS = ("sha256sum",)
 """As the export's page says."""
 BASE = ("chat_template.jinja", "config.json", "model.safetensors", "preprocessor_config.json")
 READERS = {
-    "data/made/manifest.csv": (EVALUATE, TRAIN, EXPLAIN),
+    "data/made/manifest.csv": (PREPARE, EVALUATE, TRAIN, EXPLAIN),
     "data/made/reports.csv": (EXPLAIN, FAILURES, TUNE),
     "data/made/splits.json": (EVALUATE, PIPELINE),
     "data/made/images_32.npy": (EVALUATE, TRAIN, PIPELINE),
@@ -118,9 +128,10 @@ def _read(folder: Path, command: tuple[str, ...]) -> Outcome:
 
 
 def _verdict(outcome: Outcome, name: str, changed: list[str]) -> str:
-    """`named`, `harmless`, or what is wrong: `unnamed`, `silent`, `traceback`, `hang`, `died`."""
+    """`named`, `mismatch` (with another file, which is named), `harmless`, or what is wrong."""
     if outcome.kind == "refusal":
-        return "named" if name in outcome.said.rpartition("error: ")[2] else "unnamed"
+        sentence = outcome.said.rpartition("error: ")[2]
+        return "named" if name in sentence else "mismatch" if re.search(r"(data|outputs)/", sentence) else "unnamed"
     if outcome.kind == "answer":
         # A pipeline says what is not as it was left, and makes it again.
         named = any(name in line for line in outcome.said.splitlines() if "runs (" in line or "WARNING" in line)
@@ -128,7 +139,7 @@ def _verdict(outcome: Outcome, name: str, changed: list[str]) -> str:
     return outcome.kind
 
 
-GRAVITY = ("harmless", "named", "unnamed", "silent", "traceback", "died", "hang")
+GRAVITY = ("harmless", "named", "mismatch", "unnamed", "silent", "traceback", "died", "hang")
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -152,10 +163,10 @@ def test_damage_is_noticed_by_name_or_has_no_effect(whole, stopped, counts, tmp_
             (folder / name).unlink()
             (folder / name).write_bytes(bad)
             outcome = _read(folder, command)
-            left = contents(folder)
+            left = contents(folder, once={known_sha256(damaged): name})
             changed = [one for one in differing(left, expected[command]) if one != name]
             verdicts[command[0]] = _verdict(outcome, damaged.name, changed)
-            if verdicts[command[0]] not in GRAVITY[:2]:
+            if verdicts[command[0]] not in GRAVITY[:3]:
                 faults.append((number, damage.__name__, command[0], verdicts[command[0]], changed, outcome.said[-500:]))
             shutil.rmtree(folder)
         row = counts[kind]
