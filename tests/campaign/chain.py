@@ -195,20 +195,26 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def contents(
-    folder: Path, volatile: frozenset[str] = VOLATILE, once: Mapping[str, str] | None = None
+    folder: Path, volatile: frozenset[str] = VOLATILE, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Name -> content of every file that is not hidden, without what differs between two unbroken chains.
 
     Args:
-        once: hash -> name of files that have been changed since records told their hashes.
+        known: `names` of files that have been changed since records told their hashes.
     """
+    hashes = {**names(folder), **(known or {})}
+    return {name: _content(path, hashes, volatile) for name, path in _files(folder).items()}
+
+
+def names(folder: Path) -> dict[str, str]:
+    """Hash -> name of every file that is not hidden; of the same content, the first."""
+    return {known_sha256(path): name for name, path in reversed(_files(folder).items())}
+
+
+def _files(folder: Path) -> dict[str, Path]:
     unseen = set(hidden(folder))
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if name not in unseen}
-    hashes = dict(once or {})
-    for name, path in files.items():
-        hashes.setdefault(known_sha256(path), name)
-    return {name: _content(path, hashes, volatile) for name, path in files.items()}
+    return {name: path for name, path in files.items() if name not in unseen}
 
 
 def hidden(folder: Path) -> list[str]:

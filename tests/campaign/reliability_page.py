@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mlx_cxr.core.files import read_json, write_text
 
@@ -40,8 +39,8 @@ PARTS = {
         "Damaged files between stages",
         "Cut at a random place, a random bit flipped, a random block of 64 bytes zeroed, or emptied; then each stage "
         "that reads it is run. `named`: an error, or the pipeline's reason to make it again, names the file. "
-        "`mismatch`: it is refused beside another file, which is named. `harmless`: no output differs. All else is a fault of this package; `silent` would be an output that differs "
-        "without a word.",
+        "`mismatch`: it is refused because it does not go with another file, which is named. `harmless`: no output "
+        "differs. All else is a fault of this package; `silent` is an output that differs without a word.",
     ),
     "inputs": (
         "Inputs",
@@ -61,9 +60,12 @@ def table(rows: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def part(name: str, counted: dict[str, Any]) -> str:
+def part(name: str, path: Path) -> str:
     """A section of the page."""
     title, text = PARTS[name]
+    if not path.exists():
+        return f"## {title}\n\n{text}\n\nNot run for this page.\n"
+    counted = read_json(path)
     dirty = ", with changes that were not committed" if counted["tree_dirty"] else ""
     share = "" if counted["share"] == 1 else f"A quick look at {counted['share']:.0%} of the faults. "
     about = (
@@ -75,8 +77,7 @@ def part(name: str, counted: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    counts = {name: ROOT / "outputs" / "campaign" / f"{name}.json" for name in PARTS}
-    parts = [part(name, read_json(path)) for name, path in counts.items() if path.exists()]
+    parts = [part(name, ROOT / "outputs" / "campaign" / f"{name}.json") for name in PARTS]
     write_text(ROOT / "docs" / "reliability.md", PAGE.format(parts="\n".join(parts)))
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from campaign.chain import CONFIG, PIPELINE, SHARE, STAGES, configured, contents, copied, differing, rng, run
+from campaign.chain import CONFIG, PIPELINE, SHARE, STAGES, configured, contents, copied, differing, names, rng, run
 from campaign.forks import Outcome, call, stage
-
-from mlx_cxr.core.files import known_sha256
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
 
@@ -121,6 +119,11 @@ def stopped(whole, tmp_path_factory) -> Path:
 
 
 def _read(folder: Path, command: tuple[str, ...]) -> Outcome:
+    if command is PIPELINE:  # May train again, which rounds alike only in processes that begin alike.
+        ended = run(folder, *command)
+        return Outcome(
+            "traceback" if "Traceback" in ended.said else "refusal" if ended.status else "answer", said=ended.said
+        )
     if command is not CHECK_SUMS:
         return call(stage, folder, *command, seconds=120)
     done = subprocess.run([*command, "-c", "SHA256SUMS"], cwd=folder / EXPORTED, capture_output=True, text=True)
@@ -130,7 +133,7 @@ def _read(folder: Path, command: tuple[str, ...]) -> Outcome:
 def _verdict(outcome: Outcome, name: str, changed: list[str]) -> str:
     """`named`, `mismatch` (with another file, which is named), `harmless`, or what is wrong."""
     if outcome.kind == "refusal":
-        sentence = outcome.said.rpartition("error: ")[2]
+        sentence = f"\n{outcome.said}".rpartition("\nerror: ")[2]
         return "named" if name in sentence else "mismatch" if re.search(r"(data|outputs)/", sentence) else "unnamed"
     if outcome.kind == "answer":
         # A pipeline says what is not as it was left, and makes it again.
@@ -147,11 +150,11 @@ def test_damage_is_noticed_by_name_or_has_no_effect(whole, stopped, counts, tmp_
     base = stopped if READERS[kind] == (RESUME,) else whole
     damaged = sorted(base.glob(kind))[0]
     name = str(damaged.relative_to(base))
-    content, faults, expected = damaged.read_bytes(), [], {}
+    content, known, faults, expected = damaged.read_bytes(), names(base), [], {}
     for command in READERS[kind]:
         folder = copied(base, tmp_path / "expected")
         assert _read(folder, command).kind == "answer"
-        expected[command] = contents(folder)
+        expected[command] = contents(folder, known=known)
         shutil.rmtree(folder)
     for number, damage in enumerate(DAMAGE[: max(1, round(SHARE * len(DAMAGE)))]):
         bad = damage(content, rng("artefact", kind, number))
@@ -163,7 +166,7 @@ def test_damage_is_noticed_by_name_or_has_no_effect(whole, stopped, counts, tmp_
             (folder / name).unlink()
             (folder / name).write_bytes(bad)
             outcome = _read(folder, command)
-            left = contents(folder, once={known_sha256(damaged): name})
+            left = contents(folder, known=known)
             changed = [one for one in differing(left, expected[command]) if one != name]
             verdicts[command[0]] = _verdict(outcome, damaged.name, changed)
             if verdicts[command[0]] not in GRAVITY[:3]:
