@@ -259,9 +259,13 @@ def test_other_data_are_refused(folder):
         explain_report.run(toy.config("data.synthetic=false"), name)
 
 
-def test_a_long_line_is_a_report_and_no_file_name():
+def test_a_long_line_is_a_report_and_no_file_name(tmp_path):
     text = "No edema. " * 500
     assert read_report(text) == text
     assert read_report("Edema.") == "Edema."
     with pytest.raises(ExplainReportError, match="no such file"):
         read_report("missing.txt")
+    long = tmp_path / "long.txt"
+    long.write_bytes(b"Edema. " * 200_000)
+    with pytest.raises(ExplainReportError, match=r"--text .*long\.txt has more than 1,000,000 bytes"):
+        read_report(str(long))
