@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_cxr.data.file_types import is_dicom, unsupported
-from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_scans, check_size
+from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, Recipe, check_scans, check_size
 from mlx_cxr.data.quiet import quiet_decoders
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
 
 Fit = Literal["letterbox", "center_crop"]
-Recipe = Literal["mimic", "window"]
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 """All that Pillow may open: some of its other readers start programs. DICOMs are read by `dicom`."""

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.decoding import Recipe
-from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_scans, check_size
+from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, Recipe, check_scans, check_size
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
@@ -33,16 +32,17 @@ if TYPE_CHECKING:
 _REQUIRED = ("Rows", "Columns", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _ABOUT = ("Modality", "BodyPartExamined", "ViewPosition", "PresentationIntentType")
+_PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit")
 _OVERLAY_BIT = 0x60000102
 """Overlay Bit Position, of which there are several in one element's name."""
 _ELEMENTS = (
     *(*_REQUIRED, *_PIXELS, *_ABOUT),
     *("NumberOfFrames", "BitsStored", "HighBit", _OVERLAY_BIT, "PixelRepresentation", "PlanarConfiguration"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *_PADDING,
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LUTDescriptor", "LUTData"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
 )
-_MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation")
+_MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation", *_PADDING)
 """Elements that some programs write without a value; absent they have a meaning, empty they stop pydicom."""
 _CHEST = ("CHEST", "THORAX", "LUNG", "TORAX")
 _NOT_FRONTAL = {
@@ -209,6 +209,7 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     """The frame's stored values, (rows, columns), unused high bits removed."""
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGTransferSyntaxes
 
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_transfer_syntax:
@@ -229,16 +230,16 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
         if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
             raise ImageError("a DICOM whose compressed pixels are more than its header says; export it again")
         if syntax in JPEGTransferSyntaxes:
-            # The size in the JPEG may be another than the header's.
+            # Its own size may be another than the header's.
             check_scans(get_frame(dataset.PixelData, 0, number_of_frames=1), MAX_PIXELS, 1)
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
         held = len(dataset.PixelData or b"")
         raise ImageError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
-    # pydicom takes the lowest `BitsStored` bits, wherever `HighBit` puts them, and cuts off what lies above: values wrap.
-    # In JPEG 2000 the code has bits of its own.
-    as_they_are = "PixelData" in dataset and "JPEG2000" not in syntax.keyword and "HTJ2K" not in syntax.keyword
-    values = pixel_array(dataset, correct_unused_bits=not as_they_are)
-    if as_they_are:
+    # pydicom takes the lowest `BitsStored` bits, wherever `HighBit` has them, and cuts off what lies above: values wrap.
+    # A JPEG 2000 has a number of bits of its own.
+    words = "PixelData" in dataset and syntax not in JPEG2000TransferSyntaxes
+    values = pixel_array(dataset, correct_unused_bits=not words)
+    if words:
         values = _of_stored_bits(values, dataset)
     if values.ndim != 2:
         raise ImageError("a DICOM of several frames or samples; give one gray film per file")
@@ -324,7 +325,9 @@ def _padding(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
     if first is None:
         return np.zeros(values.shape, bool)
     last = dataset.get("PixelPaddingRangeLimit", first)
-    return (values >= min(first, last)) & (values <= max(first, last))
+    # Of signed values it may be written unsigned.
+    ends = [end - 65536 if end > 32767 and values.dtype.kind == "i" else end for end in (first, last)]
+    return (values >= min(ends)) & (values <= max(ends))
 
 
 def _header_concerns(dataset: FileDataset) -> list[str]:

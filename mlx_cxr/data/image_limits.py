@@ -1,9 +1,13 @@
-"""Limits of the images that are decoded, and the error of a file that gives none; `decoding` and `dicom` share them."""
+"""What `decoding` and `dicom` share: limits of images, the error of a file that gives none, and the names of recipes."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mlx_cxr.core.errors import UserError
 
+Recipe = Literal["mimic", "window"]
+"""How a DICOM becomes gray levels; see `dicom`."""
 MIN_SIDE = 32
 MAX_SIDE = 12_000
 MAX_PIXELS = 80_000_000

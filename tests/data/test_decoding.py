@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import struct
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from dicom_files import dicom_bytes
 from mutated_files import mutations, whole_files
 from PIL import Image, ImageOps
+from odd_images import gray_png, jpeg_of_scans, tiff
 from prepared_images import apply, read_image
 from scipy import ndimage
 
@@ -170,6 +172,56 @@ class TestReducedDecoding:
         assert bool(result.notes) == bool(more)
 
 
+class TestWork:
+    """Small files that would keep a decoder busy for minutes."""
+
+    @staticmethod
+    def seconds(data, message=None):
+        begun = time.perf_counter()
+        if message is None:
+            notes = decode_bytes(data, Transform(64)).notes
+        else:
+            with pytest.raises(ImageError, match=message):
+                decode_bytes(data, Transform(64))
+            notes = ()
+        return time.perf_counter() - begun, notes
+
+    @pytest.mark.parametrize(("scans", "side"), [(3000, 2000), (100, 8000)])
+    def test_a_jpeg_of_very_many_scans(self, scans, side):
+        took, _ = self.seconds(jpeg_of_scans(scans, side), rf"a JPEG of {scans // 1000 or ''},?\d+ scans")
+        assert took < 2
+
+    def test_progressive_jpegs_are_read(self, picture):
+        """Of gray and colour; and the file of the test above with a few scans more than usual."""
+        for mode, data in (("L", picture(900, 800)), ("RGB", np.dstack([picture(900, 800)] * 3))):
+            plain, progressive = io.BytesIO(), io.BytesIO()
+            Image.fromarray(data, mode).save(plain, "JPEG")
+            Image.fromarray(data, mode).save(progressive, "JPEG", progressive=True)
+            expected = np.asarray(decode_bytes(plain.getvalue(), Transform(64)).gray)
+            np.testing.assert_array_equal(decode_bytes(progressive.getvalue(), Transform(64)).gray, expected)
+        few, more = (decode_bytes(jpeg_of_scans(n, 1000), Transform(64)).gray for n in (0, 20))
+        np.testing.assert_array_equal(few, more)
+
+    def test_a_tiff_whose_strips_cover_it_many_times(self):
+        values = (np.arange(2000 * 2000) % 251).astype(np.uint8).reshape(2000, 2000)
+        strips = {273: [8] * 50_000, 279: [values.size] * 50_000}
+        took, _ = self.seconds(tiff(values, tags=strips), "strips cover its pixels many times over; save it as PNG")
+        assert took < 2
+
+    def test_a_tiff_of_very_many_images(self):
+        values = (np.arange(64 * 64) % 251).astype(np.uint8).reshape(64, 64)
+        took, notes = self.seconds(tiff(values, directories=20_000))
+        assert "several images in the file, the first is used" in notes
+        assert took < 2
+
+    def test_strips_and_separate_colours_are_read(self):
+        values = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        expected = np.asarray(decode_bytes(tiff(values), Transform(64)).gray)
+        rows = {278: [1], 273: [8 + 192 * n for n in range(64)], 279: [192] * 64}
+        for data in (tiff(values, tags=rows), tiff(values, planar=True)):
+            np.testing.assert_array_equal(decode_bytes(data, Transform(64)).gray, expected)
+
+
 class TestGrayLevels:
     def test_8_bit_is_taken_as_it_is(self, saved):
         radiograph = np.full((64, 64), 90, np.uint8)
@@ -236,6 +288,71 @@ class TestGrayLevels:
         result = decode(signed, Transform(64))
         np.testing.assert_array_equal(result.pixels, expected)
         assert "8-bit signed" in result.notes
+
+    @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+    def test_what_is_transparent_in_a_gray_png_is_black(self, saved, tmp_path, depth):
+        """Of each depth, as the same PNG with the value 0 in its place."""
+        top = 2**depth - 1
+        values = np.random.default_rng(depth).integers(0, top + 1, (64, 64)).astype(np.uint16)
+        values[:, 32:] = clear = top * 2 // 3 or 1
+        plain = np.where(values == clear, 0, values)
+        (tmp_path / "clear.png").write_bytes(gray_png(values, depth, clear))
+        (tmp_path / "plain.png").write_bytes(gray_png(np.where(plain.any(), plain, 0), depth))
+        if depth == 1:  # nothing is left of it
+            with pytest.raises(ImageError, match="blank: every pixel is about 0"):
+                decode(tmp_path / "clear.png", Transform(64))
+            return
+        expected = decode(tmp_path / "plain.png", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "clear.png", Transform(64)).pixels, expected)
+        assert (expected[:, 32:] == 0).all()
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_16_bit_colours_of_a_tiff_are_turned_as_its_gray_is(self, tmp_path, orientation, channels):
+        values = np.random.default_rng(0).integers(100, 4000, (48, 64)).astype(np.uint16)
+        alpha = {338: [2]} if channels == 4 else {}
+        stack = np.dstack([values] * 3 + [np.full_like(values, 65535)] * (channels - 3))
+        (tmp_path / "gray.tif").write_bytes(tiff(values, tags={274: [orientation]}))
+        (tmp_path / "colour.tif").write_bytes(tiff(stack, tags={274: [orientation], **alpha}))
+        expected = decode(tmp_path / "gray.tif", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "colour.tif", Transform(64)).pixels, expected)
+
+    def test_a_fourth_sample_that_is_no_transparency_is_left_out(self, tmp_path):
+        values = np.random.default_rng(0).integers(100, 4000, (64, 64)).astype(np.uint16)
+        stack = np.dstack([values] * 3 + [values[::-1]])
+        (tmp_path / "gray.tif").write_bytes(tiff(values))
+        (tmp_path / "colour.tif").write_bytes(tiff(stack, tags={338: [0]}))
+        expected = decode(tmp_path / "gray.tif", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "colour.tif", Transform(64)).pixels, expected)
+
+    def test_colours_that_lie_apart_are_read_right_or_refused(self, saved, tmp_path):
+        """OpenCV 5.0 reads those of 16 bits as if they lay together."""
+        values = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+        (tmp_path / "eight.tif").write_bytes(tiff(np.dstack([values] * 3), planar=True))
+        expected = decode(saved(values, "gray.png"), Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "eight.tif", Transform(64)).pixels, expected)
+        (tmp_path / "deep.tif").write_bytes(tiff(np.dstack([values.astype(np.uint16) * 16] * 3), planar=True))
+        with pytest.raises(ImageError, match="in a form that is not read whole here; save it as gray PNG"):
+            decode(tmp_path / "deep.tif", Transform(64))
+
+    @pytest.mark.parametrize(
+        ("dtype", "low", "high", "note"),
+        [
+            (np.uint32, 0, 2**32 - 1, "32-bit"),
+            (np.uint32, 2**31 - 5000, 2**31 + 5000, "32-bit"),
+            (np.int32, -(2**31), 2**31 - 1, "32-bit"),
+            (np.int16, -2000, 2000, "16-bit"),
+            (np.uint16, 100, 4000, "16-bit"),
+        ],
+    )
+    def test_integers_of_a_tiff_do_not_wrap(self, tmp_path, dtype, low, high, note):
+        values = np.linspace(low, high, 64 * 64).round().astype(dtype).reshape(64, 64)
+        (tmp_path / "film.tif").write_bytes(tiff(values))
+        result = decode(tmp_path / "film.tif", Transform(64))
+        wide = values.astype(object)
+        expected = ((wide - low) * 255 // (high - low)).astype(np.uint8)
+        np.testing.assert_array_equal(result.pixels, expected)
+        assert note in result.notes
 
     @pytest.mark.parametrize(("dtype", "note"), [(np.int32, "32-bit"), (np.float32, "floating point")])
     def test_32_bit_tiff(self, saved, dtype, note):
