@@ -79,8 +79,8 @@ class Transform:
         return plain if self.recipe == "mimic" else plain | {"dicom_recipe": self.recipe}
 
     def key(self) -> str:
-        """One word for `plain()`, such as `letterbox-224-v1`."""
-        return "{fit}-{size}-v{version}".format(**self.plain())
+        """One word for `plain()`, such as `letterbox-224-v1` or `letterbox-224-v1-window`."""
+        return "-".join(map(str, (self.fit, self.size, "v1", *(self.recipe,) * (self.recipe != "mimic"))))
 
     def shown(self, width: int, height: int) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the part of an image that is seen, in the image's pixels."""
@@ -328,7 +328,7 @@ def _upright(image: Image.Image, turned: Image.Image) -> Image.Image:
 
 def _loses_bits(data: bytes | Image.Image, image: Image.Image) -> bool:
     """True for samples of more than 8 bits of which Pillow keeps 8: those of colours, and of gray with transparency."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if isinstance(data, Image.Image) or image.mode in ("I", "F") or image.mode.startswith("I;"):
         return False
     return _png_depth(data, image) == 16 or _tiff_tag(image, _TIFF_BITS, 8) > 8
 
@@ -354,7 +354,7 @@ def _deep_colour(data: bytes, image: Image.Image, notes: list[str]) -> Image.Ima
     import numpy as np
 
     # What it does not read it would print.
-    cv2.setLogLevel(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     gray = np.empty(image.size[::-1], np.float32)
     with_alpha = image.has_transparency_data

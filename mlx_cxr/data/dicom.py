@@ -235,8 +235,8 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
         held = len(dataset.PixelData or b"")
         raise ImageError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
-    # pydicom takes the lowest `BitsStored` bits, wherever `HighBit` has them, and cuts off what lies above: values wrap.
-    # A JPEG 2000 has a number of bits of its own.
+    # pydicom takes the lowest `BitsStored` bits, wherever `HighBit` has them, and cuts off what lies above: values
+    # wrap. A JPEG 2000 has a number of bits of its own.
     words = "PixelData" in dataset and syntax not in JPEG2000TransferSyntaxes
     values = pixel_array(dataset, correct_unused_bits=not words)
     if words:

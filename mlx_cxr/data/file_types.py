@@ -145,7 +145,9 @@ def _unread_tiff(data: bytes) -> str | None:
                 return None
         except UnidentifiedImageError:
             more = {2: ", signed", 3: ", floating point"}.get(kind, "")
-            return f"a TIFF of a kind that is not read here ({samples} samples of {bits} bits{more}); save it as gray PNG"
+            return (
+                f"a TIFF of a kind that is not read here ({samples} samples of {bits} bits{more}); save it as gray PNG"
+            )
         except Exception:  # what damage does to Pillow
             return None
     return f"a TIFF of a compression that is not read here ({compression}); save it uncompressed, or as PNG"

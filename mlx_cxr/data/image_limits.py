@@ -1,4 +1,7 @@
-"""What `decoding` and `dicom` share: limits of images, the error of a file that gives none, and the names of recipes."""
+"""Limits of the images that are decoded, the error of a file that gives none, and the recipes of DICOMs.
+
+`decoding` and `dicom` share them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ MAX_PIXELS = 80_000_000
 """Refused by header, before anything is decoded. The largest chest images are about 4300 x 5000."""
 MAX_BYTES = 500_000_000
 MAX_SCANNED = 20 * MAX_PIXELS
-"""Pixels times scans of a JPEG. Progressive ones have ten scans of all pixels, or a few more; a thousand may be put into
-some kilobytes, and each takes 0.7 ns for a pixel."""
+"""Pixels times scans of a JPEG. A progressive one has about ten scans; a thousand fit into some kilobytes, and each
+takes 0.7 ns for a pixel."""
 
 
 class ImageError(UserError, ValueError):

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from dicom_files import dicom_bytes
 from mutated_files import mutations, whole_files
-from PIL import Image, ImageOps
 from odd_images import gray_png, jpeg_of_scans, tiff
+from PIL import Image, ImageOps
 from prepared_images import apply, read_image
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
 from mlx_cxr.data.decoding import INVERTED, ImageContent, ImageError, Transform, decode_bytes, looks_inverted
+from mlx_cxr.data.dicom import read_dicom
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 
@@ -108,13 +109,19 @@ class TestGeometry:
         assert square[:, 16:48].min() >= 95
 
     def test_plain_and_key_tell_transforms_apart(self):
+        assert Transform(224).plain() == {"version": 1, "size": 224, "fit": "letterbox"}  # as in every store of MIMIC's
         assert Transform(224).key() == "letterbox-224-v1"
-        assert Transform(224).plain() != Transform(224, "center_crop").plain() != Transform(96, "center_crop").plain()
+        assert Transform(224, recipe="window").key() == "letterbox-224-v1-window"
+        kinds = (Transform(224), Transform(224, "center_crop"), Transform(96), Transform(224, recipe="window"))
+        assert len({str(kind.plain()) for kind in kinds}) == len({kind.key() for kind in kinds}) == 4
 
-    @pytest.mark.parametrize(("size", "fit"), [(0, "letterbox"), (64, "stretch")])
-    def test_nonsense_is_refused(self, size, fit):
-        with pytest.raises(ValueError, match="size must be positive"):
-            Transform(size, fit)
+    def test_a_dicom_is_decoded_again_for_another_recipe(self, picture):
+        data = dicom_bytes(picture(90, 70), bits=12)
+        image = ImageContent(data)
+        for recipe in ("mimic", "window", "mimic"):
+            expected = read_dicom(data, recipe).gray.resize((50, 64), Image.Resampling.BICUBIC)
+            found = image.decode(Transform(64, recipe=recipe)).gray.crop((7, 0, 57, 64))
+            np.testing.assert_array_equal(found, expected)
 
 
 class TestReducedDecoding:
@@ -192,7 +199,7 @@ class TestWork:
         assert took < 2
 
     def test_progressive_jpegs_are_read(self, picture):
-        """Of gray and colour; and the file of the test above with a few scans more than usual."""
+        """Of gray and colour; and the file of the test above with twenty scans more than usual."""
         for mode, data in (("L", picture(900, 800)), ("RGB", np.dstack([picture(900, 800)] * 3))):
             plain, progressive = io.BytesIO(), io.BytesIO()
             Image.fromarray(data, mode).save(plain, "JPEG")
@@ -200,11 +207,11 @@ class TestWork:
             expected = np.asarray(decode_bytes(plain.getvalue(), Transform(64)).gray)
             np.testing.assert_array_equal(decode_bytes(progressive.getvalue(), Transform(64)).gray, expected)
         few, more = (decode_bytes(jpeg_of_scans(n, 1000), Transform(64)).gray for n in (0, 20))
-        np.testing.assert_array_equal(few, more)
+        assert np.abs(np.asarray(few, int) - more).max() <= 1
 
     def test_a_tiff_whose_strips_cover_it_many_times(self):
         values = (np.arange(2000 * 2000) % 251).astype(np.uint8).reshape(2000, 2000)
-        strips = {273: [8] * 50_000, 279: [values.size] * 50_000}
+        strips = {278: [1999], 273: [8] * 50_000, 279: [values.size] * 50_000}
         took, _ = self.seconds(tiff(values, tags=strips), "strips cover its pixels many times over; save it as PNG")
         assert took < 2
 
@@ -289,19 +296,15 @@ class TestGrayLevels:
         np.testing.assert_array_equal(result.pixels, expected)
         assert "8-bit signed" in result.notes
 
-    @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+    @pytest.mark.parametrize("depth", [2, 4, 8, 16])
     def test_what_is_transparent_in_a_gray_png_is_black(self, saved, tmp_path, depth):
         """Of each depth, as the same PNG with the value 0 in its place."""
         top = 2**depth - 1
         values = np.random.default_rng(depth).integers(0, top + 1, (64, 64)).astype(np.uint16)
-        values[:, 32:] = clear = top * 2 // 3 or 1
+        values[:, 32:] = clear = top * 2 // 3
         plain = np.where(values == clear, 0, values)
         (tmp_path / "clear.png").write_bytes(gray_png(values, depth, clear))
-        (tmp_path / "plain.png").write_bytes(gray_png(np.where(plain.any(), plain, 0), depth))
-        if depth == 1:  # nothing is left of it
-            with pytest.raises(ImageError, match="blank: every pixel is about 0"):
-                decode(tmp_path / "clear.png", Transform(64))
-            return
+        (tmp_path / "plain.png").write_bytes(gray_png(plain, depth))
         expected = decode(tmp_path / "plain.png", Transform(64)).pixels
         np.testing.assert_array_equal(decode(tmp_path / "clear.png", Transform(64)).pixels, expected)
         assert (expected[:, 32:] == 0).all()
