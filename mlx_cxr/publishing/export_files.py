@@ -29,8 +29,8 @@ _DICOM = {
     "cut off; 255 minus that for MONOCHROME1 (and for a negative Rescale Slope, once where both hold); histogram "
     "equalization as OpenCV's `equalizeHist`.",
     "window": "Recipe `window`, in place of the two steps above: modality LUT or rescale, then the file's first VOI "
-    "LUT or window (DICOM PS3.3 C.11), or without one from the lowest to the highest value that is no padding; its range "
-    "to 0..255, fractions cut off; 255 minus that for MONOCHROME1; padding 0. Training films that were no DICOMs "
+    "LUT or window (DICOM PS3.3 C.11), or without one from the lowest to the highest value that is no padding; its "
+    "range to 0..255, fractions cut off; 255 minus that for MONOCHROME1; padding 0. Training films that were no DICOMs "
     "need not have been made so: compare before trusting a DICOM.",
 }
 
