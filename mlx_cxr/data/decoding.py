@@ -356,7 +356,7 @@ def _deep_colour(data: bytes, image: Image.Image, notes: list[str]) -> Image.Ima
     # What it does not read it would print.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    gray = np.empty(image.size[::-1], np.float32)
+    gray = np.empty(image.size[::-1], np.uint16)
     with_alpha = image.has_transparency_data
     if values is None or values.shape not in {(*gray.shape, 3 + with_alpha), (*gray.shape, 4)}:
         raise ImageError(_NOT_WHOLE)
@@ -367,11 +367,9 @@ def _deep_colour(data: bytes, image: Image.Image, notes: list[str]) -> Image.Ima
         # OpenCV reads some TIFFs wrongly, such as those whose colours lie apart; it must agree with Pillow.
         if values.dtype != np.uint16 or (colours >> 8 != shown[rows]).any():
             raise ImageError(_NOT_WHOLE)
-        # Where the three are equal, as in a gray image saved as colour, their luma is exactly that value.
-        equal = (colours == colours[..., :1]).all(axis=2)
-        gray[rows] = np.where(equal, colours[..., 0], colours @ np.array([0.299, 0.587, 0.114]))
-        if with_alpha:
-            gray[rows] *= values[rows, :, 3] / 65535
+        red, green, blue = np.moveaxis(colours.astype(np.uint32), 2, 0)
+        luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+        gray[rows] = (luma * values[rows, :, 3] + 32767) // 65535 if with_alpha else luma
     notes.append(f"16-bit {'with transparency' if with_alpha else 'RGB'}")
     return _to_8_bits(gray, inverted=False)
 

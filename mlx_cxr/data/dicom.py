@@ -16,6 +16,7 @@ Only the elements of `_ELEMENTS` are read: none of them identifies a patient.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import zlib
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ _NOT_FRONTAL = {
     **dict.fromkeys(("LLD", "RLD"), "a decubitus"),
 }
 _FEW_LEVELS = 16
+_MOST_ELEMENTS = 100_000
+"""Outside of sequences; images have some hundreds. A megabyte, deflated, may hold fifty million."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _DECODERS = {
     **dict.fromkeys(("JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1"), "pylibjpeg pylibjpeg-libjpeg"),
@@ -144,9 +147,19 @@ def _histogram(levels: np.ndarray) -> np.ndarray:
 
 
 def _dataset(data: bytes) -> FileDataset:
-    from pydicom import dcmread, uid
+    from pydicom import uid
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
 
-    dataset = dcmread(io.BytesIO(_inflated(data)), force=True, specific_tags=list(_ELEMENTS))
+    number = itertools.count(1)
+
+    def too_many(*_: object) -> bool:
+        if next(number) > _MOST_ELEMENTS:
+            raise ImageError(f"a DICOM of more than {_MOST_ELEMENTS:,} elements; export it again")
+        return False
+
+    file, wanted = io.BytesIO(_inflated(data)), [Tag(element) for element in _ELEMENTS]
+    dataset = read_partial(file, too_many, force=True, specific_tags=wanted)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         if implicit:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -388,6 +389,18 @@ class TestRefusals:
         with pytest.raises(ImageError, match=r"a JPEG of 3,\d+ scans"):
             decode_bytes(as_bytes(dataset), TRANSFORM)
         assert time.perf_counter() - begun < 2
+
+    def test_millions_of_elements_are_refused_at_once(self, radiograph):
+        """Of a deflated file they may lie in a few bytes."""
+        whole = as_bytes(dicom_dataset(radiograph, syntax=DeflatedExplicitVRLittleEndian))
+        start = 144 + int.from_bytes(whole[140:144], "little")
+        deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        data = whole[:start] + deflater.compress(bytes(200_000_000)) + deflater.flush()
+        assert len(data) < 300_000
+        begun = time.perf_counter()
+        with pytest.raises(ImageError, match="a DICOM of more than 100,000 elements"):
+            decode_bytes(data, TRANSFORM)
+        assert time.perf_counter() - begun < 4
 
     @pytest.mark.parametrize(
         ("elements", "reason"),
