@@ -119,7 +119,7 @@ def explain(
     # Against masks, where there are any.
     masks, table, sections = None, None, []
     if has_masks(config.data.root):
-        transform = Transform(config.pixels.size, config.pixels.fit)
+        transform = Transform.of(config)
         masks = [load_masks(config.data.root, path, transform, maps.labels) for path in test.frame["path"]]
         table = explanation.localization(
             maps,

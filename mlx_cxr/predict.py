@@ -47,7 +47,7 @@ def run(
     overlays: int = 0,
     contact_sheet: bool = False,
     method: str = "grad_cam",
-    recipe: str = "mimic",
+    recipe: str | None = None,
     ignore_gate: bool = False,
     batch_size: int = 32,
     precision: Literal["float32", "auto"] = "float32",
@@ -63,7 +63,7 @@ def run(
         overlays: write maps of this many called findings per image.
         contact_sheet: write pages of small images.
         method: of the maps.
-        recipe: how a DICOM's values become gray levels: `mimic` or `window`.
+        recipe: how a DICOM's values become gray levels: `mimic` or `window`; None for that of the training.
         ignore_gate: answer for images that do not look like frontal chest images too.
         batch_size: images per forward pass.
         precision: as `Predictor` has it.
@@ -92,6 +92,7 @@ def run(
         raise PredictError(f"not found: {_some(written.cell_of(str(path)) for path in inputs)}")
     machine = device.start("predict")
     predictor = Predictor.from_run(run_dir, batch_size, precision)
+    recipe = recipe or predictor.transform.recipe
     if (overlays or contact_sheet) and method not in predictor.methods:
         raise PredictError(
             f"{run_dir} has no scale for {method} maps; evaluate it again without --without_maps, or ask for none"
@@ -232,8 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dicom_recipe",
         choices=("mimic", "window"),
-        default="mimic",
-        help="mimic: as MIMIC-CXR-JPG made its films, which the models of this package know; window: the file's own",
+        help="mimic: as MIMIC-CXR-JPG made its films; window: the file's own; default: that of the run's training",
     )
     parser.add_argument(
         "--ignore_gate", action="store_true", help="answer for what does not look like a chest film too"

@@ -55,7 +55,7 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
             f"{config.manifest_path} has no films to prepare: it is one of reports alone (data.csv.image: null). "
             "A text teacher is trained on it as it is; a model of films needs films"
         )
-    transform = Transform(config.pixels.size, config.pixels.fit)
+    transform = Transform.of(config)
     report = build_store(
         path, manifest, transform, config.data.root, config.pixels.workers, rebuild, config.pixels.shard_films, share
     )

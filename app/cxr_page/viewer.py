@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,6 @@ from cxr_page.models import Opened, maps
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS, MAPPED
-from mlx_cxr.data.decoding import Transform
 from mlx_cxr.evaluation.map_verdict import map_verdict
 from mlx_cxr.evaluation.operating_points import PRESENT
 from mlx_cxr.inference.answers import ImageAnswer
@@ -70,7 +69,7 @@ def heat_of(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -
 def show_image(opened: Opened, image: CaseImage, answer: ImageAnswer, view: View) -> None:
     """The image with or without its map, the scale, and what is to be said of them."""
     seen = answer.image
-    finer = None if view.as_seen else pixels_of(image, Transform(SHOWN_SIDE, opened.model.transform.fit))
+    finer = None if view.as_seen else pixels_of(image, replace(opened.model.transform, size=SHOWN_SIDE))
     pixels = seen.pixels if finer is None else finer
     heat = heat_of(opened, image, answer, view)
     why = Reading.of(opened.model.points, view.finding, answer.probabilities).withheld(heat)

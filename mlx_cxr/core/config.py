@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -81,6 +81,11 @@ class Config(sections.Section):
     def pixels_path(self) -> Path:
         """The pixel store of this experiment."""
         return self.sample_dir / f"images_{self.pixels.size}.npy"
+
+    @property
+    def dicom_recipe(self) -> Literal["mimic", "window"]:
+        """How a DICOM becomes an image like the others: as `pixels` has it, or as the source made its own."""
+        return self.pixels.dicom_recipe or ("mimic" if self.data.source == "mimic-cxr-jpg" else "window")
 
     def run_dir(self, run_name: str | None = None) -> Path:
         """Folder of a run, by its name or, of one that is there, its path; None takes `run_name` of the configuration.

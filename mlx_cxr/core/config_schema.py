@@ -132,6 +132,10 @@ class PixelsConfig(Section):
 
     size: Annotated[int, Field(ge=32, le=2048)] = 224
     fit: Literal["letterbox", "center_crop"] = "letterbox"
+    dicom_recipe: Literal["mimic", "window"] | None = None
+    """How a DICOM becomes gray levels, in training and at inference (see `data.dicom`): `mimic`, as MIMIC-CXR-JPG made
+    its images; `window`, as a viewer shows it and most programs export it. None takes `mimic` for that source, and
+    `window` for any other."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Decoding processes; 0 takes one per core."""
     shard_films: Count = 65_536

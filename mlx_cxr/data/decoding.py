@@ -3,7 +3,7 @@
 Gray levels: an 8-bit image is taken as it is; an image of more bits is scaled from its own lowest to its own highest
 value to 0..255, fractions cut off, as MIMIC-CXR-JPG did with its DICOMs (Johnson et al., arXiv:1901.07042; the
 histogram equalization it did next is not repeated here, but see `dicom`). Colour becomes ITU-R 601 luma, transparent
-parts become black, an EXIF orientation is applied.
+parts become black, an EXIF orientation is applied. A file that would take very long is refused by its header.
 
 A file's content decides what it is, never its name. Whatever its bytes are, it decodes or raises `ImageError`.
 
@@ -16,16 +16,18 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_cxr.data.file_types import is_dicom, unsupported
-from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, check_size
+from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, Recipe, check_scans, check_size
 from mlx_cxr.data.quiet import quiet_decoders
 
 if TYPE_CHECKING:
-    from mlx_cxr.data.dicom import Recipe
+    import numpy as np
+
+    from mlx_cxr.core.config import Config
 
 Fit = Literal["letterbox", "center_crop"]
 
@@ -38,44 +40,47 @@ _BLANK_RANGE = 2
 """Gray levels between darkest and brightest: JPEG noise on a uniform image stays within this."""
 _GRAY_MODES = ("1", "L", "LA", "I", "F")
 _AGAIN = "; download or copy it again"
+_NOT_WHOLE = "colours of more than 8 bits in a form that is not read whole here; save it as gray PNG"
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 EXIF_ORIENTATION = 274
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image of an EXIF or TIFF orientation upright."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Geometry that makes a square image of one of any size.
+    """The way from an image of any size to a square one.
 
     Attributes:
         size: side of the result in pixels.
         fit: `letterbox` shows the whole image, centred on black; `center_crop` fills the square with the image's
             central square.
+        recipe: how a DICOM's values become gray levels; see `dicom`.
     """
 
     size: int
     fit: Fit = "letterbox"
+    recipe: Recipe = "mimic"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.fit not in ("letterbox", "center_crop"):
-            raise ValueError(f"{self}: size must be positive, fit 'letterbox' or 'center_crop'")
+        if self.size < 1 or self.fit not in get_args(Fit) or self.recipe not in get_args(Recipe):
+            fits, recipes = (" or ".join(map(repr, get_args(kind))) for kind in (Fit, Recipe))
+            raise ValueError(f"{self}: size must be positive, fit {fits}, recipe {recipes}")
+
+    @classmethod
+    def of(cls, config: Config) -> Transform:
+        """That of an experiment's images, in training and at inference."""
+        return cls(config.pixels.size, config.pixels.fit, config.dicom_recipe)
 
     def plain(self) -> dict[str, str | int]:
-        """JSON-ready: everything that the resulting pixels depend on; `version` counts changes of this module."""
-        return {"version": 1, "size": self.size, "fit": self.fit}
+        """JSON-ready: everything that the resulting pixels depend on; `version` counts changes of this module.
+
+        The recipe stands there where it is not `mimic`, which was once the only one.
+        """
+        plain: dict[str, str | int] = {"version": 1, "size": self.size, "fit": self.fit}
+        return plain if self.recipe == "mimic" else plain | {"dicom_recipe": self.recipe}
 
     def key(self) -> str:
-        """One word for `plain()`, such as `letterbox-224-v1`."""
-        return "{fit}-{size}-v{version}".format(**self.plain())
+        """One word for `plain()`, such as `letterbox-224-v1` or `letterbox-224-v1-window`."""
+        return "-".join(map(str, (self.fit, self.size, "v1", *(self.recipe,) * (self.recipe != "mimic"))))
 
     def shown(self, width: int, height: int) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the part of an image that is seen, in the image's pixels."""
@@ -131,6 +136,7 @@ class _Opened:
         size: (width, height) of the image.
         scale: by which `gray` is smaller than that.
         reduces: a transform to a smaller square may decode it at a larger scale, as of a JPEG.
+        recipe: that of a DICOM.
         colour: mode `RGB`, for an image that has colours and is inspected.
         notes, concerns: those of `DecodedImage` that are known by now.
     """
@@ -142,19 +148,27 @@ class _Opened:
     notes: tuple[str, ...] = ()
     concerns: tuple[str, ...] = ()
     reduces: bool = False
+    recipe: Recipe | None = None
+
+    def serves(self, transform: Transform) -> bool:
+        """A transform needs no other decoding."""
+        return self.recipe in (None, transform.recipe) and (
+            not self.reduces or self.scale == transform.reduction(*self.size)
+        )
 
 
 class ImageContent:
-    """An image, read and decoded once for all transforms; a JPEG again for one that reduces it by another factor.
+    """An image, read and decoded once for all transforms.
+
+    A JPEG is decoded again for a transform that reduces it by another factor, a DICOM for one of another recipe.
 
     Args:
         source: a file's path or content, or an image in memory.
-        recipe: how a DICOM's values become gray levels; see `dicom`.
         inspect: look for `DecodedImage.concerns`, which training does without.
     """
 
-    def __init__(self, source: Path | bytes | Image.Image, recipe: Recipe = "mimic", inspect: bool = True) -> None:
-        self._source, self._recipe, self._inspect = source, recipe, inspect
+    def __init__(self, source: Path | bytes | Image.Image, inspect: bool = True) -> None:
+        self._source, self._inspect = source, inspect
         self._opened: _Opened | None = None
 
     def decode(self, transform: Transform) -> DecodedImage:
@@ -171,8 +185,8 @@ class ImageContent:
         try:
             with quiet_decoders():
                 known = self._opened
-                if known is None or (known.reduces and transform.reduction(*known.size) != known.scale):
-                    known = _open_dicom(data, self._recipe) if dicom else _open_image(data, transform, self._inspect)
+                if known is None or not known.serves(transform):
+                    known = _open_dicom(data, transform) if dicom else _open_image(data, transform, self._inspect)
                     self._opened = known
                 return _finished(known, transform, self._inspect)
         except ImageError:
@@ -193,7 +207,7 @@ class ImageContent:
             raise ImageError(f"damaged or cut short ({type(error).__name__}{detail}){_AGAIN}") from None
 
 
-def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
+def decode(path: str | Path, transform: Transform, inspect: bool = True) -> DecodedImage:
     """Decode an image, with notes on anything unusual about it.
 
     A JPEG much larger than needed is reduced by 2, 4 or 8 in the DCT domain while it is decoded, never below twice
@@ -202,17 +216,17 @@ def decode(path: str | Path, transform: Transform, recipe: Recipe = "mimic", ins
 
     Args:
         path: of a JPEG, PNG, TIFF, BMP or DICOM file, whatever its suffix.
-        recipe, inspect: see `ImageContent`.
+        inspect: see `ImageContent`.
 
     Raises:
         ImageError: missing, empty, cut short, no image, too small, too large, or blank; the message is the reason.
     """
-    return ImageContent(Path(path), recipe, inspect).decode(transform)
+    return ImageContent(Path(path), inspect).decode(transform)
 
 
-def decode_bytes(data: bytes, transform: Transform, recipe: Recipe = "mimic", inspect: bool = True) -> DecodedImage:
+def decode_bytes(data: bytes, transform: Transform, inspect: bool = True) -> DecodedImage:
     """The same for a file's content."""
-    return ImageContent(data, recipe, inspect).decode(transform)
+    return ImageContent(data, inspect).decode(transform)
 
 
 def looks_inverted(image: Image.Image) -> bool:
@@ -247,23 +261,22 @@ mediastinum and abdomen. The three sources of those images have equal weights; a
 on the third."""
 
 
-def _open_dicom(data: bytes, recipe: Recipe) -> _Opened:
+def _open_dicom(data: bytes, transform: Transform) -> _Opened:
     from mlx_cxr.data.dicom import read_dicom
 
-    frame = read_dicom(data, recipe)
-    return _Opened(frame.gray, frame.gray.size, notes=frame.notes, concerns=frame.concerns)
+    frame = read_dicom(data, transform.recipe)
+    notes, concerns = frame.notes, frame.concerns
+    return _Opened(frame.gray, frame.gray.size, notes=notes, concerns=concerns, recipe=transform.recipe)
 
 
 def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) -> _Opened:
     with data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS) as image:
         check_size(*image.size)
-        if image.format in _JPEG and not _ends(data):
-            raise ImageError("cut short: the JPEG has no end marker" + _AGAIN)
+        _check_work(data, image)
         size = image.size
         notes = []
         # Pillow itself turns a TIFF when loading it.
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-        turned = image.format != "TIFF" and orientation != 1
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
         colour, scale = None, 1
         reduces = image.format in _JPEG and not turned
         if reduces:
@@ -276,50 +289,89 @@ def _open_image(data: bytes | Image.Image, transform: Transform, inspect: bool) 
                         colour = small.convert("RGB")
             scale = transform.reduction(*size)
             image.draft("L", (size[0] // scale, size[1] // scale))
-        if getattr(image, "n_frames", 1) > 1:
+        # To count those of a TIFF takes a time that grows with the square of their number.
+        if getattr(image, "is_animated", False):
             notes.append("several images in the file, the first is used")
         image.load()
-        if turned:
-            ImageOps.exif_transpose(image, in_place=True)
-            notes.append("turned by its EXIF orientation")
-        if scale == 1:
-            size = image.size
+        gray = _deep_colour(data, image, notes) if _loses_bits(data, image) else _gray(data, image, notes)
         if inspect and colour is None and image.mode not in _GRAY_MODES and not image.mode.startswith("I;"):
             colour = image.convert("RGB")
-        gray = _deep_colour(data, orientation, notes) if _loses_bits(data, image) else _gray(image, notes)
+        if turned:
+            gray, colour = _upright(gray, image), colour and _upright(colour, image)
+            notes.append("turned by its EXIF orientation")
+        if scale == 1:
+            size = gray.size
         return _Opened(gray, size, scale, colour, tuple(notes), reduces=reduces)
+
+
+def _check_work(data: bytes | Image.Image, image: Image.Image) -> None:
+    """Refuse a file whose decoding would take out of proportion to its pixels."""
+    if isinstance(data, Image.Image):
+        return
+    if image.format in _JPEG:
+        if not _ends(data):
+            raise ImageError("cut short: the JPEG has no end marker" + _AGAIN)
+        check_scans(data, *image.size)
+    if image.format == "TIFF":
+        if image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+            check_scans(data, *image.size)
+        covered = sum((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1), *_ in image.tile)
+        if covered > len(image.getbands()) * image.width * image.height:
+            raise ImageError("a TIFF whose strips cover its pixels many times over; save it as PNG")
+
+
+def _upright(image: Image.Image, turned: Image.Image) -> Image.Image:
+    """An image turned by the EXIF orientation of the one that it was made from."""
+    image.getexif()[EXIF_ORIENTATION] = turned.getexif()[EXIF_ORIENTATION]
+    return ImageOps.exif_transpose(image)
 
 
 def _loses_bits(data: bytes | Image.Image, image: Image.Image) -> bool:
     """True for samples of more than 8 bits of which Pillow keeps 8: those of colours, and of gray with transparency."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if isinstance(data, Image.Image) or image.mode in ("I", "F") or image.mode.startswith("I;"):
         return False
-    if image.format == "PNG" and isinstance(data, bytes):
-        return data[24] == 16  # PNG specification, 11.2.2: the bit depth in IHDR, which comes first
-    return image.format == "TIFF" and max(image.tag_v2.get(_TIFF_BITS, (8,))) > 8
+    return _png_depth(data, image) == 16 or _tiff_tag(image, _TIFF_BITS, 8) > 8
 
 
-def _deep_colour(data: bytes, orientation: int, notes: list[str]) -> Image.Image:
-    """Mode `L` of colours of more than 8 bits, by their luma's lowest and highest value; OpenCV reads them whole."""
+def _png_depth(data: bytes | Image.Image, image: Image.Image) -> int:
+    """Bits per sample of a PNG (11.2.2 of its specification: in IHDR, which comes first); 0 for others."""
+    return data[24] if image.format == "PNG" and isinstance(data, bytes) else 0
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    """Value of a tag of a TIFF, the first of several; that of other images is the default."""
+    value = image.tag_v2.get(tag, default) if image.format == "TIFF" else default
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _deep_colour(data: bytes, image: Image.Image, notes: list[str]) -> Image.Image:
+    """Mode `L` of colours of 16 bits, by their luma's lowest and highest value; OpenCV reads them whole.
+
+    Args:
+        image: as Pillow has loaded it, with the high byte of each sample.
+    """
     import cv2
     import numpy as np
 
+    # What it does not read it would print.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None or values.ndim != 3 or values.shape[2] not in (3, 4) or values.dtype == np.uint8:
-        raise ImageError("samples of more than 8 bits in a form that is not read whole here; save it as gray PNG")
-    notes.append(f"{values.dtype.itemsize * 8}-bit {'RGB' if values.shape[2] == 3 else 'with transparency'}")
-    full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
-    values = values.astype(np.float64)
-    colours, alpha = values[..., :3], values[..., 3:]
-    # Where the three are equal, as in a gray image saved as colour, their luma is exactly that value.
-    equal = (colours == colours[..., :1]).all(axis=2)
-    gray = np.where(equal, colours[..., 0], colours @ np.array([114, 587, 299]) / 1000)
-    if alpha.size:
-        gray = gray * alpha[..., 0] / full
-    upright = Image.fromarray(gray.astype(np.float32))
-    if orientation in _TURNS:
-        upright = upright.transpose(_TURNS[orientation])
-    return _to_8_bits(upright, inverted=False)
+    gray = np.empty(image.size[::-1], np.uint16)
+    with_alpha = image.has_transparency_data
+    if values is None or values.shape not in {(*gray.shape, 3 + with_alpha), (*gray.shape, 4)}:
+        raise ImageError(_NOT_WHOLE)
+    shown = np.asarray(image.convert("RGB"))
+    # In stretches, for the memory's sake.
+    for rows in (slice(start, start + 64) for start in range(0, len(gray), 64)):
+        colours = values[rows, :, 2::-1]
+        # OpenCV reads some TIFFs wrongly, such as those whose colours lie apart; it must agree with Pillow.
+        if values.dtype != np.uint16 or (colours >> 8 != shown[rows]).any():
+            raise ImageError(_NOT_WHOLE)
+        red, green, blue = np.moveaxis(colours.astype(np.uint32), 2, 0)
+        luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+        gray[rows] = (luma * values[rows, :, 3] + 32767) // 65535 if with_alpha else luma
+    notes.append(f"16-bit {'with transparency' if with_alpha else 'RGB'}")
+    return _to_8_bits(gray, inverted=False)
 
 
 def _finished(opened: _Opened, transform: Transform, inspect: bool) -> DecodedImage:
@@ -362,22 +414,35 @@ def squared(
     return square, content
 
 
-def _gray(image: Image.Image, notes: list[str]) -> Image.Image:
+def _gray(data: bytes | Image.Image, image: Image.Image, notes: list[str]) -> Image.Image:
     """An image in mode `L`; appends to `notes` what it was made from."""
-    if image.mode == "L":
-        if image.format == "TIFF" and image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2:
-            notes.append("8-bit signed")
-            return image.point([level ^ 0x80 for level in range(256)])
-        return image
+    clear, signed = image.info.get("transparency"), _tiff_tag(image, _TIFF_SAMPLE_FORMAT, 1) == 2
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        notes.append({"I": "32-bit", "F": "floating point"}.get(image.mode, "16-bit"))
-        inverted = image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0
+        import numpy as np
+
+        bits = 16 if image.mode.startswith("I;") else _tiff_tag(image, _TIFF_BITS, 32)
+        notes.append("floating point" if image.mode == "F" else f"{bits}-bit")
+        values = np.asarray(image)
+        if image.mode == "I" and bits == 32 and not signed:
+            values = values.view(np.uint32)
+        if isinstance(clear, int):
+            values = np.where(values == clear, 0, values)
+        inverted = _tiff_tag(image, _TIFF_PHOTOMETRIC, 1) == 0
         if inverted:
             notes.append("inverted, as its TIFF header says that white is 0")
-        return _to_8_bits(image, inverted)
-    notes.append({"1": "black and white", "P": "palette"}.get(image.mode, image.mode))
-    if image.mode == "1":
-        return image.convert("L")
+        return _to_8_bits(values, inverted)
+    if image.mode != "L":
+        notes.append({"1": "black and white", "P": "palette"}.get(image.mode, image.mode))
+    if image.mode in ("1", "L"):
+        gray = image if image.mode == "L" else image.convert("L")
+        if signed:
+            notes.append("8-bit signed")
+            return gray.point([level ^ 0x80 for level in range(256)])
+        if isinstance(clear, int):
+            # Pillow gives it as it stands in the file, and has spread the levels of fewer bits.
+            clear = clear * 255 // (2 ** (_png_depth(data, image) or 8) - 1)
+            return gray.point([0 if level == clear else level for level in range(256)])
+        return gray
     if image.has_transparency_data:
         image = image.convert("RGBA")
         gray, alpha = image.convert("RGB").convert("L"), image.getchannel("A")
@@ -385,17 +450,20 @@ def _gray(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB").convert("L")
 
 
-def _to_8_bits(image: Image.Image, inverted: bool) -> Image.Image:
+def _to_8_bits(values: np.ndarray, inverted: bool) -> Image.Image:
     """Lowest value -> 0, highest -> 255, in between cut to whole levels; the other way round where `inverted`."""
     import numpy as np
 
-    values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError("holds NaN or infinite values")
-    wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
-    low, high = wide.min(), wide.max()
+    low, high = values.min(), values.max()
     if low == high:
         raise ImageError(f"blank: every pixel is {low}")
+    if values.dtype.kind != "f" and (span := int(high) - int(low)) < 1 << 16:
+        levels = (np.arange(span + 1) * 255 // span).astype(np.uint8)
+        return Image.fromarray((levels[::-1] if inverted else levels)[values - low])
+    wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+    low, high = wide.min(), wide.max()
     wide = high - wide if inverted else wide - low
     return Image.fromarray((wide * 255 // (high - low)).astype(np.uint8))
 

@@ -16,34 +16,34 @@ Only the elements of `_ELEMENTS` are read: none of them identifies a patient.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from PIL import Image
 
-from mlx_cxr.data.image_limits import MAX_BYTES, ImageError, check_size
+from mlx_cxr.data.image_limits import MAX_BYTES, MAX_PIXELS, ImageError, Recipe, check_scans, check_size
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
 
-Recipe = Literal["mimic", "window"]
-
 _REQUIRED = ("Rows", "Columns", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _ABOUT = ("Modality", "BodyPartExamined", "ViewPosition", "PresentationIntentType")
+_PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit")
 _OVERLAY_BIT = 0x60000102
 """Overlay Bit Position, of which there are several in one element's name."""
 _ELEMENTS = (
     *(*_REQUIRED, *_PIXELS, *_ABOUT),
     *("NumberOfFrames", "BitsStored", "HighBit", _OVERLAY_BIT, "PixelRepresentation", "PlanarConfiguration"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *_PADDING,
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LUTDescriptor", "LUTData"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
 )
-_MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation")
+_MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation", *_PADDING)
 """Elements that some programs write without a value; absent they have a meaning, empty they stop pydicom."""
 _CHEST = ("CHEST", "THORAX", "LUNG", "TORAX")
 _NOT_FRONTAL = {
@@ -52,6 +52,8 @@ _NOT_FRONTAL = {
     **dict.fromkeys(("LLD", "RLD"), "a decubitus"),
 }
 _FEW_LEVELS = 16
+_MOST_ELEMENTS = 100_000
+"""Outside of sequences; images have some hundreds. A megabyte, deflated, may hold fifty million."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _DECODERS = {
     **dict.fromkeys(("JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1"), "pylibjpeg pylibjpeg-libjpeg"),
@@ -145,9 +147,19 @@ def _histogram(levels: np.ndarray) -> np.ndarray:
 
 
 def _dataset(data: bytes) -> FileDataset:
-    from pydicom import dcmread, uid
+    from pydicom import uid
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
 
-    dataset = dcmread(io.BytesIO(_inflated(data)), force=True, specific_tags=list(_ELEMENTS))
+    number = itertools.count(1)
+
+    def too_many(*_: object) -> bool:
+        if next(number) > _MOST_ELEMENTS:
+            raise ImageError(f"a DICOM of more than {_MOST_ELEMENTS:,} elements; export it again")
+        return False
+
+    file, wanted = io.BytesIO(_inflated(data)), [Tag(element) for element in _ELEMENTS]
+    dataset = read_partial(file, too_many, force=True, specific_tags=wanted)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         if implicit:
@@ -189,6 +201,9 @@ def _check_header(dataset: FileDataset) -> None:
     for keyword in set(required) - {"PhotometricInterpretation"}:
         if not isinstance(dataset.get(keyword), int):
             raise ImageError(f"a DICOM whose header has no single number as {keyword}; export it again")
+    allocated, stored = dataset.BitsAllocated, dataset.get("BitsStored", 1)
+    if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
+        raise ImageError(f"a DICOM whose header says {stored} bits stored in {allocated}; export it again")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
         raise ImageError(f"a DICOM of {frames} frames, as of a video or a volume; give one film per file")
@@ -205,7 +220,9 @@ def _check_header(dataset: FileDataset) -> None:
 
 def _stored_values(dataset: FileDataset) -> np.ndarray:
     """The frame's stored values, (rows, columns), unused high bits removed."""
-    from pydicom.pixels import get_decoder
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import JPEG2000TransferSyntaxes, JPEGTransferSyntaxes
 
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_transfer_syntax:
@@ -225,12 +242,18 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
         # Run-length code at most doubles the pixels; a longer one would fill the memory when decoded.
         if syntax.keyword == "RLELossless" and len(dataset.PixelData) > 2 * expected + 1024:
             raise ImageError("a DICOM whose compressed pixels are more than its header says; export it again")
+        if syntax in JPEGTransferSyntaxes:
+            # Its own size may be another than the header's.
+            check_scans(get_frame(dataset.PixelData, 0, number_of_frames=1), MAX_PIXELS, 1)
     elif "PixelData" in dataset and len(dataset.PixelData or b"") < expected:
         held = len(dataset.PixelData or b"")
         raise ImageError(f"cut short: {held:,} of {expected:,} bytes of pixels are there; copy it again")
-    elif "PixelData" in dataset:
-        _refuse_contradicting_bits(dataset, syntax.is_little_endian)
-    values = dataset.pixel_array
+    # pydicom takes the lowest `BitsStored` bits, wherever `HighBit` has them, and cuts off what lies above: values
+    # wrap. A JPEG 2000 has a number of bits of its own.
+    words = "PixelData" in dataset and syntax not in JPEG2000TransferSyntaxes
+    values = pixel_array(dataset, correct_unused_bits=not words)
+    if words:
+        values = _of_stored_bits(values, dataset)
     if values.ndim != 2:
         raise ImageError("a DICOM of several frames or samples; give one gray film per file")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -240,32 +263,30 @@ def _stored_values(dataset: FileDataset) -> np.ndarray:
     return values
 
 
-def _refuse_contradicting_bits(dataset: FileDataset, little_endian: bool) -> None:
-    """Refuse values that do not fit into the bits that the header gives them: cut to these, they would wrap around.
+def _of_stored_bits(words: np.ndarray, dataset: FileDataset) -> np.ndarray:
+    """The values in the stored bits of each word: those that end at `HighBit`, or the lowest ones where only these fit.
 
-    Bits above may hold a sign (PS3.5 8.1.1), or an overlay, as in files of before 2004.
+    Bits above may hold a sign (PS3.5 8.1.1), or an overlay, as in files of before 2004; others are empty.
+
+    Raises:
+        ImageError: values have more bits than the header gives them; cut to these, they would wrap around.
     """
-    allocated, stored = dataset.BitsAllocated, dataset.BitsStored
-    high = dataset.get("HighBit", stored - 1)
-    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
-        raise ImageError(
-            f"a DICOM whose header contradicts itself: {stored} bits stored in {allocated}, the highest of them bit "
-            f"{high}; export it again"
-        )
-    if (_OVERLAY_BIT in dataset and dataset[_OVERLAY_BIT].value) or high == allocated - 1 == stored - 1:
-        return
-    kind = np.dtype(f"u{allocated // 8}").newbyteorder("<" if little_endian else ">")
-    raw = np.frombuffer(dataset.PixelData, kind, dataset.Rows * dataset.Columns)
-    above, below = raw >> (high + 1), raw & ((1 << (high + 1 - stored)) - 1)
-    wrong = above != 0
-    if dataset.PixelRepresentation == 1:
-        negative = (raw >> high) & 1 == 1
-        wrong &= ~(negative & (above == (1 << (allocated - 1 - high)) - 1))
-    if wrong.any() or below.any():
-        raise ImageError(
-            f"a DICOM with values of more than the {stored} bits that its header gives them (highest bit {high}); "
-            "export it again"
-        )
+    allocated, stored = words.dtype.itemsize * 8, dataset.BitsStored
+    said = dataset.get("HighBit", stored - 1)
+    raw = words.view(f"u{words.dtype.itemsize}")
+    overlaid = _OVERLAY_BIT in dataset and dataset[_OVERLAY_BIT].value
+    for high in dict.fromkeys((said, stored - 1)):
+        if not stored - 1 <= high < allocated:
+            continue
+        low = high + 1 - stored
+        values = words << (allocated - 1 - high) >> (allocated - stored)
+        filled = values << low
+        if overlaid or ((filled == words) | (filled.view(raw.dtype) & (2 ** (high + 1) - 1) == raw)).all():
+            return values
+    raise ImageError(
+        f"a DICOM with values of more than the {stored} bits that its header gives them (highest bit {said}); "
+        "export it again"
+    )
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
@@ -317,7 +338,9 @@ def _padding(values: np.ndarray, dataset: FileDataset) -> np.ndarray:
     if first is None:
         return np.zeros(values.shape, bool)
     last = dataset.get("PixelPaddingRangeLimit", first)
-    return (values >= min(first, last)) & (values <= max(first, last))
+    # Of signed values it may be written unsigned.
+    ends = [end - 65536 if end > 32767 and values.dtype.kind == "i" else end for end in (first, last)]
+    return (values >= min(ends)) & (values <= max(ends))
 
 
 def _header_concerns(dataset: FileDataset) -> list[str]:

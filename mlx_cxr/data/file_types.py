@@ -5,8 +5,10 @@ Signatures after the formats' own specifications, as collected by the `file` com
 
 from __future__ import annotations
 
+import io
 import re
-from typing import Literal
+
+from mlx_cxr.data.quiet import quiet_decoders
 
 _HEAD = 4096
 _EXPORT = "; save the film in it as PNG or JPEG"
@@ -106,7 +108,7 @@ def unsupported(data: bytes) -> str | None:
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _unread_jpeg(data)
-    if data.startswith((b"II*\0", b"MM\0*")):
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return _unread_tiff(data)
     # Words may begin with BM too; after its size a bitmap has four zeros.
     if data.startswith(b"\x89PNG\r\n\x1a\n") or (data.startswith(b"BM") and data[6:10] == bytes(4)):
@@ -127,17 +129,28 @@ def _unread_jpeg(data: bytes) -> str | None:
 
 
 def _unread_tiff(data: bytes) -> str | None:
-    """By the tag Compression (259) of the first directory."""
-    from PIL.TiffImagePlugin import COMPRESSION_INFO
+    """By the first directory: the compression, and the samples where Pillow has no mode for them."""
+    from PIL import Image, UnidentifiedImageError
+    from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    directory = int.from_bytes(data[4:8], order)
-    for at in range(directory + 2, directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], order), 12):
-        if int.from_bytes(data[at : at + 2], order) == 259:
-            compression = int.from_bytes(data[at + 8 : at + 10], order)
-            if compression not in COMPRESSION_INFO:
-                return f"a TIFF of a compression that is not read here ({compression}); save it uncompressed, or as PNG"
-    return None
+    file = io.BytesIO(data)
+    with quiet_decoders():
+        try:
+            tags = ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
+            file.seek(tags.next)
+            tags.load(file)
+            compression, samples, bits, kind = tags.get(259, 1), tags.get(277, 1), tags[258][0], tags.get(339, (1,))[0]
+            if compression in COMPRESSION_INFO:
+                Image.open(file, formats=("TIFF",))
+                return None
+        except UnidentifiedImageError:
+            more = {2: ", signed", 3: ", floating point"}.get(kind, "")
+            return (
+                f"a TIFF of a kind that is not read here ({samples} samples of {bits} bits{more}); save it as gray PNG"
+            )
+        except Exception:  # what damage does to Pillow
+            return None
+    return f"a TIFF of a compression that is not read here ({compression}); save it uncompressed, or as PNG"
 
 
 def _markup(head: bytes) -> str | None:

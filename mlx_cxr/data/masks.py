@@ -39,6 +39,11 @@ def mask_folder(root: str | Path, image_path: str) -> Path:
     return Path(root, FOLDER, *(parts[1:] if parts[0] == "files" else parts))
 
 
+def mask_files(folder: Path) -> list[Path]:
+    """The masks in a folder; hidden files, such as the `._*.png` that macOS puts beside them, are none."""
+    return [path for path in folder.glob("*.png") if not path.name.startswith(".")]
+
+
 def load_masks(
     root: str | Path, image_path: str, transform: Transform, labels: Sequence[str] | None = None
 ) -> dict[str, np.ndarray]:
@@ -63,7 +68,7 @@ def load_masks(
     if not folder.is_dir():
         return {}
     found = {}
-    for path in folder.glob("*.png"):
+    for path in mask_files(folder):
         if path.stem not in _LABEL_OF_STEM:
             raise DataError(f"{path}: no finding has that name; masks are named {', '.join(_LABEL_OF_STEM)}")
         found[_LABEL_OF_STEM[path.stem]] = path

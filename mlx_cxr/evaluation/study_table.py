@@ -8,7 +8,7 @@ import pandas as pd
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.masks import has_masks, mask_folder
+from mlx_cxr.data.masks import has_masks, mask_files, mask_folder
 from mlx_cxr.evaluation.scored_runs import ScoredRun
 from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.evaluation.subgroups import age_bands
@@ -48,7 +48,7 @@ def drawn_findings(config: Config, images: list[list[str]]) -> np.ndarray | None
     drawn = np.zeros((len(images), len(LABELS)))
     for row, paths in enumerate(images):
         for path in paths:
-            for mask in mask_folder(config.data.root, path).glob("*.png"):
+            for mask in mask_files(mask_folder(config.data.root, path)):
                 drawn[row, label_index(mask.stem.replace("_", " "))] = 1
     nothing, devices = label_index("No Finding"), label_index("Support Devices")
     drawn[:, nothing] = ~np.delete(drawn, (nothing, devices), axis=1).any(axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from PIL import Image
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import MAPPED
-from mlx_cxr.data.decoding import ImageContent, ImageError, Transform
+from mlx_cxr.data.decoding import ImageContent, ImageError, Recipe, Transform
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.explain.grad_cam import Method, maps_of_features
@@ -158,7 +158,7 @@ class Predictor:
     @property
     def transform(self) -> Transform:
         """Geometry and size of the images that the network sees."""
-        return Transform(self.trained.config.pixels.size, self.trained.config.pixels.fit)
+        return Transform.of(self.trained.config)
 
     @property
     def synthetic(self) -> bool:
@@ -177,7 +177,7 @@ class Predictor:
         return str(mx.float32 if network is None else network.dtype).removeprefix("mlx.core.")
 
     def read(
-        self, source: str | Path | bytes | np.ndarray | ImageContent, name: str = "", recipe: str = "mimic"
+        self, source: str | Path | bytes | np.ndarray | ImageContent, name: str = "", recipe: Recipe | None = None
     ) -> ImageInput:
         """An image from a file, from a file's bytes, or from an array; never raises for what is wrong with it.
 
@@ -185,7 +185,7 @@ class Predictor:
             source: a path; the content of a JPEG, PNG, TIFF, BMP or DICOM file; uint8 (H, W) or (H, W, 3) pixels; or an
                 `ImageContent`, which other transforms may share.
             name: to tell it by; the default is the path.
-            recipe: how a DICOM's values become gray levels, see `data.dicom`.
+            recipe: how a DICOM's values become gray levels, see `data.dicom`; None for that of the training.
         """
         name = name or (str(source) if isinstance(source, (str, Path)) else "film")
         try:
@@ -195,8 +195,8 @@ class Predictor:
                 source = Image.fromarray(source)
             elif isinstance(source, str):
                 source = Path(source)
-            content = source if isinstance(source, ImageContent) else ImageContent(source, recipe)
-            image = content.decode(self.transform)
+            content = source if isinstance(source, ImageContent) else ImageContent(source)
+            image = content.decode(replace(self.transform, recipe=recipe or self.transform.recipe))
         except ImageError as error:
             return ImageInput(name, None, error=str(error))
         return ImageInput(name, np.asarray(image.gray), image.notes, image.concerns)
@@ -243,7 +243,7 @@ class Predictor:
         self._ready.update(network=network, trunk=image_features(network))
 
     def predict_files(
-        self, paths: Iterable[str | Path], recipe: str = "mimic", ignore_gate: bool = False, workers: int = 2
+        self, paths: Iterable[str | Path], recipe: Recipe | None = None, ignore_gate: bool = False, workers: int = 2
     ) -> Iterator[ImageAnswer]:
         """Answers for files, in their order; a batch is decoded while the one before it is scored."""
         paths = iter(paths)

@@ -97,7 +97,7 @@ class ReportReader:
     @property
     def transform(self) -> Transform:
         """Geometry and size of the image that `read` takes."""
-        return Transform(self.teacher.config.pixels.size, self.teacher.config.pixels.fit)
+        return Transform.of(self.teacher.config)
 
     def read(self, text: str, image: np.ndarray | None = None) -> ReportAnswer:
         """Answer for a report; one without headings counts as the first section that may be read.

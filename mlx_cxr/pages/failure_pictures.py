@@ -38,7 +38,7 @@ def draw_failures(
     Returns:
         The pictures' paths relative to `folder`, one for each row, in their order.
     """
-    transform = Transform(config.pixels.size, config.pixels.fit)
+    transform = Transform.of(config)
     studies, names = frame["study_id"].to_numpy(dtype=str), []
     for place, row in enumerate(failures.to_dict("records"), start=1):
         label = row["label"]

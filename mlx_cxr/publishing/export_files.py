@@ -23,6 +23,16 @@ _GEOMETRY = {
     "center_crop": "Cut out the film's central square, whose side is the shorter one and whose corner may lie at half "
     "a pixel, and resize it to {size} x {size}.",
 }
+_DICOM = {
+    "mimic": "Recipe `mimic`, that of MIMIC-CXR-JPG (arXiv:1901.07042), in place of the two steps above: stored values "
+    "as they are, without modality LUT, VOI window or padding mask; (v - lowest) / (highest - lowest) * 255, fractions "
+    "cut off; 255 minus that for MONOCHROME1 (and for a negative Rescale Slope, once where both hold); histogram "
+    "equalization as OpenCV's `equalizeHist`.",
+    "window": "Recipe `window`, in place of the two steps above: modality LUT or rescale, then the file's first VOI "
+    "LUT or window (DICOM PS3.3 C.11), or without one from the lowest to the highest value that is no padding; its "
+    "range to 0..255, fractions cut off; 255 minus that for MONOCHROME1; padding 0. Training films that were no DICOMs "
+    "need not have been made so: compare before trusting a DICOM.",
+}
 
 
 def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
@@ -43,11 +53,7 @@ def preprocessing_file(run: EvaluatedRun) -> dict[str, Any]:
         "gray levels": "8-bit gray as it is. More bits: (v - lowest) * 255 // (highest - lowest) of that film. Colour: "
         "ITU-R 601 luma, (19595 R + 38470 G + 7471 B + 32768) >> 16; of a colour JPEG its Y channel. Transparent "
         "parts black.",
-        "DICOM": "Recipe `mimic`, that of MIMIC-CXR-JPG (arXiv:1901.07042), in place of the two steps above: stored "
-        "values as they are, without modality LUT, VOI window or padding mask; (v - lowest) / (highest - lowest) * "
-        "255, fractions cut off; 255 minus that for MONOCHROME1 (and for a negative Rescale Slope, once where both "
-        "hold); histogram equalization as OpenCV's `equalizeHist`. Training films of another source than "
-        "MIMIC-CXR-JPG need not have been equalized: compare before trusting a DICOM.",
+        "DICOM": _DICOM[recorded["dicom_recipe"]],
         "geometry": _GEOMETRY[fit].format(size=size),
         "resizing": "Bicubic (a = -0.5), antialiased, as Pillow's `Image.resize` with `Resampling.BICUBIC`; the result "
         f"is 8-bit, {size} x {size}.",

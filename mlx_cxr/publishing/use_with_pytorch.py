@@ -26,7 +26,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "model.torchvision.safetensors"
-EXIF_ORIENTATION, TIFF_PHOTOMETRIC = 274, 262
+EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262
 
 
 class BasicBlock(nn.Module):
@@ -118,11 +118,19 @@ def gray_levels(image):
     return image.convert("L") if image.mode in ("1", "L") else image.convert("RGB").convert("L")
 
 
-def read_image(path, size, fit):
+def read_image(path, size, fit, recipe="mimic"):
     """A file's image, 8-bit (size, size), made as those of training were."""
     with Path(path).open("rb") as file:
-        is_dicom = file.read(132)[128:] == b"DICM"
+        head = file.read(132)
+    is_dicom = head[128:] == b"DICM"
+    if is_dicom and recipe != "mimic":
+        raise ValueError("a DICOM; this network knows films as viewers show them: export it from one as PNG")
     image, reduction = dicom_levels(path) if is_dicom else Image.open(path), 1
+    bits = (
+        head[24] if image.format == "PNG" else max(image.tag_v2.get(TIFF_BITS, (8,))) if image.format == "TIFF" else 8
+    )
+    if bits > 8 and image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        raise ValueError("colours of more than 8 bits, of which Pillow keeps 8; save it as gray PNG")
     turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1
     width, height = image.size
     if image.format in ("JPEG", "MPO") and not turned:
@@ -182,7 +190,7 @@ def main(paths):
     model = load_model()
     for path in paths:
         try:
-            image = read_image(path, transform["size"], transform["fit"])
+            image = read_image(path, transform["size"], transform["fit"], about["dicom_recipe"])
         except (OSError, ValueError, SyntaxError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             continue

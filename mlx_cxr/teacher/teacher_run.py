@@ -55,7 +55,7 @@ class Material:
         reports = load_reports(config.reports_path, manifest) if modality != "image" else None
         store, store_sha256 = None, None
         if modality != "text":
-            store = PixelStore.open(config.pixels_path, manifest, Transform(config.pixels.size, config.pixels.fit))
+            store = PixelStore.open(config.pixels_path, manifest, Transform.of(config))
             store_sha256 = sha256_file(config.pixels_path.with_suffix(".json"))
         return cls(manifest, reports, store, store_sha256)
 

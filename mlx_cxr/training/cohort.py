@@ -51,7 +51,7 @@ class Cohort:
         """
         manifest = load_manifest(config.manifest_path)
         check_patient_splits(manifest.frame)
-        transform = Transform(config.pixels.size, config.pixels.fit)
+        transform = Transform.of(config)
         store = PixelStore.open(config.pixels_path, manifest, transform)
         return cls(manifest, store, config.training.pixel_budget_gb)
 

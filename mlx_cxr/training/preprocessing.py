@@ -10,23 +10,20 @@ from mlx_cxr.core.files import RecordError
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.models.resnet import GRAY_MEAN, GRAY_STD, RGB_MEAN, RGB_STD
 
-DICOM_RECIPE = "mimic"
-"""Recipe by which a DICOM becomes an image like those of the training data; see `data.dicom`."""
-
 
 def preprocessing_record(config: Config) -> dict[str, Any]:
     """Record of this version's preprocessing of an experiment's images, from file to network input, JSON-ready.
 
     Returns:
         `transform` (as `Transform.plain`), `normalization` (`in_channels`, and `mean` and `std` per channel of images
-        in [0, 1]) and `dicom_recipe`.
+        in [0, 1]) and `dicom_recipe`, by which a DICOM becomes an image like those of the training data.
     """
     channels = config.model.in_channels
     mean, std = ([GRAY_MEAN], [GRAY_STD]) if channels == 1 else (list(RGB_MEAN), list(RGB_STD))
     return {
-        "transform": Transform(config.pixels.size, config.pixels.fit).plain(),
+        "transform": Transform.of(config).plain(),
         "normalization": {"in_channels": channels, "mean": mean, "std": std},
-        "dicom_recipe": DICOM_RECIPE,
+        "dicom_recipe": config.dicom_recipe,
     }
 
 

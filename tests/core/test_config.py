@@ -256,3 +256,13 @@ def test_a_run_is_given_by_its_name_or_its_folder(written, tmp_path, monkeypatch
         config.run_dir("elsewhere/three")
     for given in ("one", "outputs/one", "outputs/one/", str(tmp_path / "outputs" / "one")):
         assert load_config(written(), teacher__run_name=given).teacher.run_name == "one"
+
+
+def test_a_dicom_is_read_as_the_source_made_its_images_or_as_is_said():
+    def recipe(name, *overrides):
+        path = next(path for path in CONFIGS if path.stem == name)
+        return load_config(path, ["data.root=somewhere", *overrides]).dicom_recipe
+
+    assert [recipe(name) for name in ("demo", "mimic", "real_films")] == ["mimic", "mimic", "window"]
+    assert recipe("mimic", "pixels.dicom_recipe=window") == "window"
+    assert recipe("real_films", "pixels.dicom_recipe=mimic") == "mimic"

@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import struct
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from dicom_files import dicom_bytes
 from mutated_files import mutations, whole_files
+from odd_images import gray_png, jpeg_of_scans, tiff
 from PIL import Image, ImageOps
 from prepared_images import apply, read_image
 from scipy import ndimage
 
 from mlx_cxr.data import decoding
 from mlx_cxr.data.decoding import INVERTED, ImageContent, ImageError, Transform, decode_bytes, looks_inverted
+from mlx_cxr.data.dicom import read_dicom
 
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr")) / "images"
 
@@ -106,13 +109,19 @@ class TestGeometry:
         assert square[:, 16:48].min() >= 95
 
     def test_plain_and_key_tell_transforms_apart(self):
+        assert Transform(224).plain() == {"version": 1, "size": 224, "fit": "letterbox"}  # as in every store of MIMIC's
         assert Transform(224).key() == "letterbox-224-v1"
-        assert Transform(224).plain() != Transform(224, "center_crop").plain() != Transform(96, "center_crop").plain()
+        assert Transform(224, recipe="window").key() == "letterbox-224-v1-window"
+        kinds = (Transform(224), Transform(224, "center_crop"), Transform(96), Transform(224, recipe="window"))
+        assert len({str(kind.plain()) for kind in kinds}) == len({kind.key() for kind in kinds}) == 4
 
-    @pytest.mark.parametrize(("size", "fit"), [(0, "letterbox"), (64, "stretch")])
-    def test_nonsense_is_refused(self, size, fit):
-        with pytest.raises(ValueError, match="size must be positive"):
-            Transform(size, fit)
+    def test_a_dicom_is_decoded_again_for_another_recipe(self, picture):
+        data = dicom_bytes(picture(90, 70), bits=12)
+        image = ImageContent(data)
+        for recipe in ("mimic", "window", "mimic"):
+            expected = read_dicom(data, recipe).gray.resize((50, 64), Image.Resampling.BICUBIC)
+            found = image.decode(Transform(64, recipe=recipe)).gray.crop((7, 0, 57, 64))
+            np.testing.assert_array_equal(found, expected)
 
 
 class TestReducedDecoding:
@@ -168,6 +177,56 @@ class TestReducedDecoding:
         result = decode(saved(gray, "film.jpg", quality=95, **options, **more), Transform(64))
         assert np.abs(result.pixels.astype(int) - apply(gray, Transform(64))).mean() < 1
         assert bool(result.notes) == bool(more)
+
+
+class TestWork:
+    """Small files that would keep a decoder busy for minutes."""
+
+    @staticmethod
+    def seconds(data, message=None):
+        begun = time.perf_counter()
+        if message is None:
+            notes = decode_bytes(data, Transform(64)).notes
+        else:
+            with pytest.raises(ImageError, match=message):
+                decode_bytes(data, Transform(64))
+            notes = ()
+        return time.perf_counter() - begun, notes
+
+    @pytest.mark.parametrize(("scans", "side"), [(3000, 2000), (100, 8000)])
+    def test_a_jpeg_of_very_many_scans(self, scans, side):
+        took, _ = self.seconds(jpeg_of_scans(scans, side), rf"a JPEG of {scans // 1000 or ''},?\d+ scans")
+        assert took < 2
+
+    def test_progressive_jpegs_are_read(self, picture):
+        """Of gray and colour; and the file of the test above with twenty scans more than usual."""
+        for mode, data in (("L", picture(900, 800)), ("RGB", np.dstack([picture(900, 800)] * 3))):
+            plain, progressive = io.BytesIO(), io.BytesIO()
+            Image.fromarray(data, mode).save(plain, "JPEG")
+            Image.fromarray(data, mode).save(progressive, "JPEG", progressive=True)
+            expected = np.asarray(decode_bytes(plain.getvalue(), Transform(64)).gray)
+            np.testing.assert_array_equal(decode_bytes(progressive.getvalue(), Transform(64)).gray, expected)
+        few, more = (decode_bytes(jpeg_of_scans(n, 1000), Transform(64)).gray for n in (0, 20))
+        assert np.abs(np.asarray(few, int) - more).max() <= 1
+
+    def test_a_tiff_whose_strips_cover_it_many_times(self):
+        values = (np.arange(2000 * 2000) % 251).astype(np.uint8).reshape(2000, 2000)
+        strips = {278: [1999], 273: [8] * 50_000, 279: [values.size] * 50_000}
+        took, _ = self.seconds(tiff(values, tags=strips), "strips cover its pixels many times over; save it as PNG")
+        assert took < 2
+
+    def test_a_tiff_of_very_many_images(self):
+        values = (np.arange(64 * 64) % 251).astype(np.uint8).reshape(64, 64)
+        took, notes = self.seconds(tiff(values, directories=20_000))
+        assert "several images in the file, the first is used" in notes
+        assert took < 2
+
+    def test_strips_and_separate_colours_are_read(self):
+        values = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        expected = np.asarray(decode_bytes(tiff(values), Transform(64)).gray)
+        rows = {278: [1], 273: [8 + 192 * n for n in range(64)], 279: [192] * 64}
+        for data in (tiff(values, tags=rows), tiff(values, planar=True)):
+            np.testing.assert_array_equal(decode_bytes(data, Transform(64)).gray, expected)
 
 
 class TestGrayLevels:
@@ -236,6 +295,67 @@ class TestGrayLevels:
         result = decode(signed, Transform(64))
         np.testing.assert_array_equal(result.pixels, expected)
         assert "8-bit signed" in result.notes
+
+    @pytest.mark.parametrize("depth", [2, 4, 8, 16])
+    def test_what_is_transparent_in_a_gray_png_is_black(self, saved, tmp_path, depth):
+        """Of each depth, as the same PNG with the value 0 in its place."""
+        top = 2**depth - 1
+        values = np.random.default_rng(depth).integers(0, top + 1, (64, 64)).astype(np.uint16)
+        values[:, 32:] = clear = top * 2 // 3
+        plain = np.where(values == clear, 0, values)
+        (tmp_path / "clear.png").write_bytes(gray_png(values, depth, clear))
+        (tmp_path / "plain.png").write_bytes(gray_png(plain, depth))
+        expected = decode(tmp_path / "plain.png", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "clear.png", Transform(64)).pixels, expected)
+        assert (expected[:, 32:] == 0).all()
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_16_bit_colours_of_a_tiff_are_turned_as_its_gray_is(self, tmp_path, orientation, channels):
+        values = np.random.default_rng(0).integers(100, 4000, (48, 64)).astype(np.uint16)
+        alpha = {338: [2]} if channels == 4 else {}
+        stack = np.dstack([values] * 3 + [np.full_like(values, 65535)] * (channels - 3))
+        (tmp_path / "gray.tif").write_bytes(tiff(values, tags={274: [orientation]}))
+        (tmp_path / "colour.tif").write_bytes(tiff(stack, tags={274: [orientation], **alpha}))
+        expected = decode(tmp_path / "gray.tif", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "colour.tif", Transform(64)).pixels, expected)
+
+    def test_a_fourth_sample_that_is_no_transparency_is_left_out(self, tmp_path):
+        values = np.random.default_rng(0).integers(100, 4000, (64, 64)).astype(np.uint16)
+        stack = np.dstack([values] * 3 + [values[::-1]])
+        (tmp_path / "gray.tif").write_bytes(tiff(values))
+        (tmp_path / "colour.tif").write_bytes(tiff(stack, tags={338: [0]}))
+        expected = decode(tmp_path / "gray.tif", Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "colour.tif", Transform(64)).pixels, expected)
+
+    def test_colours_that_lie_apart_are_read_right_or_refused(self, saved, tmp_path):
+        """OpenCV 5.0 reads those of 16 bits as if they lay together."""
+        values = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+        (tmp_path / "eight.tif").write_bytes(tiff(np.dstack([values] * 3), planar=True))
+        expected = decode(saved(values, "gray.png"), Transform(64)).pixels
+        np.testing.assert_array_equal(decode(tmp_path / "eight.tif", Transform(64)).pixels, expected)
+        (tmp_path / "deep.tif").write_bytes(tiff(np.dstack([values.astype(np.uint16) * 16] * 3), planar=True))
+        with pytest.raises(ImageError, match="in a form that is not read whole here; save it as gray PNG"):
+            decode(tmp_path / "deep.tif", Transform(64))
+
+    @pytest.mark.parametrize(
+        ("dtype", "low", "high", "note"),
+        [
+            (np.uint32, 0, 2**32 - 1, "32-bit"),
+            (np.uint32, 2**31 - 5000, 2**31 + 5000, "32-bit"),
+            (np.int32, -(2**31), 2**31 - 1, "32-bit"),
+            (np.int16, -2000, 2000, "16-bit"),
+            (np.uint16, 100, 4000, "16-bit"),
+        ],
+    )
+    def test_integers_of_a_tiff_do_not_wrap(self, tmp_path, dtype, low, high, note):
+        values = np.linspace(low, high, 64 * 64).round().astype(dtype).reshape(64, 64)
+        (tmp_path / "film.tif").write_bytes(tiff(values))
+        result = decode(tmp_path / "film.tif", Transform(64))
+        wide = values.astype(object)
+        expected = ((wide - low) * 255 // (high - low)).astype(np.uint8)
+        np.testing.assert_array_equal(result.pixels, expected)
+        assert note in result.notes
 
     @pytest.mark.parametrize(("dtype", "note"), [(np.int32, "32-bit"), (np.float32, "floating point")])
     def test_32_bit_tiff(self, saved, dtype, note):

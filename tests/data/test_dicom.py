@@ -5,14 +5,18 @@ import io
 import logging
 import os
 import re
+import time
 import warnings
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import mlx.core as mx
 import numpy as np
 import pytest
-from dicom_files import as_bytes, dicom_bytes, dicom_dataset
+from dicom_files import as_bytes, dicom_bytes, dicom_dataset, stored_values
+from odd_images import jpeg_of_scans
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -148,20 +152,39 @@ class TestMimicRecipe:
         assert np.array_equal(gray(as_bytes(dataset)), gray(dicom_bytes(radiograph, bits=12)))
 
     @pytest.mark.parametrize("signed", [False, True])
-    def test_values_beyond_the_bits_of_the_header_do_not_wrap(self, radiograph, signed):
-        """12-bit values whose header says 8 or 10, or puts the highest bit elsewhere."""
-        for elements in (
-            {"BitsStored": 8, "HighBit": 7},
-            {"BitsStored": 10, "HighBit": 9},
-            {"BitsStored": 12, "HighBit": 15},
-            {"BitsStored": 10, "HighBit": 11},
-        ):
-            dataset = dicom_dataset(radiograph, bits=12, signed=signed, **elements)
-            dataset.PixelData = (np.frombuffer(dataset.PixelData, np.uint16) | 1).tobytes()
-            with pytest.raises(ImageError, match=r"with values of more than the \d+ bits that its header gives them"):
+    @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+    def test_values_beyond_the_bits_of_the_header_do_not_wrap(self, radiograph, signed, syntax):
+        """12-bit values whose header says 8 or 10."""
+        for stored, high in ((8, 7), (10, 9), (10, 11)):
+            dataset = self.of_words(stored_values(radiograph, bits=12, signed=signed) | 1, syntax, stored, high)
+            with pytest.raises(ImageError, match=rf"of more than the {stored} bits that its header gives them"):
                 read_dicom(as_bytes(dataset))
-        with pytest.raises(ImageError, match="contradicts itself: 12 bits stored in 16, the highest of them bit 3"):
-            read_dicom(dicom_bytes(radiograph, bits=12, signed=signed, HighBit=3))
+
+    @staticmethod
+    def of_words(words, syntax, stored, high):
+        dataset = dicom_dataset(np.zeros(words.shape, np.uint8), bits=16, signed=words.dtype.kind == "i")
+        dataset.PixelData = words.astype(words.dtype.newbyteorder("<" if syntax.is_little_endian else ">")).tobytes()
+        if syntax == RLELossless:
+            dataset.compress(RLELossless)
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.BitsStored, dataset.HighBit = stored, high
+        return dataset
+
+    @pytest.mark.parametrize("signed", [False, True])
+    @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
+    @pytest.mark.parametrize("high", [11, 13, 15])
+    def test_the_stored_bits_end_at_the_high_bit(self, radiograph, signed, syntax, high):
+        """12 bits may lie anywhere in 16 (PS3.5 8.1.1)."""
+        values = stored_values(radiograph, bits=12, signed=signed) | 1
+        dataset = self.of_words(values << (high - 11), syntax, 12, high)
+        assert np.array_equal(gray(as_bytes(dataset)), mimic_cxr_jpg(values, "MONOCHROME2"))
+
+    @pytest.mark.parametrize("signed", [False, True])
+    @pytest.mark.parametrize(("stored", "high"), [(12, 15), (12, 3), (12, 20), (16, 11)])
+    def test_where_the_high_bit_cannot_be_meant_the_lowest_bits_are(self, radiograph, signed, stored, high):
+        values = stored_values(radiograph, bits=12, signed=signed) | 1
+        dataset = self.of_words(values, ExplicitVRLittleEndian, stored, high)
+        assert np.array_equal(gray(as_bytes(dataset)), mimic_cxr_jpg(values, "MONOCHROME2"))
 
     def test_negative_values_keep_their_sign_above_the_stored_bits(self, radiograph):
         dataset = dicom_dataset(radiograph, bits=12, signed=True)
@@ -297,9 +320,17 @@ class TestWindow:
         dataset.PixelData = values.tobytes()
         assert (gray(as_bytes(dataset), "window")[:10] == 0).all()
 
+    def test_padding_of_signed_values_may_be_written_unsigned(self, radiograph):
+        dataset = dicom_dataset(radiograph, bits=12, signed=True)
+        words = np.frombuffer(dataset.PixelData, np.int16).reshape(radiograph.shape).copy()
+        words[:10] = -2000
+        dataset.PixelData = words.tobytes()
+        dataset.add_new("PixelPaddingValue", "US", 63536)
+        assert (gray(as_bytes(dataset), "window")[:10] == 0).all()
+
     def test_a_window_of_nothing(self, radiograph):
         with pytest.raises(ImageError, match=r"cannot be used|shows nothing"):
-            decode_bytes(dicom_bytes(radiograph, WindowCenter=10, WindowWidth=0), TRANSFORM, "window")
+            decode_bytes(dicom_bytes(radiograph, WindowCenter=10, WindowWidth=0), replace(TRANSFORM, recipe="window"))
 
 
 class TestEncodings:
@@ -351,6 +382,26 @@ class TestEncodings:
 
 
 class TestRefusals:
+    def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(self, radiograph):
+        dataset = dicom_dataset(radiograph, syntax=JPEGBaseline8Bit)
+        dataset.PixelData = encapsulate([jpeg_of_scans(3000, 2000)])
+        begun = time.perf_counter()
+        with pytest.raises(ImageError, match=r"a JPEG of 3,\d+ scans"):
+            decode_bytes(as_bytes(dataset), TRANSFORM)
+        assert time.perf_counter() - begun < 2
+
+    def test_millions_of_elements_are_refused_at_once(self, radiograph):
+        """Of a deflated file they may lie in a few bytes."""
+        whole = as_bytes(dicom_dataset(radiograph, syntax=DeflatedExplicitVRLittleEndian))
+        start = 144 + int.from_bytes(whole[140:144], "little")
+        deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        data = whole[:start] + deflater.compress(bytes(200_000_000)) + deflater.flush()
+        assert len(data) < 300_000
+        begun = time.perf_counter()
+        with pytest.raises(ImageError, match="a DICOM of more than 100,000 elements"):
+            decode_bytes(data, TRANSFORM)
+        assert time.perf_counter() - begun < 4
+
     @pytest.mark.parametrize(
         ("elements", "reason"),
         [
@@ -367,8 +418,8 @@ class TestRefusals:
             ({"PixelData": b""}, "cut short: 0 of 6,825 bytes"),
             ({"PixelData": None}, r"a DICOM file without pixels \(Digital X-Ray Image Storage - For Presentation\)"),
             ({"PixelData": b"\x05" * 6826}, "blank: every pixel is 5"),
-            ({"BitsStored": 99}, "header contradicts itself: 99 bits stored in 8"),
-            ({"BitsAllocated": 4}, "header contradicts itself: 8 bits stored in 4"),
+            ({"BitsStored": 99}, "whose header says 99 bits stored in 8"),
+            ({"BitsAllocated": 4}, "whose header says 8 bits stored in 4"),
         ],
     )
     def test_the_reason_is_given(self, radiograph, elements, reason):

@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 from dicom_files import as_bytes, dicom_bytes, dicom_dataset
+from odd_images import tiff
 from PIL import Image
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -119,6 +120,10 @@ def tiff_of(compression: int) -> bytes:
         (jpeg_of(0xF7), "a JPEG of a kind that is not read here (JPEG-LS)"),
         (jpeg_of(0xC0, 12), "a JPEG of a kind that is not read here (12-bit)"),
         (tiff_of(34712), "a TIFF of a compression that is not read here (34712)"),
+        (tiff(image().astype("f8")), "a TIFF of a kind that is not read here (1 samples of 64 bits, floating point)"),
+        (tiff(np.dstack([image().view("i1")] * 3)), "not read here (3 samples of 8 bits, signed); save it as gray PNG"),
+        (tiff(np.dstack([image()] * 2), tags={338: [2], 262: [0]}), "not read here (2 samples of 8 bits)"),
+        (tiff(np.dstack([image().astype("u4")] * 3), order=">"), "not read here (3 samples of 32 bits)"),
         (tiff_of(52546), "a TIFF of a compression that is not read here (52546)"),
     ],
 )

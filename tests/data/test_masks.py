@@ -7,7 +7,7 @@ from prepared_images import apply
 from scipy import ndimage
 
 from mlx_cxr.data.decoding import Transform
-from mlx_cxr.data.masks import apply_mask, has_masks, load_masks, mask_folder
+from mlx_cxr.data.masks import apply_mask, has_masks, load_masks, mask_files, mask_folder
 from mlx_cxr.data.tables import DataError
 
 IMAGE = "files/p10/p10000032/s50414267/abc-1.jpg"
@@ -105,6 +105,15 @@ class TestLoadMasks:
         write("x.jpg", np.eye(60, 90) * 255, exif=exif)
         write("masks/x/Edema.png", np.ones((90, 60)) * 255)
         assert load_masks(tmp_path, "x.jpg", Transform(30))["Edema"].sum() == 30 * 20
+
+    def test_what_macos_puts_beside_a_mask_is_none(self, tmp_path, write):
+        write("x.png", np.eye(50) * 255)
+        mask = write("masks/x/Edema.png", np.ones((50, 50)) * 255)
+        mask.with_name("._Edema.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        assert {label: found.sum() for label, found in load_masks(tmp_path, "x.png", Transform(30)).items()} == {
+            "Edema": 30 * 30
+        }
+        assert mask_files(mask.parent) == [mask]
 
     def test_a_name_of_no_finding(self, tmp_path, write):
         write("x.png", np.eye(50) * 255)

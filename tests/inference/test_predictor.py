@@ -23,7 +23,7 @@ from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.decoding import Transform
+from mlx_cxr.data.decoding import Transform, decode_bytes
 from mlx_cxr.data.dicom import equalize
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS
 from mlx_cxr.explain.grad_cam import class_activation_maps
@@ -135,18 +135,37 @@ def test_the_room_loads_mlx_for_the_models_only():
 
 
 def test_dicoms_of_every_kind_get_one_answer(predictor):
-    """That of a PNG of what the recipe makes of the image, within 1e-3."""
+    """That of a PNG of what the recipe makes of the image, within 1e-3: the training's, or one that is asked for."""
     image = chest_image(1)
     files = {
         (photometric, bits): dicom_bytes(image, photometric, bits)
         for photometric in ("MONOCHROME1", "MONOCHROME2")
         for bits in (8, 12, 16)
     }
-    levels = (image.astype(int) - image.min()) * 255 // (int(image.max()) - int(image.min()))
-    reference = predictor.read(png(equalize(levels.astype(np.uint8))))
-    answers = predictor.predict([reference, *(predictor.read(content) for content in files.values())])
-    for kind, answer in zip(files, answers[1:], strict=True):
-        np.testing.assert_allclose(answer.logits, answers[0].logits, atol=1e-3, err_msg=str(kind))
+    levels = ((image.astype(int) - image.min()) * 255 // (int(image.max()) - int(image.min()))).astype(np.uint8)
+    # The cohort's images are PNGs of a table; only MIMIC-CXR-JPG's were equalized.
+    for recipe, shown in ((None, levels), ("window", levels), ("mimic", equalize(levels))):
+        reference = predictor.read(png(shown))
+        answers = predictor.predict([reference, *(predictor.read(file, recipe=recipe) for file in files.values())])
+        for kind, answer in zip(files, answers[1:], strict=True):
+            message = f"{recipe} {kind}"
+            np.testing.assert_allclose(answer.logits, answers[0].logits, atol=1e-3, err_msg=message)
+
+
+def test_the_recipe_is_that_of_the_run(copied, run_dir):
+    """Of a run that was trained on DICOMs or JPEGs made as MIMIC's, and of one that was not."""
+    assert Predictor.from_run(run_dir).transform.recipe == "window"
+    spoil(copied / "config.json", "config", "pixels", "dicom_recipe", value="mimic")
+    with pytest.raises(RecordError, match=r"dicom_recipe: recorded 'window', this version has 'mimic'"):
+        Predictor.from_run(copied)
+    spoil(copied / "inference.json", "preprocessing", "dicom_recipe", value="mimic")
+    spoil(copied / "inference.json", "preprocessing", "transform", value=Transform(32).plain())
+    content = dicom_bytes(chest_image(1), bits=12)
+    theirs = Predictor.from_run(copied).read(content).pixels
+    np.testing.assert_array_equal(theirs, np.asarray(decode_bytes(content, Transform(32, recipe="mimic")).gray))
+    ours = Predictor.from_run(run_dir).read(content).pixels
+    np.testing.assert_array_equal(ours, np.asarray(decode_bytes(content, Transform(32, recipe="window")).gray))
+    assert (ours != theirs).any()
 
 
 def test_what_cannot_be_read_is_answered_with_the_reason(predictor, cohort, tmp_path):
@@ -221,7 +240,8 @@ def test_an_image_beyond_float16_is_scored_in_float32(predictor, run_dir, cohort
 def test_the_record_says_how_images_are_prepared(run_dir):
     """The figures that the network normalizes by, as `models.resnet` documents them."""
     record = read_record(run_dir / "inference.json")
-    assert record["preprocessing"]["transform"] == {"version": 1, "size": 32, "fit": "letterbox"}
+    assert record["preprocessing"]["transform"] == Transform(32, recipe="window").plain()
+    assert record["preprocessing"]["dicom_recipe"] == "window"
     assert record["preprocessing"]["normalization"] == {"in_channels": 1, "mean": [0.449], "std": [0.226]}
     assert read_record(run_dir / "training.json")["preprocessing"] == record["preprocessing"]
     assert record["map_references"]["films"] == 8
@@ -242,7 +262,7 @@ def spoil(path: Path, *keys: str, value: object) -> None:
         (("schema",), 0, "another version"),
         (("preprocessing", "transform", "version"), 2, "'version': 2"),
         (("preprocessing", "normalization", "mean"), [0.5], "[0.5]"),
-        (("preprocessing", "dicom_recipe"), "window", "'window'"),
+        (("preprocessing", "dicom_recipe"), "mimic", "'mimic'"),
         (("map_references",), None, "cannot be used"),
         (("preprocessing",), None, "no preprocessing is recorded"),
         (("preprocessing",), [], "no preprocessing is recorded"),
