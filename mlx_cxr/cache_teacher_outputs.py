@@ -111,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = stage_parser("cache_teacher_outputs", __doc__)
     add_config_arguments(parser)
-    parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
+    parser.add_argument(
+        "--teacher_run", "--run_name", help="run under outputs/, or a folder; default: teacher.run_name"
+    )
     parser.add_argument("--zero_shot", action="store_true", help="score the base without its adapter too")
     parser.add_argument(
         "--line_orders",

@@ -188,6 +188,13 @@ def check_weights(weights_dir: Path, config: Config | None) -> list[Finding]:
         _weights("ImageNet", hub.IMAGENET, weights_dir, "resnet18"),
         _weights("LFM base", hub.LFM, weights_dir, "lfm"),
     ]
+    if config and config.teacher.base != hub.LFM.repo:
+        base, remedy = (
+            Path(config.teacher.base),
+            "python -m mlx_cxr.make_tiny_teacher --config … makes a small one there",
+        )
+        finding = _existing("weights", "teacher.base", base.is_dir(), str(base), remedy)
+        findings.append(_checked_base("teacher.base", base) if base.is_dir() else finding)
     if config and config.model.weights not in ("imagenet", "scratch"):
         path, remedy = Path(config.model.weights), "put the file there, or change model.weights"
         findings.append(_existing("weights", "model.weights", path.is_file(), str(path), remedy))
@@ -204,15 +211,22 @@ def _weights(name: str, source: hub.Source, weights_dir: Path, what: str) -> Fin
         else:
             remedy += " (needed by the teacher stages only)"
         return Finding("weights", name, "missing", f"{path}: {source.what}", remedy)
+    if source is hub.LFM:
+        return _checked_base(name, path)
     try:
-        if source is hub.LFM:
-            hub.check_language_model(path)
-            return Finding("weights", name, "ok", str(path))
         record = hub.check_record(source, weights_dir)
     except (hub.WeightsCorruptError, RecordError) as error:
         return Finding("weights", name, "broken", str(error), f"python -m mlx_cxr.fetch_weights --what {what}")
     sha256 = record["files"][path.name]["sha256"]
     return Finding("weights", name, "ok", f"{path}, sha256 {sha256[:12]}…, {record['source']}")
+
+
+def _checked_base(name: str, folder: Path) -> Finding:
+    try:
+        hub.check_base(folder)
+    except (hub.WeightsCorruptError, RecordError) as error:
+        return Finding("weights", name, "broken", str(error), hub.way_to(folder))
+    return Finding("weights", name, "ok", str(folder))
 
 
 def _configuration(path: Path | None) -> tuple[Config | None, list[Finding]]:

@@ -62,7 +62,7 @@ def run(
         PredictionsError: its predictions cannot be read.
         DataError: a file is missing.
     """
-    from mlx_cxr.core.labels import LABELS
+    from mlx_cxr.core.labels import LABELS, finding_name
     from mlx_cxr.evaluation.operating_points import FILE as POINTS
     from mlx_cxr.inference.asked_reports import ExplainReportError, explained, of_studies, of_text, read_report
     from mlx_cxr.inference.report_reader import ReportReader
@@ -71,8 +71,7 @@ def run(
     from mlx_cxr.teacher.lora import WEIGHTS
     from mlx_cxr.teacher.teacher_run import ADAPTER, Material
 
-    if unknown := [name for name in findings if name not in LABELS]:
-        raise ExplainReportError(f"{unknown[0]!r} is no finding; the 14 are: {', '.join(LABELS)}")
+    findings = [finding_name(name) for name in findings]
     if text is not None and study_ids:
         raise ExplainReportError("--study_id and --text exclude each other: give one of them")
     if examples < 1:
@@ -160,7 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = stage_parser("explain_report", __doc__)
     add_config_arguments(parser)
-    parser.add_argument("--teacher_run", help="folder under outputs/; default: teacher.run_name of the configuration")
+    parser.add_argument(
+        "--teacher_run", "--run_name", help="run under outputs/, or a folder; default: teacher.run_name"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--study_id", nargs="+", default=[], metavar="STUDY", help="studies of the manifest")
     which.add_argument("--text", help="a report between quotes, or a file with one")

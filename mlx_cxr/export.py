@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sha256_file, write_json, write_text
 from mlx_cxr.core.runs import open_run
-from mlx_cxr.core.stage import stage_parser, started
+from mlx_cxr.core.stage import run_folder_given, stage_parser, started
 
 if TYPE_CHECKING:
     from mlx_cxr.inference.evaluated_run import EvaluatedRun
@@ -166,7 +166,9 @@ def _sibling(target: Path) -> Path:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = stage_parser("export", __doc__)
-    parser.add_argument("--run", required=True, type=Path, metavar="outputs/RUN", help="folder of an evaluated run")
+    parser.add_argument(
+        "--run", required=True, type=run_folder_given, metavar="RUN", help="an evaluated run: its folder or its name"
+    )
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser

@@ -171,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = stage_parser("failure_analysis", __doc__)
     add_config_arguments(parser)
-    parser.add_argument("--student_run", help="run under outputs/; default: distillation.run_name")
+    parser.add_argument("--student_run", "--run_name", help="run under outputs/; default: distillation.run_name")
     parser.add_argument("--cnn_run", help="shown beside it; default: run_name of the configuration, where it is scored")
     parser.add_argument("--teacher_run", help="default: teacher.run_name, where it is scored")
     return parser

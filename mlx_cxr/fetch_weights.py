@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.safetensors import safetensors_files
 from mlx_cxr.core.stage import stage_parser, started
 from mlx_cxr.models import hub
 
@@ -66,7 +67,15 @@ def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
         record = hub.check_record(hub.LFM, weights_dir)
         hub.check_language_model(hub.LFM.path(weights_dir))
         return record
-    return hub.fetch_folder(hub.LFM, weights_dir, hub.check_language_model, local)
+    return hub.fetch_folder(hub.LFM, weights_dir, _check_lfm, local)
+
+
+def _check_lfm(folder: Path) -> None:
+    from mlx_cxr.models.weight_files import check_values
+
+    hub.check_language_model(folder)
+    for path in safetensors_files(folder):
+        check_values(path)
 
 
 def build_parser() -> argparse.ArgumentParser:

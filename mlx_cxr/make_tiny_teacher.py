@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
+from mlx_cxr.core.claim import claims
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import write_json
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_cxr")
 
-RECORD = "made_by_mlx_cxr.json"
+
+def _folder(config: Config) -> Path:
+    from mlx_cxr.core.config_schema import TeacherConfig
+
+    if config.teacher.base == TeacherConfig().base:
+        raise UserError(
+            f"teacher.base is {config.teacher.base}, the published base, which is fetched and not made here; "
+            "name a folder, such as --set teacher.base=weights/tiny-lfm2.5-vl"
+        )
+    return Path(config.teacher.base)
 
 
+@claims(_folder)
 def run(config: Config) -> Path:
     """Write the checkpoint, and return its folder.
 
@@ -33,20 +44,16 @@ def run(config: Config) -> Path:
         UserError: `teacher.base` is a hub id, or a folder that holds something that was not made here.
         DataError: no manifest, no reports, or no training study with one.
     """
-    from mlx_cxr.core.config_schema import TeacherConfig, TinyTeacherConfig
+    from mlx_cxr.core.config_schema import TinyTeacherConfig
     from mlx_cxr.data.manifest import load_manifest
     from mlx_cxr.data.study_reports import load_reports
     from mlx_cxr.data.tables import DataError
+    from mlx_cxr.models.hub import MADE_HERE, base_files
     from mlx_cxr.teacher.tiny import make_tiny_teacher
 
     machine = device.start("make_tiny_teacher")
-    folder = Path(config.teacher.base)
-    if config.teacher.base == TeacherConfig().base:
-        raise UserError(
-            f"teacher.base is {config.teacher.base}, the published base, which is fetched and not made here; "
-            "name a folder, such as --set teacher.base=weights/tiny-lfm2.5-vl"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
+    folder = _folder(config)
+    if not (folder / MADE_HERE).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds something that was not made here; name another folder as teacher.base")
 
     manifest = load_manifest(config.manifest_path)
@@ -56,13 +63,15 @@ def run(config: Config) -> Path:
     if not texts:
         raise DataError(f"{config.reports_path}: no training study has a report to train the language model on")
 
-    # The record comes first: it marks a folder that may be written again, should this be stopped.
-    folder.mkdir(parents=True, exist_ok=True)
+    # The record comes first: it marks a folder that may be written again, should this be stopped. The hashes of what
+    # was made come last: without them the base is refused, and its making advised.
     inputs = {"manifest": config.manifest_path, "reports": config.reports_path}
     record = provenance("make_tiny_teacher", config.plain(), inputs, machine)
-    write_json(folder / RECORD, record)
+    write_record(folder / MADE_HERE, record)
     made = make_tiny_teacher(folder, texts, config.teacher.tiny or TinyTeacherConfig(), config.seed)
-    write_json(folder / RECORD, {**record, "made": made})
+    others = [folder / name for name in ("tokenizer_config.json", "preprocessor_config.json")]
+    files = {path.name: {"sha256": sha256_file(path)} for path in [*base_files(folder), *others]}
+    write_record(folder / MADE_HERE, {**record, "made": made, "files": files})
     figures = f"{made['parameters']:,}", made["reports"], made["loss"], made["seconds"]
     log.info("%s: %s parameters, %d reports, %.3f nats per token, %.0f s", folder, *figures)
     return folder

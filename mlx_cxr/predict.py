@@ -24,7 +24,7 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import hash_of, read_record, write_record
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.runs import provenance
-from mlx_cxr.core.stage import stage_parser, started
+from mlx_cxr.core.stage import run_folder_given, stage_parser, started
 
 log = logging.getLogger("mlx_cxr")
 
@@ -217,7 +217,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = stage_parser("predict", __doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="films, or folders of films")
     parser.add_argument(
-        "--run", required=True, type=Path, metavar="FOLDER", help="an evaluated run, such as outputs/student_v1"
+        "--run",
+        required=True,
+        type=run_folder_given,
+        metavar="RUN",
+        help="an evaluated run, such as outputs/student_v1 or student_v1",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
     parser.add_argument(

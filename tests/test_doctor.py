@@ -220,3 +220,16 @@ def test_a_pixel_store_in_shards_is_whole_or_missing(tmp_path):
     assert store.remedy == f"python -m mlx_cxr.prepare_images --config {path}"
     (tmp_path / names[1]).touch()
     assert finding(doctor.check_data(config, path), "pixel store").mark == "ok"
+
+
+def test_a_small_base_whose_making_was_stopped_is_made_again(config_path, tmp_path):
+    folder = tmp_path / "tiny"
+    config = load_config(config_path, [f"teacher.base={folder}"])
+    found = finding(doctor.check_weights(tmp_path, config), "teacher.base")
+    assert (found.mark, "make_tiny_teacher" in found.remedy) == ("missing", True)
+    folder.mkdir()
+    write_record(folder / "made_by_mlx_cxr.json", {"stage": "make_tiny_teacher"})
+    found = finding(doctor.check_weights(tmp_path, config), "teacher.base")
+    assert found.mark == "broken"
+    assert "make_tiny_teacher" in found.remedy
+    assert "fetch" not in found.remedy + found.detail

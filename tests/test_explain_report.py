@@ -202,7 +202,9 @@ def test_a_teacher_that_is_never_right_gets_an_index_that_says_so(folder):
 
 def test_bad_requests_are_refused_with_what_to_do(toy, scored, capsys):
     run = ("--teacher_run", scored)
-    assert "'Oedema' is no finding; the 14 are: Atelectasis" in failure(capsys, toy, *run, "--finding", "Oedema")
+    assert "'Oedema' is no finding; did you mean 'Edema'? The 14 are: Atelectasis" in failure(
+        capsys, toy, *run, "--finding", "Oedema"
+    )
     assert "study 's999' is not in" in failure(capsys, toy, *run, "--study_id", "s001", "s999")
     without = f"s{WITHOUT_REPORT[0]:03}"
     error = failure(capsys, toy, *run, "--study_id", without)
@@ -257,9 +259,13 @@ def test_other_data_are_refused(folder):
         explain_report.run(toy.config("data.synthetic=false"), name)
 
 
-def test_a_long_line_is_a_report_and_no_file_name():
+def test_a_long_line_is_a_report_and_no_file_name(tmp_path):
     text = "No edema. " * 500
     assert read_report(text) == text
     assert read_report("Edema.") == "Edema."
     with pytest.raises(ExplainReportError, match="no such file"):
         read_report("missing.txt")
+    long = tmp_path / "long.txt"
+    long.write_bytes(b"Edema. " * 200_000)
+    with pytest.raises(ExplainReportError, match=r"--text .*long\.txt has more than 1,000,000 bytes"):
+        read_report(str(long))

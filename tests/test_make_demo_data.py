@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,19 +14,21 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mlx_cxr import make_demo_data
+from mlx_cxr import build_manifest, make_demo_data
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.files import sha256_file
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import create_run
 from mlx_cxr.make_demo_data import CohortExistsError, main, run
 
 PATIENTS = 10
 
 
-def config_file(folder: Path, patients: int = PATIENTS, seed: int = 3) -> Path:
+def config_file(folder: Path, patients: int = PATIENTS, seed: int = 3, size: int = 128) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "demo.yaml"
     path.write_text(
-        f"name: tiny\nseed: {seed}\ndemo: {{patients: {patients}, image_size: 128}}\n"
+        f"name: tiny\nseed: {seed}\ndemo: {{patients: {patients}, image_size: {size}}}\n"
         f"data: {{synthetic: true, root: {folder / 'raw'}, work_dir: {folder}}}\n"
     )
     return path
@@ -159,15 +162,137 @@ def test_a_killed_run_leaves_no_process_and_no_cohort(tmp_path):
     command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, 200))]
     process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any((tmp_path / ".raw-being-made").rglob("*.jpg")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_images(tmp_path)
     process.kill()
     process.wait()
     while is_there(process.pid):
         assert time.monotonic() < deadline, "processes that render outlive the run"
         time.sleep(0.1)
     assert not (tmp_path / "raw").exists()
+
+
+KILLED = """
+import os, signal, sys
+sys.argv[:] = sys.argv[:1] + sys.argv[3:]
+event, left = sys.orig_argv[3], int(sys.orig_argv[4])
+
+def hook(name, arguments):
+    global left
+    if name == event:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+from mlx_cxr.make_demo_data import main
+main()
+"""
+"""Kills itself before its n-th renaming or removal of a file."""
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "left"),
+    [
+        ("os.rename", 1, "old"),  # the marker of the new one is not there yet
+        ("os.rename", 2, "old"),  # the old one is still in place
+        ("os.rename", 3, "none"),  # between the two
+        ("os.remove", 6, "new"),  # while the old one is removed
+        ("os.remove", 20, "new"),
+    ],
+)
+def test_whenever_it_is_killed_the_next_run_makes_the_same_bytes(tmp_path, event, at, left):
+    before = hashes(run(load_config(config_file(tmp_path, patients=2)), workers=1))
+    wanted = hashes(run(load_config(config_file(tmp_path / "other", patients=2, seed=9)), workers=1))
+    options = ["--config", str(config_file(tmp_path, patients=2, seed=9)), "--workers", "1"]
+    command = [sys.executable, "-c", KILLED, event, str(at), *options, "--overwrite"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == -9
+    root = tmp_path / "raw"
+    assert hashes(root) == {"old": before, "new": wanted, "none": {}}[left]
+    if left != "new":
+        # What was there before is not lost by a call that may not replace it.
+        with pytest.raises(CohortExistsError, match="made with patients 2, image_size 128, seed 3"):
+            run(load_config(Path(options[1])), workers=1)
+        assert hashes(root) == before
+    run(load_config(Path(options[1])), overwrite=True, workers=1)
+    assert hashes(root) == wanted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.yaml", "other", "raw"]
+
+
+@pytest.mark.parametrize("pattern", ["files/**/*.jpg", "files/**/*.txt", "masks/**/*.png", "*-split.csv.gz"])
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_a_cohort_that_is_not_whole_is_made_again(tmp_path, caplog, pattern, damage):
+    root = run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    before = hashes(root)
+    victim = sorted(root.glob(pattern))[-1]
+    if damage == "removed":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1])
+    caplog.set_level("INFO", "mlx_cxr")
+    run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    assert f"has {len(before) - 2 - (damage == 'removed')} files of" in caplog.text
+    assert "making it again" in caplog.text
+    assert hashes(root) == before
+
+
+def test_a_damaged_marker_says_the_way_out(tmp_path):
+    root = run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    before = hashes(root)
+    (root / "cohort.json").write_text('{"schema": 1, "hash')
+    with pytest.raises(CohortExistsError, match=r"cohort\.json is not readable JSON.*--overwrite"):
+        run(load_config(config_file(tmp_path, patients=2)), workers=1)
+    run(load_config(config_file(tmp_path, patients=2)), overwrite=True, workers=1)
+    assert hashes(root) == before
+
+
+def test_a_cohort_that_runs_were_trained_on_is_kept_when_the_code_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(config_file(tmp_path, patients=2))
+    root = run(config, workers=1)
+    before = hashes(root)
+    build_manifest.run(config)
+    create_run("outputs", "one", stage="train_cnn", config={}, inputs={"manifest": config.manifest_path})
+    monkeypatch.setattr(make_demo_data, "code_hash", lambda: "newer")
+    with pytest.raises(CohortExistsError, match=r"outputs/one were trained on it; pass --overwrite"):
+        run(config, workers=1)
+    assert hashes(root) == before
+    run(config, overwrite=True, workers=1)
+    assert hashes(root).keys() == before.keys()
+
+
+def test_two_calls_at_once_do_not_share_a_folder(tmp_path):
+    command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, 200))]
+    first = subprocess.Popen([*command, "--workers", "1"], start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_images(tmp_path)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert second.returncode == 2
+        assert f"is being written by process {first.pid}" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_ctrl_c_ends_it_within_seconds(tmp_path):
+    """Of 200 patients some minutes were left to render: none is waited for but those under way."""
+    command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, 200, size=1024))]
+    process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for_images(tmp_path)
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 130
+    assert "stopped; what was written so far is kept" in said
+    assert "Traceback" not in said
+    assert not is_there(process.pid)
+
+
+def wait_for_images(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not any((folder / ".raw-being-made" / "new").rglob("*.jpg")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def is_there(group: int) -> bool:

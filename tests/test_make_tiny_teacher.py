@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -165,3 +167,52 @@ def test_a_stopped_make_leaves_no_complete_checkpoint(toy, tmp_path, monkeypatch
 def test_the_record_is_readable_json_with_the_command(small):
     record = json.loads((small / "made_by_mlx_cxr.json").read_text())
     assert {"command", "seed", "packages", "made"} <= set(record)
+
+
+KILLED = """
+import os, signal, sys
+left, folder = int(sys.argv.pop(1)), sys.argv.pop(1)
+
+def hook(name, arguments):
+    global left
+    if name == "os.rename" and os.path.dirname(os.fspath(arguments[1])) == folder:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+from mlx_cxr.make_tiny_teacher import main
+main()
+"""
+"""Kills itself before its n-th file gets its name in the folder."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 6, 7])
+def test_whenever_it_is_killed_the_advice_is_to_make_it_again_and_that_works(toy, small, tmp_path, at):
+    from mlx_cxr.models.hub import WeightsCorruptError, check_base
+
+    folder = tmp_path / "base"
+    fast = (f"teacher.base={folder}", "teacher.tiny.epochs=1", "teacher.tiny.hidden_size=32")
+    options = ["--config", str(toy.folder / "trial.yaml"), *(part for value in fast for part in ("--set", value))]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(at), str(folder), *options], capture_output=True, cwd=toy.folder, check=False
+    )
+    if done.returncode == 0:
+        pytest.skip(f"fewer than {at} files are written")
+    assert done.returncode == -9, done.stderr
+    if at > 1:
+        with pytest.raises(WeightsCorruptError) as refused:
+            check_base(folder)
+        assert "python -m mlx_cxr.make_tiny_teacher" in str(refused.value)
+        assert "fetch" not in str(refused.value)
+    assert hashes(made(toy, folder)) == hashes(small)
+    check_base(folder)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_companions_of_macos_and_a_claim_do_not_make_a_folder_foreign(toy, small, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / ".claim").write_text("{}")
+    (folder / "._model.safetensors").write_bytes(b"\0\5\26\7")
+    assert hashes(made(toy, folder)) == hashes(small)

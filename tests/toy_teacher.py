@@ -26,6 +26,7 @@ from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.core.labels import label_index
+from mlx_cxr.models.hub import MADE_HERE
 from mlx_cxr.models.weight_files import write_safetensors
 from mlx_cxr.teacher.base_model import Base
 from mlx_cxr.teacher.prompt import Prompt, PromptFormat
@@ -111,8 +112,8 @@ def make_cohort(folder: Path) -> Path:
 
 
 def copied_base(folder: Path, base: Path, *left_out: str) -> Path:
-    """A copy of a checkpoint without some of its files."""
-    shutil.copytree(base, folder, dirs_exist_ok=True)
+    """A copy of a checkpoint, as one puts it there by hand: without its record and some of its files."""
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MADE_HERE))
     for name in left_out:
         (folder / name).unlink()
     return folder

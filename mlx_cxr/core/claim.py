@@ -18,8 +18,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sweep
@@ -62,7 +63,6 @@ def claimed(folder: str | Path) -> Iterator[Path]:
         with suppress(OSError):  # A full disk holds the lock all the same, and is told of by what is written next.
             claim.truncate(0)
             claim.write(json.dumps(_us()).encode())
-            claim.flush()
         _held[place] = 1
         try:
             sweep(place)
@@ -98,11 +98,11 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def _locked(path: Path) -> Iterator[FileIO]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            opened = path.open("a+b")
+            opened = path.open("a+b", buffering=0)
         except FileNotFoundError:  # Who ends removed the empty folder.
             continue
         with opened as claim:
@@ -124,7 +124,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from mlx_cxr.core import config_schema as sections
 from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.plain_yaml import YamlError, read_yaml, read_yaml_file, shorten
 from mlx_cxr.core.runs import run_folder
+
+_SAMPLES = Path(__file__).resolve().parents[2] / "configs"
 
 
 class ConfigError(UserError, ValueError):
@@ -31,7 +33,7 @@ class Config(sections.Section):
     """Configuration of an experiment, a section for each part of it."""
 
     name: sections.Name
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     outputs: Path = Path("outputs")
     weights_dir: Path = Path("weights")
     run_name: sections.Name = "cnn_baseline"
@@ -81,11 +83,13 @@ class Config(sections.Section):
         return self.sample_dir / f"images_{self.pixels.size}.npy"
 
     def run_dir(self, run_name: str | None = None) -> Path:
-        """Folder of a run; None takes `run_name` of the configuration.
+        """Folder of a run, by its name or, of one that is there, its path; None takes `run_name` of the configuration.
 
         Raises:
-            RunNameError: the name is not usable as a folder name.
+            RunNameError: neither such a folder nor usable as the name of one.
         """
+        if run_name is not None and os.sep in run_name and (Path(run_name) / "config.json").exists():
+            return Path(run_name)
         return run_folder(self.outputs, self.run_name if run_name is None else run_name)
 
 
@@ -95,7 +99,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
     Args:
         overrides: `dotted.key=value` texts; values are parsed as YAML.
         direct: dotted keys written with `__`, such as `data__n_studies=500`; None leaves the YAML's value. They win
-            over `overrides`.
+            over `overrides`. A run may be given by its folder under `outputs` too.
 
     Raises:
         ConfigError: a missing file, invalid YAML, a key given twice, an override that is none, an unknown key, a wrong
@@ -104,27 +108,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **direct: Any) 
     # The file.
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = read_yaml_file(path)
     except FileNotFoundError:
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in ./configs"
         raise ConfigError(f"{path}: no such file; configurations here: {near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
 
     # The command line: `--set`, then the stage's own options.
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, such as training.epochs=3")
+        if not separator or not key or key.count(".") > 9:
+            raise ConfigError(f"--set {shorten(text)}: write it as KEY=VALUE, such as training.epochs=3")
         try:
-            parsed = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text!r}: not a YAML value: {error}") from None
-        _set_key(raw, key, parsed, f"--set {text}")
+            parsed = read_yaml(value, f"--set {shorten(text)}")
+        except YamlError as error:
+            raise ConfigError(str(error)) from None
+        _set_key(raw, key, parsed, f"--set {shorten(text)}")
     for key, value in direct.items():
         if value is not None:
+            outputs = Path(str(raw.get("outputs", "outputs")))
+            if key.endswith("run_name") and Path(value).parent.resolve() == outputs.resolve():
+                value = Path(value).name
             _set_key(raw, key.replace("__", "."), value, f"--{key}")
     return config_from_plain(_expand(raw, path, ""), path)
 
@@ -162,25 +169,6 @@ def _expand(value: Any, path: Path, key: str) -> Any:
     return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", replace, value)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everyone who writes a learning rate means it.
-
-    A key given twice is an error: PyYAML would keep the second and say nothing.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if key.value in (earlier.value for earlier in keys[:position]):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def config_from_plain(plain: Mapping[str, Any], where: str | Path) -> Config:
     """Check plain data, such as a run's `config.json` recorded.
 
@@ -203,9 +191,18 @@ def _explain(fault: Mapping[str, Any]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}"
     if fault["type"] == "missing":
-        return f"key '{key}' is missing"
-    value = "" if isinstance(fault.get("input"), dict) else f" (got {fault.get('input')!r})"
+        sample = next((path for path in sorted(_SAMPLES.glob("*.yaml")) if _has(path, location)), None)
+        return f"key '{key}' is missing" + (f"; see configs/{sample.name}, which has it" if sample else "")
+    given = fault.get("input")
+    value = "" if isinstance(given, dict) else f" (got {shorten(given) if isinstance(given, str) else repr(given)})"
     return f"key '{key}': {fault['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _has(sample: Path, location: Sequence[str]) -> bool:
+    node = read_yaml_file(sample)
+    for part in location:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node is not None
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mlx_cxr.core.labels import LABELS, MAPPED, Empty, LabelPolicy, Uncertain
 
@@ -17,7 +17,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Sections = tuple[Literal["indication", "findings", "impression", "last_paragraph", "whole"], ...]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Label = Literal[LABELS]  # type: ignore[valid-type]
+_NAMES = {label.casefold(): label for label in LABELS}
+_AnyCase = BeforeValidator(lambda name: _NAMES.get(str(name).casefold(), name))
+Label = Annotated[Literal[LABELS], _AnyCase]  # type: ignore[valid-type]
 
 
 class Section(BaseModel):
@@ -117,7 +119,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _csv_goes_with_csv(self) -> DataConfig:
         if (self.source == "csv") != (self.csv is not None):
-            raise ValueError("'data.csv' and 'source: csv' go together: give both or neither")
+            raise ValueError(
+                "'data.csv' and 'source: csv' go together: give both, as configs/real_films.yaml, or neither"
+            )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction leave no training patients; make them smaller")
         return self
@@ -212,7 +216,7 @@ class ExplainConfig(Section):
     """Class-activation maps on the test split."""
 
     method: Literal["grad_cam", "grad_cam_pp", "hires_cam"] = "grad_cam"
-    labels: tuple[Literal[MAPPED], ...] | None = None  # type: ignore[valid-type]
+    labels: tuple[Annotated[Literal[MAPPED], _AnyCase], ...] | None = None  # type: ignore[valid-type]
     """Findings to map; None takes all but No Finding, which has no map."""
     examples_per_outcome: Annotated[int, Field(ge=0)] = 3
     """Images shown per finding for each of true positive, false positive and false negative."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 
 class UserError(Exception):
@@ -20,6 +23,21 @@ class UserError(Exception):
         return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
+def end_quietly_until_started() -> None:
+    """In a process that is a stage, end at Ctrl-C with a line and status 130 wherever `readable_errors` does not reach.
+
+    These are the imports before `main`, which take most of the first second, and the end of the process.
+    """
+    command = sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "mlx-cxr"
+    if command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_quietly)
+
+
+def _end_quietly(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Around a stage's `main`: a `UserError` or `OSError` ends the process with `error: …` and status 2.
@@ -27,7 +45,8 @@ def readable_errors() -> Iterator[None]:
     `MLX_CXR_TRACEBACK=1` lets the traceback through. Any other exception is a fault of this package and keeps its own.
     """
     try:
-        yield
+        with _interruptible():
+            yield
     except (UserError, OSError) as error:
         if os.environ.get("MLX_CXR_TRACEBACK"):
             raise
@@ -36,3 +55,16 @@ def readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; what was written so far is kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt, so that what is under way is left whole."""
+    if signal.getsignal(signal.SIGINT) is not _end_quietly:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _end_quietly)

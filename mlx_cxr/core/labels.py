@@ -7,11 +7,14 @@ stored in a manifest (Irvin et al., CheXpert, arXiv:1901.07031, section 3, names
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from mlx_cxr.core.errors import UserError
 
 LABELS: tuple[str, ...] = (
     "Atelectasis",
@@ -72,6 +75,21 @@ def label_index(name: str) -> int:
         return LABELS.index(name)
     except ValueError:
         raise KeyError(f"unknown finding {name!r}; the 14 are: {', '.join(LABELS)}") from None
+
+
+def finding_name(text: str) -> str:
+    """The finding that is meant by a name in any case, with blanks or underscores.
+
+    Raises:
+        UserError: none of the 14; offers the nearest and lists them.
+    """
+    known = {label.casefold(): label for label in LABELS}
+    folded = " ".join(text.replace("_", " ").split()).casefold()
+    if folded in known:
+        return known[folded]
+    near = difflib.get_close_matches(folded, known, n=1)
+    hint = f"did you mean {known[near[0]]!r}? The" if near else "the"
+    raise UserError(f"{text!r} is no finding; {hint} 14 are: {', '.join(LABELS)}")
 
 
 def label_word(value: float) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +20,28 @@ from mlx_cxr.core.errors import readable_errors
 if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
 
+_OPTION = re.compile(r"^--(\w[\w-]*)(?=$|=)")
+
+
+class StageParser(argparse.ArgumentParser):
+    """A command line on which `--run-name`, `--run_name` and `--run` are one, and so are the dashes of all options."""
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:  # type: ignore[override]
+        """An option; `--run` and `--run_name` stand for each other."""
+        both = {"--run", "--run_name"}
+        return super().add_argument(*flags, *(both - set(flags) if both & set(flags) else ()), **settings)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As `argparse`, once each option's dashes are underscores; values and what follows `--` stay."""
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        options = [_OPTION.sub(lambda name: "--" + name[1].replace("-", "_"), argument) for argument in given[:end]]
+        return super().parse_known_args(options + given[end:], namespace)
+
 
 def stage_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of a stage, yet without options; `description` is the docstring of its module."""
-    return argparse.ArgumentParser(
-        prog=f"python -m mlx_cxr.{name}", description=(description or "").strip().splitlines()[0]
-    )
+    return StageParser(prog=f"python -m mlx_cxr.{name}", description=(description or "").strip().splitlines()[0])
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -39,6 +57,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         metavar="KEY=VALUE",
         help="override one key, such as training.epochs=3 (YAML value; repeatable)",
     )
+
+
+def run_folder_given(text: str) -> Path:
+    """Value of `--run` of a stage without a configuration: a folder, or the name of one under `outputs`."""
+    path = Path(text)
+    return path if len(path.parts) != 1 or path.is_dir() else Path("outputs") / path
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, run_name: str) -> None:

@@ -24,11 +24,19 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2,
 KEPT_BYTES = 1 << 28
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
+class WorkerPool(ProcessPoolExecutor):
+    """A pool whose context ends after what its processes are at, not after all that was submitted, upon an error."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the rest, or, upon an error or Ctrl-C, drop it."""
+        self.shutdown(wait=True, cancel_futures=kind is not None)
+
+
+def worker_pool(workers: int) -> WorkerPool:
     """A pool of so many processes, which end with this one, however it ends; submit under `lean_start`."""
     # Started with the first worker otherwise, when some Pythons unblock SIGINT behind it.
     resource_tracker.ensure_running()
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    return WorkerPool(workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
 @contextmanager

@@ -6,23 +6,26 @@ last: weights without one were put there by hand, or not fetched to their end. `
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, atomic_path, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, atomic_path, read_json, read_record, sha256_file, write_json
+from mlx_cxr.core.safetensors import SafetensorsError, read_header, safetensors_files
 
 log = logging.getLogger("mlx_cxr")
+
+MADE_HERE = "made_by_mlx_cxr.json"
+"""The record in the folder of a base that `make_tiny_teacher` makes: written first, and whole at the end."""
 
 _TIMEOUT_SECONDS = 10
 
@@ -136,16 +139,22 @@ def fetch_folder(
 
         wanted = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
         with _hub(source):
-            revision = HfApi().model_info(source.repo, timeout=_TIMEOUT_SECONDS).sha
+            about = HfApi().model_info(source.repo, timeout=_TIMEOUT_SECONDS, files_metadata=True)
+            revision = about.sha
             record_path.unlink(missing_ok=True)
             log.info("fetching %s from %s", source.what, source.repo)
             snapshot_download(source.repo, revision=revision, local_dir=target, allow_patterns=wanted)
+        # The client compares sizes only. The hub has the SHA-256 of large files, which are what matters.
+        published = {one.rfilename: one.lfs.sha256 for one in about.siblings or () if one.lfs}
+        arrived = {name: sha256 for name, sha256 in published.items() if (target / name).is_file()}
+        if faults := _differences(target, arrived):
+            raise WeightsCorruptError("; ".join(faults) + "; delete what is named and fetch it again")
         origin = {"source": f"https://huggingface.co/{source.repo}", "revision": revision}
     verify(target)
     files = {
         path.relative_to(target).as_posix(): path
         for path in sorted(target.rglob("*"))
-        if path.is_file() and ".cache" not in path.relative_to(target).parts
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(target).parts)
     }
     return _record(source, weights_dir, origin, files)
 
@@ -163,25 +172,79 @@ def check_record(source: Source, weights_dir: str | Path) -> dict[str, Any]:
     path, record_path = source.path(weights_dir), source.record_path(weights_dir)
     root = path.parent if source.file else path
     if not record_path.exists():
-        files = [path] if source.file else sorted(path.glob("*.safetensors"))
+        files = [path] if source.file else safetensors_files(path)
         origin = {"source": "placed by hand", "revision": None}
         return _described(source, origin, {file.name: file for file in files})
-    record = read_json(record_path)
+    record, way = read_json(record_path), f"fetch it again with `{source.command}`"
+    if faults := _differences(root, _recorded(record_path, record, way)):
+        raise WeightsCorruptError("; ".join(faults) + f"; {way}")
+    return record
+
+
+def check_base(folder: Path) -> None:
+    """As `check_language_model`; and compare a base with the hashes that were recorded when it was fetched or made.
+
+    The files are hashed once in a process (`file_sha256`). A base without a record was put there by hand.
+
+    Raises:
+        WeightsCorruptError: a file missing, cut short, of another model or changed; names each, and the way out.
+    """
+    check_language_model(folder)
+    path = folder / MADE_HERE
+    if path.exists():
+        record = read_record(path)
+    elif folder.name == LFM.name and (path := LFM.record_path(folder.parent)).exists():
+        record = read_json(path)
+    else:
+        return
+    expected = _recorded(path, record, way_to(folder))
+    unknown = [file.name for file in base_files(folder) if file.name not in expected]
+    faults = [f"{folder / name} is not in {path}" for name in unknown] + _differences(folder, expected)
+    if faults:
+        raise WeightsCorruptError("; ".join(faults) + f"; {way_to(folder)}")
+
+
+def base_files(folder: Path) -> list[Path]:
+    """The files that decide a base's answers: its weights, configuration and tokenizer."""
+    return [*safetensors_files(folder), folder / "config.json", folder / "tokenizer.json"]
+
+
+def way_to(folder: Path) -> str:
+    """The advice for a base that is incomplete or damaged, by how it came to be there."""
+    if (folder / MADE_HERE).exists():
+        return (
+            "make it again: python -m mlx_cxr.make_tiny_teacher --config … (its making was stopped, or it was changed)"
+        )
+    return f"fetch it again with `{LFM.command}`, or put a whole copy of it there"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, computed once in a process as long as its size and times stay the same."""
+    stat = path.stat()
+    return _hashed(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@cache
+def _hashed(path: Path, *_state: int) -> str:
+    return sha256_file(path)
+
+
+def _recorded(path: Path, record: dict[str, Any], way: str) -> dict[str, str]:
+    """File name to SHA-256 of a record of weights."""
     try:
-        expected = {name: entry["sha256"] for name, entry in record["files"].items()}
+        return {str(name): str(entry["sha256"]) for name, entry in record["files"].items()}
     except (KeyError, TypeError, AttributeError):
-        raise WeightsCorruptError(
-            f"{record_path} is not a record of fetched weights; fetch it again with `{source.command}`"
-        ) from None
+        raise WeightsCorruptError(f"{path} is not a record of whole weights; {way}") from None
+
+
+def _differences(root: Path, expected: dict[str, str]) -> list[str]:
     faults = []
     for name, sha256 in expected.items():
         if not (root / name).is_file():
             faults.append(f"{root / name} is missing")
-        elif (now := sha256_file(root / name)) != sha256:
+        elif (now := file_sha256(root / name)) != sha256:
             faults.append(f"{root / name} has SHA-256 {now[:12]}…, recorded was {sha256[:12]}…")
-    if faults:
-        raise WeightsCorruptError("; ".join(faults) + f"; fetch it again with `{source.command}`")
-    return record
+    return faults
 
 
 def check_language_model(folder: Path) -> None:
@@ -204,7 +267,7 @@ def check_language_model(folder: Path) -> None:
         faults.append("preprocessor_config.json (or processor_config.json) is missing")
     faults += _weight_faults(folder)
     if faults:
-        raise WeightsCorruptError(f"{folder}: " + "; ".join(faults) + f"; fetch it again with `{LFM.command}`")
+        raise WeightsCorruptError(f"{folder}: " + "; ".join(faults) + f"; {way_to(folder)}")
 
 
 def _weight_faults(folder: Path) -> list[str]:
@@ -216,41 +279,19 @@ def _weight_faults(folder: Path) -> list[str]:
             expected = read_json(index)["weight_map"]
         except (RecordError, KeyError, TypeError) as error:
             faults.append(f"{index.name}: {error}")
-    shards = sorted({*expected.values(), *(path.name for path in folder.glob("*.safetensors"))})
+    shards = sorted({*expected.values(), *(path.name for path in safetensors_files(folder))})
     if not shards:
         faults.append("no .safetensors file")
     for shard in shards:
         try:
-            present |= safetensors_names(folder / shard)
-        except (OSError, ValueError) as error:
-            faults.append(f"{shard}: {error}")
+            present |= read_header(folder / shard)[0].keys()
+        except FileNotFoundError:
+            faults.append(f"{shard} is missing")
+        except SafetensorsError as error:
+            faults.append(str(error))
     if not faults and (absent := sorted(set(expected) - present)):
         faults.append(f"{len(absent)} tensors of the index are in no file, such as {absent[0]}")
     return faults
-
-
-def safetensors_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file, read from its header only.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the header is damaged, or the file is shorter than its header says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as data:
-        start = data.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise ValueError("no safetensors header")
-        try:
-            header = json.loads(data.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError):
-            raise ValueError("damaged safetensors header") from None
-    if size != 8 + length + end:
-        raise ValueError(f"{size} bytes, its header says {8 + length + end}")
-    return set(header)
 
 
 def _download_file(source: Source, scratch: Path) -> tuple[Path, dict[str, Any]]:
@@ -315,5 +356,5 @@ def _described(source: Source, origin: dict[str, Any], files: dict[str, Path]) -
         "what": source.what,
         **origin,
         "licence": source.licence,
-        "files": {name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in files.items()},
+        "files": {name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for name, path in files.items()},
     }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import SEAL, UNSEALED, RecordError, atomic_path, seal_weights
 from mlx_cxr.core.files import check_weights as check_seal
+from mlx_cxr.core.safetensors import SafetensorsError, read_header
 
+_LARGEST_WEIGHT, _LARGEST_STATISTIC = 1e6, 1e12
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
@@ -40,11 +42,13 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
             "'resnet18.safetensors')"
         )
     try:
+        read_header(path)
         arrays, header = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
+    except SafetensorsError as error:
+        raise ModelFormatError(f"{error}; fetch or write it again") from None
     except (RuntimeError, ValueError) as error:
-        reason = f"damaged, cut short or not safetensors ({error})"
-        raise ModelFormatError(f"{path} is {reason}; fetch or write it again") from None
+        raise ModelFormatError(f"{path} cannot be read by MLX ({error}); fetch or write it again") from None
     if SEAL in header or header.get("format", "").startswith("mlx_cxr."):
         try:
             check_seal(path)
@@ -64,10 +68,9 @@ def write_safetensors(path: str | Path, arrays: dict[str, mx.array], header: dic
         raise ModelFormatError(f"{path}: weights are written as safetensors; give a name that ends in .safetensors")
     mx.eval(arrays)
     with atomic_path(path) as temporary:
-        try:
-            mx.save_safetensors(str(temporary), arrays, metadata={**header, SEAL: UNSEALED})
-        except RuntimeError as error:
-            raise OSError(errno.EIO, str(error)) from None
+        # Into a file of Python's, whose error says what is wrong with the disk; MLX's own says "unable to write".
+        with temporary.open("wb") as file:
+            mx.save_safetensors(file, arrays, metadata={**header, SEAL: UNSEALED})
         seal_weights(temporary)
     return Path(path)
 
@@ -83,8 +86,8 @@ def check_weights(
         layout: order of the axes of a convolution in `expected`, for the message.
 
     Raises:
-        ModelFormatError: lists every name that is missing, unexpected, of another shape, not floating point
-            or not finite.
+        ModelFormatError: lists every name that is missing, unexpected, of another shape, not floating point, not
+            finite, or with values that no training leaves (`value_faults`).
     """
     common = [name for name in expected if name in weights]
     misshaped = [n for n in common if weights[n].shape != expected[n]]
@@ -97,9 +100,49 @@ def check_weights(
         "not floating point": [f"{n} ({weights[n].dtype})" for n in not_float],
         "not finite": [n for n, good in finite.items() if not good.item()],
     }
+    if not any(faults.values()):
+        faults["not what training leaves"] = value_faults(weights)
     lines = [f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in faults.items() if names]
     if lines:
         raise ModelFormatError(f"{path} does not hold this ResNet-18{_resemblance(weights)}:\n" + "\n".join(lines))
+
+
+def value_faults(weights: Mapping[str, mx.array]) -> list[str]:
+    """Faults of values that no training leaves, as blocks that a disk or a copy lost leave them; each names its tensor.
+
+    These are values that are not finite or absurdly large, negative variances, and zeros in all of the last two rows
+    or in an eighth of the rows of a matrix or kernel; of an embedding, whose last tokens may be unused, in half of
+    them. For weights that come without a hash: what this does not find may still be wrong.
+    """
+    faults = []
+    for name, weight in weights.items():
+        if mx.issubdtype(weight.dtype, mx.floating):
+            largest = mx.abs(weight).max().item() if weight.size else 0.0
+            limit = _LARGEST_WEIGHT if weight.ndim > 1 else _LARGEST_STATISTIC
+            if not largest <= limit or not mx.isfinite(weight).all().item():
+                faults.append(f"{name} has values that are not finite, or beyond {limit:.0e}")
+                continue
+            if name.endswith("running_var") and weight.min().item() < 0:
+                faults.append(f"{name} has negative variances")
+        if weight.ndim > 1 and weight.shape[0] >= 8:
+            zeros = np.array((weight.reshape(weight.shape[0], -1) == 0).all(axis=1))
+            embedding = "embed_tokens" in name or "lm_head" in name
+            if zeros.mean() > (0.5 if embedding else 0.125) or (zeros[-2:].all() and not embedding):
+                faults.append(f"{name} has nothing but zeros in {zeros.sum():,} of {len(zeros):,} rows")
+    return faults
+
+
+def check_values(path: Path) -> None:
+    """Read a file tensor by tensor, and raise ModelFormatError where it is damaged or has `value_faults`."""
+    try:
+        read_header(path)
+        arrays = mx.load(str(path), format="safetensors")
+        # One at a time: those of a base would take all of the memory.
+        faults = [fault for name in list(arrays) for fault in value_faults({name: arrays.pop(name)})]
+    except (RuntimeError, ValueError) as error:
+        raise ModelFormatError(f"{path} cannot be read: {error}") from None
+    if faults:
+        raise ModelFormatError(f"{path}: " + "; ".join(faults[:5]) + "; fetch or write it again")
 
 
 def _resemblance(names: Iterable[str]) -> str:

@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_cxr.core import device
 from mlx_cxr.core.config_schema import TeacherConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import hash_of, sha256_file
-from mlx_cxr.models.hub import LFM, WeightsCorruptError, check_language_model
+from mlx_cxr.core.files import hash_of
+from mlx_cxr.models.hub import LFM, WeightsCorruptError, base_files, check_base, file_sha256, way_to
+from mlx_cxr.models.weight_files import value_faults
 
 log = logging.getLogger("mlx_cxr")
 
@@ -60,10 +61,11 @@ class Base:
 
         Raises:
             BaseUnavailableError: it is not here.
-            WeightsCorruptError: it lacks a file, or is cut short or of another architecture; names each fault.
+            WeightsCorruptError: it lacks a file, is cut short, of another architecture, other than it was when it was
+                fetched or made, or has values that no training leaves; names each fault.
         """
         folder = find_base(config.base, weights_dir)
-        check_language_model(folder)
+        check_base(folder)
         from mlx_vlm import load
 
         try:
@@ -78,8 +80,12 @@ class Base:
         model.freeze()
         model.eval()
         # One at a time: all at once would hold each weight as it is in the file beside its copy in this precision.
-        for _, weight in tree_flatten(model.parameters()):
+        faults = []
+        for name, weight in tree_flatten(model.parameters()):
             mx.eval(weight)
+            faults += value_faults({name: weight})
+        if faults:
+            raise WeightsCorruptError(f"{folder}: " + "; ".join(faults[:5]) + f"; {way_to(folder)}")
         quantized = [
             m.bits for _, m in model.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))
         ]
@@ -165,6 +171,5 @@ def chosen_precision(wanted: str, model: nn.Module) -> str:
 
 
 def base_sha256(folder: Path) -> str:
-    """Hex hash over what decides a base's answers: its weights, configuration and tokenizer."""
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
-    return hash_of({path.name: sha256_file(path) for path in files})
+    """Hex hash over what decides a base's answers (`base_files`)."""
+    return hash_of({path.name: file_sha256(path) for path in base_files(folder)})

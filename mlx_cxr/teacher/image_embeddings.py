@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def image_embeddings(
 
     Raises:
         ImageEmbeddingError: an embedding is not finite in float16.
+        OSError: the disk is full or not writable.
     """
     header = {
         "schema": 1,
@@ -107,6 +109,7 @@ def image_embeddings(
     folder.mkdir(parents=True, exist_ok=True)
     mode = "r+" if done else "w+"
     out = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+    _reserve(path)
     rows = store.rows(image_ids)
     starts = range(done, len(rows), batch_size)
     for start in tqdm(starts, desc="film embeddings", unit="batch", leave=False, disable=None):
@@ -124,6 +127,18 @@ def image_embeddings(
     out.flush()
     write_record(progress_path, {"header": header, "done": len(rows)})
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _reserve(path: Path) -> None:
+    """Claim the blocks of a file: where the disk is full, writing into its map would end the process with a signal."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None
 
 
 def _done(path: Path, progress_path: Path, header: dict[str, Any], shape: tuple[int, ...]) -> int:

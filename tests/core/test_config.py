@@ -120,7 +120,10 @@ def test_impossible_combinations(written, data, words):
 
 def test_missing_keys_are_named(written):
     path = written(base="name: x\ndata:\n  root: raw\n")
-    assert fault(path) == f"{path}: key 'data.work_dir' is missing"
+    assert fault(path) == f"{path}: key 'data.work_dir' is missing; see configs/demo.yaml, which has it"
+    path = written(base=f"{MINIMAL}  source: csv\n  csv: {{}}\n")
+    assert fault(path) == f"{path}: key 'data.csv.table' is missing; see configs/real_films.yaml, which has it"
+    assert "see configs/demo.yaml" in fault(written(base="data: {root: raw, work_dir: w}\n"))
 
 
 def test_files_that_are_no_configuration(written, tmp_path, monkeypatch):
@@ -180,7 +183,12 @@ def test_overrides_are_yaml_values(written):
         ("=3", "write it as KEY=VALUE"),
         ("seed.x=3", "'seed' is not a section"),
         ("training.epoch=3", "did you mean 'epochs'?"),
-        ("seed=[", "--set 'seed=[': not a YAML value"),
+        ("seed=[", "--set 'seed=[': not valid YAML: line 1"),
+        ("seed=&a [*a]", "--set 'seed=&a [*a]': line 1: lists and keys stand in each other"),
+        (f"seed={'9' * 5000}", "…': line 1: a number of 5,000 digits"),
+        ("seed=9999999999999999999", "'seed': Input should be less than"),
+        (f"seed{'.x' * 5000}=1", "write it as KEY=VALUE"),
+        ("seed=!!python/name:os.system", "the tag !!python/name:os.system is not used here"),
     ],
 )
 def test_faulty_overrides(written, override, words):
@@ -225,3 +233,26 @@ def test_configurations_cannot_be_changed(written):
     config: Config = load_config(written())
     with pytest.raises(Exception, match="frozen"):
         config.training.epochs = 3
+
+
+def test_findings_are_known_in_any_case(written):
+    config = load_config(
+        written("explain: {labels: [edema, PNEUMOTHORAX]}\nlabels: {uncertain_per_label: {edema: ones}}\n")
+    )
+    assert config.explain.labels == ("Edema", "Pneumothorax")
+    assert config.labels.uncertain_per_label == {"Edema": "ones"}
+    assert "'explain.labels.0'" in fault(written("explain: {labels: [no finding]}\n"))
+
+
+def test_a_run_is_given_by_its_name_or_its_folder(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("outputs/one", "elsewhere/two"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text("{}")
+    config = load_config(written())
+    assert config.run_dir("one") == config.run_dir("outputs/one") == Path("outputs/one")
+    assert config.run_dir("elsewhere/two") == Path("elsewhere/two")
+    with pytest.raises(RunNameError):
+        config.run_dir("elsewhere/three")
+    for given in ("one", "outputs/one", "outputs/one/", str(tmp_path / "outputs" / "one")):
+        assert load_config(written(), teacher__run_name=given).teacher.run_name == "one"

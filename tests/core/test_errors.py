@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from mlx_cxr.core.errors import UserError, readable_errors
@@ -53,3 +58,22 @@ def test_interruption_ends_with_130(capsys):
 def test_nothing_happens_where_nothing_goes_wrong():
     with readable_errors():
         pass
+
+
+@pytest.mark.parametrize("command", [["mlx_cxr", "doctor"], ["mlx_cxr.doctor"], ["mlx_cxr.train_cnn", "--config", "x"]])
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.3, 1.0])
+def test_ctrl_c_is_one_line_from_the_first_import_on(command, after):
+    """From the trace of imports it is known when this package has begun, which takes Python itself a moment."""
+    process = subprocess.Popen(
+        [sys.executable, "-v", "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "mlx_cxr/core/" in line and "device" in line:
+            break
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert "Traceback" not in rest
+    if after < 0.2 or command[-1] == "doctor":
+        assert process.returncode == 130
+        assert "stopped" in rest

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, LabelPolicy, check_raw_labels, label_index, label_word
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.labels import (
+    LABELS,
+    SCORING_PROTOCOLS,
+    LabelPolicy,
+    check_raw_labels,
+    finding_name,
+    label_index,
+    label_word,
+)
 
 NAN = np.nan
 
@@ -100,3 +109,17 @@ def test_no_rows_are_fine():
 def test_a_value_has_one_word():
     words = [label_word(value) for value in (1, np.float32(0), -1.0, NAN)]
     assert words == ["present", "absent", "uncertain", "not mentioned"]
+
+
+@pytest.mark.parametrize("typed", ["Pleural Effusion", "pleural effusion", "PLEURAL_EFFUSION", " pleural  Effusion "])
+def test_a_finding_is_known_however_it_is_typed(typed):
+    assert finding_name(typed) == "Pleural Effusion"
+
+
+def test_another_name_gets_the_nearest():
+    with pytest.raises(
+        UserError, match="'cardiomegally' is no finding; did you mean 'Cardiomegaly'\\? The 14 are: Atel"
+    ):
+        finding_name("cardiomegally")
+    with pytest.raises(UserError, match="'xyz' is no finding; the 14 are: Atelectasis, "):
+        finding_name("xyz")

@@ -438,6 +438,7 @@ save_model({str(path)!r}, ResNet18(ResNetConfig()))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "OSError" in done.stderr
+    assert "File too large" in done.stderr
     assert f"could not write {path}" in done.stderr
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
@@ -580,3 +581,82 @@ def test_a_training_step_leaves_frozen_parts_as_they_were():
     changed = {name for name, value in parameters(model).items() if not np.array_equal(np.array(value), before[name])}
     assert not {n for n in changed if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
     assert {"layer3.0.bn1.running_mean", "layer4.1.conv2.weight", "fc.weight"} <= changed
+
+
+def _tail(data: bytearray) -> None:
+    data[-400_000:] = bytes(400_000)
+
+
+def _hole(data: bytearray) -> None:
+    start = len(data) // 2
+    data[start : start + (4 << 20)] = bytes(4 << 20)
+
+
+@pytest.mark.parametrize("damage", [_tail, _hole])
+def test_blocks_of_zeros_in_a_file_put_there_by_hand_are_found(tmp_path, imagenet_like, damage):
+    """Of full length, with a sound header, finite; nobody recorded its hash."""
+    data = bytearray(imagenet_like.read_bytes())
+    damage(data)
+    path = hub.IMAGENET.path(tmp_path)
+    path.write_bytes(data)
+    with pytest.raises(ModelFormatError, match=r"nothing but zeros in [\d,]+ of [\d,]+ rows") as refused:
+        initial_model(ModelConfig(), tmp_path, 0)
+    assert str(path) in str(refused.value)
+    with pytest.raises(ModelFormatError, match="nothing but zeros"):
+        initial_model(ModelConfig(weights=str(path)), tmp_path, 0)
+    with pytest.raises(ModelFormatError, match="nothing but zeros"):
+        convert.fetch_imagenet(tmp_path / "other", path)
+    assert not hub.IMAGENET.path(tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("layer1.0.conv1.weight", lambda a: a * 1e9, "beyond 1e+06"),
+        ("layer3.1.bn2.running_var", lambda a: -a, "negative variances"),
+        ("bn1.running_var", lambda a: a * 1e15, "beyond 1e+12"),
+        ("layer4.0.conv2.weight", lambda a: a * 0, "zeros in 512 of 512 rows"),
+    ],
+)
+def test_values_that_no_training_leaves_are_named(tmp_path, imagenet_like, name, change, words):
+    arrays = load_file(imagenet_like)
+    arrays[name] = change(arrays[name])
+    save_file(arrays, tmp_path / "w.safetensors")
+    with pytest.raises(ModelFormatError) as refused:
+        load_torchvision(tmp_path / "w.safetensors")
+    assert name in str(refused.value)
+    assert words in str(refused.value)
+
+
+def test_weights_with_some_dead_filters_and_unit_statistics_are_taken(tmp_path, imagenet_like):
+    arrays = load_file(imagenet_like)
+    arrays["conv1.weight"][[3, 40]] = 0
+    arrays["layer1.0.bn2.weight"][:] = 0
+    arrays["bn1.running_var"] *= 1e5
+    save_file(arrays, tmp_path / "w.safetensors")
+    assert load_torchvision(tmp_path / "w.safetensors")["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+def test_a_full_disk_is_called_so(tmp_path):
+    """On a disk of 1 MB, where the machine lets us make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        with pytest.raises(OSError, match=r"could not write .*m\.safetensors: No space left on device") as full:
+            save_model(disk / "m.safetensors", random_model())
+        assert full.value.errno == 28
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_bytes_written_are_mlx_own(tmp_path):
+    model = random_model()
+    path = save_model(tmp_path / "m.safetensors", model)
+    _, header = mx.load(str(path), return_metadata=True)
+    mx.save_safetensors(str(tmp_path / "direct.safetensors"), parameters(model), metadata={**header, SEAL: UNSEALED})
+    seal_weights(tmp_path / "direct.safetensors")
+    assert path.read_bytes() == (tmp_path / "direct.safetensors").read_bytes()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save
 
 from mlx_cxr.models import hub
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig
@@ -30,6 +30,7 @@ class SmallHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
         self.lie_about_checksums = False
+        self.large: dict[str, str] = {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,8 +74,12 @@ class SmallHub:
         if "/tree/" in path:
             rows = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in files.items()]
             return 200, {"Content-Type": "application/json"}, json.dumps(rows).encode()
-        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        info = {"id": repo, "sha": COMMIT, "siblings": [self._sibling(name) for name in files]}
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+
+    def _sibling(self, name: str) -> dict[str, object]:
+        large = {"lfs": {"sha256": self.large[name], "size": 1, "pointerSize": 1}} if name in self.large else {}
+        return {"rfilename": name, **large}
 
 
 @pytest.fixture
@@ -272,11 +277,6 @@ def test_each_fault_of_a_language_model_folder_is_named(tmp_path, change, words)
     assert "fetch_weights --what lfm" in str(error.value)
 
 
-def test_safetensors_names_reads_the_header_only(tmp_path):
-    save_file({"x": np.zeros(3, np.float32), "y": np.zeros((2, 2), np.float16)}, tmp_path / "t.safetensors")
-    assert hub.safetensors_names(tmp_path / "t.safetensors") == {"x", "y"}
-
-
 def test_record_that_is_no_record(tmp_path):
     hub.IMAGENET.path(tmp_path).write_bytes(b"x")
     hub.IMAGENET.record_path(tmp_path).write_text('{"files": []}')
@@ -289,3 +289,95 @@ def test_weights_placed_by_hand_are_described(tmp_path):
     record = hub.check_record(hub.IMAGENET, tmp_path)
     assert record["source"] == "placed by hand"
     assert record["files"]["resnet18.tv_in1k.safetensors"]["sha256"] == hashlib.sha256(b"x").hexdigest()
+
+
+def base_folder(weights: Path, files: dict[str, bytes] | None = None) -> Path:
+    """A base that was fetched from a folder, with its record."""
+    source = write_folder(weights.parent / "copy", files or language_model_files())
+    hub.fetch_folder(hub.LFM, weights, hub.check_language_model, source)
+    return hub.LFM.path(weights)
+
+
+@pytest.mark.parametrize("name", ["model-2.safetensors", "config.json", "tokenizer.json", "processor_config.json"])
+def test_a_base_that_changed_since_it_was_fetched_is_refused_when_it_is_opened(tmp_path, name):
+    folder = base_folder(tmp_path / "w")
+    hub.check_base(folder)
+    data = (folder / name).read_bytes()
+    # As long as before, and as whole to the eye.
+    (folder / name).write_bytes(data.replace(b"\0\0\0\0", b"\0\0\0\1", 1) if b"\0" in data else data + b" ")
+    with pytest.raises(hub.WeightsCorruptError, match=rf"{name} has SHA-256 .*fetch_weights --what lfm"):
+        hub.check_base(folder)
+
+
+def test_a_base_whose_record_lacks_a_file_or_is_none_is_refused(tmp_path):
+    folder = base_folder(tmp_path / "w")
+    path = hub.LFM.record_path(tmp_path / "w")
+    record = json.loads(path.read_text())
+    del record["files"]["model-1.safetensors"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(hub.WeightsCorruptError, match=r"model-1\.safetensors is not in .*LFM2\.5-VL-1\.6B\.json"):
+        hub.check_base(folder)
+    path.write_text("[]")
+    with pytest.raises(hub.WeightsCorruptError, match="is not a record of whole weights"):
+        hub.check_base(folder)
+    path.unlink()
+    hub.check_base(folder)
+
+
+def test_companions_of_macos_are_not_taken_for_weights(tmp_path):
+    folder = base_folder(tmp_path / "w")
+    before = [path.name for path in hub.base_files(folder)]
+    for name in ("._model-1.safetensors", "._model-2.safetensors", "._config.json", ".DS_Store"):
+        (folder / name).write_bytes(b"\0\5\26\7" + bytes(60))
+    hub.check_base(folder)
+    assert [path.name for path in hub.base_files(folder)] == before
+    hub.fetch_folder(hub.LFM, tmp_path / "again", hub.check_language_model, folder)
+    assert not [name for name in hub.check_record(hub.LFM, tmp_path / "again")["files"] if name.startswith(".")]
+    hub.LFM.record_path(tmp_path / "w").unlink()
+    assert sorted(hub.check_record(hub.LFM, tmp_path / "w")["files"]) == ["model-1.safetensors", "model-2.safetensors"]
+
+
+def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        hub, "sha256_file", lambda path: calls.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    path = tmp_path / "w"
+    path.write_bytes(b"one")
+    assert hub.file_sha256(path) == hub.file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    assert len(calls) == 1
+    path.write_bytes(b"two")
+    os.utime(path, ns=(0, 0))
+    assert hub.file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+    path.write_bytes(b"six")
+    os.utime(path, ns=(0, 0))
+    assert hub.file_sha256(path) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_a_folder_that_differs_from_the_hubs_checksums_is_not_recorded(small_hub, tmp_path):
+    small_hub.repos["LiquidAI/LFM2.5-VL-1.6B"] = language_model_files()
+    small_hub.large = {"model-2.safetensors": "f" * 64}
+    done = fetch(small_hub.url, tmp_path / "weights", "--what", "lfm")
+    assert done.returncode == 2, done.stderr
+    assert "model-2.safetensors has SHA-256" in done.stderr
+    assert "recorded was ffffffffffff" in done.stderr
+    assert not (tmp_path / "weights" / "LFM2.5-VL-1.6B.json").exists()
+    files = language_model_files()
+    small_hub.large = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if "safe" in name}
+    done = fetch(small_hub.url, tmp_path / "weights", "--what", "lfm")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_base_with_lost_blocks_is_not_fetched_from_a_copy(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.normal(size=(64, 64)).astype(np.float32), "b": rng.normal(size=(64, 64)).astype(np.float32)}
+    files = language_model_files() | {
+        f"model-{i + 1}.safetensors": save({n: a}) for i, (n, a) in enumerate(weights.items())
+    }
+    whole = write_folder(tmp_path / "whole", files)
+    assert fetch("http://127.0.0.1:9", tmp_path / "w", "--what", "lfm", "--from_file", str(whole)).returncode == 0
+    data = files["model-2.safetensors"]
+    broken = write_folder(tmp_path / "broken", files | {"model-2.safetensors": data[:-4096] + bytes(4096)})
+    done = fetch("http://127.0.0.1:9", tmp_path / "w2", "--what", "lfm", "--from_file", str(broken))
+    assert done.returncode == 2
+    assert "model-2.safetensors: b has nothing but zeros in 16 of 64 rows" in done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -198,3 +200,43 @@ def test_a_random_model_has_the_published_initializer():
     assert np.array(model.vision_tower.post_layernorm.bias).tolist() == [0.0] * 64
     other = np.array(new_model(config, 1).language_model.model.embed_tokens.weight)
     assert np.abs(other - embedding).max() > 0.01
+
+
+def test_a_base_with_a_tail_of_zeros_is_refused_with_a_record_and_without(toy, tmp_path):
+    """Of full length and with a sound header: such a base trained to AUC 0.5000."""
+    by_hand = copied_base(tmp_path / "by_hand", toy.base)
+    weights = by_hand / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: -len(data) // 5] + bytes(len(data) - len(data[: -len(data) // 5])))
+    with pytest.raises(
+        WeightsCorruptError, match=r"has nothing but zeros in [\d,]+ of [\d,]+ rows.*whole copy"
+    ) as refused:
+        opened(by_hand, vision=True)
+    assert str(by_hand) in str(refused.value)
+    recorded = tmp_path / "recorded"
+    shutil.copytree(toy.base, recorded)
+    opened(recorded)
+    shutil.copy(weights, recorded / "model.safetensors")
+    with pytest.raises(
+        WeightsCorruptError, match=r"model\.safetensors has SHA-256 .*python -m mlx_cxr\.make_tiny_teacher"
+    ):
+        opened(recorded)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_one_flipped_bit_of_a_recorded_base_is_found(toy, tmp_path, name):
+    folder = tmp_path / "base"
+    shutil.copytree(toy.base, folder)
+    data = bytearray((folder / name).read_bytes())
+    place = data.rindex(b"2") if name.endswith(".json") else len(data) - 100
+    data[place] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(WeightsCorruptError, match=f"{name} has SHA-256"):
+        opened(folder)
+
+
+def test_transformers_does_not_ask_for_pytorch():
+    """Its tokenizer alone is used."""
+    code = "import mlx_cxr.teacher.base_model\nfrom mlx_vlm import load\nfrom transformers import AutoTokenizer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "PyTorch" not in done.stdout + done.stderr

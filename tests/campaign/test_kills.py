@@ -1,0 +1,72 @@
+"""Every stage killed: the same command again ends as if nothing had happened, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+from campaign.chain import (
+    PIPELINE,
+    SHARE,
+    STAGES,
+    TRAINS,
+    VOLATILE,
+    contents,
+    copied,
+    differing,
+    end_workers,
+    hidden,
+    rng,
+    run,
+)
+
+pytestmark = [pytest.mark.campaign, pytest.mark.slow]
+
+KILLS = max(1, round(3 * SHARE))
+"""Of each stage: two before one of its changes on disk, the third after a share of the time that it takes."""
+KILLS_OF_THE_PIPELINE = max(2, round(8 * SHARE))
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_stage_run_again_leaves_what_an_unbroken_one_leaves(chain, counts, tmp_path, stage, number):
+    folder = copied(chain.before(stage), tmp_path / "killed")
+    draw, unbroken = rng("kill", stage, number), chain.ended[stage]
+    if number < 2:
+        first = run(folder, *STAGES[stage], at=int(draw.integers(1, unbroken.changes + 1)))
+    else:
+        first = run(folder, *STAGES[stage], after=draw.uniform(0.4, 0.95) * unbroken.seconds)
+    killed = first.status == -9
+    resumed = TRAINS.get(stage) is not None and (folder / TRAINS[stage] / "config.json").exists()
+    again = run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
+    left = differing(contents(folder), contents(chain.after(stage)))
+    end_workers(first)
+    row = counts[stage]
+    row["kills"] += killed
+    row["ended before it"] += not killed
+    row["equal"] += killed and not left and not hidden(folder)
+    assert again.status == 0, again.said
+    assert left == []
+    assert hidden(folder) == []
+
+
+def test_a_pipeline_killed_again_and_again_leaves_what_an_unbroken_chain_leaves(chain, counts, tmp_path):
+    # `films` is the hash of size and time of the image files, which the pipeline makes anew.
+    unbroken = contents(chain.after("explain_report"), VOLATILE | {"films"})
+    folder = copied(chain.root / "0", tmp_path / "killed")
+    changes, row = sum(chain.ended[stage].changes for stage in STAGES), counts["pipeline"]
+    for number in range(KILLS_OF_THE_PIPELINE):
+        draw = rng("kill", "pipeline", number)
+        if number % 2:
+            killed = run(folder, *PIPELINE, at=int(draw.integers(1, 2 * changes // KILLS_OF_THE_PIPELINE)))
+        else:
+            killed = run(folder, *PIPELINE, after=draw.uniform(4, 20))
+        end_workers(killed)
+        row["kills"] += killed.status == -9
+        row["ended before it"] += killed.status != -9
+    again = run(folder, *PIPELINE)
+    ours = contents(folder, VOLATILE | {"films"})
+    ours = {name: content for name, content in ours.items() if not name.endswith("pipeline.json")}
+    left = differing(ours, unbroken)
+    row["equal"] += row["kills"] if not left and not hidden(folder) else 0
+    assert again.status == 0, again.said
+    assert left == []
+    assert hidden(folder) == []
