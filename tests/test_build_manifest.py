@@ -86,7 +86,7 @@ def test_from_tables_to_manifest(config_file, caplog):
     text = path.with_name("manifest_summary.md").read_text()
     assert "Synthetic" in text
     assert "Not for clinical use" in text
-    assert "| no label row    |     1 |                         50000003-0 |" in text
+    assert "| no label row    |      1 |                         50000003-0 |" in text
     assert text in caplog.text
 
 

@@ -19,7 +19,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import (
     DataError,
-    guarded,
+    guarded_cells,
     id_key,
     label_values,
     read_table,
@@ -96,7 +96,7 @@ def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str],
                 f"{path}: {name} {row[name]!r} of image {row['image_id']!r} has a line break in it; mend it"
             )
     table = table.assign(
-        **{name: table[name].map(guarded) for name in TEXT_COLUMNS},
+        **{name: guarded_cells(table[name]) for name in TEXT_COLUMNS},
         **{name: table[name].map(_TEXT_OF_LABEL).fillna("") for name in LABELS},
     )
     with atomic_path(path) as temporary:

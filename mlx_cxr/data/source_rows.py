@@ -153,7 +153,9 @@ def normalized_sexes(values: pd.Series) -> pd.Series:
 
 def normalized_words(values: pd.Series) -> pd.Series:
     """Values of a few words in capitals and on one line, "" where a program or a person wrote that there is none."""
-    return without(NOTHING_WRITTEN, values.str.split().str.join(" ").str.upper())
+    kinds = pd.Series(values.unique(), dtype="str")
+    words = without(NOTHING_WRITTEN, kinds.str.split().str.join(" ").str.upper())
+    return values.map(dict(zip(kinds, words, strict=True)))
 
 
 def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: str) -> None:

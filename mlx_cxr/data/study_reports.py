@@ -15,7 +15,7 @@ import pandas as pd
 from mlx_cxr.core.files import atomic_path, sha256_file
 from mlx_cxr.data.manifest import Manifest, check_made_together
 from mlx_cxr.data.reports import SECTIONS
-from mlx_cxr.data.tables import DataError, guarded, read_table, refuse_blank, refuse_duplicates
+from mlx_cxr.data.tables import DataError, guarded_cells, read_table, refuse_blank, refuse_duplicates
 
 _STUDIES_AT_ONCE = 20_000
 """Written at a time, so that no second copy of all reports is held."""
@@ -52,8 +52,8 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
         for start in range(0, len(studies), _STUDIES_AT_ONCE):
             chosen = studies[start : start + _STUDIES_AT_ONCE]
-            rows = [(guarded(s), *(guarded(reports[s][name]) for name in SECTIONS)) for s in chosen]
-            table = pd.DataFrame(rows, columns=["study_id", *SECTIONS])
+            rows = [(s, *(reports[s][name] for name in SECTIONS)) for s in chosen]
+            table = pd.DataFrame(rows, columns=["study_id", *SECTIONS], dtype="str").apply(guarded_cells)
             table.to_csv(out, index=False, header=start == 0, lineterminator="\n")
     return sha256_file(path)
 

@@ -53,7 +53,7 @@ _QUOTED_ID = re.compile(r"""=?(["'])(.*)\1|'(.*)""", re.DOTALL)
 """An id as Excel is made to keep it (`="0012"`, `'0012`), or quoted twice."""
 _FLOAT_ID = re.compile(r"([0-9]+)\.0+")
 _ROUNDED_ID = r"^[0-9][.,]?[0-9]*[eE]\+[0-9]+$"
-_LAST_NUMBER = re.compile(r"0+(?=[0-9]+$)")
+_LAST_NUMBER = re.compile(r"(?<![0-9])0+(?=[0-9]+$)")
 _UNPACKERS: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _NO_TABLES: Mapping[bytes, str] = {
     b"PK\x03\x04": "a workbook or an archive; save its sheet as CSV, or unpack it",
@@ -115,18 +115,13 @@ def read_table(
     if table.empty:
         raise DataError(f"{path} has a header but no rows; download or export it again")
     for name in table.columns:
-        table[name] = _unguarded(table[name]) if exact else without(NOTHING, table[name].str.strip())
+        table[name] = unguarded_cells(table[name]) if exact else without(NOTHING, table[name].str.strip())
     return table
 
 
 def without(words: frozenset[str], cells: pd.Series) -> pd.Series:
     """Text cells, those that are one of the words in whatever case made empty."""
     return cells.mask(cells.str.lower().isin(words), "")
-
-
-def _unguarded(cells: pd.Series) -> pd.Series:
-    marked = cells.str.startswith("'")
-    return cells.mask(marked, cells[marked].map(unguarded)) if marked.any() else cells
 
 
 def read_json_lines(path: str | Path, columns: Sequence[str], *, separator: str) -> pd.DataFrame:
@@ -223,13 +218,13 @@ def ids_of(table: pd.DataFrame, column: str, path: str | Path, what: str) -> pd.
         if (odd := np.flatnonzero(ids.str.contains(pattern, regex=True).to_numpy())).size:
             row = row_number(table, odd[0])
             raise DataError(f"{path}, row {row}: {what} {written.iloc[odd[0]]!r} {wrong}")
-    same = kinds.groupby(id_key(plain).to_numpy()).agg(list) if len(kinds) else kinds
-    mixed = same[same.str.len() > 1]
-    for spellings in mixed:
-        first, second = (int(np.flatnonzero((written == spelling).to_numpy())[0]) for spelling in spellings[:2])
+    key = id_key(plain)
+    if (again := np.flatnonzero(key.duplicated().to_numpy())).size:
+        spellings = kinds[key == key.iloc[again[0]]].tolist()[:2]
+        first, second = (int(np.flatnonzero((written == spelling).to_numpy())[0]) for spelling in spellings)
         raise DataError(
             f"{path}: {what} {spellings[0]!r} in row {row_number(table, first)} and {spellings[1]!r} in row "
-            f"{row_number(table, second)} look like one, spelled in two ways ({len(mixed)} such in "
+            f"{row_number(table, second)} look like one, spelled in two ways ({key.iloc[again].nunique()} such in "
             f"all); write each {what} in one way"
         )
     return ids
@@ -296,6 +291,18 @@ def guarded(text: str) -> str:
 def unguarded(cell: str) -> str:
     """The text that `guarded` made a cell of."""
     return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
+
+
+def guarded_cells(texts: pd.Series) -> pd.Series:
+    """A column of texts, each `guarded`."""
+    marked = texts.str.match(_FORMULA.pattern)
+    return texts.mask(marked, texts[marked].map(guarded)) if marked.any() else texts
+
+
+def unguarded_cells(cells: pd.Series) -> pd.Series:
+    """The texts that `guarded_cells` made a column of."""
+    marked = cells.str.startswith("'")
+    return cells.mask(marked, cells[marked].map(unguarded)) if marked.any() else cells
 
 
 def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None = None) -> Path:
@@ -405,7 +412,7 @@ def _read_csv(path: Path, separator: str, encoding: str) -> pd.DataFrame:
             for number, row in enumerate(rows, 1):
                 row = row if mark == separator else [cell.replace(mark, separator) for cell in row]
                 first, begun = begun + 1, rows.line_num
-                if not row or (len(row) == 1 and not row[0].strip()):
+                if not row or (len(row) == 1 != len(header) and not row[0].strip()):
                     continue
                 if not header:
                     header = _header(path, row)
@@ -468,15 +475,15 @@ def _refuse_swallowed_rows(
 ) -> None:
     """Refuse a cell whose further lines all look like rows: a quote is open there that one in a later row closes.
 
-    They do where each has as many cells as the table and, in the columns of one pattern with a number in it, cells of
-    that pattern. As far as the syntax goes, such a table is sound.
+    They do where each has as many cells as the table, and cells of the same pattern in the columns that have one,
+    with a number and no blank in it. As far as the syntax goes, such a table is sound.
     """
     if not suspects:
         return
     patterns = {}
     for place, column in enumerate(zip(*sample, strict=True)):
         (pattern, count), *_ = Counter(_pattern(cell) for cell in column).most_common(1)
-        if "0" in pattern and count >= 0.8 * len(column):
+        if "0" in pattern and not re.search(r"\s", pattern) and count >= 0.8 * len(column):
             patterns[place] = pattern
     for number, line, swallowed in suspects:
         rows = list(csv.reader(swallowed, delimiter=separator)) if len(separator) == 1 else []

@@ -439,10 +439,10 @@ def test_names_separated_otherwise_are_no_absence(tmp_path, separator):
 )
 def test_a_name_like_a_label_is_no_absence_of_it(tmp_path, name, label):
     with pytest.raises(DataError, match=rf"row 2, column 'findings': '{name}' looks like the label '{label}'"):
-        listed(tmp_path, name, label)
+        listed(tmp_path, name, label, label_map={})
     assert labels(listed(tmp_path, name, label, label_map={name: label}), label) == [1, 1]
-    assert labels(listed(tmp_path, name, label, ignore=(name,)), label) == [0, 1]
-    rows = listed(tmp_path, f"{name}|Edema", "Edema")  # of a label that is not covered: empty in all rows
+    assert labels(listed(tmp_path, name, label, label_map={}, ignore=(name,)), label) == [0, 1]
+    rows = listed(tmp_path, f"{name}|Edema", "Edema", label_map={})  # of a label that is not covered: empty in all rows
     assert labels(rows, label) == [9, 9]
     assert rows.notes == {f"finding not mapped: {name}": 1}
 
