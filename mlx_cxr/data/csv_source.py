@@ -32,6 +32,7 @@ from mlx_cxr.data.tables import (
     ids_of,
     label_of_name,
     label_values,
+    listed,
     plain_name,
     read_json_lines,
     read_table,
@@ -277,12 +278,12 @@ def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame
     if source.labels_covered and unserved:
         raise DataError(
             f"{source.table}: no column for {', '.join(unserved)} of data.csv.labels_covered; map one in "
-            f"data.csv.label_map. Columns there: {', '.join(table.columns)}"
+            f"data.csv.label_map. Columns there: {listed([*table.columns])}"
         )
     if not columns:
         raise DataError(
             f"{source.table}: no column is one of the 14 labels; set data.csv.findings to the column that lists them, "
-            f"or map columns in data.csv.label_map. Columns there: {', '.join(table.columns)}"
+            f"or map columns in data.csv.label_map. Columns there: {listed([*table.columns])}"
         )
     labels, rank = pd.DataFrame(index=table.index), {1.0: 3, -1.0: 2, 0.0: 1}
     for name, label in columns.items():
@@ -301,7 +302,7 @@ def _columns_of_labels(table: pd.DataFrame, source: CsvSource) -> dict[str, str]
     if absent := [name for name in source.label_map if plain_name(name) not in named]:
         raise DataError(
             f"{source.table} lacks the column(s) {', '.join(absent)} of data.csv.label_map; columns there: "
-            f"{', '.join(table.columns)}"
+            f"{listed([*table.columns])}"
         )
     own: dict[str, str] = {}
     for name in table.columns:
@@ -344,8 +345,8 @@ def _unused_columns(table: pd.DataFrame, source: CsvSource, used: set[str]) -> d
             log.warning("%s: column %r sounds like %r and is not read; %s", source.table, name, like, way_out)
     if not spare:
         return {}
-    log.info("%s: columns that nothing is read from: %s", source.table, ", ".join(spare))
-    return {f"columns not used: {', '.join(spare)}": len(spare)}
+    log.info("%s: columns that nothing is read from: %s", source.table, listed(spare))
+    return {f"columns not used: {listed(spare)}": len(spare)}
 
 
 def _relative(paths: pd.Series, root: Path, source: CsvSource) -> pd.Series:

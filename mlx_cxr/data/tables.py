@@ -452,7 +452,7 @@ def _header(path: Path, row: list[str]) -> list[str]:
     """Names of the columns, none there twice; one without a name is called by its place."""
     header = [name.strip() or f"(column {place})" for place, name in enumerate(row, 1)]
     if twice := [name for name, count in Counter(header).items() if count > 1]:
-        places = ", ".join(str(place) for place, name in enumerate(header, 1) if name == twice[0])
+        places = listed([str(place) for place, name in enumerate(header, 1) if name == twice[0]], 5)
         raise DataError(
             f"{path}: column {twice[0]!r} is there {header.count(twice[0])} times (columns {places}); rename or remove "
             "one"
@@ -549,7 +549,7 @@ def _refuse_missing(path: Path, wanted: Sequence[str], header: Sequence[str], hi
         if near and not hint:
             name, close = next(iter(near.items()))
             hint = f"did you mean {close!r} by {name!r}? "
-        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
+        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {listed(header)}")
 
 
 def _separator_hint(header: Sequence[str], separator: str, key: str | None) -> str:
@@ -566,9 +566,10 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
     tables = sorted(item.name for item in path.parent.iterdir() if ".csv" in item.name or item.suffix == ".jsonl")
-    return f"tables in {path.parent}: {_listed(tables)}"
+    return f"tables in {path.parent}: {listed(tables)}"
 
 
-def _listed(names: Sequence[str], most: int = 30) -> str:
+def listed(names: Sequence[str], most: int = 30) -> str:
+    """Names for a message, the first of them where there are very many."""
     shown = ", ".join(names[:most]) or "none"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
