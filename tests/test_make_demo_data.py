@@ -296,8 +296,11 @@ def wait_for_images(folder: Path) -> None:
 
 
 def is_there(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
+    """True if a process of the group is still at work after some seconds; one that only waits to be reaped is not."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+        if not any(int(g) == group and not stat.startswith("Z") for g, stat in map(str.split, listed.splitlines())):
+            return False
+        time.sleep(0.2)
     return True
