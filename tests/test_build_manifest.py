@@ -57,6 +57,10 @@ def test_from_tables_to_manifest(config_file, caplog):
     summary = summary_of(path)
     assert summary["images_read"] == 90 == len(manifest) + sum(summary["dropped"].values())
     assert summary["dropped"] == {"view not wanted": 30, "no label row": 1}
+    assert summary["dropped_examples"] == {
+        "view not wanted": ["50000001-1", "50000003-1", "50000005-1"],
+        "no label row": ["50000003-0"],
+    }
     assert summary["manifest_sha256"] == manifest.sha256
     assert summary["reports"]["found"] == 44
     assert summary["reports"]["text_from"] == {"impression": 44}
@@ -82,6 +86,7 @@ def test_from_tables_to_manifest(config_file, caplog):
     text = path.with_name("manifest_summary.md").read_text()
     assert "Synthetic" in text
     assert "Not for clinical use" in text
+    assert "| no label row    |      1 |                         50000003-0 |" in text
     assert text in caplog.text
 
 

@@ -33,6 +33,31 @@ LABELS: tuple[str, ...] = (
     "Support Devices",
 )
 """Column order of `mimic-cxr-2.0.0-chexpert.csv`; the order of every (N, 14) array in this package."""
+FINDING_STEMS: Mapping[str, str] = {
+    "atelecta": "Atelectasis",
+    "cardiomeg": "Cardiomegaly",
+    "consolid": "Consolidation",
+    "edema": "Edema",
+    "mediastin": "Enlarged Cardiomediastinum",
+    "fractur": "Fracture",
+    "lesion": "Lung Lesion",
+    "nodul": "Lung Lesion",
+    "opaci": "Lung Opacity",
+    "infiltra": "Lung Opacity",
+    "effusion": "Pleural Effusion",
+    "pleura": "Pleural Other",
+    "pneumothora": "Pneumothorax",
+    "pneumon": "Pneumonia",
+    "device": "Support Devices",
+}
+"""Part of a name, in lower case -> the finding that it may stand for, the first that fits: to ask, never to answer."""
+FINDING_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("normal", "no findings", "healthy"), "No Finding"),
+    **dict.fromkeys(("mass", "masses"), "Lung Lesion"),
+    "ptx": "Pneumothorax",
+    "enlarged heart": "Cardiomegaly",
+}
+"""The same of whole names."""
 MAPPED = tuple(label for label in LABELS if label != "No Finding")
 """The findings that have maps: where nothing is, there is nothing to point at."""
 

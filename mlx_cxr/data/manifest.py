@@ -17,7 +17,15 @@ import pandas as pd
 from mlx_cxr.core.files import RecordError, atomic_path, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
-from mlx_cxr.data.tables import DataError, label_values, read_table, refuse_blank, refuse_duplicates
+from mlx_cxr.data.tables import (
+    DataError,
+    guarded_cells,
+    id_key,
+    label_values,
+    read_table,
+    refuse_blank,
+    refuse_duplicates,
+)
 
 SCHEMA = 1
 _TEXT_OF_LABEL = {1.0: "1", 0.0: "0", -1.0: "-1"}
@@ -60,6 +68,8 @@ def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str],
         text: cleaned text of the report, by `data.report_sections`; empty when there is none.
         the 14 labels: 1 present, 0 absent, -1 uncertain, empty not mentioned.
 
+    Texts are `guarded` from spreadsheets; `load_manifest` gives them back exactly.
+
     Args:
         frame: str columns `TEXT_COLUMNS`, and 14 label columns of 1 / 0 / -1 / NaN.
         agree: called with the hash of the new file before it takes the place of an old one; may raise to keep that.
@@ -68,7 +78,8 @@ def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str],
         Hex SHA-256 of the file.
 
     Raises:
-        DataError: no rows, an image twice, a path in some rows only, or a patient in two splits.
+        DataError: no rows, an image twice, a path in some rows only, a line break in a text, or a patient in two
+            splits.
     """
     if frame.empty:
         raise DataError(f"{path}: there is no film to write; see the counts of dropped images")
@@ -77,7 +88,17 @@ def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str],
     refuse_duplicates(frame.reset_index(drop=True), "image_id", path, "image")
     check_patient_splits(frame)
     table = frame.sort_values(["patient_id", "study_id", "image_id"], kind="stable")[[*TEXT_COLUMNS, *LABELS]]
-    table = table.assign(**{name: table[name].map(_TEXT_OF_LABEL).fillna("") for name in LABELS})
+    for name in TEXT_COLUMNS:
+        # Readers take a carriage return for the end of a row, and the writer puts no quotes around it.
+        if (broken := np.flatnonzero(table[name].str.contains("[\r\n]", regex=True).to_numpy())).size:
+            row = table.iloc[broken[0]]
+            raise DataError(
+                f"{path}: {name} {row[name]!r} of image {row['image_id']!r} has a line break in it; mend it"
+            )
+    table = table.assign(
+        **{name: guarded_cells(table[name]) for name in TEXT_COLUMNS},
+        **{name: table[name].map(_TEXT_OF_LABEL).fillna("") for name in LABELS},
+    )
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
         sha256 = sha256_file(temporary)
@@ -96,7 +117,7 @@ def load_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is missing; run build_manifest first")
-    table = read_table(path, [*TEXT_COLUMNS, *LABELS])
+    table = read_table(path, [*TEXT_COLUMNS, *LABELS], exact=True)
     for name in ("image_id", "patient_id", "study_id", *([] if _without_images(table) else ["path"])):
         refuse_blank(table, name, path)
     refuse_duplicates(table, "image_id", path, "image")
@@ -135,14 +156,15 @@ def check_made_together(path: Path, key: str, sha256: str) -> None:
 
 
 def check_patient_splits(frame: pd.DataFrame) -> None:
-    """Raise DataError, naming patients, when a `patient_id` of the rows is in more than one `split`."""
+    """Raise DataError, naming patients, when a `patient_id`, however spelled, is in more than one `split`."""
     pairs = frame[["patient_id", "split"]].drop_duplicates()
-    leaked = pairs.loc[pairs["patient_id"].duplicated(), "patient_id"].unique()
+    key = id_key(pairs["patient_id"])
+    pairs = pairs.assign(key=key)[key.isin(key[key.duplicated()])]
+    splits = pairs.groupby("key", sort=False)["split"].agg(lambda split: " and ".join(sorted(set(split))))
+    leaked = splits[splits.str.contains(" and ")]
     if len(leaked):
-        named = "; ".join(
-            f"{patient} in {' and '.join(sorted(pairs.loc[pairs['patient_id'] == patient, 'split']))}"
-            for patient in leaked[:5]
-        )
+        spelled = pairs.groupby("key")["patient_id"].agg(lambda ids: " or ".join(dict.fromkeys(ids)))
+        named = "; ".join(f"{spelled[patient]} in {where}" for patient, where in leaked.head(5).items())
         raise DataError(
             f"{len(leaked)} patient(s) are in more than one split: {named}. Scores would be of films much like those "
             "trained on: mend the source's split, or leave it out to have one made by patient"

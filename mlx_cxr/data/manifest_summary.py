@@ -34,7 +34,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
     Keys:
         images_read: images (reports, where `text_only`) that the source lists: those kept and those dropped together.
         text_only: true for reports without images.
-        dropped: reason -> images.
+        dropped: reason -> images. dropped_examples: reason -> ids of the first of them.
         notes: anything else to know -> its count.
         splits: split -> patients, studies, images.
         labels: label -> split -> studies with 1, 0, -1 and empty.
@@ -53,6 +53,7 @@ def summarize(rows: SourceRows, reports: ReportTexts, before: pd.DataFrame | Non
         "images_read": rows.read,
         "text_only": bool((frame["path"] == "").all()),
         "dropped": dict(rows.dropped),
+        "dropped_examples": {reason: list(ids) for reason, ids in rows.examples.items()},
         "notes": dict(rows.notes),
         "splits": split_counts(frame),
         "labels": {name: _values(studies, name) for name in LABELS},
@@ -74,16 +75,16 @@ def render(summary: Mapping[str, Any], title: str, synthetic: bool) -> str:
     """The summary as Markdown that reads well on a terminal too."""
     kept = sum(counts["images"] for counts in summary["splits"].values())
     what, counted = ("reports", ("patients", "studies")) if summary["text_only"] else ("images", _COUNTED)
-    dropped, notes = ([(escaped(name), count) for name, count in summary[key].items()] for key in ("dropped", "notes"))
+    notes = [(escaped(name), count) for name, count in summary["notes"].items()]
+    dropped = [
+        (escaped(reason), count, escaped(", ".join(summary["dropped_examples"].get(reason, ()))))
+        for reason, count in summary["dropped"].items()
+    ]
     lines = [f"# {title}", ""]
     if synthetic:
         lines += ["**Synthetic films: rendered by a program, not of people.**", ""]
     lines += ["Not for clinical use.", "", f"{summary['images_read']:,} {what} read, {kept:,} kept.", ""]
-    lines += _table(
-        ("dropped because", what),
-        dropped,
-        "Nothing was dropped.",
-    )
+    lines += _table(("dropped because", what, "such as"), dropped, "Nothing was dropped.")
     if notes:
         lines += _table(("note", "count"), notes)
     lines += ["## Splits", ""]

@@ -22,11 +22,13 @@ from mlx_cxr.data.source_rows import (
     SourceRows,
     normalized_sexes,
     normalized_splits,
+    normalized_words,
     refuse_inconsistent_studies,
 )
 from mlx_cxr.data.tables import (
     LABEL_ALIASES,
     DataError,
+    id_key,
     ids_of,
     label_values,
     read_table,
@@ -77,7 +79,6 @@ def read_mimic(data: DataConfig) -> SourceRows:
     """
     paths = find_tables(data.root, data.labeler)
     metadata = _read(paths["metadata"], ["dicom_id", "subject_id", "study_id", "ViewPosition"], optional=["StudyDate"])
-    refuse_blank(metadata, "dicom_id", paths["metadata"])
     refuse_duplicates(metadata, "dicom_id", paths["metadata"], "image")
     image, patient, study = (metadata[name] for name in ("dicom_id", "subject_id", "study_id"))
     frame = pd.DataFrame(
@@ -85,7 +86,7 @@ def read_mimic(data: DataConfig) -> SourceRows:
             "image_id": image,
             "patient_id": patient,
             "study_id": study,
-            "view": metadata["ViewPosition"].str.upper(),
+            "view": normalized_words(metadata["ViewPosition"]),
             "path": "files/p" + patient.str.slice(0, 2) + "/p" + patient + "/s" + study + "/" + image + ".jpg",
             "date": metadata.get("StudyDate", ""),
         }
@@ -107,14 +108,23 @@ def read_mimic(data: DataConfig) -> SourceRows:
 
 
 def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.DataFrame:
-    """A MIMIC table whose `subject_id` and `study_id` are digits; "10000032.0" (pandas) is repaired."""
+    """A MIMIC table whose `subject_id` and `study_id` are digits; "10000032.0" and "010000032" are repaired."""
     table = read_table(path, columns, optional=optional, renamed=LABEL_ALIASES)
-    for column in {"subject_id", "study_id"} & set(table.columns):
-        table[column] = ids_of(table, column, path, column.removesuffix("_id"))
-        wrong = np.flatnonzero(~table[column].str.fullmatch("[0-9]+").to_numpy(dtype=bool))
+    for column, kind, pattern in (
+        ("dicom_id", "image", r"[\w.-]+"),
+        ("subject_id", "subject", "[0-9]+"),
+        ("study_id", "study", "[0-9]+"),
+    ):
+        if column not in table:
+            continue
+        table[column] = ids_of(table, column, path, kind)
+        wrong = np.flatnonzero(~table[column].str.fullmatch(pattern).to_numpy(dtype=bool))
         if wrong.size:
             value, row = table[column].iloc[wrong[0]], row_number(table, wrong[0])
-            raise DataError(f"{path}, row {row}: {column} {value!r} is not a number")
+            is_not = "a number" if column != "dicom_id" else "the name of a file"
+            raise DataError(f"{path}, row {row}: {column} {value!r} is not {is_not}")
+        if column != "dicom_id":
+            table[column] = table[column].str.lstrip("0")
     return table
 
 
@@ -174,4 +184,4 @@ def _join_patients(rows: SourceRows, path: Path | None) -> SourceRows:
 
 def _place(ids: pd.Series, of: pd.Series) -> np.ndarray:
     """Row of each id in `of`, -1 where absent; int (N,)."""
-    return pd.Index(of).get_indexer(pd.Index(ids))
+    return pd.Index(id_key(of)).get_indexer(pd.Index(id_key(ids)))

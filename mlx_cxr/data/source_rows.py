@@ -11,20 +11,22 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.tables import DataError, row_number
+from mlx_cxr.data.tables import NOTHING_WRITTEN, DataError, row_number, without
 
 SPLITS: tuple[str, ...] = ("train", "validate", "test")
 TEXT_COLUMNS: tuple[str, ...] = ("image_id", "patient_id", "study_id", "split", "view", "age", "sex", "path", "text")
 """The columns of `manifest.csv` before the 14 labels; all of them text, empty where the source has nothing."""
 MISSING_VIEW = "missing"
 OLDEST = 120.0
+_EXAMPLES = 3
+"""Rows named for each reason that some are dropped for."""
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validate", "validation", "valid", "val", "dev"), "validate"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "u": "", "unknown": "", "nan": "", "none": ""}
+_SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "u": "", "unknown": ""}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SourceRows:
             reports that the source has in a column of its own, then one float32 column per label: 1, 0, -1 or NaN.
         read: images that the source's table lists; of a table of reports alone, reports.
         dropped: reason -> images left out.
+        examples: reason -> ids of the first of them.
         notes: anything a reader of the summary should know -> its count.
         inputs: role -> table that was read.
     """
@@ -45,6 +48,11 @@ class SourceRows:
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.read != len(self) + sum(self.dropped.values()):
+            raise ValueError(f"{self.read} rows were read, {len(self)} kept, and dropped: {dict(self.dropped)}")
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -52,11 +60,18 @@ class SourceRows:
     def keep(self, rows: np.ndarray, reason: str) -> SourceRows:
         """The rows where the boolean mask (N,) is true; the others are counted under `reason`."""
         rows = np.asarray(rows, dtype=bool)
-        gone = int((~rows).sum())
-        if not gone:
+        if rows.all():
             return self
-        dropped = {**self.dropped, reason: self.dropped.get(reason, 0) + gone}
-        return replace(self, frame=self.frame[rows].reset_index(drop=True), dropped=dropped)
+        kept = replace(self, frame=self.frame[rows].reset_index(drop=True), read=self.read - int((~rows).sum()))
+        return kept.with_dropped(self.frame.loc[~rows, "image_id"], reason)
+
+    def with_dropped(self, ids: pd.Series, reason: str) -> SourceRows:
+        """The same rows, with those of these ids counted as read and dropped."""
+        if ids.empty:
+            return self
+        dropped = {**self.dropped, reason: self.dropped.get(reason, 0) + len(ids)}
+        examples = [*self.examples.get(reason, ()), *ids.head(_EXAMPLES).astype(str)][:_EXAMPLES]
+        return replace(self, read=self.read + len(ids), dropped=dropped, examples={**self.examples, reason: examples})
 
     def noted(self, **notes: int) -> SourceRows:
         """The same rows with further notes; those that count nothing are left out."""
@@ -132,8 +147,15 @@ def normalized_ages(values: pd.Series) -> tuple[pd.Series, int]:
 
 def normalized_sexes(values: pd.Series) -> pd.Series:
     """`M`, `F`, "" where unknown, or another value of the source in capitals."""
-    known = values.str.lower().map(_SEXES)
-    return known.fillna(values.str.upper())
+    values = normalized_words(values)
+    return values.str.lower().map(_SEXES).fillna(values)
+
+
+def normalized_words(values: pd.Series) -> pd.Series:
+    """Values of a few words in capitals and on one line, "" where a program or a person wrote that there is none."""
+    kinds = pd.Series(values.unique(), dtype="str")
+    words = without(NOTHING_WRITTEN, kinds.str.split().str.join(" ").str.upper())
+    return values.map(dict(zip(kinds, words, strict=True)))
 
 
 def refuse_inconsistent_studies(frame: pd.DataFrame, path: str | Path, way_out: str) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 from mlx_cxr.core.files import atomic_path, sha256_file
 from mlx_cxr.data.manifest import Manifest, check_made_together
 from mlx_cxr.data.reports import SECTIONS
-from mlx_cxr.data.tables import DataError, read_table, refuse_blank, refuse_duplicates
+from mlx_cxr.data.tables import DataError, guarded_cells, read_table, refuse_blank, refuse_duplicates
 
 _STUDIES_AT_ONCE = 20_000
 """Written at a time, so that no second copy of all reports is held."""
@@ -37,6 +37,8 @@ class StudyReports:
 def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) -> str | None:
     """Write `reports.csv` atomically, in the order of the study ids; where there are no reports, remove an old one.
 
+    Texts are `tables.guarded`; `load_reports` gives them back exactly.
+
     Args:
         reports: study id -> each of `reports.SECTIONS`.
 
@@ -49,8 +51,9 @@ def write_reports(path: str | Path, reports: Mapping[str, Mapping[str, str]]) ->
     studies = sorted(reports)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
         for start in range(0, len(studies), _STUDIES_AT_ONCE):
-            rows = [(s, *(reports[s][name] for name in SECTIONS)) for s in studies[start : start + _STUDIES_AT_ONCE]]
-            table = pd.DataFrame(rows, columns=["study_id", *SECTIONS])
+            chosen = studies[start : start + _STUDIES_AT_ONCE]
+            rows = [(s, *(reports[s][name] for name in SECTIONS)) for s in chosen]
+            table = pd.DataFrame(rows, columns=["study_id", *SECTIONS], dtype="str").apply(guarded_cells)
             table.to_csv(out, index=False, header=start == 0, lineterminator="\n")
     return sha256_file(path)
 
@@ -70,7 +73,7 @@ def load_reports(path: str | Path, manifest: Manifest | None = None) -> StudyRep
         raise DataError(
             f"{path} is missing: run build_manifest. If its summary says that no reports were found, set data.reports"
         )
-    table = read_table(path, ["study_id", *SECTIONS])
+    table = read_table(path, ["study_id", *SECTIONS], exact=True)
     refuse_blank(table, "study_id", path)
     refuse_duplicates(table, "study_id", path, "study")
     texts = table[list(SECTIONS)].to_dict("records")

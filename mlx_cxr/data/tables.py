@@ -6,6 +6,7 @@ header is row 1.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
 import difflib
@@ -13,11 +14,13 @@ import gzip
 import io
 import json
 import logging
+import lzma
 import re
 import unicodedata
-import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +29,7 @@ import pandas as pd
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import atomic_path
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import FINDING_STEMS, FINDING_WORDS, LABELS
 
 log = logging.getLogger("mlx_cxr")
 
@@ -37,11 +40,30 @@ NOTHING = frozenset(("nan", "<na>", "nat", "null", "n/a", "#n/a"))
 """Cells, whatever their case, that programs write for an empty one; they are read as "" everywhere."""
 NOTHING_WRITTEN = NOTHING | {"none", "na", "-"}
 """The same for ids, reports and labels, where these words mean nothing else."""
-MOST_BYTES = 8 << 30
-"""Largest table that is read, unpacked: what is larger is no table of images or reports."""
+MOST_BYTES = 2 << 30
+"""Largest table that is read, unpacked: 377,110 reports take 0.4 GB, MIMIC-CXR's largest table 0.1 GB."""
+LONGEST_LINE = 16 << 20
+LONGEST_CELL = 1 << 20
+"""Characters; the longest report of MIMIC-CXR has some ten thousand."""
+_ROWS_AT_ONCE = 20_000
+"""Turned into columns at a time, so that no second copy of the table is held as Python's lists."""
 _OTHER_SEPARATORS = (",", ";", "\t", "|")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+_QUOTED_ID = re.compile(r"""=?(["'])(.*)\1|'(.*)""", re.DOTALL)
+"""An id as Excel is made to keep it (`="0012"`, `'0012`), or quoted twice."""
 _FLOAT_ID = re.compile(r"([0-9]+)\.0+")
+_ROUNDED_ID = r"^[0-9][.,]?[0-9]*[eE]\+[0-9]+$"
+_LAST_NUMBER = re.compile(r"(?<![0-9])0+(?=[0-9]+$)")
+_UNPACKERS: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_NO_TABLES: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a workbook or an archive; save its sheet as CSV, or unpack it",
+    b"\xd0\xcf\x11\xe0": "a workbook of Excel 97; save its sheet as CSV",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it",
+    b"PAR1": "a Parquet file; save it as CSV",
+    b"SQLite format 3": "a database; export its table as CSV",
+    b"%PDF-": "a PDF",
+}
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 """Beginnings that make a spreadsheet compute a cell (OWASP, "CSV Injection"), after any `'` of `guarded`."""
 
@@ -58,11 +80,12 @@ def read_table(
     renamed: Mapping[str, str] | None = None,
     separator: str = ",",
     separator_key: str | None = None,
+    exact: bool = False,
 ) -> pd.DataFrame:
-    """Read a CSV file, packed by gzip or not, as text, surrounding blanks removed, empty cells as "".
+    """Read a CSV file (RFC 4180), packed by gzip, bzip2, xz or not, as text.
 
     UTF-8 with or without a byte-order mark and UTF-16 are recognized; anything else is read as Windows-1252, with a
-    warning. Cells of `NOTHING` are empty.
+    warning. Surrounding blanks are removed, cells of `NOTHING` are empty, empty lines are skipped.
 
     Args:
         columns: columns that must be there; None takes all that there are.
@@ -70,17 +93,20 @@ def read_table(
         renamed: name in the file -> name to know the column by, where the latter is not there as well.
         separator: between cells.
         separator_key: configuration key that sets the separator, for the error message.
+        exact: give the texts back that were `guarded` when this package wrote the table, with nothing removed.
 
     Returns:
-        str columns, in the order asked for; one row per row of the table, numbered from 0.
+        str columns, in the order asked for; one row per row of the table; `row_number` gives the row of the file.
 
     Raises:
-        DataError: the file is missing, empty, cut short, not a table, has a quote that is not closed or a column twice,
-            or lacks a column (the message lists those there).
+        DataError: the file is missing, no regular file, too large, empty, cut short, not a table, has a row of more or
+            fewer cells than the header, a quote that is not closed or a column twice, or lacks a column (the message
+            lists those there).
     """
     path = Path(path)
-    # Not `usecols`: with it pandas no longer notices rows with too many cells.
-    table = _read_csv(path, separator, *_look_through(path))
+    if (encoding := _look_through(path)) == "cp1252":
+        log.warning("%s is not UTF-8; read as Windows-1252", path)
+    table = _read_csv(path, separator, encoding)
     table = table.rename(columns={old: new for old, new in (renamed or {}).items() if new not in table.columns})
     header = [str(name) for name in table.columns]
     _refuse_missing(path, columns or (), header, _separator_hint(header, separator, separator_key))
@@ -89,13 +115,17 @@ def read_table(
     if table.empty:
         raise DataError(f"{path} has a header but no rows; download or export it again")
     for name in table.columns:
-        cells = table[name].str.strip()
-        table[name] = cells.mask(cells.str.casefold().isin(NOTHING), "")
+        table[name] = unguarded_cells(table[name]) if exact else without(NOTHING, table[name].str.strip())
     return table
 
 
+def without(words: frozenset[str], cells: pd.Series) -> pd.Series:
+    """Text cells, those that are one of the words in whatever case made empty."""
+    return cells.mask(cells.str.lower().isin(words), "")
+
+
 def read_json_lines(path: str | Path, columns: Sequence[str], *, separator: str) -> pd.DataFrame:
-    """Read a `.jsonl`, UTF-8 with an object per line, as a table of text; blank lines are skipped.
+    """Read a `.jsonl`, UTF-8 with an object per line, packed or not, as a table of text; blank lines are skipped.
 
     Texts lose surrounding blanks, numbers stay as written, a list of these is joined by `separator`. Keys that hold an
     object somewhere, or a list with one in it, are left out.
@@ -105,24 +135,21 @@ def read_json_lines(path: str | Path, columns: Sequence[str], *, separator: str)
         separator: put between the items of a list.
 
     Returns:
-        A str column per key of any line. A cell is missing (NaN) where the line lacks the key, or has null, NaN or ""
-        for it, and "" where it has an empty list. `row_number` gives the line of the file.
+        A str column per key of any line. A cell is missing (NaN) where the line lacks the key, or has null, "" or a
+        word of `NOTHING` for it, and "" where it has an empty list. `row_number` gives the line of the file.
 
     Raises:
-        DataError: the file is missing or empty, a line is not a JSON object, a key of `columns` is in no line or holds
-            an object; names file, line and key.
+        DataError: the file is missing, no regular file, too large or empty, a line is not a JSON object or has a key
+            twice, a key of `columns` is in no line or holds an object; names file, line and key.
     """
     path = Path(path)
-    _refuse_other_than_a_file(path)
+    _look_through(path)
     records: dict[int, dict[str, Any]] = {}
-    try:
-        with path.open("rb") as data:
-            for number, line in enumerate(data, 1):
-                if line.strip():
-                    record = _json_object(line, f"{path}, line {number}")
-                    records[number] = {name: _json_cell(value, separator) for name, value in record.items()}
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise DataError(f"{path}: no such table; {_neighbours(path)}") from None
+    with _opened(path) as data:
+        for number, line in enumerate(data, 1):
+            if line.strip():
+                record = _json_object(line, f"{path}, line {number}")
+                records[number] = {name: _json_cell(value, separator) for name, value in record.items()}
     if not records:
         raise DataError(f"{path} has no rows; download or export it again")
     names = dict.fromkeys(name for cells in records.values() for name in cells)
@@ -167,43 +194,54 @@ def label_values(table: pd.DataFrame, columns: Mapping[str, str], path: str | Pa
 
 
 def ids_of(table: pd.DataFrame, column: str, path: str | Path, what: str) -> pd.Series:
-    """A column of ids in the one form that they are compared in: text, leading zeros and case as the table has them.
+    """A column of ids as text, with the leading zeros and the case that the table has.
 
-    Blanks and characters that nobody sees are removed, full-width digits become plain, and "10000.0", which pandas
-    makes of a column of whole numbers with a gap, becomes "10000".
+    Blanks, characters that nobody sees and the quotes that make Excel keep zeros are removed, full-width digits become
+    plain, and "10000.0", which pandas makes of a column of whole numbers with a gap, becomes "10000".
 
     Args:
         what: such as `patient`, for the message.
 
     Raises:
-        DataError: an id is empty or has a control character, or the same id is spelled in two ways; names the rows.
+        DataError: an id is empty, has a control character, was rounded by a spreadsheet, or the same id (`id_key`) is
+            spelled in two ways; names the rows.
     """
     written = table[column]
     kinds = pd.Series(written.unique(), dtype="str")
     plain = kinds.map(_plain_id)
-    ids = written.map(dict(zip(kinds, plain, strict=True)))
-    if (blank := np.flatnonzero((ids == "").to_numpy())).size:
-        row = row_number(table, blank[0])
-        raise DataError(f"{path}, row {row}: column {column!r} is empty ({len(blank)} such row(s) in all)")
-    if (odd := np.flatnonzero(ids.str.contains(r"[\x00-\x1f\x7f]", regex=True).to_numpy())).size:
-        row = row_number(table, odd[0])
-        raise DataError(f"{path}, row {row}: {what} {written.iloc[odd[0]]!r} has a control character in it")
-    compared = plain.str.casefold().str.replace(r"^0+(?=[0-9]+$)", "", regex=True)
-    same = kinds.groupby(compared).agg(list)
-    for spellings in same[same.str.len() > 1]:
-        first, second = (int(np.flatnonzero((written == spelling).to_numpy())[0]) for spelling in spellings[:2])
+    ids = plain.iloc[pd.Index(kinds).get_indexer(pd.Index(written))].set_axis(written.index)
+    refuse_blank(ids.to_frame(column), column, path)
+    for pattern, wrong in (
+        (r"[\x00-\x1f\x7f]", "has a control character in it; mend it"),
+        (_ROUNDED_ID, "was rounded by a spreadsheet, and others with it; export the table with ids as text"),
+    ):
+        if (odd := np.flatnonzero(ids.str.contains(pattern, regex=True).to_numpy())).size:
+            row = row_number(table, odd[0])
+            raise DataError(f"{path}, row {row}: {what} {written.iloc[odd[0]]!r} {wrong}")
+    key = id_key(plain)
+    if (again := np.flatnonzero(key.duplicated().to_numpy())).size:
+        spellings = kinds[key == key.iloc[again[0]]].tolist()[:2]
+        first, second = (int(np.flatnonzero((written == spelling).to_numpy())[0]) for spelling in spellings)
         raise DataError(
             f"{path}: {what} {spellings[0]!r} in row {row_number(table, first)} and {spellings[1]!r} in row "
-            f"{row_number(table, second)} look like one, spelled in two ways ({(same.str.len() > 1).sum()} such in "
+            f"{row_number(table, second)} look like one, spelled in two ways ({key.iloc[again].nunique()} such in "
             f"all); write each {what} in one way"
         )
     return ids
 
 
+def id_key(ids: pd.Series) -> pd.Series:
+    """Ids in the one form in which they are compared: without regard to case and to zeros that lead the last number."""
+    return ids.map(lambda text: _LAST_NUMBER.sub("", _plain_id(text).casefold(), count=1))
+
+
 def _plain_id(written: str) -> str:
-    text = unicodedata.normalize("NFKC", written).translate(_INVISIBLE).strip().removeprefix("'").strip()
+    text = written if written.isascii() else unicodedata.normalize("NFKC", written).translate(_INVISIBLE)
+    text = text.strip()
+    if match := _QUOTED_ID.fullmatch(text):
+        text = (match[2] or match[3] or "").strip()
     text = match[1] if (match := _FLOAT_ID.fullmatch(text)) else text
-    return "" if text.casefold() in NOTHING_WRITTEN else text
+    return "" if text.lower() in NOTHING_WRITTEN else text
 
 
 def refuse_duplicates(table: pd.DataFrame, column: str, path: str | Path, what: str) -> None:
@@ -234,6 +272,14 @@ def label_of_name(name: str) -> str | None:
     return _LABEL_OF_PLAIN.get(plain_name(name))
 
 
+def resembled(name: str) -> str | None:
+    """The one of the 14 that a name which is none of them is most like, such as `effusion_left`; None if none."""
+    plain = plain_name(name)
+    stem = next((label for stem, label in FINDING_STEMS.items() if stem in plain), None)
+    near = difflib.get_close_matches(plain, _LABEL_OF_PLAIN, n=1, cutoff=0.8)
+    return stem or FINDING_WORDS.get(plain) or (_LABEL_OF_PLAIN[near[0]] if near else None)
+
+
 def guarded(text: str) -> str:
     """Text as a cell that no spreadsheet takes for a formula: `'` stands before what begins like one.
 
@@ -245,6 +291,18 @@ def guarded(text: str) -> str:
 def unguarded(cell: str) -> str:
     """The text that `guarded` made a cell of."""
     return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
+
+
+def guarded_cells(texts: pd.Series) -> pd.Series:
+    """A column of texts, each `guarded`."""
+    marked = texts.str.match(_FORMULA.pattern)
+    return texts.mask(marked, texts[marked].map(guarded)) if marked.any() else texts
+
+
+def unguarded_cells(cells: pd.Series) -> pd.Series:
+    """The texts that `guarded_cells` made a column of."""
+    marked = cells.str.startswith("'")
+    return cells.mask(marked, cells[marked].map(unguarded)) if marked.any() else cells
 
 
 def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None = None) -> Path:
@@ -276,113 +334,175 @@ def plain_name(name: str) -> str:
 _LABEL_OF_PLAIN = {plain_name(name): label for name, label in (*((x, x) for x in LABELS), *LABEL_ALIASES.items())}
 
 
-def _refuse_other_than_a_file(path: Path) -> None:
-    """A pipe or device would be read for ever."""
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The table's bytes, unpacked where they are packed, whatever the file is called."""
+    # A pipe or device would be read for ever.
     if path.exists() and not path.is_dir() and not path.is_file():
         raise DataError(f"{path} is no regular file; save the table as one")
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The table's bytes, unpacked where they are gzip's, whatever the file is called."""
-    with path.open("rb") as data:
-        start = data.read(4)
-    if start == b"PK\x03\x04" or start[:2] == b"BZ" or start == b"\xfd7zX":
-        raise DataError(f"{path} is a workbook or an archive, not a CSV table; save it as CSV, or unpack it")
-    return gzip.open(path, "rb") if start[:2] == b"\x1f\x8b" else path.open("rb")  # type: ignore[return-value]
-
-
-def _look_through(path: Path) -> tuple[str, bool]:
-    """(`utf-8-sig`, `utf-16` or `cp1252`; True if a quote is in it), found by decoding the whole file in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    encoding, quotes, size = "utf-8-sig", False, 0
-    _refuse_other_than_a_file(path)
     try:
-        with _opened(path) as data:
-            chunk = data.read(1 << 20)
-            if not chunk.strip():
-                raise DataError(f"{path} is empty (0 bytes of text); download or export it again")
-            if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                encoding = "utf-16"
-            while chunk:
-                size += len(chunk)
-                if size > MOST_BYTES:
-                    raise DataError(f"{path} has more than {MOST_BYTES >> 30} GB of text: that is no such table")
-                quotes = quotes or b'"' in chunk
-                if encoding == "utf-8-sig":
-                    try:
-                        decoder.decode(chunk)
-                    except UnicodeDecodeError:
-                        encoding = "cp1252"
-                chunk = data.read(1 << 20)
-            if encoding == "utf-8-sig":
-                try:
-                    decoder.decode(b"", final=True)
-                except UnicodeDecodeError:
-                    encoding = "cp1252"
+        with path.open("rb") as data:
+            start = data.read(16)
+        for magic, what in _NO_TABLES.items():
+            if start.startswith(magic):
+                raise DataError(f"{path} is {what}")
+        unpack = next((unpack for magic, unpack in _UNPACKERS.items() if start.startswith(magic)), open)
+        with unpack(path, "rb") as data:
+            yield data
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise DataError(f"{path}: no such table; {_neighbours(path)}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is cut short or not gzip ({error}); download it again") from None
-    if encoding == "cp1252":
-        log.warning("%s is not UTF-8; read as Windows-1252", path)
-    return encoding, quotes
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is cut short or not {unpack.__module__} ({error}); download it again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read_csv(path: Path, separator: str, encoding: str, quotes: bool) -> pd.DataFrame:
-    errors = "replace" if encoding == "cp1252" else "strict"
+def _look_through(path: Path) -> str:
+    """`utf-8-sig`, `utf-16` or `cp1252`, found by decoding the file in pieces; refuses what is no text."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    encoding, size, line = "utf-8-sig", 0, 0
+    with _opened(path) as data:
+        while chunk := data.read(1 << 20):
+            if size == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                encoding = "utf-16"
+            elif encoding != "utf-16" and b"\0" in chunk:
+                raise DataError(f"{path} has NUL bytes: it is no table, or not in UTF-8; save it as CSV in UTF-8")
+            size += len(chunk)
+            ended = max(chunk.rfind(b"\n"), chunk.rfind(b"\r"))
+            line = line + len(chunk) if ended < 0 else len(chunk) - ended
+            if size > MOST_BYTES or line > LONGEST_LINE:
+                what, most = ("text", MOST_BYTES) if size > MOST_BYTES else ("text in one line", LONGEST_LINE)
+                raise DataError(
+                    f"{path} has more than {most >> 20:,} MB of {what}: that is no table of images or reports"
+                )
+            if encoding == "utf-8-sig":
+                encoding = _still_utf8(decoder, chunk)
+    return _still_utf8(decoder, b"") if encoding == "utf-8-sig" else encoding
+
+
+def _still_utf8(decoder: codecs.IncrementalDecoder, chunk: bytes) -> str:
     try:
-        with warnings.catch_warnings(), _opened(path) as data:
-            # Rows longer than the header would otherwise be cut, or shift every column.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                data,
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                encoding=encoding,
-                encoding_errors=errors,
-                engine="c" if len(separator) == 1 else "python",
-                index_col=False,
-            )
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable table separated by {separator!r}: {error}") from None
-    if len(separator) == 1:
-        with _opened(path) as data, io.TextIOWrapper(data, encoding, errors, newline="") as text:
-            _refuse_swallowed_rows(path, text, separator, whole=quotes)
-    # Rows that end early give missing cells even so.
-    return table.fillna("")
+        decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8-sig"
 
 
-def _refuse_swallowed_rows(path: Path, text: io.TextIOWrapper, separator: str, whole: bool) -> None:
-    """Refuse a column that is there twice and, if `whole`, a quote that is not closed where its cell ends.
+def _read_csv(path: Path, separator: str, encoding: str) -> pd.DataFrame:
+    """All columns as written; the index counts the rows of the file, with those that are empty lines.
 
-    pandas renames the one, and reads on to the next quote, over the ends of rows, in the other.
+    pandas would cut, fill or join rows that are not as long as the header, rename the second of two columns, and read
+    on over the ends of rows to the next quote.
     """
-    limit = csv.field_size_limit(_LONGEST_CELL)
-    rows = csv.reader(text, delimiter=separator, strict=True)
-    begun = number = 0
+    errors = "replace" if encoding == "cp1252" else "strict"
+    limit = csv.field_size_limit(LONGEST_CELL)
+    parts: list[pd.DataFrame] = []
+    chunk: list[list[str]] = []
+    sample: list[list[str]] = []
+    suspects: list[tuple[int, int, list[str]]] = []
+    places: list[int] = []
+    number = begun = 0
     try:
-        header = [name.strip() for name in next(rows, [])]
-        if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-            places = ", ".join(str(place + 1) for place, name in enumerate(header) if name == twice[0])
-            raise DataError(
-                f"{path}: column {twice[0]!r} is there {header.count(twice[0])} times (columns {places}); rename or "
-                "remove one"
-            )
-        while whole:
-            number, begun = number + 1, rows.line_num + 1
-            if next(rows, None) is None:
-                return
+        with _opened(path) as data, io.TextIOWrapper(data, encoding, errors, newline="") as text:
+            # The module `csv` takes one character: a rare one stands for a longer separator.
+            mark = separator if len(separator) == 1 else "\x1f"
+            lines = text if mark == separator else (line.replace(separator, mark) for line in text)
+            header: list[str] = []
+            rows = csv.reader(lines, delimiter=mark, strict=True)
+            for number, row in enumerate(rows, 1):
+                row = row if mark == separator else [cell.replace(mark, separator) for cell in row]
+                first, begun = begun + 1, rows.line_num
+                if not row or (len(row) == 1 != len(header) and not row[0].strip()):
+                    continue
+                if not header:
+                    header = _header(path, row)
+                    continue
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{path} is not a readable table separated by {separator!r}: row {number} (line {first} of the "
+                        f"file) has {len(row)} cells and the header {len(header)}; a separator or line break inside a "
+                        "cell wants quotes around it"
+                    )
+                if begun > first and (swallowed := _like_rows(row, separator)):
+                    suspects.append((number, first, swallowed))
+                places.append(number - 2)
+                chunk.append(row)
+                if len(sample) < _SAMPLE:
+                    sample.append(row)
+                if len(chunk) == _ROWS_AT_ONCE:
+                    parts.append(pd.DataFrame(chunk, columns=header, dtype="str"))
+                    chunk = []
     except csv.Error as error:
         raise DataError(
-            f"{path}, row {number + 1} (line {begun} of the file): a quote is opened and not closed where its cell "
+            f"{path}, row {number + 1} (line {begun + 1} of the file): a quote is opened and not closed where its cell "
             f"ends, so rows after it would be taken for a part of it ({error}); close it, or double it inside a cell"
         ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a readable table: {error}; save it as CSV in UTF-8") from None
     finally:
         csv.field_size_limit(limit)
+    if not header:
+        raise DataError(f"{path} is empty (0 bytes of text); download or export it again")
+    _refuse_swallowed_rows(path, suspects, sample, separator)
+    parts.append(pd.DataFrame(chunk, columns=header, dtype="str"))
+    return pd.concat(parts).set_axis(places)
 
 
-_LONGEST_CELL = 1 << 20
+def _header(path: Path, row: list[str]) -> list[str]:
+    """Names of the columns, none there twice; one without a name is called by its place."""
+    header = [name.strip() or f"(column {place})" for place, name in enumerate(row, 1)]
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        places = listed([str(place) for place, name in enumerate(header, 1) if name == twice[0]], 5)
+        raise DataError(
+            f"{path}: column {twice[0]!r} is there {header.count(twice[0])} times (columns {places}); rename or remove "
+            "one"
+        )
+    return header
+
+
+_SAMPLE = 1000
+"""Rows that tell what the cells of a column look like."""
+
+
+def _like_rows(row: list[str], separator: str) -> list[str]:
+    """The lines that a row of several lines goes on with, if each of them could be a row of its own; else none."""
+    lines = separator.join(row).splitlines()[1:]
+    return lines if len(row) > 1 and all(line.count(separator) >= len(row) - 1 for line in lines) else []
+
+
+def _refuse_swallowed_rows(
+    path: Path, suspects: list[tuple[int, int, list[str]]], sample: list[list[str]], separator: str
+) -> None:
+    """Refuse a cell whose further lines all look like rows: a quote is open there that one in a later row closes.
+
+    They do where each has as many cells as the table, and cells of the same pattern in the columns that have one,
+    with a number and no blank in it. As far as the syntax goes, such a table is sound.
+    """
+    if not suspects:
+        return
+    patterns = {}
+    for place, column in enumerate(zip(*sample, strict=True)):
+        (pattern, count), *_ = Counter(_pattern(cell) for cell in column).most_common(1)
+        if "0" in pattern and not re.search(r"\s", pattern) and count >= 0.8 * len(column):
+            patterns[place] = pattern
+    for number, line, swallowed in suspects:
+        rows = list(csv.reader(swallowed, delimiter=separator)) if len(separator) == 1 else []
+        alike = all(
+            len(row) > max(patterns, default=0) and all(_pattern(row[at]) == wanted for at, wanted in patterns.items())
+            for row in rows
+        )
+        if rows and alike and patterns and len(rows) + len(patterns) > 2:
+            raise DataError(
+                f"{path}, row {number} (line {line}): a quote is opened and not closed where its cell ends, "
+                f"so {len(rows)} rows after it would be taken for a part of it, "
+                f"first {swallowed[0][:60]!r}; close it, or double it inside a cell"
+            )
+
+
+def _pattern(cell: str) -> str:
+    """A cell with `0` for each word that has a digit in it and `a` for each that has none."""
+    return re.sub(r"\w+", lambda word: "0" if re.search(r"\d", word[0]) else "a", cell.strip())
+
 
 _NESTED: Any = object()
 """Stands for a value that is, or has in it, an object."""
@@ -390,12 +510,22 @@ _NESTED: Any = object()
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, parse_int=str, parse_float=str, parse_constant=lambda _: None)
+        record = json.loads(
+            line, parse_int=str, parse_float=str, parse_constant=lambda _: None, object_pairs_hook=_each_key_once
+        )
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); mend or remove the line") from None
     if not isinstance(record, dict):
         raise DataError(f"{where} is not a JSON object in braces; mend or remove the line")
     return record
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} is there twice")
+    return values
 
 
 def _json_cell(value: Any, separator: str) -> str | None:
@@ -409,7 +539,8 @@ def _json_cell(value: Any, separator: str) -> str | None:
     if value is None:
         return None
     # Half a character, as where another program cut a text, cannot be written as UTF-8.
-    return value.encode("utf-8", "replace").decode().strip() or None
+    text = value.encode("utf-8", "replace").decode().strip()
+    return None if text.lower() in NOTHING else text or None
 
 
 def _refuse_missing(path: Path, wanted: Sequence[str], header: Sequence[str], hint: str = "") -> None:
@@ -418,7 +549,7 @@ def _refuse_missing(path: Path, wanted: Sequence[str], header: Sequence[str], hi
         if near and not hint:
             name, close = next(iter(near.items()))
             hint = f"did you mean {close!r} by {name!r}? "
-        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {_listed(header)}")
+        raise DataError(f"{path} lacks the column(s) {', '.join(missing)}; {hint}columns there: {listed(header)}")
 
 
 def _separator_hint(header: Sequence[str], separator: str, key: str | None) -> str:
@@ -435,9 +566,10 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
     tables = sorted(item.name for item in path.parent.iterdir() if ".csv" in item.name or item.suffix == ".jsonl")
-    return f"tables in {path.parent}: {_listed(tables)}"
+    return f"tables in {path.parent}: {listed(tables)}"
 
 
-def _listed(names: Sequence[str], most: int = 30) -> str:
+def listed(names: Sequence[str], most: int = 30) -> str:
+    """Names for a message, the first of them where there are very many."""
     shown = ", ".join(names[:most]) or "none"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

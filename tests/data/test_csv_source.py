@@ -1,5 +1,6 @@
 """The source `csv`: findings in a list or a column each, filters, and tables at odds with the configuration."""
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -377,3 +378,130 @@ def test_a_name_with_a_carriage_return_is_refused(tmp_path):
     csv = CsvSource(table=path, findings="findings", image="image_file")
     with pytest.raises(DataError, match=r"row 1, column 'image_file': 'Icon.rx\.jpg' has a control character"):
         read_csv_source(DataConfig(source="csv", root=tmp_path, work_dir=tmp_path, csv=csv))
+
+
+def test_dropped_rows_are_counted_with_examples(tmp_path):
+    rows = read_csv_source(source(tmp_path, where={"patient_id": "nih-"}))
+    assert rows.examples == {"not matching data.csv.where": ["e.jpg"], "no findings given": ["d.jpg"]}
+    assert rows.read == len(rows) + sum(rows.dropped.values()) == 5
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "NA", "NULL", "n/a", "<NA>"])
+def test_a_word_for_nothing_is_no_report_view_or_list(tmp_path, word):
+    content = LISTED.replace("A note,\nin two lines", word).replace(",AP,,f", f",{word},,{word}")
+    content = content.replace(",,,,test", f",,{word},,test")
+    rows = read_csv_source(source(tmp_path, content))
+    assert rows.frame["text"].tolist() == ["", "", "", ""]
+    assert rows.frame["view"].tolist() == ["PA", "AP", "", "PA"]
+    assert rows.frame["sex"].tolist() == ["M", "M", "", "F"]
+    assert rows.dropped == {"no findings given": 1}
+    record = {"uid": "1", "note": word, "gold": ["Edema"]}
+    assert read_csv_source(json_lines(tmp_path, [record], sex=None)).frame["text"].tolist() == [""]
+    for column in ("patient_id", "study_id"):
+        with pytest.raises(DataError, match=rf"row 3: column '{column}' is empty"):
+            read_csv_source(
+                source(tmp_path, LISTED.replace("nih-01,s2", {"patient_id": f"{word},s2"}.get(column, f"x,{word}")))
+            )
+
+
+def test_a_word_for_nothing_may_be_mapped(tmp_path):
+    rows = listed(tmp_path, "None", "Edema", label_map={"none": "No Finding"})
+    assert labels(rows, "No Finding") == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "\"['Edema' 'Fracture']\"",
+        "\"('Edema', 'Fracture')\"",
+        "\"{'Fracture', 'Edema'}\"",
+        "\"['edema',\n 'FRACTURE',]\"",
+    ],
+)
+def test_findings_as_other_lists_of_texts(tmp_path, cell):
+    rows = listed(tmp_path, cell, "Edema", "[]", "()")
+    assert labels(rows, "Edema") == [1, 1, 0, 0]
+    assert labels(rows, "Fracture") == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("separator", [";", ", ", "/", "; "])
+def test_names_separated_otherwise_are_no_absence(tmp_path, separator):
+    cell = f'"Edema{separator}Fracture"'
+    with pytest.raises(DataError, match=r"row 3, column 'findings': 'Edema.*Fracture' looks like several findings"):
+        listed(tmp_path, "Edema", cell)
+    rows = listed(tmp_path, "Edema", cell, findings_separator=separator.strip())
+    assert labels(rows, "Edema") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("effusion", "Pleural Effusion"), ("left pneumothorax", "Pneumothorax"), ("Normal", "No Finding")],
+)
+def test_a_name_like_a_label_is_no_absence_of_it(tmp_path, name, label):
+    with pytest.raises(DataError, match=rf"row 2, column 'findings': '{name}' looks like the label '{label}'"):
+        listed(tmp_path, name, label, label_map={})
+    assert labels(listed(tmp_path, name, label, label_map={name: label}), label) == [1, 1]
+    assert labels(listed(tmp_path, name, label, label_map={}, ignore=(name,)), label) == [0, 1]
+    rows = listed(tmp_path, f"{name}|Edema", "Edema", label_map={})  # of a label that is not covered: empty in all rows
+    assert labels(rows, label) == [9, 9]
+    assert rows.notes == {f"finding not mapped: {name}": 1}
+
+
+@pytest.mark.parametrize(("yes", "no"), [("yes", "no"), ("TRUE", "FALSE"), ("Positive", "Negative"), ("1", "")])
+def test_a_finding_answered_in_words_is_asked_about(tmp_path, yes, no):
+    with pytest.raises(
+        DataError, match=r"column 'effusion' holds .* it looks like 'Pleural Effusion': say which it is"
+    ):
+        read_csv_source(wide(tmp_path, "Edema,effusion", f"1,{yes}", f"0,{no}"))
+
+
+def test_a_column_of_texts_that_sounds_like_a_finding_is_told_of(tmp_path, caplog):
+    rows = read_csv_source(wide(tmp_path, "Edema,effusion side,scanner", "1,left,A", "0,,B"))
+    assert "column 'effusion side' sounds like 'Pleural Effusion' and is not read" in caplog.text
+    assert "'scanner'" not in caplog.text
+    assert rows.notes == {"columns not used: effusion side, scanner": 2}
+    caplog.clear()
+    rows = read_csv_source(wide(tmp_path, "Edema,effusion side,scanner", "1,left,A", "0,,B", ignore=("effusion side",)))
+    assert caplog.text == ""
+    assert rows.notes == {"columns not used: scanner": 1}
+
+
+def test_two_columns_for_one_label(tmp_path):
+    for one, other in (("Edema", "EDEMA"), ("Lung Opacity", "airspace_opacity")):
+        with pytest.raises(DataError, match=rf"columns '{one}' and '{other}' both stand for"):
+            read_csv_source(wide(tmp_path, f"{one},{other}", "1,0"))
+        label = one
+        assert labels(read_csv_source(wide(tmp_path, f"{one},{other}", "0,1", ignore=(other,))), label) == [0]
+    with pytest.raises(DataError, match="in two spellings, for two labels"):
+        listed(tmp_path, "x", label_map={"x": "Edema", "X": "Fracture"})
+
+
+def test_one_image_under_two_names(tmp_path):
+    content = "patient_id,study_id,image_file,findings\np,s,x/a.jpg,Edema\nq,t,{},Edema\n"
+    for path in ("./x/a.jpg", "x//a.jpg", "x/../x/a.jpg", f"{tmp_path.resolve()}/x/a.jpg"):
+        with pytest.raises(DataError, match=r"image 'x/a\.jpg' in row 2 and '.*' in row 3 are one file"):
+            read_csv_source(source(tmp_path, content.format(path), **dict.fromkeys(COLUMNS)))
+    # Where case counts these are two files; where it does not, or one links to the other, one.
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.jpg").touch()
+    if not (tmp_path / "x" / "A.jpg").exists():
+        assert len(read_csv_source(source(tmp_path, content.format("x/A.jpg"), **dict.fromkeys(COLUMNS)))) == 2
+        (tmp_path / "x" / "A.jpg").symlink_to("a.jpg")
+    with pytest.raises(DataError, match="are one file"):
+        read_csv_source(source(tmp_path, content.format("x/A.jpg"), **dict.fromkeys(COLUMNS)))
+
+
+def test_line_breaks_in_values_are_blanks(tmp_path):
+    record = {"uid": "1", "film": "a.jpg", "edema": 1, "view": "PA\r\nerect", "sex": "f\r"}
+    rows = read_csv_source(
+        json_lines(tmp_path, [record], image="film", findings=None, label_map={}, view="view", text=None)
+    )
+    assert rows.frame[["view", "sex"]].to_numpy().tolist() == [["PA ERECT", "F"]]
+
+
+def test_json_lines_may_be_packed(tmp_path):
+    config = json_lines(tmp_path, RECORDS)
+    packed = tmp_path / "films.jsonl.gz"
+    packed.write_bytes(gzip.compress(config.csv.table.read_bytes()))
+    rows = read_csv_source(config.model_copy(update={"csv": config.csv.model_copy(update={"table": packed})}))
+    assert rows.frame["image_id"].tolist() == ["1", "2", "5"]

@@ -1,5 +1,6 @@
 """`manifest.csv`: exact labels and ids, one set of bytes, and files that were edited."""
 
+import csv
 import hashlib
 
 import numpy as np
@@ -114,3 +115,43 @@ def test_splits(tmp_path):
     assert splits["splits"]["train"] == {"patients": 1, "studies": 2, "images": 2, "patient_ids": ["007"]}
     assert splits["splits"]["validate"] == {"patients": 0, "studies": 0, "images": 0, "patient_ids": []}
     assert split_counts(cohort())["test"] == {"patients": 1, "studies": 1, "images": 1}
+
+
+HOSTILE = ["=1+1", "'=1", "- no edema", "'", " NA ", "nan", "@x", "''+1"]
+
+
+@pytest.mark.parametrize("name", ["image_id", "patient_id", "study_id", "path", "text", "view", "sex"])
+def test_cells_are_no_formulas_and_come_back_exactly(tmp_path, name):
+    base = cohort().iloc[[0] * len(HOSTILE)].reset_index(drop=True)
+    numbers = [f"{number:02d}" for number in range(len(HOSTILE))]
+    frame = base.assign(image_id=numbers, patient_id=numbers, study_id=numbers).assign(**{name: HOSTILE})
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, frame)
+    key = "image_id" if name != "image_id" else "study_id"
+    assert dict(zip(frame[key], frame[name], strict=True)) == load_manifest(path).frame.set_index(key)[name].to_dict()
+    with path.open(encoding="utf-8", newline="") as out:
+        cells = [row[name] for row in csv.DictReader(out)]
+    assert [cell for cell in cells if cell[:1] in ("=", "+", "-", "@")] == []
+
+
+def test_a_line_break_is_not_written(tmp_path):
+    for name in ("patient_id", "text", "view"):
+        with pytest.raises(DataError, match=rf"{name} 'a\\rb' of image 'a' has a line break"):
+            write_manifest(tmp_path / "m.csv", cohort().assign(**{name: ["x", "a\rb", "y"]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [("007", "7"), ("1.0", "1"), ("P1", "p01"), ("\uff17", "07")])
+def test_a_patient_of_two_spellings_in_two_splits_is_refused(tmp_path, one, other):
+    frame = cohort().assign(patient_id=[one, one, other], split=["train", "train", "test"])
+    with pytest.raises(DataError, match=rf"1 patient\(s\) .*: {one} or {other} in test and train"):
+        write_manifest(tmp_path / "manifest.csv", frame)
+    check_patient_splits(frame.assign(split="train"))
+
+
+def test_a_manifest_with_a_patient_in_two_splits_is_not_opened(tmp_path):
+    path = tmp_path / "manifest.csv"
+    write_manifest(path, cohort())
+    path.write_text(path.read_text(encoding="utf-8").replace("c,007,02,train", "c,07,02,test"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"007 or 07 in test and train"):
+        load_manifest(path)

@@ -199,3 +199,34 @@ def test_an_empty_table(root):
     (root / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"split\.csv\.gz is empty"):
         read_mimic(data(root))
+
+
+def test_ids_of_all_tables_are_compared_in_one_form(root):
+    """Labels with leading zeros, a split list in capitals, patients as floats: nothing is lost."""
+    chexpert, split = (root / f"mimic-cxr-2.0.0-{name}.csv.gz" for name in ("chexpert", "split"))
+    before = read_mimic(data(root))
+    header, *lines = read_lines(chexpert)
+    write_table(chexpert, [header, *(f"00{line}".replace(",5", ",005", 1) for line in lines)])
+    header, *lines = read_lines(split)
+    write_table(split, [header, *(re.sub(r"^(\S+?),(\d+),(\d+)", r"'\1,\2.0,\3.0", line) for line in lines)])
+    after = read_mimic(data(root))
+    assert after.frame.equals(before.frame)
+    assert (after.read, after.dropped, after.examples) == (before.read, before.dropped, before.examples)
+    assert after.examples["no label row"] == ["59999999-0"]
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/b"])
+def test_an_image_id_leads_nowhere_else(root, name):
+    row = rewrite(root / "mimic-cxr-2.0.0-metadata.csv.gz", "53189527-0", name)
+    with pytest.raises(DataError, match=rf"metadata\.csv\.gz, row {row}: dicom_id '{name}' is not the name of a file"):
+        read_mimic(data(root))
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "NULL"])
+def test_a_word_for_nothing_is_no_view(root, word):
+    rewrite(
+        root / "mimic-cxr-2.0.0-metadata.csv.gz",
+        "50000001-1,11000045,50000001,CHEST,,",
+        f"50000001-1,11000045,50000001,CHEST,{word},",
+    )
+    assert read_mimic(data(root, views=("missing",))).frame["image_id"].tolist() == ["50000001-1"]

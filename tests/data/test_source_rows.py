@@ -41,3 +41,14 @@ def test_splits():
     assert normalized_splits(names, "t.csv").tolist() == ["train", "validate", "validate", "test", ""]
     with pytest.raises(DataError, match="row 3: split 'x'"):
         normalized_splits(pd.Series(["train", "x"], dtype=str), "t.csv")
+
+
+def test_rows_read_are_rows_kept_and_rows_dropped():
+    rows = SourceRows(pd.DataFrame({"image_id": list("abcdef")}), read=6)
+    kept = rows.keep(np.array([0, 0, 0, 0, 1, 1]), "one").keep(np.array([0, 1]), "two")
+    assert kept.examples == {"one": ["a", "b", "c"], "two": ["e"]}
+    assert kept.dropped == {"one": 4, "two": 1}
+    added = kept.with_dropped(pd.Series(["x", "y"]), "two")
+    assert (added.read, added.dropped["two"], added.examples["two"]) == (8, 3, ["e", "x", "y"])
+    with pytest.raises(ValueError, match="6 rows were read, 5 kept"):
+        SourceRows(rows.frame[:5], read=6)

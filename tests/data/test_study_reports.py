@@ -90,3 +90,12 @@ def test_reports_of_another_manifest(tmp_path):
 def test_what_may_be_asked_for_in_a_configuration_is_what_is_written():
     assert DataConfig(root=Path("r"), work_dir=Path("w"), report_sections=SECTIONS).report_sections == SECTIONS
     assert TeacherConfig(sections=SECTIONS).sections == SECTIONS
+
+
+def test_texts_are_no_formulas_and_come_back_exactly(tmp_path):
+    texts = ["- No edema", "=1+1", "'=1", "'", "NA", "nan", "", "+", "Clear."]
+    reports = {f"={place}": dict.fromkeys(SECTIONS, text) for place, text in enumerate(texts)}
+    path = tmp_path / "reports.csv"
+    write_reports(path, reports)
+    assert load_reports(path).sections == reports
+    assert [line for line in path.read_text(encoding="utf-8").splitlines() if line[0] in "=+-@"] == []

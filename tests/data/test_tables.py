@@ -1,6 +1,8 @@
 """Tables: encodings, and an error that names file, row, column and what is there."""
 
+import bz2
 import gzip
+import lzma
 import os
 import zipfile
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_cxr.data import tables
 from mlx_cxr.data.tables import (
     DataError,
     guarded,
@@ -316,3 +319,181 @@ def test_a_table_for_people_has_a_line_per_row_and_numbers_as_they_are(tmp_path)
     table = pd.DataFrame({"name": names, "value": [-1.5, 0.25, np.nan, 3.0], "n": [-1, 2, 3, 4]})
     path = write_table(tmp_path / "t.csv", table, "%.6g")
     assert path.read_bytes() == b'name,value,n\n\'=1,-1.5,-1\na\\rb,0.25,2\n,,3\n"say ""x, y""",3,4\n'
+
+
+def quiet_rows(number: int) -> list[dict[str, str]]:
+    """Rows of short reports without a quote anywhere."""
+    return [
+        {"patient": f"p{i:03d}", "report": f"Lungs {i} clear", "image": f"x/{i}.jpg", "Edema": str(i % 2)}
+        for i in range(number)
+    ]
+
+
+def written(rows, order, separator=","):
+    return "\n".join([separator.join(order), *(separator.join(row[name] for name in order) for row in rows)]) + "\n"
+
+
+@pytest.mark.parametrize("order", ["patient report image Edema", "patient image Edema report", "report image patient"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(("opened", "closed"), [(20, 40), (0, 59), (58, 59)])
+def test_a_quote_that_a_later_row_closes_takes_no_rows_with_it(tmp_path, order, separator, opened, closed):
+    """Sound by the syntax: as many rows fewer as lie between the two, with an answer of another patient."""
+    rows = quiet_rows(60)
+    rows[opened]["report"] = f'"{rows[opened]["report"]}'
+    rows[closed]["report"] += '"'
+    path = tmp_path / "a.csv"
+    path.write_text(written(rows, order.split(), separator))
+    with pytest.raises(
+        DataError, match=rf"a\.csv, row {opened + 2} .*not closed .* so {closed - opened} rows after it"
+    ):
+        read_table(path, None, separator=separator)
+
+
+def test_reports_of_several_lines_are_no_rows(tmp_path):
+    """Commas, numbers and tables inside of reports; as many rows as were written, each cell as it was."""
+    report = 'Lungs, clear, 1.\n1,2 cm nodule\n"PA", lateral, 2\nLeft: 3,4,5\n\n10, 11, 12, 13'
+    rows = [["0", report, "1"], ["1", "12, 13", "0"], ["2", "1,2 cm\n3,4 cm", ""]]
+    for columns in (["uid", "report", "Edema"], ["uid", "report"]):
+        path = tmp_path / "a.csv"
+        frame = pd.DataFrame([row[: len(columns)] for row in rows], columns=columns)
+        frame.to_csv(path, index=False)
+        if len(columns) == 3:
+            assert read_table(path, None).to_numpy().tolist() == rows
+    for ending in ("\r\n", "\r", "\n\n"):
+        path.write_text(f'uid,report{ending}007,"a{ending}b"{ending}8,c{ending}', newline="")
+        table = read_table(path, None)
+        assert table.to_numpy().tolist() == [["007", f"a{ending}b"], ["8", "c"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "row", "cells"),
+    [("1,2\n3\n4,5\n", 3, 1), ("1,2\n3,Lungs\nclear,4,5\n", 4, 3), ("1,two, three\n", 2, 3), ("1,2\n\n3\n", 4, 1)],
+)
+def test_a_row_of_fewer_or_more_cells_is_named(tmp_path, rows, row, cells):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n" + rows)
+    with pytest.raises(
+        DataError, match=rf"row {row} \(line {row} of the file\) has {cells} cells and the header 2; .*quotes"
+    ):
+        read_table(path, ["a"])
+
+
+def test_empty_lines_are_skipped_and_rows_keep_their_numbers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\nid,Edema\n\n1,0\n   \n2,x\n")
+    table = read_table(path, None)
+    assert table["id"].tolist() == ["1", "2"]
+    with pytest.raises(DataError, match=r"row 6, column 'Edema': label 'x'"):
+        label_values(table, {"Edema": "Edema"}, path)
+
+
+@pytest.mark.parametrize("separator", ["||", "\t", "; "])
+def test_separators_of_any_length(tmp_path, separator):
+    path = tmp_path / "a.csv"
+    path.write_text(separator.join(["id", "report"]) + "\n" + separator.join(["1", f'"a{separator}b"']) + "\n")
+    assert read_table(path, None, separator=separator).to_dict("list") == {"id": ["1"], "report": [f"a{separator}b"]}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_packed_tables_of_either_kind(tmp_path, pack):
+    path = tmp_path / "a.csv"
+    path.write_bytes(pack("a,b\n1,\u00e4\n".encode()))
+    assert read_table(path, None).to_dict("list") == {"a": ["1"], "b": ["\u00e4"]}
+    path.write_bytes(pack(b'{"a": "1"}\n'))
+    assert read_json_lines(path, ["a"], separator="|")["a"].tolist() == ["1"]
+    path.write_bytes(pack(b"a,b\n" + b"1,2\n" * 99999)[:-20])
+    with pytest.raises(DataError, match=r"a\.csv is cut short or not (gzip|bz2|lzma)"):
+        read_table(path, None)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\x28\xb5\x2f\xfd", "packed by zstd"),
+        (b"PAR1", "a Parquet file"),
+        (b"\xd0\xcf\x11\xe0", "a workbook of Excel 97"),
+        (b"a,b\n\x00,1\n", "has NUL bytes"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "has NUL bytes"),
+    ],
+)
+def test_files_of_other_formats_are_named(tmp_path, start, what):
+    path = tmp_path / "a.csv"
+    path.write_bytes(start + b"x" * 100)
+    with pytest.raises(DataError, match=what):
+        read_table(path, None)
+
+
+def test_a_column_called_bz_is_no_archive(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("BZ,b\n1,2\n")
+    assert read_table(path, None)["BZ"].tolist() == ["1"]
+
+
+def test_tables_have_a_size(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 100_000))
+    monkeypatch.setattr(tables, "MOST_BYTES", 300_000)
+    for read in (lambda: read_table(path, None), lambda: read_json_lines(path, [], separator="|")):
+        with pytest.raises(DataError, match=r"a\.csv has more than 0 MB of text: that is no table"):
+            read()
+    monkeypatch.undo()
+    path.write_bytes(gzip.compress(b"a,b\n" + b"x" * (tables.LONGEST_LINE + 1)))
+    with pytest.raises(DataError, match=r"a\.csv has more than 16 MB of text in one line"):
+        read_table(path, None)
+    path.write_bytes(b'a,b\n1,"' + b"x" * (tables.LONGEST_CELL + 1) + b'"\n')
+    with pytest.raises(DataError, match=r"row 2 \(line 2 of the file\): a quote is opened .*field larger"):
+        read_table(path, None)
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b", "id": "c"}\n')
+    with pytest.raises(DataError, match=r"line 2 is not JSON \(key 'id' is there twice\)"):
+        read_json_lines(path, ["id"], separator="|")
+
+
+def test_words_for_nothing_in_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "1", "view": "nan"}\n{"id": "2", "view": "NULL"}\n{"id": "3", "view": "AP"}\n')
+    assert read_json_lines(path, ["view"], separator="|")["view"].fillna("").tolist() == ["", "", "AP"]
+
+
+class TestSpellings:
+    ids = TestIds.ids
+
+    @pytest.mark.parametrize("cell", ['"=""0012"""', '"""0012"""', "'0012", " '0012 ", '="0012"', "0012"])
+    def test_quotes_of_excel(self, tmp_path, cell):
+        assert self.ids(tmp_path, cell, "13") == ["0012", "13"]
+
+    @pytest.mark.parametrize(
+        ("one", "other"), [("p007", "p7"), ("nih-01", "NIH-1"), ("'0012", "12"), ("s1_01", "s1_1")]
+    )
+    def test_zeros_case_and_quotes(self, tmp_path, one, other):
+        with pytest.raises(DataError, match="look like one, spelled in two ways"):
+            self.ids(tmp_path, one, "x", other)
+
+    def test_ids_that_differ_stay_apart(self, tmp_path):
+        apart = ["1-1", "11", "1.10", "1.1", "a01b1", "a1b01", "10", "100", "p10", "p1", "02aa804e", "2aa804e1"]
+        assert self.ids(tmp_path, *apart) == apart
+
+    def test_ids_that_a_spreadsheet_rounded(self, tmp_path):
+        with pytest.raises(DataError, match=r"row 3: patient '1\.23457E\+11' was rounded by a spreadsheet"):
+            self.ids(tmp_path, "5E3", "1.23457E+11")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("effusion", "Pleural Effusion"),
+        ("Left_Pneumothorax", "Pneumothorax"),
+        ("pneumonia?", "Pneumonia"),
+        ("Normal", "No Finding"),
+        ("lung nodules", "Lung Lesion"),
+        ("Suport Devics", "Support Devices"),
+        ("view", None),
+        ("body mass index", None),
+        ("Hernia", None),
+    ],
+)
+def test_names_that_resemble_a_finding(name, label):
+    assert tables.resembled(name) == label
