@@ -274,14 +274,14 @@ def test_two_calls_at_once_do_not_share_a_folder(tmp_path):
 
 
 def test_ctrl_c_ends_it_within_seconds(tmp_path):
-    """Of 200 patients some minutes were left to render: none is waited for but those under way."""
+    """Of 200 patients some minutes were left to render: none is waited for."""
     command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, 200, size=1024))]
     process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.PIPE, text=True)
     wait_for_images(tmp_path)
     begun = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 10
     assert process.returncode == 130
     assert "stopped; what was written so far is kept" in said
     assert "Traceback" not in said

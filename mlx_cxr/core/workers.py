@@ -25,10 +25,13 @@ KEPT_BYTES = 1 << 28
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """A pool whose context ends after what its processes are at, not after all that was submitted, upon an error."""
+    """A pool whose context ends at once upon an error, not after all that was submitted."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the rest, or, upon an error or Ctrl-C, drop it."""
+        """Wait for the rest, or, upon an error or Ctrl-C, end what is under way and drop it."""
+        if kind is not None:
+            for process in list((self._processes or {}).values()):
+                process.terminate()
         self.shutdown(wait=True, cancel_futures=kind is not None)
 
 
