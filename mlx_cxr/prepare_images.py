@@ -3,7 +3,8 @@
 Writes into `data.work_dir`, a sample (`data.n_studies`) into a folder of its own there:
 `images_<size>.npy` (uint8 (N, S, S), a row per manifest row) and its index
 `images_<size>.json`; where there is something to list, `images_<size>_unreadable.csv` (images that could not be used,
-and why) and `images_<size>_notes.csv` (images that look inverted, were 16-bit, palette, …). A stopped run is resumed.
+and why), `images_<size>_objections.csv` (images that do not look like frontal chest images, and why; none is left out
+for that) and `images_<size>_notes.csv` (images that were 16-bit, palette, …). A stopped run is resumed.
 Prints images per second.
 
 More than `pixels.shard_films` images go into several files (`images_<size>-1-of-6.npy`, …). These may be made by
@@ -74,16 +75,29 @@ def run(config: Config, rebuild: bool = False, share: tuple[int, int] | None = N
 
 
 def _write_lists(path: Path, frame: pd.DataFrame, report: StoreReport) -> None:
+    from mlx_cxr.data.decode_pool import OBJECTION
     from mlx_cxr.data.decoding import INVERTED
 
     file_of = dict(zip(frame["image_id"], frame["path"], strict=True))
     unreadable = [(image_id, file_of[image_id], reason) for image_id, reason in report.unreadable.items()]
-    notes = [(image_id, file_of[image_id], note) for image_id, all_of in report.notes.items() for note in all_of]
+    said = [(image_id, file_of[image_id], note) for image_id, all_of in report.notes.items() for note in all_of]
+    notes = [row for row in said if not row[2].startswith(OBJECTION)]
+    objections = [(*row[:2], row[2].removeprefix(OBJECTION)) for row in said if row[2].startswith(OBJECTION)]
     listed = _write_list(path.with_name(f"{path.stem}_unreadable.csv"), unreadable, "reason")
     if unreadable:
         log.warning("%d film(s) could not be used and are left out, see %s; the first:", len(unreadable), listed)
         for _, file, reason in unreadable[:3]:
             log.warning("  %s: %s", file, reason)
+    listed = _write_list(path.with_name(f"{path.stem}_objections.csv"), objections, "objection")
+    if objections:
+        counts = Counter(objection for *_, objection in objections)
+        log.warning(
+            "%d of %d film(s) may be no upright frontal chest films; none is left out for that. See %s: %s",
+            len({image_id for image_id, *_ in objections}),
+            report.images,
+            listed,
+            "; ".join(f"{objection} ({n})" for objection, n in counts.most_common()),
+        )
     listed = _write_list(path.with_name(f"{path.stem}_notes.csv"), notes, "note")
     if notes:
         counts = Counter(note for _, _, note in notes)

@@ -13,6 +13,8 @@ from mlx_cxr.core.workers import available_cores, lean_start, worker_pool
 from mlx_cxr.data.decoding import Transform, decode
 from mlx_cxr.data.image_limits import ImageError
 
+OBJECTION = "the film "
+"""What a note begins with that is one of `decoding.DecodedImage.concerns`."""
 _MAX_CHUNK = 4
 _CHUNKS_PER_WORKER = 3
 """Submitted at a time: enough that none waits, few enough that 377,000 images do not pile up in memory."""
@@ -30,7 +32,7 @@ class Decoded:
         row: the one that came with its path.
         pixels: S * S bytes, row by row; None where the image cannot be used.
         reason: why not; None where it can.
-        notes: see `decoding.DecodedImage`.
+        notes: see `decoding.DecodedImage`; its concerns are among them, see `OBJECTION`.
     """
 
     row: int
@@ -86,15 +88,19 @@ def decode_images(jobs: Sequence[tuple[int, Path]], transform: Transform, worker
 
 
 def decode_chunk(jobs: Sequence[tuple[int, Path]], transform: Transform) -> list[Decoded]:
-    """Decode some images, each to its pixels or the reason why there are none; the work of a worker process."""
+    """Decode some images, each to its pixels or the reason why there are none; the work of a worker process.
+
+    What the gate for chest images objects to is a note that begins with `OBJECTION`.
+    """
     done = []
     for row, path in jobs:
         try:
-            decoded = decode(path, transform, inspect=False)
+            decoded = decode(path, transform)
         except ImageError as error:
             done.append(Decoded(row, None, str(error)))
         else:
-            done.append(Decoded(row, decoded.gray.tobytes(), None, decoded.notes))
+            objections = tuple(OBJECTION + concern for concern in decoded.concerns)
+            done.append(Decoded(row, decoded.gray.tobytes(), None, decoded.notes + objections))
     return done
 
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import unicodedata
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -45,11 +47,24 @@ _ELEMENTS = (
 )
 _MAY_BE_EMPTY = ("RescaleSlope", "RescaleIntercept", "VOILUTFunction", "HighBit", "PixelRepresentation", *_PADDING)
 """Elements that some programs write without a value; absent they have a meaning, empty they stop pydicom."""
-_CHEST = ("CHEST", "THORAX", "LUNG", "TORAX")
-_NOT_FRONTAL = {
-    **dict.fromkeys(("LATERAL", "LL", "RL", "LAT"), "a lateral"),
-    **dict.fromkeys(("LLO", "RLO", "LAO", "RAO", "LPO", "RPO"), "an oblique"),
-    **dict.fromkeys(("LLD", "RLD"), "a decubitus"),
+_RADIOGRAPHS = ("CR", "DX", "DR", "RG", "XR", "RF", "HC", "OT")
+"""Modalities that a radiograph's file may name: those of the standard, DR and XR, which scanners write though the
+standard lacks them, and other or hard copy, as of digitized film."""
+_CHEST = re.compile("CHEST|THORA|TORA[XK]|TORACE|LUNG|PULMO|POUMON|BRUSTKORB")
+_SPINE = re.compile(r"SPINE|SPINAL|LUMBAR|LUMBAL|CERVICAL|WIRBEL|COLUMNA|COLUNA|COLONNE|RACHIS|SACR|COCCYX")
+_OTHER_PART = re.compile(
+    r"HAND|FINGER|THUMB|WRIST|CARPUS|CARPAL|FOREARM|ELBOW|HUMERUS|UPPER ?ARM|SHOULDER|CLAVIC|SCAPULA|FOOT|FEET|ANKLE|"
+    r"CALCAN|HEEL|KNEE|PATELLA|FEMUR|THIGH|TIBIA|FIBULA|PELVI|SKULL|HEAD|BRAIN|FACE|FACIAL|MANDIB|MAXILLA|TEETH|TOOTH|"
+    r"DENTAL|NECK|ABDOM|BAUCH|BREAST|MAMMA|ORBIT|SINUS|NASAL|NOSE|EXTREMIT|CRANI|CRANEO|SCHADEL|RODILLA|JOELHO|GENOU|"
+    r"HOMBRO|EPAULE|SCHULTER|BECKEN|BASSIN|CADERA|POIGNET|"
+    r"\b(?:ARM|LEG|HIP|HIPS|TOE|TOES|JAW|KUB|EYE|EAR|MANO|MAO|MAIN|PIE|PIED|KNIE|FUSS|CRANE)\b"
+)
+"""Body parts (PS3.16, annex L, and what users of other languages write) that show no chest. A word in none of these,
+such as UNKNOWN, THX or CXR, says nothing, and the image decides."""
+_VIEWS = {
+    "a decubitus": re.compile(r"DECUB|\b[LR]LD\b"),
+    "an oblique": re.compile(r"OBLI|SCHRAG|\b(?:[LR]LO|[LR][AP]O)\b"),
+    "a lateral": re.compile(r"LATERAL|PERFIL|PROFIL|SEITL|\b[LR]? ?LAT\b|\b(?:LL|RL|LLAT|RLAT)\b"),
 }
 _FEW_LEVELS = 16
 _MOST_ELEMENTS = 100_000
@@ -347,11 +362,12 @@ def _header_concerns(dataset: FileDataset) -> list[str]:
     """Reasons in the header why it is no frontal chest image; elements that are absent or empty give none."""
     said = {keyword: _word(dataset.get(keyword)) for keyword in _ABOUT}
     concerns = []
-    if (modality := said["Modality"]) and modality not in ("CR", "DX", "RG"):
-        concerns.append(f"says in its header that it is no radiograph (Modality {modality})")
-    if (part := said["BodyPartExamined"]) and not any(word in part for word in _CHEST):
+    if (modality := said["Modality"]) and modality not in _RADIOGRAPHS:
+        concerns.append(f"says in its header that it is no plain radiograph (Modality {modality})")
+    part = said["BodyPartExamined"]
+    if _SPINE.search(part) or (_OTHER_PART.search(part) and not _CHEST.search(part)):
         concerns.append(f"says in its header that it shows another body part ({part})")
-    if view := _NOT_FRONTAL.get(said["ViewPosition"]):
+    if view := next((view for view, words in _VIEWS.items() if words.search(said["ViewPosition"])), None):
         concerns.append(f"says in its header that it is {view} view, not a frontal one")
     if said["PresentationIntentType"] == "FOR PROCESSING":
         concerns.append("says in its header that it is a detector's raw image, not meant to be looked at")
@@ -359,5 +375,12 @@ def _header_concerns(dataset: FileDataset) -> list[str]:
 
 
 def _word(value: object) -> str:
-    """A code string (CS) in upper case, cut to the characters and the length that the standard allows; "" for none."""
-    return re.sub(r"[^A-Z0-9_ ]", "", str(value or "").upper()).strip()[:16]
+    """A code string (CS) in upper case, without accents, cut to the characters and the length that the standard allows.
+
+    Accented letters, which the standard does not allow, are read as Latin-1, or as UTF-8 where they are that.
+    """
+    text = str(value or "")
+    with suppress(UnicodeError):
+        text = text.encode("latin-1").decode("utf-8")
+    plain = unicodedata.normalize("NFKD", text).upper()
+    return re.sub(r"[^A-Z0-9_ ]", "", re.sub(r"[-./,]", " ", plain)).strip()[:16]

@@ -486,10 +486,20 @@ class TestHeader:
     @pytest.mark.parametrize(
         ("elements", "concern"),
         [
-            ({"Modality": "CT"}, r"no radiograph \(Modality CT\)"),
+            ({"Modality": "CT"}, r"no plain radiograph \(Modality CT\)"),
+            ({"Modality": "MG"}, r"no plain radiograph \(Modality MG\)"),
             ({"BodyPartExamined": "KNEE"}, r"another body part \(KNEE\)"),
+            ({"BodyPartExamined": "LEFT HAND"}, r"another body part \(LEFT HAND\)"),
+            ({"BodyPartExamined": "Crânio"}, r"another body part \(CRANIO\)"),
+            ({"BodyPartExamined": "ABDOMEN"}, r"another body part \(ABDOMEN\)"),
+            ({"BodyPartExamined": "HIP"}, r"another body part \(HIP\)"),
+            ({"BodyPartExamined": "THORACIC SPINE"}, r"another body part \(THORACIC SPINE\)"),
+            ({"BodyPartExamined": "TSPINE"}, r"another body part \(TSPINE\)"),
             ({"ViewPosition": "LL"}, "a lateral view"),
             ({"ViewPosition": "LATERAL"}, "a lateral view"),
+            ({"ViewPosition": "L-LAT"}, "a lateral view"),
+            ({"ViewPosition": "PERFIL"}, "a lateral view"),
+            ({"ViewPosition": "LEFT DECUBITUS"}, "a decubitus view"),
             ({"ViewPosition": "RAO"}, "an oblique view"),
             ({"PresentationIntentType": "FOR PROCESSING"}, "a detector's raw image"),
         ],
@@ -506,10 +516,23 @@ class TestHeader:
             {"Modality": "", "BodyPartExamined": "", "ViewPosition": ""},
             {"Modality": "CR", "BodyPartExamined": "PORT CHEST", "ViewPosition": "AP"},
             {"Modality": "RG", "BodyPartExamined": "THORAX", "PresentationIntentType": "FOR PRESENTATION"},
+            *({"Modality": modality} for modality in ("CR", "DX", "DR", "XR", "OT")),
+            *({"BodyPartExamined": part} for part in ("TÓRAX", "TORAX", "CXR", "THX", "UNKNOWN", "RIBS")),
+            *(
+                {"BodyPartExamined": part}
+                for part in ("CHEST ABDOMEN", "POITRINE", "BRUSTKORB", "Thorax AP", "CHIP", "COLLEGE")
+            ),
+            *({"ViewPosition": view} for view in ("PA", "AP", "AP SUPINE", "ERECT", "XYZ")),
         ],
     )
     def test_what_does_not(self, radiograph, elements):
         assert read_dicom(dicom_bytes(radiograph, **elements)).concerns == ()
+
+    @pytest.mark.parametrize("charset", ["iso8859", "utf-8"])
+    def test_accents_in_whatever_encoding(self, radiograph, charset):
+        said = "CRÂNIO".encode(charset).ljust(8)
+        data = dicom_bytes(radiograph, BodyPartExamined="CRXNIOS").replace(b"CRXNIOS ", said)
+        assert read_dicom(data).concerns == ("says in its header that it shows another body part (CRANIO)",)
 
     def test_nobody_is_named(self, radiograph, caplog, capfd):
         caplog.set_level(logging.DEBUG)
