@@ -1,53 +1,58 @@
-"""The images that `mlx_cxr.data.chest_film_gate` was fitted and is measured on, and the fit itself.
-
-`python tests/chest_views.py` prints the tables as they stand in the module.
-"""
+"""Images that `mlx_cxr.data.chest_film_gate` is fitted and measured on: real ones, variants of them, and drawings."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import os
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from scipy.ndimage import gaussian_filter
 
-from mlx_cxr.data.chest_film_gate import SIDE, pattern
 from mlx_cxr.synthetic.cohort import plan_cohort
 from mlx_cxr.synthetic.image import render_image
 
-REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[2] / "shared" / "realcxr"))
-COMPONENTS = 5
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL = Path(os.environ.get("MLX_CXR_REALCXR", SHARED / "realcxr"))
+REAL2 = Path(os.environ.get("MLX_CXR_REALCXR2", SHARED / "realcxr2"))
 FIT_SEED, TEST_SEED = 1, 2
+TURNS = {
+    "negative": ImageOps.invert,
+    "left": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "right": lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    "down": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+}
+"""Kind -> what makes an image of it from a frontal one."""
 
 
 class RealImage(NamedTuple):
-    """A real frontal image; `fitted` for the half of the patients that the tables come from."""
+    """A real image, at most 512 px wide; `source` and `patient` tell apart what a test must not share with the fit."""
 
+    kind: str
     source: str
+    patient: str
     name: str
     gray: Image.Image
-    fitted: bool
 
 
 @functools.cache
 def real_images() -> tuple[RealImage, ...]:
-    """All of them, empty where they are not on this machine."""
-    if not REAL.is_dir():
-        return ()
-    with (REAL / "metadata.csv").open(encoding="utf-8") as file:
-        return tuple(
-            RealImage(
-                row["patient_id"].split("-")[0],
-                Path(row["image_file"]).name,
-                Image.open(REAL / row["image_file"]).convert("L"),
-                zlib.crc32(row["patient_id"].encode()) % 2 == 0,
-            )
-            for row in csv.DictReader(file)
-        )
+    """Frontal images of three sources, and of laterals, CT, spines and photographs; empty where they are not here."""
+    images = []
+    for folder, table in ((REAL, "metadata"), (REAL2, "nih"), (REAL2, "paired"), (REAL2, "negatives")):
+        if not folder.is_dir():
+            return ()
+        with (folder / f"{table}.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                patient = row["patient_id"].replace("-", "_") or row["image_file"]
+                gray = Image.open(folder / row["image_file"]).convert("L")
+                source = row["kind"] if table == "negatives" else patient.split("_")[0]
+                images.append(RealImage(row.get("kind", "frontal"), source, patient, row["image_file"], gray))
+    return tuple(images)
 
 
 @functools.cache
@@ -61,67 +66,148 @@ def drawn_images(seed: int, patients: int = 90, size: int = 96) -> dict[str, lis
     return images
 
 
-def patterns(images) -> np.ndarray:
-    """float64 (N, 64)."""
-    return np.stack([pattern(image) for image in images])
+def photographs() -> list[Image.Image]:
+    """Colour photographs that come with scikit-learn and Matplotlib, and crops of them: RGB."""
+    from sklearn.datasets import load_sample_images
+
+    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    whole.append(Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg").convert("RGB"))
+    rng = np.random.default_rng(0)
+    return [*whole, *(part_of(image, rng, 0.4, 1) for image in whole for _ in range(20))]
 
 
-def mirrored(images: np.ndarray) -> np.ndarray:
-    """Patterns and their mirror images, so that what is fitted to them has no side."""
-    return np.concatenate([images, images.reshape(-1, SIDE, SIDE)[:, :, ::-1].reshape(len(images), -1)])
+def part_of(image: Image.Image, rng: np.random.Generator, least: float, most: float) -> Image.Image:
+    """A square part of an image, its side a random share of the image's shorter one."""
+    side = int(min(image.size) * rng.uniform(least, most))
+    left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
-def fit_frontal(images: np.ndarray, sources) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Mean, components, their variances, and the residual variance, of sources that weigh alike."""
-    sources = np.asarray(sources)
-    weights = np.array([1 / (sources == source).sum() for source in sources])
-    weights = np.tile(weights, 2) / (2 * weights.sum())
-    both = mirrored(images)
-    mean = weights @ both
-    _, spread, axes = np.linalg.svd((both - mean) * np.sqrt(weights)[:, None], full_matrices=False)
-    axes = axes[:COMPONENTS]
-    axes *= np.sign(axes[np.arange(COMPONENTS), np.abs(axes).argmax(axis=1)])[:, None]
-    variances = spread**2
-    # Ranks are centred, which leaves 63 directions.
-    return mean, axes, variances[:COMPONENTS], variances[COMPONENTS:].sum() / (SIDE * SIDE - 1 - COMPONENTS)
+def varied(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """An image that shows the same: turned a little, cropped, bordered, of other exposure, written on, noisy, …"""
+    width, height = image.size
+    if rng.random() < 0.5:
+        image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
+    if rng.random() < 0.6:
+        left, top, right, bottom = rng.uniform(0, 0.1, 4)
+        box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
+        image = image.crop(tuple(int(edge) for edge in box))
+    if rng.random() < 0.35:
+        border = rng.uniform(0, 0.15, 4) * max(image.size) * rng.permutation([1, 1, rng.integers(2), rng.integers(2)])
+        image = ImageOps.expand(image, tuple(border.astype(int).tolist()), int(rng.choice([0, 0, 0, 255, 128])))
+    levels = np.asarray(image, np.float64) / 255
+    if rng.random() < 0.7:
+        levels = levels ** np.exp(rng.uniform(-0.7, 0.7))
+    if rng.random() < 0.4:
+        levels = (levels - 0.5) * rng.uniform(0.5, 1.8) + 0.5 + rng.uniform(-0.1, 0.1)
+    if rng.random() < 0.2:
+        levels = levels + rng.normal(0, rng.uniform(0.01, 0.05), levels.shape)
+    image = Image.fromarray((levels.clip(0, 1) * 255).astype(np.uint8))
+    if rng.random() < 0.1:
+        image = ImageOps.equalize(image)
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if rng.random() < 0.3:
+        draw = ImageDraw.Draw(image)
+        for place in rng.uniform(0, 0.9, (rng.integers(1, 4), 2)):
+            draw.text(tuple(place * image.size), "PORTABLE AP SUPINE 12:40"[: rng.integers(1, 24)], fill=255)
+    if rng.random() < 0.2:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5)))
+    if rng.random() < 0.3:
+        image = image.resize((max(8, int(image.width * rng.uniform(0.85, 1.15))), image.height))
+    return image
 
 
-def fit_lateral(lateral: np.ndarray, frontal: list[np.ndarray]) -> np.ndarray:
-    """Linear discriminant of lateral images against groups of frontal ones that weigh alike; a unit vector.
-
-    The covariance is shrunk to half a multiple of the identity, which keeps the pattern smooth.
-    """
-    groups = [mirrored(images) for images in frontal]
-    lateral = mirrored(lateral)
-    within = np.cov(lateral.T) + np.mean([np.cov(images.T) for images in groups], axis=0)
-    difference = lateral.mean(axis=0) - np.mean([images.mean(axis=0) for images in groups], axis=0)
-    direction = np.linalg.solve(within + np.trace(within) / len(within) * np.eye(len(within)), difference)
-    return direction / np.linalg.norm(direction)
+def drawn_part(kind: str, rng: np.random.Generator) -> Image.Image:
+    """A rough drawing of a radiograph of another part of the body: one of `PARTS`. No real one was at hand."""
+    height, width = 160, int(160 * rng.uniform(0.7, 1.2))
+    canvas = PARTS[kind](np.zeros((height, width)), rng)
+    for spread, least in ((6, 0.08), (2, 0.03)):
+        noise = gaussian_filter(rng.normal(size=canvas.shape), spread)
+        canvas = canvas * (1 + least * noise / noise.std())
+    canvas = canvas + rng.uniform(0, 0.1) + 0.01 * rng.normal(size=canvas.shape)
+    return Image.fromarray((255 * (canvas / canvas.max()).clip(0, 1) ** rng.uniform(0.6, 1.6)).astype(np.uint8))
 
 
-def fitted_tables() -> dict[str, np.ndarray]:
-    """The module's tables, from the images; the lateral pattern also from real frontal images."""
-    fitted = [image for image in real_images() if image.fitted]
-    real = patterns(image.gray for image in fitted)
-    drawn = {kind: patterns(images) for kind, images in drawn_images(FIT_SEED).items()}
-    mean, axes, variances, residual = fit_frontal(real, [image.source for image in fitted])
-    lateral = fit_lateral(drawn["LATERAL"], [real, drawn["PA"], drawn["AP"]])
-    return {
-        "MEAN": mean,
-        "COMPONENTS": axes,
-        "VARIANCES": variances,
-        "RESIDUAL_VARIANCE": np.array(residual),
-        "LATERAL_PATTERN": lateral,
-    }
+def _limb(canvas, start, end, radii, bone=0.6, soft=0.35):
+    """Add a tapered limb between two points (x, y), with a bone of a bright cortex that is so much of its radius."""
+    y, x = np.mgrid[: canvas.shape[0], : canvas.shape[1]]
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = ((x - start[0]) * dx + (y - start[1]) * dy) / (dx**2 + dy**2)
+    inside = along.clip(0, 1)
+    radius = radii[0] + (radii[1] - radii[0]) * inside
+    off = np.hypot(x - start[0] - inside * dx, y - start[1] - inside * dy) / radius
+    tissue = np.sqrt((1 - off**2).clip(0))
+    np.maximum(canvas, soft * tissue, out=canvas)
+    across = off / (bone * (1 + 0.35 * np.abs(2 * inside - 1) ** 3))
+    bony = (across < 1) & (np.abs(along - 0.5) < 0.52)
+    canvas += np.where(bony, (0.25 + 0.25 * across**4) * np.minimum(1, 3 * tissue), 0)
 
 
-if __name__ == "__main__":
-    for name, table in fitted_tables().items():
-        scale = {"MEAN": 100, "COMPONENTS": 1000, "LATERAL_PATTERN": 1000}.get(name)
-        if scale is None:
-            print(name, table.round(3).tolist())
-            continue
-        for rows in np.atleast_2d(table).reshape(-1, SIDE, SIDE):
-            print(name, "antisymmetrical" if (rows * rows[:, ::-1]).sum() < 0 else "")
-            for row in np.rint(rows[:, : SIDE // 2] * scale).astype(int):
-                print("   ", tuple(row.tolist()))
+def _hand(canvas, rng):
+    height, width = canvas.shape
+    for x in [width / 2] if rng.random() < 0.7 else [width * 0.28, width * 0.74]:
+        unit = (1 if x == width / 2 else 0.6) * rng.uniform(0.8, 1.1) * min(height, width) / 160
+        side, wrist = rng.choice([-1, 1]), height * rng.uniform(0.6, 0.75)
+        for off in (-9, 9):
+            _limb(
+                canvas, (x + off * unit, wrist + 9 * unit), (x + off * unit, height + 20), (22 * unit, 18 * unit), 0.4
+            )
+        for finger, length in enumerate((30, 62, 72, 68, 52)):
+            angle = np.deg2rad(-rng.uniform(30, 55) if finger == 0 else (finger - 2.5) * rng.uniform(5, 13)) * side
+            place = (x + (finger - 2.5) * 8 * unit * side, wrist)
+            for joint, part in enumerate((45, 34, 22, 16)):
+                part *= unit * length / 68
+                tip = (place[0] + np.sin(angle) * part, place[1] - np.cos(angle) * part)
+                _limb(canvas, place, tip, ((13 - 2 * joint) * unit, (11.5 - 2 * joint) * unit), 0.5)
+                place = tip
+    return canvas
+
+
+def _knee(canvas, rng):
+    height, width = canvas.shape
+    for x in [width / 2] if rng.random() < 0.6 else [width * 0.27, width * 0.73]:
+        unit = width * (0.5 if x == width / 2 else 0.28) / 50 * rng.uniform(0.6, 0.9)
+        bend = rng.uniform(-12, 12) * unit
+        _limb(canvas, (x - bend, -20), (x, height * 0.48), (42 * unit, 46 * unit), 0.5)
+        _limb(canvas, (x, height * 0.52), (x + bend, height + 20), (46 * unit, 34 * unit), 0.5)
+        _limb(canvas, (x + 22 * unit, height * 0.62), (x + 22 * unit + bend, height + 20), (9 * unit, 8 * unit), 0.8)
+    return canvas
+
+
+def _skull(canvas, rng):
+    height, width = canvas.shape
+    y, x = np.mgrid[:height, :width]
+    wide, high = width * rng.uniform(0.33, 0.45), height * rng.uniform(0.32, 0.4)
+    x, y = (x - width / 2) / wide, (y - height * 0.42) / high
+    off = np.hypot(x, y)
+    canvas += np.where(off < 1, 0.45 + 0.4 * off**8, 0)
+    canvas -= 0.2 * (np.hypot((np.abs(x) - 0.42) / 0.25, (y - 0.35) / 0.2) < 1)
+    return canvas + 0.35 * ((np.abs(x) < 0.55) & (np.abs(y - 1.05) < 0.3)) + 0.35 * ((np.abs(x) < 0.3) & (y > 1.2))
+
+
+def _pelvis(canvas, rng):
+    height, width = canvas.shape
+    y, x = np.mgrid[:height, :width]
+    x, y = np.abs(x / width - 0.5), y / height
+    canvas += np.where(x < 0.42 + 0.04 * np.sin(50 * y), 0.5, 0.05) + 0.15 * ((x < 0.06) & (y < 0.6))
+    canvas += 0.28 * (np.hypot((x - 0.25) / 0.16, (y - 0.5) / 0.2) < 1)
+    canvas += 0.25 * (np.hypot((x - 0.3) / 0.06, (y - 0.78) / 0.07) < 1)
+    for side in (-1, 1):
+        start, end = width * (0.5 + 0.3 * side), width * (0.5 + 0.36 * side)
+        _limb(canvas, (start, height * 0.78), (end, height + 30), (width * 0.07, width * 0.06), 0.8, 0.5)
+    return canvas
+
+
+def _foot(canvas, rng):
+    height, width = canvas.shape
+    unit = min(height, width) / 160
+    _limb(canvas, (width * 0.25, -10), (width * 0.3, height * 0.6), (26 * unit, 24 * unit))
+    _limb(canvas, (width * 0.2, height * 0.72), (width * 0.55, height * 0.7), (28 * unit, 26 * unit), 0.7)
+    for toe in range(5):
+        end = (width * rng.uniform(0.85, 0.97), height * (0.62 + 0.07 * toe))
+        _limb(canvas, (width * 0.5, height * (0.62 + 0.05 * toe)), end, (11 * unit, 8 * unit), 0.5)
+    return canvas
+
+
+PARTS = {"hand": _hand, "knee": _knee, "skull": _skull, "pelvis": _pelvis, "foot": _foot}

@@ -1,155 +1,105 @@
 """The quality gate: reasons why an image does not look like an upright frontal chest image.
 
-An image is reduced to 8 x 8 pixels, and their ranks are standardized, so that exposure, gamma and histogram
-equalization do not matter. The result is compared with frontal chest images: their mean, and the five ways in which
-they differ most (principal components). The distance is Mahalanobis's under the Gaussian of probabilistic PCA (Tipping
-and Bishop, J R Stat Soc B 1999;61:611-622), per pixel, so that a typical image is at about 1. An image that is too far
-away, but whose negative or turned copy is not, is reported as such.
+An image without its uniform borders is reduced to 64 x 64 pixels, and their ranks are standardized, so that exposure,
+gamma and histogram equalization do not matter. Its features are the ranks at 16 x 16, histograms of oriented gradients
+(Dalal and Triggs, CVPR 2005) in cells of 8 x 8 with signed orientations, and a few figures of the whole: shape, spread
+of gray levels, fineness, asymmetry. Two questions are asked of them:
 
-The tables were fitted on half of the patients of three public sources of equal weight (302 images of NIH ChestX-ray14,
-the Hannover and the Cohen COVID-19 collections) and, for `LATERAL_PATTERN`, on 90 patients of the synthetic cohort;
-`tests/chest_views.py` fits them again. On the 265 images of the other half the gate objects to 3 (1 %), which have
-broad black bands or show much of the abdomen, and on 55 images of a fourth source to none. It objects to all negatives
-of the 265, to 96 % of their copies turned by 90 degrees, to all but one upside down; to 91 % of the synthetic laterals
-and none of the synthetic frontal images; to 97 % of 403 colour photographs and crops of them, and to 89 % of these in
-gray. `tests/data/test_chest_film_gate.py` measures most of these rates.
+- Which kind of image is it? A multinomial logistic regression of frontal images against laterals, CT slices, spine
+  radiographs, negatives, turned images, parts of images, other body parts and photographs.
+- Is it like a frontal image at all? The Mahalanobis distance from frontal images under the Gaussian of probabilistic
+  PCA (Tipping and Bishop, J R Stat Soc B 1999;61:611-622). It is for kinds of images that nobody thought of.
 
-The gate misses images that are mirrored left to right, turned by less than about 30 degrees, or of a child's or an
-animal's chest; a missing part (half an image passes as often as not); poor exposure; and lateral views unlike the
-synthetic ones: no real lateral was at hand. It describes the look of an image, not its content.
+The figures are in `chest_gate.npz`; `tests/fit_gate.py` fits them, names its images, and measures the rates that
+follow.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-SIDE = 8
-FARTHEST = 1.8
-"""Greatest distance of a frontal image; 0.3 % of the images that the tables were fitted on are farther."""
-FARTHEST_TURNED = 1.5
-"""Greatest distance of a negative or turned image for it to be reported so; 2 % of upright images are farther."""
-LATERAL_FROM = 0.2
-"""Correlation with `LATERAL_PATTERN` from which an image looks lateral; 0.7 % of those images reach it."""
+MODEL = Path(__file__).with_name("chest_gate.npz")
+SIDE, CELL, COARSE, ORIENTATIONS = 64, 8, 16, 8
 LONGEST = 2.0
-"""Long side over short side. Of 622 real frontal images the longest is 1.76."""
+"""Long side over short side. Of 969 real frontal images the longest is 1.76."""
 LEAST_CONTRAST = 25
 """Gray levels between the 2nd and the 98th percentile. Of 622 real frontal images the least has 55."""
 COLOURED = 30
 MOST_COLOURED = 0.1
 """More than this part of an image's pixels off its overall tint by more than `COLOURED` levels makes it a colour image;
 markings on an image cover less."""
+_UNLIKE = "does not look like a frontal chest film"
+REASONS = {
+    "lateral": "looks like a lateral view",
+    "ct": "looks like a CT slice",
+    "negative": "looks inverted (like a negative)",
+    "left": "may be turned by 90 degrees to the left, or is no chest film",
+    "right": "may be turned by 90 degrees to the right, or is no chest film",
+    "down": "may be upside down, or is no chest film",
+}
+"""Kind of image -> its concern; of the other kinds it is that the image is unlike a frontal one."""
+_REACH = 96
+_MOST_TRIMMED = 28
 
 
-def _table(left: tuple[tuple[int, ...], ...], scale: float, mirrored: int = 1) -> np.ndarray:
-    """float64 (64,), row by row, from the left half of a table that is symmetrical (1) or antisymmetrical (-1)."""
-    half = np.array(left, np.float64) / scale
-    return np.concatenate([half, mirrored * half[:, ::-1]], axis=1).ravel()
+@dataclass(frozen=True)
+class Gate:
+    """The fitted figures, of F features, K kinds and C components.
+
+    Attributes:
+        kinds: the K names, `frontal` first.
+        centre, scale: of the features, (F,).
+        weights, biases: of the logistic regression, (K, F) and (K,).
+        mean, components, variances, residual: of frontal images: (F,), (C, F), (C,) and the variance in each of the
+            other directions.
+        threshold: log-odds of any other kind against frontal from which there is a concern.
+        farthest: distance from which there is one.
+    """
+
+    kinds: tuple[str, ...]
+    centre: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    biases: np.ndarray
+    mean: np.ndarray
+    components: np.ndarray
+    variances: np.ndarray
+    residual: float
+    threshold: float
+    farthest: float
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        """Of each kind but frontal against it, (…, K - 1), for features (…, F)."""
+        logits = (features - self.centre) / self.scale @ self.weights.T + self.biases
+        return logits[..., 1:] - logits[..., :1]
+
+    def distance(self, features: np.ndarray) -> np.ndarray:
+        """Mahalanobis distance from frontal images, per feature, so that 1 is typical; (…) for features (…, F)."""
+        centred = (features - self.centre) / self.scale - self.mean
+        along = centred @ self.components.T
+        beside = (centred**2).sum(axis=-1) - (along**2).sum(axis=-1)
+        return np.sqrt((beside / self.residual + (along**2 / self.variances).sum(axis=-1)) / self.mean.size)
+
+    def concern(self, features: np.ndarray) -> str | None:
+        """The concern about an image of these features (F,); None where it looks like an upright frontal view."""
+        odds = self.log_odds(features)
+        if np.logaddexp.reduce(odds) <= self.threshold and self.distance(features) <= self.farthest:
+            return None
+        return REASONS.get(self.kinds[1 + int(odds.argmax())], _UNLIKE)
 
 
-MEAN = _table(
-    (
-        (-129, -113, -89, -1),
-        (-29, -13, -65, -18),
-        (-2, -6, -98, -5),
-        (-8, -18, -91, 39),
-        (-24, -21, -42, 85),
-        (-38, 0, 26, 113),
-        (-52, 51, 94, 135),
-        (-50, 90, 131, 148),
-    ),
-    scale=100,
-)
-"""Mean frontal chest image in standardized ranks: dark upper corners and lungs, bright mediastinum and abdomen."""
-COMPONENTS = np.stack(
-    [
-        _table(
-            (
-                (7, -33, -50, -64),
-                (79, -93, -141, -97),
-                (66, -151, -121, -72),
-                (141, -160, -111, -59),
-                (210, -141, -103, -32),
-                (260, -61, -67, -24),
-                (278, 59, -5, -9),
-                (287, 154, 34, 23),
-            ),
-            scale=1000,
-        ),
-        _table(
-            (
-                (74, 34, 77, 74),
-                (142, 50, -7, 106),
-                (162, -11, -20, 200),
-                (197, -54, 30, 207),
-                (205, -34, 99, 153),
-                (211, 51, 99, 99),
-                (218, 132, 59, 43),
-                (239, 151, 44, 22),
-            ),
-            scale=1000,
-            mirrored=-1,
-        ),
-        _table(
-            (
-                (-31, -49, -87, -179),
-                (-191, -182, -74, -135),
-                (-202, -113, 32, -88),
-                (-145, -17, 108, -41),
-                (-47, 123, 202, -35),
-                (17, 259, 241, 10),
-                (50, 211, 158, 32),
-                (61, 60, 31, 22),
-            ),
-            scale=1000,
-        ),
-        _table(
-            (
-                (179, 179, 183, 123),
-                (-74, -76, 98, 88),
-                (-220, -154, 158, 53),
-                (-197, -159, 115, -23),
-                (-152, -171, 0, -61),
-                (-100, -158, -46, -18),
-                (39, -90, -35, 31),
-                (232, 82, 75, 99),
-            ),
-            scale=1000,
-        ),
-        _table(
-            (
-                (139, 176, 43, -12),
-                (297, 83, -209, -107),
-                (68, -161, -170, 60),
-                (-30, -197, -11, 170),
-                (-80, -140, 148, 131),
-                (-100, -12, 190, 29),
-                (-96, 66, 93, -36),
-                (-71, -56, -87, -118),
-            ),
-            scale=1000,
-        ),
-    ]
-)
-"""Principal components of frontal images: the shoulders' and sides' brightness, the side they lean to, the height of
-the diaphragm, and finer ones; unit vectors."""
-VARIANCES = np.array([5.04, 4.09, 3.89, 1.81, 1.69])
-RESIDUAL_VARIANCE = 0.233
-"""Variance along each of the components, and of each other direction."""
-LATERAL_PATTERN = _table(
-    (
-        (9, -29, 109, 316),
-        (-46, -205, 94, 203),
-        (-270, -83, 195, -121),
-        (-204, 69, 25, -184),
-        (5, 87, 40, -155),
-        (29, -16, 41, -111),
-        (49, 4, 134, 10),
-        (69, -80, 9, 6),
-    ),
-    scale=1000,
-)
-"""Linear discriminant, without a side, of synthetic lateral images against synthetic and real frontal ones."""
+@functools.cache
+def fitted_gate() -> Gate:
+    """The gate of `chest_gate.npz`."""
+    with np.load(MODEL, allow_pickle=False) as file:
+        tables = {name: file[name] for name in file.files}
+    kinds = tuple(tables.pop("kinds").tolist())
+    return Gate(kinds, **{name: table.astype(np.float64)[()] for name, table in tables.items()})
 
 
 def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tuple[str, ...]:
@@ -171,42 +121,68 @@ def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tup
     low, high = np.percentile(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), (2, 98))
     if high - low < LEAST_CONTRAST:
         concerns.append("is almost blank")
-    elif reason := _view_concern(pattern(image)):
+    elif reason := fitted_gate().concern(features_of(image)):
         concerns.append(reason)
     return tuple(concerns)
 
 
-def pattern(image: Image.Image) -> np.ndarray:
-    """Standardized ranks of an image's 8 x 8 means; float64 (64,), mean 0 and variance 1.
+def features_of(image: Image.Image) -> np.ndarray:
+    """Features of an image; float64 (F,), none of which depends on its size.
 
     Args:
         image: mode `L`; not of one level throughout.
     """
-    means = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)).ravel()
-    _, order, counts = np.unique(means, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts + 1) / 2)[order]
+    # One pass over a large image; what follows sees about 256 to 512 pixels along its longer side.
+    if (factor := max(image.size) // 256) > 1:
+        image = image.reduce(factor)
+    box = content_box(image)
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box=box), np.float64)
+    ranks = standardized_ranks(pixels)
+    coarse = ranks.reshape(COARSE, SIDE // COARSE, COARSE, SIDE // COARSE).mean(axis=(1, 3))
+    coarse = (coarse - coarse.mean()) / max(coarse.std(), 1e-6)
+    return np.concatenate([coarse.ravel(), oriented_gradients(ranks).ravel(), _figures(pixels, box)])
+
+
+def content_box(image: Image.Image) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of an image without uniform borders, in its pixels; at most 29 % off each side."""
+    small = np.asarray(image.resize((_REACH, _REACH), Image.Resampling.BOX), np.float64)
+    low, high = np.percentile(small, (2, 98))
+    ends = []
+    for lines in (small.T, small):
+        busy = lines.std(axis=1) >= 0.04 * (high - low)
+        busy[_MOST_TRIMMED : _REACH - _MOST_TRIMMED] = True
+        ends.append((busy.argmax() / _REACH, 1 - busy[::-1].argmax() / _REACH))
+    (left, right), (top, bottom) = ends
+    return left * image.width, top * image.height, right * image.width, bottom * image.height
+
+
+def standardized_ranks(pixels: np.ndarray) -> np.ndarray:
+    """Ranks of pixels (H, W) with mean 0 and variance 1; equal pixels share the mean of their ranks."""
+    _, order, counts = np.unique(pixels.ravel(), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts + 1) / 2)[order].reshape(pixels.shape)
     centred = ranks - ranks.mean()
     return centred / max(centred.std(), 1e-9)
 
 
-def distance(patterns: np.ndarray) -> np.ndarray:
-    """Mahalanobis distance of patterns from those of frontal chest images; 1 is typical.
-
-    Args:
-        patterns: (…, 64), as `pattern` gives.
-
-    Returns:
-        float64 (…).
-    """
-    centred = patterns - MEAN
-    along = centred @ COMPONENTS.T
-    beside = (centred**2).sum(axis=-1) - (along**2).sum(axis=-1)
-    return np.sqrt((beside / RESIDUAL_VARIANCE + (along**2 / VARIANCES).sum(axis=-1)) / MEAN.size)
-
-
-def lateral_likeness(patterns: np.ndarray) -> np.ndarray:
-    """Correlation of patterns (…, 64) with `LATERAL_PATTERN`; float64 (…) in -1..1."""
-    return patterns @ LATERAL_PATTERN / (np.linalg.norm(LATERAL_PATTERN) * SIDE)
+def oriented_gradients(pixels: np.ndarray) -> np.ndarray:
+    """Square roots of the histograms of signed gradient orientation, normalized by the cells around; (n, n, 8)."""
+    padded = np.pad(pixels, 1, mode="edge")
+    across, down = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    strength = np.hypot(across, down)
+    angle = np.arctan2(down, across) / (2 * np.pi) % 1 * ORIENTATIONS
+    lower = np.floor(angle).astype(int)
+    share = angle - lower
+    cells = len(pixels) // CELL
+    rows, columns = np.mgrid[: len(pixels), : len(pixels)] // CELL
+    first = (rows * cells + columns) * ORIENTATIONS
+    histograms = np.zeros(cells * cells * ORIENTATIONS)
+    for orientation, weight in ((lower, 1 - share), (lower + 1, share)):
+        where = (first + orientation % ORIENTATIONS).ravel()
+        histograms += np.bincount(where, (strength * weight).ravel(), histograms.size)
+    histograms = histograms.reshape(cells, cells, ORIENTATIONS)
+    energy = np.pad((histograms**2).sum(axis=2), 1, mode="edge")
+    around = sum(energy[i : i + cells, j : j + cells] for i in range(3) for j in range(3))
+    return np.sqrt(histograms / np.sqrt(around + 0.1 * around.mean() + 1e-9)[..., None])
 
 
 def coloured_part(image: Image.Image) -> float:
@@ -220,18 +196,13 @@ def coloured_part(image: Image.Image) -> float:
     return float((np.hypot(*off) > COLOURED).mean())
 
 
-def _view_concern(ranks: np.ndarray) -> str | None:
-    """The concern about an image of this pattern (64,); None where it looks like an upright frontal view."""
-    if distance(ranks) <= FARTHEST:
-        return "looks like a lateral view" if lateral_likeness(ranks) > LATERAL_FROM else None
-    square = ranks.reshape(SIDE, SIDE)
-    # Each fault undone: whichever then looks most like a frontal view is the likely one.
-    others = {
-        "looks inverted (like a negative)": -ranks,
-        "may be turned by 90 degrees to the left, or is no chest film": np.rot90(square, -1).ravel(),
-        "may be turned by 90 degrees to the right, or is no chest film": np.rot90(square).ravel(),
-        "may be upside down, or is no chest film": np.rot90(square, 2).ravel(),
-    }
-    far = {reason: float(distance(other)) for reason, other in others.items()}
-    reason = min(far, key=far.__getitem__)
-    return reason if far[reason] <= FARTHEST_TURNED else "does not look like a frontal chest film"
+def _figures(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Log of width over height, histogram of gray levels, fineness down and across, asymmetry, dark and bright part."""
+    left, top, right, bottom = box
+    low, high = np.percentile(pixels, (1, 99))
+    levels = ((pixels - low) / max(high - low, 1)).clip(0, 1)
+    fineness = [np.abs(np.diff(levels, axis=axis)).mean() for axis in (0, 1)]
+    asymmetry = np.abs(levels - levels[:, ::-1]).mean()
+    histogram = np.histogram(levels, 10, (0, 1))[0] / levels.size
+    shape = np.log((right - left) / (bottom - top))
+    return np.array([shape, *histogram, *fineness, asymmetry, (levels < 0.03).mean(), (levels > 0.97).mean()])
