@@ -3,7 +3,8 @@
 The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
 nothing of an earlier one: `predictions.csv` (validation and test), `operating_points.json`, `test_results.json`,
 `results.md`, `roc.png`, `precision_recall.png`, `reliability.png`, `risk_coverage.png`, `cost.json`, `inference.json`,
-`grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them all.
+`grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them
+all, but keeps a `findings.md` that was filled in.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     from mlx_cxr.inference.cost import measure_image_cost
     from mlx_cxr.inference.predictor import map_references, write_inference_record
     from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
+    from mlx_cxr.pages.findings_page import keep_filled_in
     from mlx_cxr.pages.results_page import write_results
     from mlx_cxr.training.cohort import Cohort
 
@@ -79,6 +81,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     if maps:
         explain(trained, references, test, predictions.of_split("test"), points, config)
     else:
+        keep_filled_in(trained.folder)
         for stale in ("localization.json", "findings.md"):
             (trained.folder / stale).unlink(missing_ok=True)
     return trained.folder

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_cxr.core.claim import claimed
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import sha256_file, write_json, write_text
 from mlx_cxr.core.runs import open_run
@@ -70,6 +72,7 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
     Raises:
         RecordError: the run is no evaluated CNN's or student's, or changed since its evaluation.
         ExportError: `to` is in the run's folder, or there already.
+        FolderBusyError: another process writes into the folder around `to`.
         OSError: the folder cannot be written.
     """
     from mlx_cxr.inference.evaluated_run import EvaluatedRun
@@ -88,13 +91,14 @@ def run(run_dir: str | Path, to: str | Path, overwrite: bool = False) -> Path:
         )
     evaluated = EvaluatedRun.open(run_dir)
     card = model_card(evaluated)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target)
-    try:
-        _fill(temporary, evaluated, card)
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with claimed(target.parent):
+        temporary = _sibling(target)
+        try:
+            _fill(temporary, evaluated, card)
+            _put_in_place(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(target)
     log.info("%s exported to %s; begin with %s", evaluated.name, target, target / "MODEL_CARD.md")
     if evaluated.credentialed:
         log.warning("WARNING: %s", " ".join(card["sharing"]["terms"]))
@@ -161,6 +165,18 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed exports to this folder left beside it."""
+    sibling = re.compile(re.escape(f".{target.name}-") + "[0-9a-f]{8}")
+    for path in target.parent.iterdir():
+        if (
+            sibling.fullmatch(path.name)
+            and path.is_dir()
+            and {item.name for item in path.iterdir()} <= {*FILES, *_LITTER}
+        ):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mlx_cxr.core.claim import claimed
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.safetensors import safetensors_files
 from mlx_cxr.core.stage import stage_parser, started
@@ -67,7 +68,8 @@ def _fetch_lfm(weights_dir: Path, local: Path | None) -> dict[str, Any]:
         record = hub.check_record(hub.LFM, weights_dir)
         hub.check_language_model(hub.LFM.path(weights_dir))
         return record
-    return hub.fetch_folder(hub.LFM, weights_dir, _check_lfm, local)
+    with claimed(hub.LFM.path(weights_dir)):
+        return hub.fetch_folder(hub.LFM, weights_dir, _check_lfm, local)
 
 
 def _check_lfm(folder: Path) -> None:

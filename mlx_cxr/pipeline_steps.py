@@ -62,7 +62,7 @@ def steps(config: Config, overwrite: bool = False) -> list[Step]:
     """The stages of an experiment, in order; the synthetic cohort is made only where the data are synthetic.
 
     Args:
-        overwrite: let a cohort or manifest be replaced that runs were trained on.
+        overwrite: let a cohort, manifest or small base be replaced that runs were trained on.
     """
     from mlx_cxr.data.pixel_store import store_files
 
@@ -107,12 +107,12 @@ def steps(config: Config, overwrite: bool = False) -> list[Step]:
             data,
         )
         chain.insert(0, demo)
-    return [*chain, *_teacher_steps(config)] if config.pipeline.teacher else chain
+    return [*chain, *_teacher_steps(config, overwrite)] if config.pipeline.teacher else chain
 
 
-def _teacher_steps(config: Config) -> list[Step]:
+def _teacher_steps(config: Config, overwrite: bool) -> list[Step]:
     """Teacher, student, controls, comparison and failure analysis."""
-    chain = [_tiny_base(config)] if config.teacher.tiny is not None else []
+    chain = [_tiny_base(config, overwrite)] if config.teacher.tiny is not None else []
     chain += _taught(config, "")
     student = config.distillation.run_name
     chain += _student(config, student, "")
@@ -161,11 +161,11 @@ def _teacher_steps(config: Config) -> list[Step]:
     return chain
 
 
-def _tiny_base(config: Config) -> Step:
+def _tiny_base(config: Config, overwrite: bool) -> Step:
     folder = Path(config.teacher.base)
     return Step(
         "make_tiny_teacher",
-        lambda _: make_tiny_teacher.run(config),
+        lambda _: make_tiny_teacher.run(config, overwrite),
         ("seed", "teacher.base", "teacher.tiny"),
         lambda: [config.manifest_path, config.reports_path],
         (folder / "model.safetensors", folder / "config.json"),

@@ -409,6 +409,7 @@ def test_a_killed_export_leaves_the_old_one_or_none(cnn, tmp_path, name, at):
     assert listing(folder) == before
     export.run(cnn, folder, overwrite=True)
     assert set(listing(folder)) == set(export.FILES)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_an_export_that_cannot_take_its_place_puts_the_old_one_back(cnn, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from toy_teacher import MARKERS, ToyTeacher, shared
 
 from mlx_cxr import build_manifest, make_tiny_teacher
 from mlx_cxr.core.config import Config
-from mlx_cxr.core.files import read_json, sha256_file
+from mlx_cxr.core.files import read_json, sha256_file, write_record
 
 WEIGHTS = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", "preprocessor_config.json")
 
@@ -123,6 +123,28 @@ def test_only_its_own_folders_are_replaced(toy, tmp_path, capsys):
     before = hashes(folder)
     (folder / "model.safetensors").write_bytes(b"cut short")
     assert hashes(made(toy, empty)) == before
+
+
+def test_a_base_that_a_teacher_stands_on_is_not_replaced_by_another(toy, tmp_path):
+    from mlx_cxr.core.runs import RunExistsError
+    from mlx_cxr.teacher.base_model import base_sha256
+
+    outputs = f"outputs={tmp_path / 'outputs'}"
+    folder = made(toy, tmp_path / "base", outputs)
+    before = hashes(folder)
+    run = tmp_path / "outputs" / "teacher_v1"
+    run.mkdir(parents=True)
+    write_record(run / "teacher.json", {"base": str(folder), "base_sha256": base_sha256(folder)})
+    for other in ("seed=9", "teacher.tiny.max_tokens=64"):
+        with pytest.raises(RunExistsError, match=f"{folder} is the base of {run}, and the one to be made now differs"):
+            made(toy, folder, outputs, other)
+    assert hashes(folder) == before
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    assert hashes(made(toy, folder, outputs)) == before, "the same one may be made again"
+    config = toy.config(
+        f"teacher.base={folder}", "teacher.tiny.epochs=1", "teacher.tiny.hidden_size=32", outputs, "seed=9"
+    )
+    assert hashes(make_tiny_teacher.run(config, overwrite=True))["model.safetensors"] != before["model.safetensors"]
 
 
 def test_the_published_base_is_not_made_here(toy, capsys):

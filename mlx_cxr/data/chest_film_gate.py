@@ -5,8 +5,8 @@ gamma and histogram equalization do not matter. Its features are the ranks at 16
 (Dalal and Triggs, CVPR 2005) in cells of 8 x 8 with signed orientations, and a few figures of the whole: shape, spread
 of gray levels, fineness, asymmetry. Two questions are asked of them:
 
-- Which kind of image is it? A multinomial logistic regression of frontal images against laterals, CT slices, spine
-  radiographs, negatives, turned images, parts of images, other body parts and photographs.
+- Which kind of image is it? Linear discriminants of frontal images, laterals, CT slices, spine radiographs, negatives,
+  turned images, parts of images, other body parts and photographs.
 - Is it like a frontal image at all? The Mahalanobis distance from frontal images under the Gaussian of probabilistic
   PCA (Tipping and Bishop, J R Stat Soc B 1999;61:611-622). It is for kinds of images that nobody thought of.
 
@@ -54,7 +54,7 @@ class Gate:
     Attributes:
         kinds: the K names, `frontal` first.
         centre, scale: of the features, (F,).
-        weights, biases: of the logistic regression, (K, F) and (K,).
+        weights, biases: of the discriminants, (K, F) and (K,).
         mean, components, variances, residual: of frontal images: (F,), (C, F), (C,) and the variance in each of the
             other directions.
         threshold: log-odds of any other kind against frontal from which there is a concern.

@@ -6,6 +6,7 @@ evenly spaced ranks are taken, from the most to the least confident one. The bes
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlx_cxr.core.files import write_text
+from mlx_cxr.core.files import sha256_file, write_text
 from mlx_cxr.core.formatting import escaped, notice_lines, number
 from mlx_cxr.core.labels import SCORING_PROTOCOLS, label_index
 from mlx_cxr.evaluation.operating_points import ABSTAIN, OperatingPoints
@@ -25,9 +26,15 @@ from mlx_cxr.pages.overlay import draw_overlay, save_picture
 from mlx_cxr.pages.tables import markdown_table
 from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
+log = logging.getLogger("mlx_cxr")
+
 OUTCOMES = ("true positive", "false positive", "false negative")
+PAGE = "findings.md"
 PICTURES = "grad_cam"
-"""The folder of the pictures, beside `findings.md`."""
+"""The folder of the pictures, beside the page."""
+QUESTIONS = ("map lies on the finding?", "clinician's comment")
+"""Columns that a clinician fills in, and what stands there until then."""
+UNANSWERED = ("☐ yes ☐ in part ☐ no ☐ cannot tell", "&nbsp;")
 EXCERPT = 300
 """Characters of the report that are quoted."""
 
@@ -184,14 +191,30 @@ def write_findings(
 ) -> Path:
     """Write the pictures, then `findings.md`, then remove pictures it no longer links to; return the page's path.
 
-    In this order every link of the page works at any moment, also when the command is killed.
+    In this order every link of the page works at any moment, also when the command is killed. A page that somebody
+    filled in is kept, see `keep_filled_in`.
     """
+    keep_filled_in(folder)
     cases = [case for summary in summaries for case in summary.cases]
     write_pictures(folder, cases)
     known = {"synthetic": synthetic, "method": method, "protocol": MEANINGS[points.protocol], "sections": sections}
-    path = write_text(folder / "findings.md", findings_markdown(run, summaries, **known))
+    path = write_text(folder / PAGE, findings_markdown(run, summaries, **known))
     remove_stale(folder, cases)
     return path
+
+
+def keep_filled_in(folder: Path) -> None:
+    """Move a `findings.md` that somebody wrote comments into, with its pictures, to a folder beside it."""
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if text.count(" | ".join(QUESTIONS)) == text.count(" | ".join(UNANSWERED)):
+        return
+    kept = folder / f"findings_filled_in_{sha256_file(page)[:8]}"
+    kept.mkdir()
+    if (folder / PICTURES).exists():
+        (folder / PICTURES).rename(kept / PICTURES)
+    page.rename(kept / PAGE)
+    log.warning("the page that was filled in is kept as %s", kept / PAGE)
 
 
 def write_pictures(folder: str | Path, cases: Sequence[Case], side: int = 320) -> list[Path]:
@@ -276,7 +299,7 @@ def _case(case: Case) -> list[str]:
     title = f"{reading.finding}, {case.outcome} {case.rank}"
     call = f"abstains: {reading.abstention}" if reading.abstention else reading.call_words
     facts = [f"{reading.probability:.3f}", number(reading.threshold), call, reading.label_words]
-    header = ["probability", "threshold", "call", "report label", "map lies on the finding?", "clinician's comment"]
+    header = ["probability", "threshold", "call", "report label", *QUESTIONS]
     empty = ["The map is empty: no part of the film raises the score.", ""] if not np.any(case.heat > 0) else []
     quote = [f"> {_excerpt(case.text)}", ""] if case.text.strip() else []
     return [
@@ -286,7 +309,7 @@ def _case(case: Case) -> list[str]:
         "",
         *empty,
         *quote,
-        *markdown_table(header, [[*facts, "☐ yes ☐ in part ☐ no ☐ cannot tell", "&nbsp;"]]),
+        *markdown_table(header, [[*facts, *UNANSWERED]]),
     ]
 
 

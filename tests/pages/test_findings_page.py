@@ -19,6 +19,7 @@ from mlx_cxr.pages.findings_page import (
     FindingSummary,
     finding_summaries,
     findings_markdown,
+    keep_filled_in,
     outcomes,
     remove_stale,
     spread,
@@ -81,6 +82,27 @@ def test_every_link_opens_and_stale_pictures_go(tmp_path):
     assert old.exists(), "an earlier page's pictures stay until the new page is written"
     remove_stale(tmp_path, cases)
     assert sorted((tmp_path / "grad_cam").iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [("☐ cannot tell", "☒ cannot tell"), ("&nbsp;", "the map lies on the scapula")],
+    ids=["a box", "a comment"],
+)
+def test_a_page_that_somebody_filled_in_is_kept_with_its_pictures(tmp_path, written):
+    path, cases = tmp_path / "findings.md", [case(), case("false negative", probability=0.1)]
+    path.write_text(page(*cases))
+    keep_filled_in(tmp_path)
+    assert [item.name for item in tmp_path.iterdir()] == ["findings.md"], "nothing was filled in"
+    write_pictures(tmp_path, cases)
+    comments = path.read_text().replace(*written, 1)
+    path.write_text(comments)
+    keep_filled_in(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("findings_filled_in_")
+    assert (kept / "findings.md").read_text() == comments
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", comments):
+        Image.open(kept / link).load()
 
 
 def test_page_says_what_was_predicted_and_reported_and_leaves_room():
