@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from toy_teacher import opened, perturbed_adapters, prompts_of
 
 from mlx_cxr.core.config_schema import LoraConfig
-from mlx_cxr.core.files import read_record
+from mlx_cxr.core.files import read_json
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.teacher.decoder import decode
 from mlx_cxr.teacher.image_embeddings import encode_images, image_patches
@@ -31,7 +31,7 @@ def torch_model(folder: Path) -> torch.nn.Module:
     """Transformers' model in float32 and evaluation mode; every weight is given, and none is left over."""
     from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
-    settings = Lfm2VlConfig(**read_record(folder / "config.json"))
+    settings = Lfm2VlConfig(**read_json(folder / "config.json"))
     settings._attn_implementation = "eager"
     model = Lfm2VlForConditionalGeneration(settings).float().eval()
     state = {}
