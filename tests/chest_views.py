@@ -83,8 +83,11 @@ def part_of(image: Image.Image, rng: np.random.Generator, least: float, most: fl
     return image.crop((left, top, left + side, top + side))
 
 
-def varied(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """An image that shows the same: turned a little, cropped, bordered, of other exposure, written on, noisy, …"""
+def varied(image: Image.Image, rng: np.random.Generator, mirrors: bool = True) -> Image.Image:
+    """An image that shows the same: turned a little, cropped, bordered, of other exposure, written on, noisy, …
+
+    Of an image that is turned by 90 degrees its mirror image shows another turn, so `mirrors` is to be false.
+    """
     width, height = image.size
     if rng.random() < 0.5:
         image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
@@ -105,7 +108,7 @@ def varied(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     image = Image.fromarray((levels.clip(0, 1) * 255).astype(np.uint8))
     if rng.random() < 0.1:
         image = ImageOps.equalize(image)
-    if rng.random() < 0.5:
+    if mirrors and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     if rng.random() < 0.3:
         draw = ImageDraw.Draw(image)

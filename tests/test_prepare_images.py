@@ -3,7 +3,8 @@ import csv
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from chest_views import TEST_SEED, drawn_images, drawn_part
+from PIL import Image, ImageOps
 from prepared_images import apply
 
 from mlx_cxr.core.config import load_config
@@ -47,12 +48,14 @@ def test_the_store_opens_with_what_the_next_stage_has(root, capsys):
     config = load_config(root / "config.yaml")
     assert run(config) == root / "work" / "images_32.npy"
     manifest = load_manifest(config.manifest_path)
-    store = PixelStore.open(config.pixels_path, manifest, Transform(32))
+    store = PixelStore.open(config.pixels_path, manifest, Transform.of(config))
     row = store.rows(["004"])[0]
     assert row == 4
     image = np.asarray(Image.open(root / "f4.png"))
     assert (store.images[row] == apply(image, Transform(32))).all()
-    assert {path.name for path in (root / "work").iterdir()} == {"images_32.json", "images_32.npy", "manifest.csv"}
+    # Ramps are no chest films, and are listed as such.
+    files = {"images_32.json", "images_32.npy", "images_32_objections.csv", "manifest.csv"}
+    assert {path.name for path in (root / "work").iterdir()} == files
 
 
 def test_command_line_options(root, caplog):
@@ -61,7 +64,7 @@ def test_command_line_options(root, caplog):
     main([*config, "--set", "pixels.size=48", "--set", "pixels.fit=center_crop", "--workers", "2"])
     assert np.load(root / "work" / "images_48.npy").shape == (6, 48, 48)
     assert read_record(root / "work" / "images_48.json")["transform"]["fit"] == "center_crop"
-    assert "6 of 6 films, center_crop-48-v1; 6 decoded" in caplog.text
+    assert "6 of 6 films, center_crop-48-v1-window; 6 decoded" in caplog.text
     assert "films/s" in caplog.text
 
 
@@ -82,15 +85,15 @@ def test_a_store_in_shards_by_two_calls(root, caplog):
     (root / "f5.png").write_bytes(b"")
     config = ["--config", str(root / "config.yaml"), "--set", "pixels.shard_films=2"]
     main([*config, "--shard", "2/2"])
-    assert "images_32.npy: 2 of 2 films, letterbox-32-v1; 2 decoded" in caplog.text
+    assert "images_32.npy: 2 of 2 films, letterbox-32-v1-window; 2 decoded" in caplog.text
     assert "still to be made: images_32-1-of-3.npy, images_32-3-of-3.npy" in caplog.text
     assert not (root / "work" / "images_32_unreadable.csv").exists()
     caplog.clear()
     main([*config, "--shard", "1/2"])
-    assert "5 of 6 films, letterbox-32-v1; 4 decoded" in caplog.text
+    assert "5 of 6 films, letterbox-32-v1-window; 4 decoded" in caplog.text
     assert [row["image_id"] for row in table(root / "work" / "images_32_unreadable.csv")] == ["005"]
     plain = load_config(root / "config.yaml")
-    store = PixelStore.open(plain.pixels_path, load_manifest(plain.manifest_path), Transform(32))
+    store = PixelStore.open(plain.pixels_path, load_manifest(plain.manifest_path), Transform.of(plain))
     image = np.asarray(Image.open(root / "f3.png"))
     assert (store.images[store.rows(["003"])] == apply(image, Transform(32))).all()
 
@@ -128,6 +131,27 @@ def test_bad_and_odd_images_are_listed(root, caplog):
     (root / "f1.png").write_bytes(good)
     run(config)
     assert not (root / "work" / "images_32_unreadable.csv").exists()
+
+
+def test_what_is_no_frontal_chest_film_is_listed_and_kept(root, caplog):
+    config = load_config(root / "config.yaml")
+    chest = drawn_images(TEST_SEED, patients=5)
+    for number, image in enumerate((*chest["PA"][:3], chest["LATERAL"][0], ImageOps.invert(chest["AP"][0]))):
+        image.save(root / f"f{number}.png")
+    drawn_part("hand", np.random.default_rng(0)).save(root / "f5.png")
+    run(config)
+    listed = {row["path"]: row["objection"] for row in table(root / "work" / "images_32_objections.csv")}
+    assert listed == {
+        "f3.png": "looks like a lateral view",
+        "f4.png": "looks inverted (like a negative)",
+        "f5.png": "does not look like a frontal chest film",
+    }
+    assert "3 of 6 film(s) may be no upright frontal chest films; none is left out for that" in caplog.text
+    assert np.load(root / "work" / "images_32.npy")[3:].std(axis=(1, 2)).min() > 5
+    for number in (3, 4, 5):
+        chest["PA"][number].save(root / f"f{number}.png")
+    run(config)
+    assert not (root / "work" / "images_32_objections.csv").exists()
 
 
 def test_a_wrong_root_ends_with_status_2_and_the_first_reasons(root, capsys):

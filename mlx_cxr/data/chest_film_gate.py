@@ -118,7 +118,8 @@ def concerns_about(image: Image.Image, colour: Image.Image | None = None) -> tup
     longest, shortest = max(image.size), min(image.size)
     if longest > LONGEST * shortest:
         concerns.append(f"is {longest / shortest:.1f} times as long as it is wide; part of it may be cut off")
-    low, high = np.percentile(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), (2, 98))
+    image = _reduced(image)
+    low, high = np.percentile(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)), (2, 98))
     if high - low < LEAST_CONTRAST:
         concerns.append("is almost blank")
     elif reason := fitted_gate().concern(features_of(image)):
@@ -132,15 +133,19 @@ def features_of(image: Image.Image) -> np.ndarray:
     Args:
         image: mode `L`; not of one level throughout.
     """
-    # One pass over a large image; what follows sees about 256 to 512 pixels along its longer side.
-    if (factor := max(image.size) // 256) > 1:
-        image = image.reduce(factor)
+    image = _reduced(image)
     box = content_box(image)
     pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box=box), np.float64)
     ranks = standardized_ranks(pixels)
     coarse = ranks.reshape(COARSE, SIDE // COARSE, COARSE, SIDE // COARSE).mean(axis=(1, 3))
     coarse = (coarse - coarse.mean()) / max(coarse.std(), 1e-6)
     return np.concatenate([coarse.ravel(), oriented_gradients(ranks).ravel(), _figures(pixels, box)])
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """An image of 256 to 511 pixels along its longer side, made of a large one in one pass."""
+    factor = max(image.size) // 256
+    return image.reduce(factor) if factor > 1 else image
 
 
 def content_box(image: Image.Image) -> tuple[float, float, float, float]:

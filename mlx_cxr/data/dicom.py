@@ -16,7 +16,6 @@ Only the elements of `_ELEMENTS` are read: none of them identifies a patient.
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import unicodedata
 import zlib
@@ -67,8 +66,8 @@ _VIEWS = {
     "a lateral": re.compile(r"LATERAL|PERFIL|PROFIL|SEITL|\b[LR]? ?LAT\b|\b(?:LL|RL|LLAT|RLAT)\b"),
 }
 _FEW_LEVELS = 16
-_MOST_ELEMENTS = 100_000
-"""Outside of sequences; images have some hundreds. A megabyte, deflated, may hold fifty million."""
+_MOST_READS = 500_000
+"""Images have some hundreds of elements. A megabyte, deflated, may hold fifty million."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _DECODERS = {
     **dict.fromkeys(("JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1"), "pylibjpeg pylibjpeg-libjpeg"),
@@ -161,20 +160,27 @@ def _histogram(levels: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(levels).histogram())
 
 
+class _Bounded(io.BytesIO):
+    """A file in memory that is not read in endless small pieces; each element of a data set takes a read or two."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file.
+
+        Raises:
+            ImageError: it is the read after `_MOST_READS`.
+        """
+        self.reads += 1
+        if self.reads > _MOST_READS:
+            raise ImageError("a DICOM of too many elements to be that of an image; export it again")
+        return super().read(size)
+
+
 def _dataset(data: bytes) -> FileDataset:
-    from pydicom import uid
-    from pydicom.filereader import read_partial
-    from pydicom.tag import Tag
+    from pydicom import dcmread, uid
 
-    number = itertools.count(1)
-
-    def too_many(*_: object) -> bool:
-        if next(number) > _MOST_ELEMENTS:
-            raise ImageError(f"a DICOM of more than {_MOST_ELEMENTS:,} elements; export it again")
-        return False
-
-    file, wanted = io.BytesIO(_inflated(data)), [Tag(element) for element in _ELEMENTS]
-    dataset = read_partial(file, too_many, force=True, specific_tags=wanted)
+    dataset = dcmread(_Bounded(_inflated(data)), force=True, specific_tags=list(_ELEMENTS))
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         if implicit:

@@ -61,7 +61,6 @@ def test_a_killed_worker_is_named_as_such(large_image):
 
 UNGUARDED = """
 import pandas, mlx.core
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import mlx_cxr.data.decode_pool as pool
 import mlx_cxr.core.workers as workers
@@ -70,17 +69,17 @@ from mlx_cxr.data.decoding import Transform
 print("main module runs")
 LOADED = "__import__('mlx_cxr.data.decode_pool') and print(*__import__('sys').modules, flush=True) or []"
 
-class Watched(ProcessPoolExecutor):
+class Watched(workers.WorkerPool):
     def submit(self, *args):
         return super().submit(eval, LOADED)
 
-workers.ProcessPoolExecutor = Watched
+workers.WorkerPool = Watched
 list(pool.decode_images([(0, Path("x"))] * 8, Transform(32), 2))
 """
 
 
 def test_a_worker_imports_little(tmp_path):
-    """Pillow alone in the workers, whatever the main module imports; nor is that module run again."""
+    """Pillow alone as a worker starts, whatever the main module imports; nor is that module run again."""
     script = tmp_path / "unguarded.py"
     script.write_text(UNGUARDED)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
