@@ -1,6 +1,7 @@
 """Loads the package first, and puts this folder on `sys.path` for the reference networks kept here."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 # Before any test imports mlx.core, as that fixes which BLAS serves on Linux; the stock one is 30x slower.
 import mlx_cxr  # noqa: F401
+
+# A background job of a shell ignores Ctrl-C, and so would every command that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:

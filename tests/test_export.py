@@ -312,6 +312,7 @@ def test_what_the_weights_derive_from_is_said_on_the_terminal(cnn, tmp_path, cap
     assert "institution's rules" in caplog.records[-1].getMessage()
     change(cnn / "config.json", "config", "data", "csv", value=None)
     change(cnn / "config.json", "config", "data", "source", value="mimic-cxr-jpg")
+    change(cnn / "config.json", "config", "pixels", "dicom_recipe", value="window")
     caplog.clear()
     folder = export.run(cnn, tmp_path / "mimic")
     assert caplog.records[-1].levelname == "WARNING"

@@ -18,6 +18,7 @@ from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.core.runs import RunExistsError
 from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.make_demo_data import CohortExistsError
 from mlx_cxr.teacher.base_model import BaseUnavailableError
 
 YAML = """
@@ -151,7 +152,9 @@ def test_a_cohort_made_again_reaches_the_pixel_store_though_its_tables_are_the_s
     config = load_config(tiny)
     marker = config.data.root / "cohort.json"
     marker.write_text(marker.read_text().replace('"hash": "', '"hash": "0'))  # as one of another version of the code
-    _, stages = _run(tiny, caplog, start_at="make_demo_data")
+    with pytest.raises(CohortExistsError, match="were trained on it; pass --overwrite"):
+        _run(tiny, caplog, start_at="make_demo_data")
+    _, stages = _run(tiny, caplog, start_at="make_demo_data", overwrite=True)
     assert stages["build_manifest"] == stages["prepare_images"] == "asked for"
     marker.unlink()
     (config.data.root / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()

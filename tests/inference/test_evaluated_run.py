@@ -99,6 +99,7 @@ def test_only_weights_of_real_mimic_images_are_credentialed(cnn, synthetic, sour
     change(cnn / "config.json", "config", "data", "source", value=source)
     if source != "csv":
         change(cnn / "config.json", "config", "data", "csv", value=None)
+        change(cnn / "config.json", "config", "pixels", "dicom_recipe", value="window")
     run = EvaluatedRun.open(cnn)
     assert (run.synthetic, run.credentialed) == (synthetic, credentialed)
 
