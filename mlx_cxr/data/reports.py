@@ -49,7 +49,14 @@ _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
 _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
 _NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
-_NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
+_TOLD = re.compile(
+    r"[.;?!]\s+\S|\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
+    r"|no (?:acute|active|evidence|focal|significant|change))\b",
+    re.IGNORECASE,
+)
+"""The words of an answer, in what should be a question: more than a sentence, or one that states a result."""
+_MARGIN = 72
+"""Characters that a full line has at least, if the next begins with a capital."""
 _ENDED = tuple(".;:!?")
 
 
@@ -96,7 +103,7 @@ def parse_sections(report: str) -> tuple[Section, ...]:
 
     Indication, comparison and the like end at their first blank line, so that a report that goes on without a heading
     does not leak into them. Where no findings are named, an indication ends with a first line that had room for more;
-    and if it goes on to the report's end in several sentences, it is none.
+    and if it goes on to the report's end and tells a result, or has several sentences, it is none.
     """
     return _parse(plain_text(report))
 
@@ -122,10 +129,10 @@ def _parse(report: str) -> tuple[Section, ...]:
         sections += _closed(kind, name, text, sections)
         kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
         begin, start = heading.start, heading.end
-    # Nor is the last of them an indication where it goes on in several sentences and neither is named.
+    # Nor is the last of them an indication where it tells a result and neither is named.
     if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
         last = sections[-1]
-        if last.kind == INDICATION and _NEXT_SENTENCE.search(last.text):
+        if last.kind == INDICATION and _TOLD.search(last.text):
             sections[-1] = replace(last, kind=BODY)
     return tuple(sections)
 
@@ -210,9 +217,11 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
 def _cleaned(text: str) -> str:
-    text = _MARKUP.sub("", TITLE.sub("\n\n", text)).lstrip(" \n,;:|~=")
+    text = TITLE.sub("\n\n", text)
+    text = (_MARKUP.sub("", text) if "*" in text or "`" in text or "#" in text else text).lstrip(" \n,;:|~=")
     text = _without_list_marks(text)
-    text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
+    if "\n" in text:
+        text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
     text = " ".join(_MARK.sub(" ", text).split())
     text = re.sub(r"\(\s*[,;]?\s*\)", "", text)
     text = re.sub(r"\(\s+", "(", text)
@@ -251,8 +260,10 @@ def _with_breaks(text: str, width: int) -> str:
     """A text with a blank line where its first line ends though the next word had found room: where no findings are
     named, they may begin there."""
     line, _, rest = text.partition("\n")
-    fits = rest.split(maxsplit=1)[:1]
-    return f"{line}\n\n{rest}" if fits and len(line) + 1 + len(fits[0]) <= width else text
+    word = next(iter(rest.split(maxsplit=1)), "")
+    # A report of a few short lines does not show its margin, and a capital may begin a sentence.
+    margin = max(width, _MARGIN) if word[:1].isupper() else width
+    return f"{line}\n\n{rest}" if word and len(line) + 1 + len(word) <= margin else text
 
 
 def _is_title(paragraph: str) -> bool:
