@@ -49,14 +49,15 @@ _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
 _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
 _NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
-_TOLD = re.compile(
-    r"[.;?!]\s+\S|\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
-    r"|no (?:acute|active|evidence|focal|significant|change))\b",
+_NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
+_RESULT = re.compile(
+    r"(?<!patient )(?<!pt )(?<!this )\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
+    r"|no (?:acute|active|change|effusion|evidence|focal|large|pleural|pneumothorax|significant))\b",
     re.IGNORECASE,
 )
-"""The words of an answer, in what should be a question: more than a sentence, or one that states a result."""
+"""The words of a result: in 99.7 % of the findings of `shared/realcxr`, and in 0.4 % of the indications."""
 _MARGIN = 72
-"""Characters that a full line has at least, if the next begins with a capital."""
+"""Characters that a full line has at least, where nothing but a few short lines show how wide the report is."""
 _ENDED = tuple(".;:!?")
 
 
@@ -103,7 +104,7 @@ def parse_sections(report: str) -> tuple[Section, ...]:
 
     Indication, comparison and the like end at their first blank line, so that a report that goes on without a heading
     does not leak into them. Where no findings are named, an indication ends with a first line that had room for more;
-    and if it goes on to the report's end and tells a result, or has several sentences, it is none.
+    and if it goes on with a result, or to the end of a report that names no impression either, it is none.
     """
     return _parse(plain_text(report))
 
@@ -112,8 +113,10 @@ def _parse(report: str) -> tuple[Section, ...]:
     sections: list[Section] = []
     kind, name, begin, start = BODY, "", 0, 0
     found = [*headings(report), Heading(len(report), len(report), BODY, "")]
-    unnamed = not any(heading.sure and heading.kind in (FINDINGS, BOTH, VIEWS) for heading in found)
+    named = {heading.kind for heading in found if heading.sure}
+    unnamed = named.isdisjoint((FINDINGS, BOTH, VIEWS))
     width = max(map(len, report.split("\n")))
+    margin = max(width, _MARGIN) if unnamed and IMPRESSION not in named else width
     for heading in found:
         inside = kind in _ANSWERS
         if heading.start < start or (inside and heading.kind in (OTHER, VIEWS)):
@@ -125,15 +128,19 @@ def _parse(report: str) -> tuple[Section, ...]:
             continue
         text = report[start : heading.start]
         if unnamed and kind == INDICATION and not text.lstrip(" ").startswith("\n"):
-            text = _with_breaks(report[begin : heading.start], width)[start - begin :]
+            text = _with_breaks(report[begin : heading.start], width, margin)[start - begin :]
         sections += _closed(kind, name, text, sections)
         kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
         begin, start = heading.start, heading.end
-    # Nor is the last of them an indication where it tells a result and neither is named.
-    if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
-        last = sections[-1]
-        if last.kind == INDICATION and _TOLD.search(last.text):
-            sections[-1] = replace(last, kind=BODY)
+    # Nor is it an indication that holds unnamed findings: one that goes on with a result, or, where the impression
+    # is not named either and it is the last section, one that goes on or tells a result at all.
+    answered = any(section.kind in _ANSWERS for section in sections)
+    for i, section in enumerate(sections):
+        if unnamed and section.kind == INDICATION:
+            more = _NEXT_SENTENCE.search(section.text)
+            last = not answered and i == len(sections) - 1
+            if (last and more) or ((last or more) and _RESULT.search(section.text, more.start() if more else 0)):
+                sections[i] = replace(section, kind=BODY)
     return tuple(sections)
 
 
@@ -256,14 +263,13 @@ def _closed(kind: str, heading: str, text: str, before: Sequence[Section]) -> li
     return [*parts, *(_closed(BODY, "", rest, before) if rest else [])]
 
 
-def _with_breaks(text: str, width: int) -> str:
+def _with_breaks(text: str, width: int, margin: int) -> str:
     """A text with a blank line where its first line ends though the next word had found room: where no findings are
-    named, they may begin there."""
+    named, they may begin there. A next line with a capital has `margin` to find room in, any other `width`."""
     line, _, rest = text.partition("\n")
     word = next(iter(rest.split(maxsplit=1)), "")
-    # A report of a few short lines does not show its margin, and a capital may begin a sentence.
-    margin = max(width, _MARGIN) if word[:1].isupper() else width
-    return f"{line}\n\n{rest}" if word and len(line) + 1 + len(word) <= margin else text
+    room = (margin if word[:1].isupper() else width) - len(line) - 1
+    return f"{line}\n\n{rest}" if word and len(word) <= room else text
 
 
 def _is_title(paragraph: str) -> bool:
