@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import ascii_lowercase, ascii_uppercase
+from typing import NamedTuple
 
 INDICATION, FINDINGS, IMPRESSION, BOTH = "indication", "findings", "impression", "findings_and_impression"
 BODY, OTHER, EXAMINATION, SIGNATURE, VIEWS = "body", "other", "examination", "signature", "views"
@@ -170,8 +170,7 @@ _OPENS = re.compile(r"[A-Z][a-z]|A |X{4}|_{2}|\[\*\*|\d")
 _ENDS = '.;:!?|~>*)]"'
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A place where a section begins.
 
     Attributes:
@@ -257,7 +256,7 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
     return [
         heading
         if heading.sure or style not in trusted or _goes_on(text, heading.start)
-        else replace(heading, sure=True)
+        else heading._replace(sure=True)
         for heading, style in candidates
     ]
 
@@ -291,7 +290,7 @@ def _settled(found: list[Heading]) -> list[Heading]:
         kinds[name] = next((kind for kind in _EITHER[kind_of_words(name) or ""] if kind not in named), OTHER)
         named.add(kinds[name])
     return [
-        replace(heading, kind=kinds.get(heading.name.upper(), OTHER)) if heading.kind in _EITHER else heading
+        heading._replace(kind=kinds.get(heading.name.upper(), OTHER)) if heading.kind in _EITHER else heading
         for heading in found
     ]
 
@@ -305,6 +304,7 @@ def _kind_of_line(name: str) -> str | None:
     return kind_of_words(name) or (VIEWS if not VIEW_NOUNS.isdisjoint(words) else OTHER)
 
 
+@lru_cache(maxsize=4096)
 def kind_of_words(name: str) -> str | None:
     """The kind of section that the words of a heading name, misspelt ones too; None if they name none."""
     kinds = {kind for _, kind in _ranked(name)}
@@ -319,7 +319,6 @@ def _rank(name: str) -> int:
     return min(_ranked(name))[0]
 
 
-@lru_cache(maxsize=4096)
 def _ranked(name: str) -> tuple[tuple[int, str], ...]:
     return tuple(found for word in _words(name) if (found := _kind_of_word(word)))
 

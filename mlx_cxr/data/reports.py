@@ -50,6 +50,7 @@ _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
 _NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
 _NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
+_CAPITAL_INSIDE = re.compile(r"[\w)]\s+(?:[A-Z]|A\s+)[a-z]")
 _RESULT = re.compile(
     r"(?<!patient )(?<!pt )(?<!this )\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
     r"|no (?:acute|active|change|effusion|evidence|focal|large|pleural|pneumothorax|significant))\b",
@@ -132,15 +133,11 @@ def _parse(report: str) -> tuple[Section, ...]:
         sections += _closed(kind, name, text, sections)
         kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
         begin, start = heading.start, heading.end
-    # Nor is it an indication that holds unnamed findings: one that goes on with a result, or, where the impression
-    # is not named either and it is the last section, one that goes on or tells a result at all.
     answered = any(section.kind in _ANSWERS for section in sections)
     for i, section in enumerate(sections):
-        if unnamed and section.kind == INDICATION:
-            more = _NEXT_SENTENCE.search(section.text)
-            last = not answered and i == len(sections) - 1
-            if (last and more) or ((last or more) and _RESULT.search(section.text, more.start() if more else 0)):
-                sections[i] = replace(section, kind=BODY)
+        last = not answered and i == len(sections) - 1
+        if unnamed and section.kind == INDICATION and _holds_findings(section.text, last):
+            sections[i] = replace(section, kind=BODY)
     return tuple(sections)
 
 
@@ -270,6 +267,15 @@ def _with_breaks(text: str, width: int, margin: int) -> str:
     word = next(iter(rest.split(maxsplit=1)), "")
     room = (margin if word[:1].isupper() else width) - len(line) - 1
     return f"{line}\n\n{rest}" if word and len(word) <= room else text
+
+
+def _holds_findings(indication: str, last: bool) -> bool:
+    """True where one goes on with a result; or, if nothing after it can hold the answer, where it tells a result or may
+    have a second sentence, even without a full stop before it."""
+    more = _NEXT_SENTENCE.search(indication)
+    if last:
+        return bool(more or _RESULT.search(indication) or _CAPITAL_INSIDE.search(indication))
+    return bool(more and _RESULT.search(indication, more.start()))
 
 
 def _is_title(paragraph: str) -> bool:
