@@ -164,6 +164,7 @@ _SIGNED_INLINE = re.compile(
     re.VERBOSE,
 )
 """The same within a line, after a section without a full stop; in letters that leave no doubt."""
+_SENTENCE_END = re.compile(r"[.;?!]\s")
 _SMALL, _CAPITAL = ascii_lowercase.encode(), ascii_uppercase.encode()
 _OPENS = re.compile(r"[A-Z][a-z]|A |X{4}|_{2}|\[\*\*|\d")
 """The begin of a section's text, where nothing but capitals tells its heading from it."""
@@ -198,7 +199,9 @@ def headings(text: str) -> list[Heading]:
     found += [Heading(start, end, SIGNATURE, "") for start, end in _signatures(text)]
     for match in _LINE_HEADING.finditer(text):
         name = " ".join(match[1].split())
-        if (kind := _kind_of_line(name)) and (not shouting or _begins_sentence(text, match.start(1))):
+        if shouting and (_SENTENCE_END.search(name) or not _begins_sentence(text, match.start(1))):
+            continue
+        if kind := _kind_of_line(name, shouting):
             found.append(Heading(match.start(), match.end(), kind, name))
     found += _known_headings(text, shouting)
     return _settled(sorted(found, key=lambda heading: (heading.start, -heading.end)))
@@ -295,13 +298,14 @@ def _settled(found: list[Heading]) -> list[Heading]:
     ]
 
 
-def _kind_of_line(name: str) -> str | None:
-    """The kind of heading that a line begins with, in capitals or naming views; None if it is no heading."""
+def _kind_of_line(name: str, shouting: bool) -> str | None:
+    """The kind of heading that a line begins with, in capitals or naming views; None if it is no heading. Where all is
+    in capitals, one that names views has no other words ("BACK PAIN CHEST: CLEAR")."""
     words = _words(name)
     views = len(words) > 1 and _VIEW_WORDS.issuperset(words) and not VIEW_NOUNS.isdisjoint(words)
     if not words or not name[0].isupper() or (name != name.upper() and not views):
         return None
-    return kind_of_words(name) or (VIEWS if not VIEW_NOUNS.isdisjoint(words) else OTHER)
+    return kind_of_words(name) or (VIEWS if views or not (shouting or VIEW_NOUNS.isdisjoint(words)) else OTHER)
 
 
 @lru_cache(maxsize=4096)
