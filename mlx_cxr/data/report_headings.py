@@ -220,6 +220,8 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
     candidates: list[tuple[Heading, tuple[bool, str]]] = []
     for match in _KNOWN_HEADING.finditer(text):
         name, mark = match["name"], match.lastgroup or ""
+        if mark == "none" and (shouting or name.islower()):  # running text
+            continue
         start = match.start()
         end = match.end()
         if mark == "none" and not name.isupper() and name.split()[0].isupper():  # "COMPARISON Comparison was made"

@@ -40,9 +40,12 @@ _ANSWERS = frozenset((FINDINGS, IMPRESSION, BOTH))
 """Kinds that no other section may run into."""
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_TEXT_MARK = r"\*\*[^\[\]\n]{0,200}?\*\*\]"
 _MARK = re.compile(
-    r"[-/]?(?:_{2,}|X{4,}|\[\*\*[^\[\]\n]{0,200}?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?"
+    rf"[-/_X[](?:(?<=[-/])(?:_{{2,}}|X{{4,}}|\[{_TEXT_MARK})|(?<=_)_+|(?<=X)X{{3,}}|(?<=\[){_TEXT_MARK})"
+    r"(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?"
 )
+"""De-identification marks. A set of characters comes first, as `re` finds one without a try at each place."""
 _MARKUP = re.compile(r"(?<!\[)\*{2,}(?!\])|`+|^ *#{1,6} ", re.MULTILINE)
 """Markdown's bold and code type and the sign of its headings."""
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
@@ -53,10 +56,12 @@ _NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
 _CAPITAL_INSIDE = re.compile(r"[\w)]\s+(?:[A-Z]|A\s+)[a-z]")
 _RESULT = re.compile(
     r"(?<!patient )(?<!pt )(?<!this )\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
-    r"|no (?:acute|active|change|effusion|evidence|focal|large|pleural|pneumothorax|significant))\b",
+    r"|negative for|within|no (?:acute|active|change|confluent|consolidation|definite|effusion|evidence|focal|large"
+    r"|lobar|pleural|pneumothorax|significant|typical|visible))\b",
     re.IGNORECASE,
 )
-"""The words of a result: in 99.7 % of the findings of `shared/realcxr`, and in 0.4 % of the indications."""
+"""The words of a result: in 99.9 % of the findings and 0.2 % of the indications of 3,059 Open-I reports, on which they were
+chosen."""
 _MARGIN = 72
 """Characters that a full line has at least, where nothing but a few short lines show how wide the report is."""
 _ENDED = tuple(".;:!?")
@@ -112,7 +117,7 @@ def parse_sections(report: str) -> tuple[Section, ...]:
 
 def _parse(report: str) -> tuple[Section, ...]:
     sections: list[Section] = []
-    kind, name, begin, start = BODY, "", 0, 0
+    kind, name, begin, start, answered = BODY, "", 0, 0, False
     found = [*headings(report), Heading(len(report), len(report), BODY, "")]
     named = {heading.kind for heading in found if heading.sure}
     unnamed = named.isdisjoint((FINDINGS, BOTH, VIEWS))
@@ -130,13 +135,14 @@ def _parse(report: str) -> tuple[Section, ...]:
         text = report[start : heading.start]
         if unnamed and kind == INDICATION and not text.lstrip(" ").startswith("\n"):
             text = _with_breaks(report[begin : heading.start], width, margin)[start - begin :]
-        sections += _closed(kind, name, text, sections)
+        closed = _closed(kind, name, text, answered)
+        answered = answered or not _ANSWERS.isdisjoint(section.kind for section in closed)
+        sections += closed
         kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
         begin, start = heading.start, heading.end
-    answered = any(section.kind in _ANSWERS for section in sections)
     for i, section in enumerate(sections):
         last = not answered and i == len(sections) - 1
-        if unnamed and section.kind == INDICATION and _holds_findings(section.text, last):
+        if (unnamed or last) and section.kind == INDICATION and _holds_findings(section.text, last):
             sections[i] = replace(section, kind=BODY)
     return tuple(sections)
 
@@ -247,17 +253,17 @@ def _wanted_text(sections: Sequence[Section], name: str) -> str:
     return _cleaned("\n\n".join(section.text for section in sections if section.kind in kinds))
 
 
-def _closed(kind: str, heading: str, text: str, before: Sequence[Section]) -> list[Section]:
+def _closed(kind: str, heading: str, text: str, answered: bool) -> list[Section]:
     text = text.strip()
     rest = ""
     # What follows a signature belongs to it, unless it stands before the report.
-    short = kind in _HEADER_KINDS or (kind == SIGNATURE and _ANSWERS.isdisjoint(section.kind for section in before))
+    short = kind in _HEADER_KINDS or (kind == SIGNATURE and not answered)
     if short and (blank := _BLANK_LINE.search(text)):
         text, rest = text[: blank.start()], text[blank.end() :].strip()
     if kind == BODY and _is_title(text):
         kind = EXAMINATION
     parts = [Section(kind, heading, text)] if text else []
-    return [*parts, *(_closed(BODY, "", rest, before) if rest else [])]
+    return [*parts, *(_closed(BODY, "", rest, answered) if rest else [])]
 
 
 def _with_breaks(text: str, width: int, margin: int) -> str:
