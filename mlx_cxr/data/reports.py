@@ -60,8 +60,8 @@ _RESULT = re.compile(
     r"|lobar|pleural|pneumothorax|significant|typical|visible))\b",
     re.IGNORECASE,
 )
-"""The words of a result: in 99.9 % of the findings and 0.2 % of the indications of 3,059 Open-I reports, on which they were
-chosen."""
+"""The words of a result: in 99.9 % of the findings and 0.2 % of the indications of the Open-I reports that they were
+chosen on."""
 _MARGIN = 72
 """Characters that a full line has at least, where nothing but a few short lines show how wide the report is."""
 _ENDED = tuple(".;:!?")
