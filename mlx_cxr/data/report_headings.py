@@ -229,10 +229,10 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
             end = start + len(name) + 1
         if not name[0].isupper() and (capital := re.search(r"(?<=[ /&+,])[A-Z]", name)):
             name, start = name[capital.start() :], start + capital.start()
-        if not _begins_sentence(text, start) and (shouting or not name[0].isupper() or name.startswith("CXR ")):
-            own = next((word for word in _NOT_ITS_OWN if name.lower().startswith(word)), "")
-            if own and kind_of_words(name[len(own) :]):
-                name, start = name[len(own) :], start + len(own)
+        if name.lower().startswith(_NOT_ITS_OWN) and not _begins_sentence(text, start):
+            own = name.partition(" ")[2]
+            if (shouting or not name[0].isupper() or name.startswith("CXR ")) and kind_of_words(own):
+                name, start = own, start + len(name) - len(own)
         kind = kind_of_words(name)
         while start and text[start - 1] in _MARKS:
             start -= 1
