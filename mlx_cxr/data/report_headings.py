@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from string import ascii_lowercase, ascii_uppercase
+from typing import NamedTuple
 
 INDICATION, FINDINGS, IMPRESSION, BOTH = "indication", "findings", "impression", "findings_and_impression"
 BODY, OTHER, EXAMINATION, SIGNATURE, VIEWS = "body", "other", "examination", "signature", "views"
@@ -74,17 +75,25 @@ _NOUNS = (
     "description", "narrative", "report", "radiologist", "attending", "physician", "signature", "transcriptionist",
     "signed", "dictated", "transcribed",
 )
+_NOT_ITS_OWN = tuple(f"{word} " for word in (
+    "cxr", "x-ray", "patient", "preoperative", "present", "past", "prior", "comparison", "reference",
+))
 _BEFORE_PROSE = frozenset({
     "a", "an", "the", "this", "that", "these", "those", "such", "no", "any", "some", "other", "additional",
-    "following", "above", "below", "and", "or", "but", "of", "with", "for", "to", "in", "on", "by", "from",
+    "following", "and", "or", "but", "of", "with", "for", "to", "in", "on", "by", "from",
     "as", "is", "are", "was", "were", "has", "have", "had", "dr",
 })
 # fmt: on
-"""Words that a phrase goes on from: what follows them is no heading where the letters do not say so."""
+"""Words that a phrase goes on from: what follows them is no heading where the letters do not say so. `_NOT_ITS_OWN` are
+the adjectives of headings that end a phrase as well ("male, preoperative comparison: none")."""
 
 
 def _any_of(words: Iterable[str]) -> str:
-    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    """A pattern of any of the words, the longest first; by first letter, which `re` rejects without a try."""
+    tails: dict[str, list[str]] = {}
+    for word in sorted(words, key=len, reverse=True):
+        tails.setdefault(word[0], []).append(re.escape(word[1:]))
+    return "|".join(f"(?-i:[{first}{first.upper()}])(?:{'|'.join(rest)})" for first, rest in tails.items())
 
 
 _PHRASE = rf"(?:(?:{_any_of(_ADJECTIVES)})\ ){{0,3}}(?:{_any_of(_NOUNS)})(?:\(s\)|\b)"
@@ -115,28 +124,35 @@ TITLE = re.compile(
 )
 """Lines that announce a report, and ruled lines: an open section ends there."""
 
-_NAME = r"(?:[A-Z_][\w'-]*\.?)"
+_NAME = r"(?:(?!D[Rr]\.?\ )(?:(?:[A-Z][a-z]{0,2}\.-?){1,3}|[A-Z_][\w'-]*))"
+"""A word of a name, or initials; a longer word with a full stop is a sentence ("Negative.", "COPD.")."""
 _DAY = (
     r"(?:\d{1,4}[-/.]\d{1,2}[-/.]\d{2,4}|\d{1,2}[- ][A-Z][A-Za-z]{2,8}[- ,]{1,2}\d{2,4}"
     r"|[A-Z][a-z]{2,8}\.?\ \d{1,2},?\ \d{4})"
 )
 _WHEN = rf"(?:{_DAY}(?:[ ,T]{{1,3}}(?:at\ )?\d{{1,2}}:\d{{2}}(?::\d{{2}})?(?:\ ?[AaPp]\.?[Mm]\.?)?)?)"
 _DEGREE = r"(?:M\.?D\.?|D\.?O\.?|M\.?B\.?B\.?S\.?|M\.?B\.?Ch\.?B\.?|Ph\.?D\.?|FRCR|FRANZCR|FRCPC|FACR|MBBCh)"
-_DONE = (
-    "(?:dictated|(?:co-?)?signed|transcribed|authenticated|verified|approved|finali[sz]ed|interpreted|read|reviewed"
-    "|reported|released|typed|attested|validated|edited)"
-)
+# fmt: off
+_DONE = _any_of((
+    "dictated", "signed", "cosigned", "co-signed", "transcribed", "authenticated", "verified", "approved", "finalised",
+    "finalized", "interpreted", "read", "reviewed", "reported", "released", "typed", "attested", "validated", "edited",
+))
+_AROUND = _any_of((
+    "this", "the", "final", "report", "study", "examination", "exam", "was", "has", "been", "electronically",
+    "digitally", "preliminarily", "and", "&", "/",
+))
+# fmt: on
 _SIGNATURE = re.compile(
     rf"""(?:(?m:^)\ *|(?<=[.;:!?)])\ {{1,2}})(?P<words>[*_]{{0,3}}(?:
-    (?i:(?:(?:this|the|final|report|study|examination|exam|was|has|been|electronically|digitally|preliminarily|and|&|/
-        |{_DONE})[ ]?){{0,8}}{_DONE}(?:\ electronically|\ digitally)?(?:\ by\b|\ on\ \d|\ at\ \d|\ date\b|:))
+    (?i:(?:(?:{_AROUND}|{_DONE})[ ]?){{0,8}}(?:{_DONE})
+        (?:\ electronically|\ digitally)?(?:\ by\b|\ on\ \d|\ at\ \d|\ date\b|:))
     |(?i:I,?\ (?:the\ attending|(?:have\ )?personally|have\ reviewed|attest|certify)\b)
     |(?i:as\ the\ (?:attending|teaching)\b)
     |(?i:electronic(?:ally)?\ sign)
     |(?:D|T|R|DD|DT|TD|TT|TR)\ ?[:=]\ ?\d{{1,4}}[-/]\d|(?i:job\ ?(?:id|no\.?|number|\#)\ ?[:\#]?\ ?\w)
     |(?:Dr\.?\ |DR\.?\ )?{_NAME}(?:\ {_NAME}){{0,3}}?,?\ {_DEGREE}(?:,?\ {_DEGREE}){{0,3}}
         [ ,.;/:()\d]{{0,40}}(?:{_WHEN}\ *)?(?m:$)
-    |(?P<weak>(?:Dr\.?|DR\.?)\ {_NAME}(?:\ {_NAME}){{0,2}}[ ,.]{{0,3}}(?:{_WHEN}\ *)?(?m:$)
+    |(?P<weak>(?:Dr\.?|DR\.?)\ {_NAME}(?:\ {_NAME}){{0,2}}[ ,.]{{0,3}}(?:{_WHEN}\ *)?(?m:$)(?!\n\ *[a-z])
         |(?i:(?:date|time|on)\ ?:?\ ?)?{_WHEN}\ *\.?(?m:$))))""",
     re.VERBOSE,
 )
@@ -148,13 +164,14 @@ _SIGNED_INLINE = re.compile(
     re.VERBOSE,
 )
 """The same within a line, after a section without a full stop; in letters that leave no doubt."""
+_SENTENCE_END = re.compile(r"[.;?!]\s")
+_SMALL, _CAPITAL = ascii_lowercase.encode(), ascii_uppercase.encode()
 _OPENS = re.compile(r"[A-Z][a-z]|A |X{4}|_{2}|\[\*\*|\d")
 """The begin of a section's text, where nothing but capitals tells its heading from it."""
 _ENDS = '.;:!?|~>*)]"'
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A place where a section begins.
 
     Attributes:
@@ -175,12 +192,16 @@ class Heading:
 
 def headings(text: str) -> list[Heading]:
     """All that looks like a heading in a text of `plain_text`, by position, the longest first where two begin."""
-    shouting = sum(map(str.islower, text)) * 10 < sum(map(str.isupper, text))
+    letters = text.encode("ascii", "ignore")
+    small, capital = (len(letters) - len(letters.translate(None, case)) for case in (_SMALL, _CAPITAL))
+    shouting = small * 10 < capital
     found = [Heading(match.start(), match.end(), BODY, "") for match in TITLE.finditer(text)]
     found += [Heading(start, end, SIGNATURE, "") for start, end in _signatures(text)]
     for match in _LINE_HEADING.finditer(text):
         name = " ".join(match[1].split())
-        if (kind := _kind_of_line(name)) and (not shouting or _begins_sentence(text, match.start(1))):
+        if shouting and (_SENTENCE_END.search(name) or not _begins_sentence(text, match.start(1))):
+            continue
+        if kind := _kind_of_line(name, shouting):
             found.append(Heading(match.start(), match.end(), kind, name))
     found += _known_headings(text, shouting)
     return _settled(sorted(found, key=lambda heading: (heading.start, -heading.end)))
@@ -199,6 +220,8 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
     candidates: list[tuple[Heading, tuple[bool, str]]] = []
     for match in _KNOWN_HEADING.finditer(text):
         name, mark = match["name"], match.lastgroup or ""
+        if mark == "none" and (shouting or name.islower()):  # running text
+            continue
         start = match.start()
         end = match.end()
         if mark == "none" and not name.isupper() and name.split()[0].isupper():  # "COMPARISON Comparison was made"
@@ -206,6 +229,10 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
             end = start + len(name) + 1
         if not name[0].isupper() and (capital := re.search(r"(?<=[ /&+,])[A-Z]", name)):
             name, start = name[capital.start() :], start + capital.start()
+        if name.lower().startswith(_NOT_ITS_OWN) and not _begins_sentence(text, start):
+            own = name.partition(" ")[2]
+            if (shouting or not name[0].isupper() or name.startswith("CXR ")) and kind_of_words(own):
+                name, start = own, start + len(name) - len(own)
         kind = kind_of_words(name)
         while start and text[start - 1] in _MARKS:
             start -= 1
@@ -234,7 +261,7 @@ def _known_headings(text: str, shouting: bool) -> list[Heading]:
     return [
         heading
         if heading.sure or style not in trusted or _goes_on(text, heading.start)
-        else replace(heading, sure=True)
+        else heading._replace(sure=True)
         for heading, style in candidates
     ]
 
@@ -268,20 +295,22 @@ def _settled(found: list[Heading]) -> list[Heading]:
         kinds[name] = next((kind for kind in _EITHER[kind_of_words(name) or ""] if kind not in named), OTHER)
         named.add(kinds[name])
     return [
-        replace(heading, kind=kinds.get(heading.name.upper(), OTHER)) if heading.kind in _EITHER else heading
+        heading._replace(kind=kinds.get(heading.name.upper(), OTHER)) if heading.kind in _EITHER else heading
         for heading in found
     ]
 
 
-def _kind_of_line(name: str) -> str | None:
-    """The kind of heading that a line begins with, in capitals or naming views; None if it is no heading."""
+def _kind_of_line(name: str, shouting: bool) -> str | None:
+    """The kind of heading that a line begins with, in capitals or naming views; None if it is no heading. Where all is
+    in capitals, one that names views has no other words ("BACK PAIN CHEST: CLEAR")."""
     words = _words(name)
     views = len(words) > 1 and _VIEW_WORDS.issuperset(words) and not VIEW_NOUNS.isdisjoint(words)
     if not words or not name[0].isupper() or (name != name.upper() and not views):
         return None
-    return kind_of_words(name) or (VIEWS if not VIEW_NOUNS.isdisjoint(words) else OTHER)
+    return kind_of_words(name) or (VIEWS if views or not (shouting or VIEW_NOUNS.isdisjoint(words)) else OTHER)
 
 
+@lru_cache(maxsize=4096)
 def kind_of_words(name: str) -> str | None:
     """The kind of section that the words of a heading name, misspelt ones too; None if they name none."""
     kinds = {kind for _, kind in _ranked(name)}
@@ -296,7 +325,6 @@ def _rank(name: str) -> int:
     return min(_ranked(name))[0]
 
 
-@lru_cache(maxsize=4096)
 def _ranked(name: str) -> tuple[tuple[int, str], ...]:
     return tuple(found for word in _words(name) if (found := _kind_of_word(word)))
 

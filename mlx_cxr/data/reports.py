@@ -40,9 +40,12 @@ _ANSWERS = frozenset((FINDINGS, IMPRESSION, BOTH))
 """Kinds that no other section may run into."""
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_TEXT_MARK = r"\*\*[^\[\]\n]{0,200}?\*\*\]"
 _MARK = re.compile(
-    r"[-/]?(?:_{2,}|X{4,}|\[\*\*[^\[\]\n]{0,200}?\*\*\])(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?"
+    rf"[-/_X[](?:(?<=[-/])(?:_{{2,}}|X{{4,}}|\[{_TEXT_MARK})|(?<=_)_+|(?<=X)X{{3,}}|(?<=\[){_TEXT_MARK})"
+    r"(?:[-/](?:_{2,}|X{4,})|_{2,}|X{4,})*(?:'s\b|-(?=\w))?"
 )
+"""De-identification marks. A set of characters comes first, as `re` finds one without a try at each place."""
 _MARKUP = re.compile(r"(?<!\[)\*{2,}(?!\])|`+|^ *#{1,6} ", re.MULTILINE)
 """Markdown's bold and code type and the sign of its headings."""
 _NUMBER = re.compile(r"\(?(\d{1,2})[.)](?=\s|[A-Z])[ \t]*")
@@ -50,6 +53,17 @@ _BULLET = re.compile(r"[-•*▪·–—][ \t]+(?=\S)")
 _INLINE_NUMBER = re.compile(r"(?<=[.;:!?])[ \t]+\(?(\d{1,2})[.)](?=\s|[A-Z]|$)")
 _NOTHING = frozenset({"", "nan", "none", "na", "n/a", "#n/a", "<na>", "null", "nil", "nat"})
 _NEXT_SENTENCE = re.compile(r"[.;?!]\s+\S")
+_CAPITAL_INSIDE = re.compile(r"[\w)]\s+(?:[A-Z]|A\s+)[a-z]")
+_RESULT = re.compile(
+    r"(?<!patient )(?<!pt )(?<!this )\b(?:is|are|appears?|remains?|normal|clear|unremarkable|unchanged|stable"
+    r"|negative for|within|no (?:acute|active|change|confluent|consolidation|definite|effusion|evidence|focal|large"
+    r"|lobar|pleural|pneumothorax|significant|typical|visible))\b",
+    re.IGNORECASE,
+)
+"""The words of a result: in 99.9 % of the findings and 0.2 % of the indications of the Open-I reports that they were
+chosen on."""
+_MARGIN = 72
+"""Characters that a full line has at least, where nothing but a few short lines show how wide the report is."""
 _ENDED = tuple(".;:!?")
 
 
@@ -96,17 +110,19 @@ def parse_sections(report: str) -> tuple[Section, ...]:
 
     Indication, comparison and the like end at their first blank line, so that a report that goes on without a heading
     does not leak into them. Where no findings are named, an indication ends with a first line that had room for more;
-    and if it goes on to the report's end in several sentences, it is none.
+    and if it goes on with a result, or to the end of a report that names no impression either, it is none.
     """
     return _parse(plain_text(report))
 
 
 def _parse(report: str) -> tuple[Section, ...]:
     sections: list[Section] = []
-    kind, name, begin, start = BODY, "", 0, 0
+    kind, name, begin, start, answered = BODY, "", 0, 0, False
     found = [*headings(report), Heading(len(report), len(report), BODY, "")]
-    unnamed = not any(heading.sure and heading.kind in (FINDINGS, BOTH, VIEWS) for heading in found)
+    named = {heading.kind for heading in found if heading.sure}
+    unnamed = named.isdisjoint((FINDINGS, BOTH, VIEWS))
     width = max(map(len, report.split("\n")))
+    margin = max(width, _MARGIN) if unnamed and IMPRESSION not in named else width
     for heading in found:
         inside = kind in _ANSWERS
         if heading.start < start or (inside and heading.kind in (OTHER, VIEWS)):
@@ -118,15 +134,16 @@ def _parse(report: str) -> tuple[Section, ...]:
             continue
         text = report[start : heading.start]
         if unnamed and kind == INDICATION and not text.lstrip(" ").startswith("\n"):
-            text = _with_breaks(report[begin : heading.start], width)[start - begin :]
-        sections += _closed(kind, name, text, sections)
+            text = _with_breaks(report[begin : heading.start], width, margin)[start - begin :]
+        closed = _closed(kind, name, text, answered)
+        answered = answered or not _ANSWERS.isdisjoint(section.kind for section in closed)
+        sections += closed
         kind, name = FINDINGS if heading.kind == VIEWS else heading.kind, heading.name
         begin, start = heading.start, heading.end
-    # Nor is the last of them an indication where it goes on in several sentences and neither is named.
-    if sections and _ANSWERS.isdisjoint(section.kind for section in sections):
-        last = sections[-1]
-        if last.kind == INDICATION and _NEXT_SENTENCE.search(last.text):
-            sections[-1] = replace(last, kind=BODY)
+    for i, section in enumerate(sections):
+        last = not answered and i == len(sections) - 1
+        if (unnamed or last) and section.kind == INDICATION and _holds_findings(section.text, last):
+            sections[i] = replace(section, kind=BODY)
     return tuple(sections)
 
 
@@ -210,9 +227,11 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=16)  # a report's last paragraph is most often its impression
 def _cleaned(text: str) -> str:
-    text = _MARKUP.sub("", TITLE.sub("\n\n", text)).lstrip(" \n,;:|~=")
+    text = TITLE.sub("\n\n", text)
+    text = (_MARKUP.sub("", text) if "*" in text or "`" in text or "#" in text else text).lstrip(" \n,;:|~=")
     text = _without_list_marks(text)
-    text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
+    if "\n" in text:
+        text = re.sub(r"(?<=[\w)%'\"])[ \t]*\n[ \t]*\n\s*(?=\S)", ". ", text)
     text = " ".join(_MARK.sub(" ", text).split())
     text = re.sub(r"\(\s*[,;]?\s*\)", "", text)
     text = re.sub(r"\(\s+", "(", text)
@@ -234,25 +253,35 @@ def _wanted_text(sections: Sequence[Section], name: str) -> str:
     return _cleaned("\n\n".join(section.text for section in sections if section.kind in kinds))
 
 
-def _closed(kind: str, heading: str, text: str, before: Sequence[Section]) -> list[Section]:
+def _closed(kind: str, heading: str, text: str, answered: bool) -> list[Section]:
     text = text.strip()
     rest = ""
     # What follows a signature belongs to it, unless it stands before the report.
-    short = kind in _HEADER_KINDS or (kind == SIGNATURE and _ANSWERS.isdisjoint(section.kind for section in before))
+    short = kind in _HEADER_KINDS or (kind == SIGNATURE and not answered)
     if short and (blank := _BLANK_LINE.search(text)):
         text, rest = text[: blank.start()], text[blank.end() :].strip()
     if kind == BODY and _is_title(text):
         kind = EXAMINATION
     parts = [Section(kind, heading, text)] if text else []
-    return [*parts, *(_closed(BODY, "", rest, before) if rest else [])]
+    return [*parts, *(_closed(BODY, "", rest, answered) if rest else [])]
 
 
-def _with_breaks(text: str, width: int) -> str:
+def _with_breaks(text: str, width: int, margin: int) -> str:
     """A text with a blank line where its first line ends though the next word had found room: where no findings are
-    named, they may begin there."""
+    named, they may begin there. A next line with a capital has `margin` to find room in, any other `width`."""
     line, _, rest = text.partition("\n")
-    fits = rest.split(maxsplit=1)[:1]
-    return f"{line}\n\n{rest}" if fits and len(line) + 1 + len(fits[0]) <= width else text
+    word = next(iter(rest.split(maxsplit=1)), "")
+    room = (margin if word[:1].isupper() else width) - len(line) - 1
+    return f"{line}\n\n{rest}" if word and len(word) <= room else text
+
+
+def _holds_findings(indication: str, last: bool) -> bool:
+    """True where one goes on with a result; or, if nothing after it can hold the answer, where it tells a result or may
+    have a second sentence, even without a full stop before it."""
+    more = _NEXT_SENTENCE.search(indication)
+    if last:
+        return bool(more or _RESULT.search(indication) or _CAPITAL_INSIDE.search(indication))
+    return bool(more and _RESULT.search(indication, more.start()))
 
 
 def _is_title(paragraph: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from mlx_cxr.data.reports import clean, section_texts
 
 NAMES = ("indication", "findings", "impression")
+CASES = (str, str.upper, str.lower)
 REAL = Path(os.environ.get("MLX_CXR_REALCXR", Path(__file__).resolve().parents[3] / "shared" / "realcxr"))
 
 
@@ -19,7 +20,9 @@ def real():
     path = REAL / "reports" / "openi_dev.jsonl"
     if not path.is_file():
         pytest.skip("the real reports (shared/realcxr) are not on this machine")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # CXR2415 has a second report inside its impression, with headings of its own: no layout leaves it without names.
+    return [report for report in reports if "FINDINGS:" not in report["impression"]]
 
 
 def laid(heading, joint, case=str, comparison="Comparison", names=("Indication", "Findings", "Impression")):
@@ -52,6 +55,15 @@ def wrapped(report):
 
 def signed(signature, joint="\n"):
     return lambda report: laid("{}: {}", joint)(report) + joint + signature
+
+
+def only_the_indication_named(joint, case=str):
+    return lambda report: case(joint.join("Indication: " * (n == NAMES[0]) + report[n] for n in NAMES if report[n]))
+
+
+def findings_not_named(joint, case=str):
+    names = dict(zip(NAMES, ("Indication: ", "", "Impression: "), strict=True))
+    return lambda report: case(joint.join(names[name] + report[name] for name in NAMES if report[name]))
 
 
 LAYOUTS = {
@@ -131,27 +143,38 @@ NAMELESS = {
     "one line, upper case": lambda report: " ".join(report[name] for name in NAMES if report[name]).upper(),
     "one line, lower case": lambda report: " ".join(report[name] for name in NAMES if report[name]).lower(),
     "HTML": lambda report: "".join(f"<p>{report[name]}</p>" for name in NAMES if report[name]),
-    "only the indication named, one line": lambda report: " ".join(
-        ["Indication: " * (name == NAMES[0]) + report[name] for name in NAMES if report[name]]
-    ),
-    "only the indication named, lines": lambda report: "\n".join(
-        ["Indication: " * (name == NAMES[0]) + report[name] for name in NAMES if report[name]]
-    ),
+    "only the indication named, one line": only_the_indication_named(" "),
+    "only the indication named, one line, all upper case": only_the_indication_named(" ", str.upper),
+    "only the indication named, one line, all lower case": only_the_indication_named(" ", str.lower),
+    "only the indication named, lines": only_the_indication_named("\n"),
+    "only the indication named, lines, all upper case": only_the_indication_named("\n", str.upper),
+    "only the indication named, paragraphs": only_the_indication_named("\n\n"),
     "numbered": lambda report: "\n".join(f"{i}. {report[name]}" for i, name in enumerate(NAMES, 1) if report[name]),
 }
 
+HALF_NAMED = {
+    "findings not named, one line": findings_not_named(" "),
+    "findings not named, one line, all upper case": findings_not_named(" ", str.upper),
+    "findings not named, lines": findings_not_named("\n"),
+    "findings not named, paragraphs": findings_not_named("\n\n"),
+    "findings not named, paragraphs, all lower case": findings_not_named("\n\n", str.lower),
+}
 
-def wanted(report, layout):
-    """The sections as the layout's letters have them."""
-    case = next((case for case in (str.upper, str.lower) if f"all {case.__name__} case" in layout), str)
-    return {name: clean(case(report[name])) for name in NAMES}
+
+def case_of(layout):
+    return next((case for case in CASES if f"all {case.__name__} case" in layout), str)
 
 
-def leaks(indication, report):
-    """True where an indication holds a sentence of findings or impression that it did not have."""
+def said_in(report):
+    """Case -> section -> its text; a heading that the source's own column begins with is none of it."""
+    return {case: {n: clean(case(re.sub(rf"^{n}: ", "", report[n], flags=re.I))) for n in NAMES} for case in CASES}
+
+
+def told_in(report):
+    """The sentences of findings and impression that the indication does not have, in small letters."""
     own = clean(report["indication"]).casefold()
     told = re.split(r"(?<=[.;])\s", clean(report["findings"] + " " + report["impression"]).casefold())
-    return any(len(line) > 12 and line in indication.casefold() and line not in own for line in told)
+    return [line for line in told if len(line) > 12 and line not in own]
 
 
 def table(rows):
@@ -160,22 +183,33 @@ def table(rows):
 
 def judged(reports, layouts, is_right):
     """(layout, share of reports that are right, leaks, some that are wrong) of each."""
-    rows = []
-    for name, layout in layouts.items():
-        got = [(report, section_texts(layout(report))) for report in reports]
-        wrong = [report["uid"] for report, sections in got if not is_right(report, sections, name)]
-        leaked = sum(leaks(sections["indication"], report) for report, sections in got)
-        rows.append((name, 1 - len(wrong) / len(reports), leaked, " ".join(wrong[:4])))
-    return rows
+    wrong, leaked = {name: [] for name in layouts}, dict.fromkeys(layouts, 0)
+    for report in reports:
+        said, told = said_in(report), told_in(report)
+        for name, layout in layouts.items():
+            got = section_texts(layout(report))
+            if not is_right(said[case_of(name)], got, name):
+                wrong[name].append(report["uid"])
+            indication = got["indication"].casefold()
+            leaked[name] += any(line in indication for line in told)
+    return [(name, 1 - len(wrong[name]) / len(reports), leaked[name], " ".join(wrong[name][:4])) for name in layouts]
 
 
-def has_its_sections(report, got, layout):
-    return all(got[name] == text for name, text in wanted(report, layout).items())
+def has_its_sections(said, got, layout):
+    return all(got[name] == text for name, text in said.items())
 
 
-def has_none_wrong(report, got, layout):
-    named = clean(report["indication"]) if "only" in layout else ""
+def has_none_wrong(said, got, layout):
+    named = said["indication"] if "only" in layout else ""
     return got["indication"] in ("", named) and not got["findings"] and not got["impression"]
+
+
+def has_an_impression(said, got, layout):
+    return (
+        got["indication"] in ("", said["indication"])
+        and not got["findings"]
+        and got["impression"] == said["impression"]
+    )
 
 
 @pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
@@ -184,3 +218,11 @@ def test_real_reports_in_every_layout(real, layouts, is_right, step):
     """At least 99 % of reports have each section to the letter, or, where nothing names one, none; and none leaks."""
     rows = judged(real[::step], layouts, is_right)
     assert all(right >= 0.99 and not leaked for _, right, leaked, _ in rows), "\n" + table(rows)
+
+
+@pytest.mark.slow
+def test_findings_that_nothing_names_before_an_impression(real):
+    """No section; on one line, the few that do not say "is", "normal" or "no focal ..." pass for an indication."""
+    rows = judged(real, HALF_NAMED, has_an_impression)
+    assert all(right >= 0.99 for _, right, _, _ in rows), "\n" + table(rows)
+    assert all(leaked <= (15 if "one line" in name else 0) for name, _, leaked, _ in rows), "\n" + table(rows)
