@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = """\
 # Reliability
 
-A campaign injects faults into every stage, on a tiny synthetic cohort, and counts what follows. To run it, for about
-twenty minutes on two cores, and to write this page from its counts:
+A campaign injects faults into every stage, on a tiny synthetic cohort, and counts what follows. To run it (each part
+says how long it took) and to write this page from its counts:
 
 ```
 ./scripts/test -m campaign
