@@ -25,10 +25,10 @@ PARTS = {
     "kills": (
         "Kills",
         "Each stage as a process of its own, ended by SIGKILL before one of its changes on disk, then run again (with "
-        "`--resume` where it trains). `equal`: every file is then bit-equal to an unbroken run's, and no hidden file "
-        "is left. Not compared: times, memory, the command and the commit (`VOLATILE` in `chain.py` lists the keys); "
-        "hashes of files are compared by the file that they are of. The pipeline is killed again and again, after some "
-        "seconds or before a change, before it may end.",
+        "`--resume` where it trains or predicts). `equal`: every file is then bit-equal to an unbroken run's, and no "
+        "hidden file is left. Not compared: times, memory, the command and the commit (`VOLATILE` in `chain.py` lists "
+        "the keys); hashes of files are compared by the file that they are of. The pipeline is killed again and again, "
+        "after some seconds or before a change, before it may end.",
     ),
     "disks": (
         "Full and read-only disks",

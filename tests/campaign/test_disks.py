@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from campaign.chain import STAGES, TRAINS, contents, copied, differing, end_workers, hidden, rng, run
+from campaign.chain import STAGES, contents, copied, differing, end_workers, hidden, rng, run, run_again
 
 from mlx_cxr.core.files import sha256_file
 
@@ -73,8 +73,7 @@ def _try(folder: Path, stage: str, row: dict[str, int], before: dict[str, str], 
 
 def _go_on(chain, folder: Path, stage: str, row: dict[str, int]) -> list[str]:
     """Run the same command again, with room to write, and return in what it differs from an unbroken one."""
-    resumed = stage in TRAINS and (folder / TRAINS[stage] / "config.json").exists()
-    again = run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
+    again = run_again(folder, stage)
     wrong = [] if again.status == 0 else [again.said]
     wrong += differing(contents(folder), contents(chain.after(stage))) + hidden(folder)
     row["then as unbroken"] += not wrong

@@ -7,7 +7,6 @@ from campaign.chain import (
     PIPELINE,
     SHARE,
     STAGES,
-    TRAINS,
     VOLATILE,
     contents,
     copied,
@@ -16,6 +15,7 @@ from campaign.chain import (
     hidden,
     rng,
     run,
+    run_again,
 )
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
@@ -32,8 +32,7 @@ def test_a_killed_stage_run_again_leaves_what_an_unbroken_one_leaves(chain, coun
     folder = copied(chain.before(stage), tmp_path / "killed")
     first = run(folder, *STAGES[stage], at=int(rng("kill", stage, number).integers(1, chain.ended[stage].changes + 1)))
     killed = first.status == -9
-    resumed = TRAINS.get(stage) is not None and (folder / TRAINS[stage] / "config.json").exists()
-    again = run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
+    again = run_again(folder, stage)
     left = differing(contents(folder), contents(chain.after(stage)))
     end_workers(first)
     row = counts[stage]
