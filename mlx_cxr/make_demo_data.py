@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_cxr.core.claim import claimed
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import RecordError, hash_of, read_json, sha256_file, write_json
+from mlx_cxr.core.files import RecordError, hash_of, read_json, sha256_file, told, write_json
 from mlx_cxr.core.runs import runs_that_read
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 from mlx_cxr.core.workers import available_cores
@@ -107,11 +107,12 @@ def _render(config: Config, folder: Path, about: dict[str, Any], workers: int) -
     images = sum(len(study.images) for study in cohort.studies)
     counts = (images, len(cohort.studies), config.demo.patients)
     log.info("rendering %d films of %d studies of %d patients into %s", *counts, config.data.root)
-    folder.mkdir()
-    with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05, mininterval=1.0) as bar:
-        shapes = write_images(cohort, folder, config.demo.image_size, workers or available_cores(), bar.update)
-    write_tables(cohort, folder, shapes)
-    (folder / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
+    with told(folder):
+        folder.mkdir()
+        with tqdm(total=len(cohort.studies), unit="study", desc="films", smoothing=0.05, mininterval=1.0) as bar:
+            shapes = write_images(cohort, folder, config.demo.image_size, workers or available_cores(), bar.update)
+        write_tables(cohort, folder, shapes)
+        (folder / "SYNTHETIC.txt").write_text(NOTICE, encoding="utf-8")
     about |= {"studies": len(cohort.studies), "films": images, **_extent(folder)}
     write_json(folder / MARKER, about)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlx_cxr")
 
-_NOT_HASHED = ("tokenizer_config.json", "preprocessor_config.json")
+_NOT_HASHED = ("tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
 """Files beside `hub.base_files`; a base's hash does not count them."""
 
 

@@ -103,11 +103,11 @@ def _bring_up_to_date(
     ledgers = {step.folder: Ledger(step.folder / "pipeline.json") for step in chain}
     data_changed = False
     for number, step in enumerate(chain, 1):
-        ledger, of_data = ledgers[step.folder], step.folder == config.sample_dir
+        ledger = ledgers[step.folder]
         now = fingerprint({key: _setting(config, key) for key in step.settings}, step.inputs())
         why = ledger.why_run(step.name, now, step.left) or ("asked for" if step.name in forced else "")
-        if not why and data_changed and of_data:
-            # Images can change under tables that do not; the stage itself looks at the images.
+        if not why and data_changed and step.looks:
+            # Images and reports can change under tables that do not; the stage itself looks at them.
             why = "an earlier stage ran"
         title = f"[{number}/{len(chain)}] {step.name}"
         if not why:
@@ -122,7 +122,7 @@ def _bring_up_to_date(
             seconds = time.perf_counter() - started
             ledger.finish(step.name, now, step.left, seconds)
             log.info("%s took %.0f s", step.name, seconds)
-            data_changed = data_changed or of_data
+            data_changed = data_changed or step.folder == config.sample_dir
         if step.name == "train_cnn":
             check_gate(step.folder, config.pipeline.min_val_auc, ignore_gates)
 

@@ -42,6 +42,7 @@ class Step:
         outputs: files it leaves; called when they are looked for, where only the stage decides which.
         folder: where it writes (the small base: where its data are from), and where the ledger lies that says so.
         trains: whether it makes a run of its own, that may be resumed and is not replaced unasked.
+        looks: whether it reads images or reports of the source, which `inputs` do not tell.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Step:
     outputs: tuple[Path, ...] | Callable[[], Sequence[Path]]
     folder: Path
     trains: bool = False
+    looks: bool = False
 
     @property
     def left(self) -> Sequence[Path]:
@@ -75,6 +77,7 @@ def steps(config: Config, overwrite: bool = False) -> list[Step]:
             lambda: build_manifest.source_tables(config),
             (config.manifest_path, config.splits_path, *(_reports(config) if config.pipeline.teacher else [])),
             data,
+            looks=True,
         ),
         Step(
             "prepare_images",
@@ -83,6 +86,7 @@ def steps(config: Config, overwrite: bool = False) -> list[Step]:
             lambda: [config.manifest_path],
             lambda: store_files(config.pixels_path),
             data,
+            looks=True,
         ),
         Step(
             "train_cnn",

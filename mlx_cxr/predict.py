@@ -149,11 +149,12 @@ def run(
                 printed += written.answer_lines(answer, points)
         if sheets is not None:
             sheets.finish()
+        seconds = time.perf_counter() - begun
+        per_second = (len(files) - done) / seconds
+        found = {"status": dict(table.statuses), "findings": dict(table.calls), "films_per_second": per_second}
+        # Before the table gets its name, with which the call is complete.
+        write_record(out / written.RECORD, record | {"computed_in": predictor.computed_in, **found})
         path = table.finish()
-    seconds = time.perf_counter() - begun
-    per_second = (len(files) - done) / seconds
-    found = {"status": dict(table.statuses), "findings": dict(table.calls), "films_per_second": per_second}
-    write_record(out / written.RECORD, record | {"computed_in": predictor.computed_in, **found})
     if not table.statuses.keys() - {"unreadable"}:
         none = f"none of the {len(files)} files can be read; {path} says why"
         raise PredictError("\n".join(printed) or none)

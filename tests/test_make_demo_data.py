@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -144,6 +145,23 @@ def test_a_failed_run_leaves_the_old_cohort(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         run(load_config(config_file(tmp_path, patients=2, seed=9)), overwrite=True, workers=1)
     assert hashes(root) == before
+
+
+def test_a_disk_that_is_full_is_told_by_name(tmp_path):
+    """The kernel refuses to let files grow, as a full disk would: at images, reports, masks or tables."""
+
+    for limit in (0, 500, 1500):
+
+        def bounded(limit=limit):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, patients=2))]
+        done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, preexec_fn=bounded)
+        assert done.returncode == 2, done.stderr
+        assert re.search(rf"^error: .*could not write {tmp_path}/\.raw-being-made/new.*", done.stderr, re.MULTILINE)
+        assert "Traceback" not in done.stderr
+    assert len(hashes(run(load_config(config_file(tmp_path, patients=2)), workers=1))) > 10
 
 
 def test_a_folder_of_other_files_is_never_replaced(tmp_path, capsys):

@@ -147,6 +147,21 @@ def test_a_base_that_a_teacher_stands_on_is_not_replaced_by_another(toy, tmp_pat
     assert hashes(make_tiny_teacher.run(config, overwrite=True))["model.safetensors"] != before["model.safetensors"]
 
 
+def test_every_file_of_a_base_is_held_against_its_record(toy, small, tmp_path):
+    from mlx_cxr.models.hub import MADE_HERE, WeightsCorruptError, check_base
+
+    folder = shutil.copytree(small, tmp_path / "copy")
+    check_base(folder)
+    names = {path.name for path in folder.iterdir()} - {MADE_HERE}
+    assert names >= {*WEIGHTS, "chat_template.jinja"}
+    for name in names:
+        path, content = folder / name, (folder / name).read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(WeightsCorruptError, match=f"{name}.*make it again"):
+            check_base(folder)
+        path.write_bytes(content)
+
+
 def test_the_published_base_is_not_made_here(toy, capsys):
     message = failure(capsys, toy, "teacher.base=LiquidAI/LFM2.5-VL-1.6B")
     assert "is fetched and not made here" in message

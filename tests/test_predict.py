@@ -276,6 +276,23 @@ def test_a_killed_call_keeps_its_rows_and_is_gone_on_with(run_dir, many, unbroke
     assert counted["status"] == {status: statuses.count(status) for status in set(statuses)}
 
 
+def test_a_call_killed_before_its_last_step_is_gone_on_with(run_dir, many, tmp_path, monkeypatch):
+    from mlx_cxr.pages.prediction_files import ImagesTable
+
+    def killed(_: ImagesTable) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(ImagesTable, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict.run(run_dir, [many], out)
+    assert not (out / "films.csv").exists()
+    statuses = [row["status"] for row in table(predict.run(run_dir, [many], out, resume=True))]
+    assert len(statuses) == 110
+    assert read_record(out / "predict.json")["status"] == {kind: statuses.count(kind) for kind in set(statuses)}
+
+
 def test_a_call_is_gone_on_with_only_where_it_is_the_same(run_dir, many, tmp_path):
     out, films = tmp_path / "out", tmp_path / "films"
     shutil.copytree(many, films)

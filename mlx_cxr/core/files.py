@@ -65,6 +65,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """Name `path` in errors of a disk that name no file, as those of a full one do not.
+
+    Raises:
+        OSError: what is written in the context could not be; names a file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.filename is not None or str(path) in str(error):
+            raise
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically and return the path."""
     with atomic_path(path) as temporary:
@@ -180,7 +197,7 @@ def sweep(folder: Path) -> None:
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line; a reader sees whole lines only, because each is a single write."""
-    with Path(path).open("a", encoding="utf-8") as out:
+    with told(path), Path(path).open("a", encoding="utf-8") as out:
         out.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
 
 

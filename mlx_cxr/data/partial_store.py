@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import sha256_file, write_record
+from mlx_cxr.core.files import sha256_file, told, write_record
 from mlx_cxr.data.decode_pool import Decoded
 from mlx_cxr.data.pixel_store import partial_paths
 
@@ -67,6 +67,19 @@ def claimed(path: Path) -> Iterator[BinaryIO]:
                 return
 
 
+def remove_partial(path: Path) -> None:
+    """Remove the pixels and the journal of an array file that is claimed; the journal, which is the claim, last."""
+    for left in partial_paths(path):
+        left.unlink(missing_ok=True)
+
+
+def discard_stopped(path: Path) -> None:
+    """Remove what a stopped run left beside a whole array file, unless another process is making it anew."""
+    if any(left.exists() for left in partial_paths(path)):
+        with suppress(StoreBusyError, OSError), claimed(path):
+            remove_partial(path)
+
+
 def _is_at(file: BinaryIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -101,8 +114,9 @@ class PartialStore:
         self.notes: dict[int, list[str]] = {}
         self._unsaved: list[int] = []
         self._save_at = time.monotonic() + CHECKPOINT_SECONDS
-        if fresh or not self._resume():
-            self._begin()
+        with told(path):
+            if fresh or not self._resume():
+                self._begin()
 
     def __enter__(self) -> PartialStore:
         return self

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_cxr.core.files import RecordError, atomic_path, hash_of, read_record, sha256_file, write_record
+from mlx_cxr.core.files import RecordError, atomic_path, hash_of, read_record, sha256_file, told, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.soft_labels import (
     FEATURES_NAME,
@@ -230,7 +230,7 @@ class _RowFile:
     def __init__(self, path: Path) -> None:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         self._start, self._row_bytes = array.offset, array[:1].nbytes
-        self._file = os.open(path, os.O_RDWR)
+        self._file, self._path = os.open(path, os.O_RDWR), path
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Write rows and flush them to the disk."""
@@ -238,9 +238,11 @@ class _RowFile:
             # Not through a memory map: on a full disk that ends the process without a word.
             offset, rest = self._start + row * self._row_bytes, memoryview(value.tobytes())
             while rest:
-                written = os.pwrite(self._file, rest, offset)
+                with told(self._path):
+                    written = os.pwrite(self._file, rest, offset)
                 offset, rest = offset + written, rest[written:]
-        os.fsync(self._file)
+        with told(self._path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file."""

@@ -30,7 +30,7 @@ from mlx_cxr.core.files import hash_of, known_sha256, write_record
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import Manifest
-from mlx_cxr.data.partial_store import PartialStore, StoreBusyError, claimed
+from mlx_cxr.data.partial_store import PartialStore, StoreBusyError, claimed, discard_stopped, remove_partial
 from mlx_cxr.data.pixel_store import (
     SCHEMA,
     SHARDED_SCHEMA,
@@ -124,6 +124,8 @@ def build_store(
     shards = planned if share is None else planned[share[0] - 1 :: share[1]]
     own = {} if rebuild else {s.path: index for s in shards if (index := _up_to_date(s)) is not None}
     todo = [shard for shard in shards if shard.path not in own]
+    for array in own:
+        discard_stopped(array)
     begun, decoded = time.perf_counter(), 0
     if todo:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +232,7 @@ def _build(
     ids, names = shard.frame["image_id"].tolist(), shard.frame["path"].tolist()
     with claimed(shard.path) as journal:
         if not fresh and (index := _up_to_date(shard)):
-            partial_paths(shard.path)[1].unlink()
+            remove_partial(shard.path)
             return index, 0
         with PartialStore(shard.path, shard.key, journal, fresh) as partial:
             jobs = [(row, root / name) for row, name in enumerate(names) if row not in partial.done]

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mlx_cxr.core.claim import CLAIM
+from mlx_cxr.core.files import told
 from mlx_cxr.core.labels import LABELS, MAPPED
 from mlx_cxr.data.tables import guarded
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, OperatingPoints
@@ -157,11 +158,9 @@ class ImagesTable:
         self.calls.update(filter(None, (row[f"{label} call"] for label in LABELS)))
 
     def _written(self, write: Callable[..., Any], *rows: Any) -> None:
-        try:
+        with told(self._part):
             write(*rows)
             self._out.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"could not write {self._part}: {error.strerror or error}") from error
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -89,6 +89,8 @@ class PromptFormat:
             PromptError: no chat template, a template that drops or changes the user's text, or answers that begin
                 with the same token.
         """
+        from jinja2 import TemplateError
+
         try:
             chat = tokenizer.apply_chat_template(
                 [{"role": "user", "content": _SENTINEL}], add_generation_prompt=True, tokenize=False
@@ -96,6 +98,11 @@ class PromptFormat:
         except (ValueError, AttributeError) as error:
             raise PromptError(
                 f"the base's tokenizer has no chat template ({error}); use an instruction-tuned base"
+            ) from None
+        except (TemplateError, TypeError, ArithmeticError, LookupError) as error:  # A template is a program.
+            raise PromptError(
+                f"the base's chat template (chat_template.jinja, or in tokenizer_config.json) fails: {error}; get the "
+                "base again"
             ) from None
         if chat.count(_SENTINEL) != 1:
             raise PromptError("the base's chat template does not give back the user's text once; use another base")

@@ -92,6 +92,8 @@ def can_resume(run_dir: Path, resume: bool, overwrite: bool, world: World = ALON
 def finished_result(run_dir: Path, settings: str, world: World) -> TrainingResult | None:
     """The outcome of a run to resume that has come to its end already; None for one that has not.
 
+    A state that it left, killed right after its end, is removed.
+
     Raises:
         RecordError: it was made with other settings, or its record is damaged.
     """
@@ -104,6 +106,8 @@ def finished_result(run_dir: Path, settings: str, world: World) -> TrainingResul
             f"{path} is of a run that was made with other data or settings; restore the configuration, or start again "
             "with another --run_name or --overwrite"
         )
+    if world.writes:
+        forget_state(run_dir)
     log.info("%s is finished: there is nothing to resume", run_dir)
     return TrainingResult(**{field.name: record[field.name] for field in fields(TrainingResult)})
 

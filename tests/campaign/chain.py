@@ -70,7 +70,13 @@ STAGES = {
     "predict": ("predict", "data/raw/files", "--run", "outputs/student", "--out", "outputs/answers", "--overlays"),
 }
 """In the order of the chain: module and arguments."""
-TRAINS = {"train_cnn": "outputs/cnn", "lfm_finetune": "outputs/teacher", "distillation": "outputs/student"}
+RESUMED = {
+    "train_cnn": "outputs/cnn/config.json",
+    "lfm_finetune": "outputs/teacher/config.json",
+    "distillation": "outputs/student/config.json",
+    "predict": "outputs/answers/films.part.csv",
+}
+"""Stages that are told to resume what was stopped, and the file that says that something was."""
 
 VOLATILE = frozenset(
     (
@@ -138,6 +144,12 @@ def run(folder: Path, *stage: str, after: float | None = None, at: int = 0, larg
     text = said.read_text(encoding="utf-8", errors="replace")
     shutil.rmtree(apart)
     return Ended(process.returncode, text, time.monotonic() - begun, changes, process.pid)
+
+
+def run_again(folder: Path, stage: str) -> Ended:
+    """Run a stage that was stopped or failed before, as its message says to."""
+    resumed = stage in RESUMED and (folder / RESUMED[stage]).exists()
+    return run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
 
 
 def end_workers(ended: Ended) -> None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,11 @@ class Outcome:
 
     Attributes:
         said: the sentence or the traceback; and, before it, all that was printed and logged.
-        peak: bytes of memory at most, beside those it began with.
     """
 
     kind: str
     value: Any = None
     said: str = ""
-    peak: int = 0
 
 
 def _modules() -> list[str]:
@@ -59,25 +57,34 @@ _context.set_forkserver_preload(_modules())
 
 
 def call(function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> Outcome:
-    """The outcome of a function of a module, called in a process of its own.
+    """The outcome of a function of a module, called in a process of its own; `seconds` is when it hangs."""
+    return next(calls(function, [arguments], seconds))
 
-    Args:
-        seconds: after which it hangs.
-    """
-    reader, writer = _context.Pipe(duplex=False)
+
+def calls(function: Callable[..., Any], cases: Sequence[tuple[Any, ...]], seconds: float) -> Iterator[Outcome]:
+    """The outcomes of calls one after the other in one process, and in a new one after a call that was its end."""
+    reader = None
     with tempfile.NamedTemporaryFile() as said:
-        process = _context.Process(target=_child, args=(writer, said.name, function, arguments))
-        process.start()
-        writer.close()
-        try:
-            answered = reader.poll(seconds)
-            kind, value, sentence, peak = reader.recv() if answered else ("hang", None, f"over {seconds} s", 0)
-        except EOFError:
-            kind, value, sentence, peak = "died", None, "it ended without a word", 0
-        process.kill()
-        process.join()
-        printed = Path(said.name).read_text(encoding="utf-8", errors="replace")
-    return Outcome(kind, value, f"{printed}{sentence}", peak)
+        for number in range(len(cases)):
+            if reader is None:
+                reader, writer = _context.Pipe(duplex=False)
+                process = _context.Process(target=_child, args=(writer, said.name, function, cases[number:]))
+                process.start()
+                writer.close()
+                begun = 0
+            try:
+                answered = reader.poll(seconds)
+                outcome = reader.recv() if answered else ("hang", None, f"over {seconds} s")
+            except EOFError:
+                outcome = ("died", None, "it ended without a word")
+            printed = Path(said.name).read_bytes()
+            if outcome[0] in ("hang", "died") or number == len(cases) - 1:
+                process.kill()
+                process.join()
+                reader = None
+            kind, value, sentence = outcome
+            yield Outcome(kind, value, printed[begun:].decode("utf-8", "replace") + sentence)
+            begun = len(printed)
 
 
 def stage(folder: Path, name: str, *arguments: str) -> None:
@@ -86,29 +93,28 @@ def stage(folder: Path, name: str, *arguments: str) -> None:
     importlib.import_module(f"mlx_cxr.{name}").main(list(arguments))
 
 
-def _child(writer: Any, said: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    descriptor = os.open(said, os.O_WRONLY | os.O_APPEND)
+def _child(writer: Any, said: str, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> None:
+    descriptor = os.open(said, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     status = Path("/proc/self/status")
     if status.exists():
         taken = 1024 * int(re.search(r"VmSize:\s+(\d+)", status.read_text())[1])
         resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    unit = 1 if sys.platform == "darwin" else 1024
-    before, kind, value, sentence = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "answer", None, ""
-    try:
-        value = function(*arguments)
-    except SystemExit as end:
-        kind = "refusal" if end.code in (1, 2) else "answer" if not end.code else "traceback"
-    except (UserError, OSError) as error:
-        kind, sentence = "refusal", str(error)
-    except BaseException:
-        kind, sentence = "traceback", traceback.format_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    peak = unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    try:
-        writer.send((kind, value, sentence, peak))
-    except Exception:
-        writer.send(("traceback", None, traceback.format_exc(), peak))
+    for arguments in cases:
+        kind, value, sentence = "answer", None, ""
+        try:
+            value = function(*arguments)
+        except SystemExit as end:
+            kind = "refusal" if end.code in (1, 2) else "answer" if not end.code else "traceback"
+        except (UserError, OSError) as error:
+            kind, sentence = "refusal", str(error)
+        except BaseException:
+            kind, sentence = "traceback", traceback.format_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            writer.send((kind, value, sentence))
+        except Exception:
+            writer.send(("traceback", None, traceback.format_exc()))
     os._exit(0)

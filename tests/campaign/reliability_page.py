@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = """\
 # Reliability
 
-A campaign injects faults into every stage, on a tiny synthetic cohort, and counts what follows. To run it, for about
-twenty minutes on two cores, and to write this page from its counts:
+A campaign injects faults into every stage, on a tiny synthetic cohort, and counts what follows. To run it (each part
+says how long it took) and to write this page from its counts:
 
 ```
 ./scripts/test -m campaign
@@ -24,11 +24,11 @@ Every fault is drawn from a seed that stands in `tests/campaign/chain.py`. No nu
 PARTS = {
     "kills": (
         "Kills",
-        "Each stage as a process of its own, ended by SIGKILL after a share of the time that it takes or before one of "
-        "its changes on disk, then run again (with `--resume` where it trains). `equal`: every file is then bit-equal "
-        "to an unbroken run's, and no hidden file is left. Not compared: times, memory, the command and the commit "
-        "(`VOLATILE` in `chain.py` lists the keys); hashes of files are compared by the file that they are of. The "
-        "pipeline is killed again and again before it may end.",
+        "Each stage as a process of its own, ended by SIGKILL before one of its changes on disk, then run again (with "
+        "`--resume` where it trains or predicts). `equal`: every file is then bit-equal to an unbroken run's, and no "
+        "hidden file is left. Not compared: times, memory, the command and the commit (`VOLATILE` in `chain.py` lists "
+        "the keys); hashes of files are compared by the file that they are of. The pipeline is killed again and again, "
+        "after some seconds or before a change, before it may end.",
     ),
     "disks": (
         "Full and read-only disks",
@@ -37,8 +37,8 @@ PARTS = {
     ),
     "artefacts": (
         "Damaged files between stages",
-        "Cut at a random place, a random bit flipped, a random block of 64 bytes zeroed, or emptied; then each stage "
-        "that reads it is run. `named`: an error, or the pipeline's reason to make it again, names the file. "
+        "Cut at a random place, a random bit flipped, or a random block of 64 bytes zeroed; then each stage that reads "
+        "it is run. `named`: an error, or the pipeline's reason to make it again, names the file. "
         "`mismatch`: it is refused because it does not go with another file, which is named. `harmless`: no output "
         "differs. All else is a fault of this package; `silent` is an output that differs without a word.",
     ),

@@ -71,8 +71,8 @@ READERS = {
 
 
 def cut(content: bytes, draw: np.random.Generator) -> bytes:
-    """The beginning only."""
-    return content[: int(draw.integers(1, len(content)))]
+    """The beginning only, or nothing."""
+    return content[: int(draw.integers(len(content)))]
 
 
 def flipped(content: bytes, draw: np.random.Generator) -> bytes:
@@ -87,12 +87,7 @@ def zeroed(content: bytes, draw: np.random.Generator) -> bytes:
     return content[:at] + bytes(len(content[at : at + 64])) + content[at + 64 :]
 
 
-def empty(content: bytes, draw: np.random.Generator) -> bytes:
-    """Nothing left."""
-    return b""
-
-
-DAMAGE: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (*(cut, flipped, zeroed) * 3, empty)
+DAMAGE: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (cut, flipped, zeroed)
 
 
 @pytest.fixture(scope="module")
@@ -149,31 +144,32 @@ GRAVITY = ("harmless", "named", "mismatch", "unnamed", "silent", "traceback", "d
 def test_damage_is_noticed_by_name_or_has_no_effect(whole, stopped, counts, tmp_path, kind):
     base = stopped if READERS[kind] == (RESUME,) else whole
     damaged = sorted(base.glob(kind))[0]
-    name = str(damaged.relative_to(base))
-    content, known, faults, expected = damaged.read_bytes(), names(base), [], {}
-    for command in READERS[kind]:
-        folder = copied(base, tmp_path / "expected")
-        assert _read(folder, command).kind == "answer"
-        expected[command] = contents(folder, known=known)
+    name, content, known = str(damaged.relative_to(base)), damaged.read_bytes(), names(base)
+    faults, expected, row = [], {}, counts[kind]
+
+    def read(command: tuple[str, ...], bad: bytes) -> tuple[Outcome, dict[str, str]]:
+        folder = copied(base, tmp_path / "read")
+        (folder / name).unlink()
+        (folder / name).write_bytes(bad)
+        outcome = _read(folder, command)
+        left = contents(folder, known=known) if outcome.kind == "answer" else {}
         shutil.rmtree(folder)
+        return outcome, left
+
     for number, damage in enumerate(DAMAGE[: max(1, round(SHARE * len(DAMAGE)))]):
         bad = damage(content, rng("artefact", kind, number))
         if bad == content:  # A block of zeros, zeroed.
             bad = flipped(content, rng("artefact", kind, number, "again"))
-        verdicts = {}
+        verdicts = []
         for command in READERS[kind]:
-            folder = copied(base, tmp_path / "damaged")
-            (folder / name).unlink()
-            (folder / name).write_bytes(bad)
-            outcome = _read(folder, command)
-            left = contents(folder, known=known)
-            changed = [one for one in differing(left, expected[command]) if one != name]
-            verdicts[command[0]] = _verdict(outcome, damaged.name, changed)
-            if verdicts[command[0]] not in GRAVITY[:3]:
-                faults.append((number, damage.__name__, command[0], verdicts[command[0]], changed, outcome.said[-500:]))
-            shutil.rmtree(folder)
-        row = counts[kind]
+            outcome, left = read(command, bad)
+            if outcome.kind == "answer" and command not in expected:
+                sound, expected[command] = read(command, content)
+                assert sound.kind == "answer", sound.said
+            changed = [one for one in differing(left, expected[command]) if one != name] if left else []
+            verdicts.append(_verdict(outcome, damaged.name, changed))
+            if verdicts[-1] not in GRAVITY[:3]:
+                faults.append((damage.__name__, command[0], verdicts[-1], changed, outcome.said[-500:]))
         row["faults"] += 1
-        row[max(verdicts.values(), key=GRAVITY.index)] += 1
-    assert damaged.read_bytes() == content
+        row[max(verdicts, key=GRAVITY.index)] += 1
     assert faults == []

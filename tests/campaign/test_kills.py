@@ -7,7 +7,6 @@ from campaign.chain import (
     PIPELINE,
     SHARE,
     STAGES,
-    TRAINS,
     VOLATILE,
     contents,
     copied,
@@ -16,27 +15,24 @@ from campaign.chain import (
     hidden,
     rng,
     run,
+    run_again,
 )
 
 pytestmark = [pytest.mark.campaign, pytest.mark.slow]
 
-KILLS = max(1, round(3 * SHARE))
-"""Of each stage: two before one of its changes on disk, the third after a share of the time that it takes."""
-KILLS_OF_THE_PIPELINE = max(2, round(8 * SHARE))
+KILLS = max(1, round(2 * SHARE))
+"""Of each stage, before one of its changes on disk."""
+KILLS_OF_THE_PIPELINE = max(2, round(16 * SHARE))
+"""In turn after some seconds and before one of its changes."""
 
 
 @pytest.mark.parametrize("number", range(KILLS))
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_run_again_leaves_what_an_unbroken_one_leaves(chain, counts, tmp_path, stage, number):
     folder = copied(chain.before(stage), tmp_path / "killed")
-    draw, unbroken = rng("kill", stage, number), chain.ended[stage]
-    if number < 2:
-        first = run(folder, *STAGES[stage], at=int(draw.integers(1, unbroken.changes + 1)))
-    else:
-        first = run(folder, *STAGES[stage], after=draw.uniform(0.4, 0.95) * unbroken.seconds)
+    first = run(folder, *STAGES[stage], at=int(rng("kill", stage, number).integers(1, chain.ended[stage].changes + 1)))
     killed = first.status == -9
-    resumed = TRAINS.get(stage) is not None and (folder / TRAINS[stage] / "config.json").exists()
-    again = run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
+    again = run_again(folder, stage)
     left = differing(contents(folder), contents(chain.after(stage)))
     end_workers(first)
     row = counts[stage]

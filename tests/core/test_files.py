@@ -33,6 +33,7 @@ from mlx_cxr.core.files import (
     seal_weights,
     sha256_file,
     sweep,
+    told,
     write_json,
     write_record,
     write_text,
@@ -327,3 +328,15 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
     assert len(list(tmp_path.rglob(".tmp-*"))) == 2
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".hidden"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"could not write /dev/full: No space left on device") as full:
+        append_jsonl("/dev/full", {"step": 1})
+    assert full.value.errno == 28
+    # What names a file already, or is a sentence of ours, stays as it is.
+    with pytest.raises(FileNotFoundError, match="absent"), told(tmp_path / "other"):
+        (tmp_path / "absent").read_bytes()
+    with pytest.raises(RecordError, match="a sentence"), told(tmp_path):
+        raise RecordError("a sentence")

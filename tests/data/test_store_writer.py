@@ -20,7 +20,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data import partial_store, store_writer
 from mlx_cxr.data.decode_pool import decode_images
 from mlx_cxr.data.decoding import Transform
-from mlx_cxr.data.partial_store import StoreBusyError
+from mlx_cxr.data.partial_store import PartialStore, StoreBusyError
 from mlx_cxr.data.pixel_store import PixelStore, partial_paths
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
@@ -263,6 +263,35 @@ class TestKilled:
             with pytest.raises(StoreBusyError, match=r"another prepare_images is writing .*images_32\.npy"):
                 build_store(store_path, manifest, TRANSFORM, root, 1)
         assert build_store(store_path, manifest, TRANSFORM, root, 1).decoded == 12
+
+
+class TestStoppedBesideAWholeStore:
+    """What a run left that was killed as its last step, or while it made a whole store anew."""
+
+    @pytest.mark.parametrize("at", ["the last step", "a rebuild"])
+    def test_it_is_removed_and_the_store_kept(self, root, manifest, store_path, monkeypatch, at):
+        def killed(*arguments):
+            write(*arguments)
+            raise KeyboardInterrupt
+
+        write = partial_store.write_record if at == "the last step" else PartialStore.write
+        owner, name = (partial_store, "write_record") if at == "the last step" else (PartialStore, "write")
+        if at == "a rebuild":
+            build_store(store_path, manifest, TRANSFORM, root, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                build_store(store_path, manifest, TRANSFORM, root, 1, rebuild=at == "a rebuild")
+        files = {path: path.read_bytes() for path in (store_path, store_path.with_suffix(".json"))}
+        assert partial_paths(store_path)[1].exists()
+        # Not while another process is at it.
+        with partial_paths(store_path)[1].open("a+b") as journal:
+            fcntl.flock(journal, fcntl.LOCK_EX)
+            assert build_store(store_path, manifest, TRANSFORM, root, 1).decoded == 0
+            assert partial_paths(store_path)[1].exists()
+        assert build_store(store_path, manifest, TRANSFORM, root, 1).decoded == 0
+        assert sorted(store_path.parent.iterdir()) == sorted(files)
+        assert {path: path.read_bytes() for path in files} == files
 
 
 class TestFullDisk:

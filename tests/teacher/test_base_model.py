@@ -136,6 +136,26 @@ def test_a_tokenizer_without_chat_template_is_named(toy, tmp_path):
         PromptFormat.of(opened(folder).tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if", "chat template .* fails: unexpected 'end of template'"),
+        ("{{ nonsense() }}", "chat template .* fails: 'nonsense' is undefined"),
+        ("{{ messages[0]['content'] + 1 }}", "chat template .* fails"),
+        ("{{ 1 / 0 }}", "chat template .* fails: division by zero"),
+        ("{{ messages[0].nothing }}", "does not give back the user's text once"),
+        ("", "does not give back the user's text once"),
+    ],
+)
+def test_a_chat_template_that_was_damaged_is_named(toy, tmp_path, template, words):
+    from mlx_cxr.teacher.prompt import PromptError, PromptFormat
+
+    folder = copied_base(tmp_path / "base", toy.base)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(PromptError, match=words):
+        PromptFormat.of(opened(folder).tokenizer)
+
+
 def test_bases_are_found_by_path_or_by_the_last_part_of_a_hub_id(tmp_path):
     (tmp_path / "LFM2.5-VL-1.6B-4bit").mkdir()
     assert find_base("mlx-community/LFM2.5-VL-1.6B-4bit", tmp_path) == tmp_path / "LFM2.5-VL-1.6B-4bit"

@@ -16,7 +16,10 @@ from toy_training import TinyNet, arrays
 from mlx_cxr.core.files import RecordError
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.weight_files import write_safetensors
-from mlx_cxr.training.checkpoint import Progress, load_state, save_state
+from mlx_cxr.training.checkpoint import STATE, Progress, load_state, save_state
+from mlx_cxr.training.classifier_run import finished_result, write_result
+from mlx_cxr.training.distributed import ALONE
+from mlx_cxr.training.loop import TrainingResult
 
 PROGRESS = Progress(7, 0.8125, 2, 1, 12.5, (0.1, 1 / 3, 2.5), "settings")
 
@@ -147,3 +150,16 @@ def test_progress_is_exact_through_json():
     progress = Progress(step=2**40, best_auc=0.1 + 0.2, sums=sums)
     back = json.loads(json.dumps(progress.__dict__))
     assert Progress(**{**back, "sums": tuple(back["sums"])}) == progress
+
+
+def test_a_state_that_a_run_left_when_it_was_killed_after_its_end_is_removed(tmp_path):
+    result = TrainingResult(0.8125, 2, 3, 21, 12.5, False)
+    write_result(tmp_path, result, "settings", {})
+    state = tmp_path / STATE
+    state.parent.mkdir()
+    state.write_bytes(b"three times the weights")
+    with pytest.raises(RecordError, match=r"training\.json is of a run that was made with other data or settings"):
+        finished_result(tmp_path, "others", ALONE)
+    assert state.exists()
+    assert finished_result(tmp_path, "settings", ALONE) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
