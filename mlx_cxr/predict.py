@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -118,10 +119,10 @@ def run(
         "files": len(files),
         "files_sha256": hash_of([file_state(path) for path in files]),
     }
-    done = _rows_to_keep(out, record, resume, overwrite)
-    # A contact sheet is drawn whole, or again; of a few films the answers are printed, so that they are read again.
-    done -= done % written.PER_SHEET if contact_sheet else 0
-    done *= len(files) > _FEW
+    # Whole batches, as an answer depends on the others of its batch in its last bits; and whole contact sheets.
+    at_once = math.lcm(batch_size, written.PER_SHEET if contact_sheet else 1)
+    # Of a few films the answers are printed, so that they are read again.
+    done = _rows_to_keep(out, record, resume, overwrite, at_once) * (len(files) > _FEW)
     for name in (written.TABLE,) if done else (written.TABLE, written.PART):
         (out / name).unlink(missing_ok=True)
     write_record(out / written.RECORD, record)
@@ -169,8 +170,8 @@ def run(
     return path
 
 
-def _rows_to_keep(out: Path, record: Mapping[str, Any], resume: bool, overwrite: bool) -> int:
-    """Rows of a stopped call in `out` that this one goes on from.
+def _rows_to_keep(out: Path, record: Mapping[str, Any], resume: bool, overwrite: bool, at_once: int) -> int:
+    """Rows of a stopped call in `out` that this one goes on from, a multiple of `at_once`.
 
     Raises:
         PredictError: there are answers that it does not go on from, and that are not to be replaced.
@@ -194,6 +195,7 @@ def _rows_to_keep(out: Path, record: Mapping[str, Any], resume: bool, overwrite:
             raise PredictError(f"{out}: the call that is there {what}; --overwrite begins anew")
         if finished:
             raise PredictError(f"{out / TABLE} is complete; --overwrite makes it anew")
+        done -= done % at_once
         log.info("going on after %d of %d files", done, record["files"])
         return done
     there = "the answers of an earlier call" if finished else f"{done} rows of a call that was stopped"

@@ -7,6 +7,7 @@ gzipped without a time stamp.
 from __future__ import annotations
 
 import gzip
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def _write_study(task: tuple[StudyPlan, Path, int]) -> list[tuple[int, int]]:
     shapes = []
     for plan in study.images:
         image = render_image(study.patient, study.findings, plan.kind, size, plan.seed, plan.supine)
-        Image.fromarray(image.pixels).save(images / f"{plan.dicom_id}.jpg", quality=QUALITY)
+        # Not into the file: Pillow takes no notice of a write that a full disk cuts short.
+        content = io.BytesIO()
+        Image.fromarray(image.pixels).save(content, "JPEG", quality=QUALITY)
+        (images / f"{plan.dicom_id}.jpg").write_bytes(content.getvalue())
         for label, mask in image.masks.items():
             path = masks / plan.dicom_id / f"{label.replace(' ', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,16 @@ STAGES = {
     "failure_analysis": ("failure_analysis", *CONFIG),
     "explain_report": ("explain_report", *CONFIG),
     "export": ("export", "--run", "outputs/student", "--to", "outputs/exported", "--overwrite"),
-    "predict": ("predict", "data/raw/files", "--run", "outputs/student", "--out", "outputs/answers", "--overlays"),
+    "predict": (
+        "predict",
+        "data/raw/files",
+        "--run",
+        "outputs/student",
+        "--out",
+        "outputs/answers",
+        "--overlays",
+        "--overwrite",
+    ),
 }
 """In the order of the chain: module and arguments."""
 RESUMED = {
@@ -149,7 +158,8 @@ def run(folder: Path, *stage: str, after: float | None = None, at: int = 0, larg
 def run_again(folder: Path, stage: str) -> Ended:
     """Run a stage that was stopped or failed before, as its message says to."""
     resumed = stage in RESUMED and (folder / RESUMED[stage]).exists()
-    return run(folder, *STAGES[stage], *(["--resume"] if resumed else []))
+    command = [*(part for part in STAGES[stage] if part != "--overwrite"), "--resume"] if resumed else STAGES[stage]
+    return run(folder, *command)
 
 
 def end_workers(ended: Ended) -> None:

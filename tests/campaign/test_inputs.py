@@ -126,7 +126,7 @@ def image_cases() -> Iterator[Case]:
         "BitsAllocated": (1, 8, 12, 24, 32, 64),
         "SamplesPerPixel": (0, 2, 3, 4),
         "PixelRepresentation": (1, 2),
-        "PhotometricInterpretation": ("", "monochrome1", "RGB", "PALETTE COLOR", "X" * 99),
+        "PhotometricInterpretation": ("", "RGB", "PALETTE COLOR", "X" * 99),
         "NumberOfFrames": ("0", "2", "1000000"),
         "PixelData": (b"", b"\0\0", bytes(10**6)),
         "RescaleSlope": ("0", "1e30", "-1"),
