@@ -84,7 +84,9 @@ def run(config: Config, teacher_run: str | None = None, zero_shot: bool = False,
 
     def write(folder: Path, predictions: Predictions, settings: Config, score_of: str) -> None:
         protocol, manifest = teacher.protocol, material.manifest
-        points, results = write_scores(folder, predictions, protocol, manifest, settings, record, score_of)
+        points, results = write_scores(
+            folder, predictions, protocol, manifest, settings, record, score_of, material.store
+        )
         write_results(folder, results, predictions, points)
 
     predictions = join(predictions_of(validation, validation_logits), predictions_of(test, answers.logits))

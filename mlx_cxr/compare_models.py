@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mlx_cxr.core.claim import claims
 from mlx_cxr.core.files import read_record, write_record, write_text
-from mlx_cxr.core.runs import provenance
+from mlx_cxr.core.runs import bag_of_words_name, provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def run(
     student_run: str | None = None,
     control_runs: Sequence[str] | None = None,
     graded_teacher_runs: Sequence[str] = (),
+    bag_of_words_run: str | None = None,
     readme: Path | None = None,
     output_dir: Path | None = None,
 ) -> Path:
@@ -49,6 +50,8 @@ def run(
         control_runs: students with something else in the teacher's place; None takes `control_run_name` of each of
             `comparison.controls`.
         graded_teacher_runs: further teachers, which may read something else.
+        bag_of_words_run: the word counts beside the teacher; None takes the run that `bag_of_words` makes beside it,
+            if it is there.
         readme: a README whose block `comparison` is replaced.
         output_dir: None takes `comparison_dir`.
 
@@ -75,6 +78,9 @@ def run(
         *(("control", name) for name in control_runs),
         *(("graded teacher", name) for name in graded_teacher_runs),
     ]
+    words = bag_of_words_run or bag_of_words_name(teacher_run or config.teacher.run_name)
+    if bag_of_words_run or (config.run_dir(words) / "predictions.csv").exists():
+        roles.append(("bag of words", words))
     runs = [open_scored_run(config.run_dir(name), role) for role, name in roles]
     folder = output_dir or comparison_dir(config)
     files = ("predictions.csv", "test_results.json", "cost.json", "teacher.json")
@@ -104,10 +110,10 @@ def run(
 def draw(runs: Sequence[ScoredRun], folder: Path, config: Config) -> list[Path]:
     """Pictures of CNN, teacher and student on the studies that the table is about; returns their paths."""
     from mlx_cxr.core.labels import SCORING_PROTOCOLS
-    from mlx_cxr.evaluation.scored_runs import shared_studies
+    from mlx_cxr.evaluation.scored_runs import BESIDE, shared_studies
     from mlx_cxr.pages.comparison_plots import Arm, plot_calibration_comparison, plot_roc_comparison
 
-    main = [one for one in runs if one.role != "graded teacher"]
+    main = [one for one in runs if one.role not in BESIDE]
     study_ids = shared_studies(main)
     arms = [Arm(one.title, one.on(study_ids), one.points) for one in main if one.role != "control"]
     synthetic, fitted_under = main[0].settings["synthetic"], main[0].settings["fitted_under"]
@@ -144,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--graded_teacher_run", nargs="+", default=[], metavar="RUN", help="further teachers, by what they may read"
     )
+    parser.add_argument(
+        "--bag_of_words_run", metavar="RUN", help="default: what bag_of_words made beside the teacher, if it is there"
+    )
     parser.add_argument("--update_readme", type=Path, metavar="README.md", help="replace its block `comparison`")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/comparison_<name of the configuration>")
     return parser
@@ -161,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             student_run=args.student_run,
             control_runs=args.control_run,
             graded_teacher_runs=args.graded_teacher_run,
+            bag_of_words_run=args.bag_of_words_run,
             readme=args.update_readme,
             output_dir=args.output_dir,
         )

@@ -73,7 +73,9 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     record = provenance("evaluate_cnn", config.plain(), inputs, machine)
     parts = [study_predictions(trained.model, data, config.evaluation.batch_size) for data in (validation, test)]
     predictions = join(*parts)
-    points, results = write_scores(trained.folder, predictions, trained.protocol, cohort.manifest, config, record)
+    points, results = write_scores(
+        trained.folder, predictions, trained.protocol, cohort.manifest, config, record, store=cohort.store
+    )
     write_results(trained.folder, results, predictions, points)
     measure_image_cost(trained, test, config, machine)
     references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_cxr import (
+    bag_of_words,
     build_manifest,
     cache_teacher_outputs,
     compare_models,
@@ -21,6 +22,7 @@ from mlx_cxr import (
     prepare_images,
     train_cnn,
 )
+from mlx_cxr.core.runs import bag_of_words_name
 
 if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
@@ -118,6 +120,8 @@ def _teacher_steps(config: Config, overwrite: bool) -> list[Step]:
     """Teacher, student, controls, comparison and failure analysis."""
     chain = [_tiny_base(config, overwrite)] if config.teacher.tiny is not None else []
     chain += _taught(config, "")
+    words = [bag_of_words_name(config.teacher.run_name)] if config.teacher.modality != "image" else []
+    chain += [_word_counts(config, name) for name in words]
     student = config.distillation.run_name
     chain += _student(config, student, "")
     for targets in config.comparison.controls:
@@ -129,7 +133,7 @@ def _teacher_steps(config: Config, overwrite: bool) -> list[Step]:
         section = config.teacher.model_copy(update={"sections": sections, "run_name": name})
         chain += _taught(config.model_copy(update={"teacher": section}), f"@{name}")
     controls = [compare_models.control_run_name(student, targets) for targets in config.comparison.controls]
-    compared = [config.run_name, config.teacher.run_name, student, *controls, *graded]
+    compared = [config.run_name, config.teacher.run_name, student, *controls, *graded, *words]
     folder = compare_models.comparison_dir(config)
     failures = config.run_dir(student) / "failure_analysis"
     chain += [
@@ -211,6 +215,18 @@ def _taught(config: Config, suffix: str) -> list[Step]:
             folder,
         ),
     ]
+
+
+def _word_counts(config: Config, name: str) -> Step:
+    folder = config.run_dir(name)
+    return Step(
+        "bag_of_words",
+        lambda _: bag_of_words.run(config, overwrite=True),
+        ("seed", "evaluation", "labels", "teacher"),
+        lambda: [config.manifest_path, config.reports_path],
+        (folder / "bag_of_words.npz", *(folder / file for file in _SCORES)),
+        folder,
+    )
 
 
 def _student(config: Config, name: str, suffix: str) -> list[Step]:

@@ -27,7 +27,9 @@ from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.tables import DataError
+from mlx_cxr.evaluation.image_statistics import STATISTICS, image_statistics
 from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.evaluation.shortcuts import study_metadata
 from mlx_cxr.inference import explanation
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
@@ -219,9 +221,31 @@ def test_results_are_scikit_learns_on_the_predictions(evaluated):
         assert masked["roc_auc"]["value"] == pytest.approx(sk.roc_auc_score(y[explicit], rows["logit"][explicit]))
         assert results["operating_points"][label]["threshold"] == rows["threshold"].iloc[0]
     assert results["metadata_only"]["features"] == ["view", "age", "sex"]
+    assert results["exposure_only"]["features"] == ["view", "age", "sex", *STATISTICS]
     assert results["synthetic"] is True
     assert set(results["provenance"]["inputs"]) == {"manifest", "checkpoint"}
     assert results["provenance"]["stage"] == "evaluate_cnn"
+
+
+def test_the_exposure_s_ranking_is_that_of_scikit_learn_on_the_stored_pixels(evaluated):
+    """A bright square is drawn for an effusion, so the statistics of brightness tell it."""
+    frame = load_manifest(evaluated.manifest_path).frame
+    known = study_metadata(frame).assign(study_id=frame["study_id"].drop_duplicates().to_numpy()).set_index("study_id")
+    statistics = [image_statistics(image[None])[0] for image in np.load(evaluated.pixels_path)]
+    known[[*STATISTICS]] = pd.DataFrame(statistics).groupby(frame["study_id"].to_numpy()).mean().loc[known.index]
+    first = frame.drop_duplicates("study_id").set_index("study_id")
+    train = (first["split"] == "train").to_numpy()
+    columns = [known[name] == value for name in ("view", "sex") for value in sorted(set(known[name][train]))]
+    for name in ("age", *STATISTICS):
+        values = known[name].to_numpy()
+        columns.append(np.nan_to_num((values - np.nanmean(values[train])) / (np.nanstd(values[train]) or 1)))
+    features, y = np.stack(columns, axis=1), (first["Pleural Effusion"] == 1).to_numpy()
+    fitted = LogisticRegression(max_iter=1000).fit(features[train], y[train])
+    test = (first["split"] == "test").to_numpy()
+    expected = sk.roc_auc_score(y[test], fitted.decision_function(features[test]))
+    entry = read_record(folder_of(evaluated) / "test_results.json")["exposure_only"]["per_label"]["Pleural Effusion"]
+    assert entry["roc_auc"]["value"] == pytest.approx(expected, abs=0.005)
+    assert entry["roc_auc"]["value"] > 0.7
 
 
 def test_cost_counts_what_was_trained_and_names_what_is_timed(evaluated, copy):

@@ -17,7 +17,9 @@ from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
-CNN, STUDENT, TEACHER, CONTROL, UNKNOWN = KINDS = ("CNN", "student", "teacher", "control", "unknown")
+CNN, STUDENT, TEACHER, CONTROL, WORDS, UNKNOWN = KINDS = (
+    *("CNN", "student", "teacher", "control", "bag of words", "unknown"),
+)
 _FILES = (
     *("config.json", "training.json", "test_results.json", "operating_points.json", "inference.json"),
     *(*WEIGHTS.values(), "teacher.json"),
@@ -122,7 +124,7 @@ def _entry(folder: str, stamp: str) -> RunEntry:
     path, kind = Path(folder), UNKNOWN
     try:
         kind = open_run(path).kind
-        if kind == TEACHER:
+        if kind in (TEACHER, WORDS):
             made = read_operating_points(path / operating_points.FILE)[1]
             evaluated = read_record(path / "test_results.json")["provenance"]["started"]
             return RunEntry(path, kind, stamp, made["synthetic"], evaluated)

@@ -21,6 +21,7 @@ WEIGHTS: Mapping[str, str] = {
     "train_cnn": "best_model.safetensors",
     "distillation": "best_student.safetensors",
     "lfm_finetune": "adapter_weights/adapters.safetensors",
+    "bag_of_words": "bag_of_words.npz",
 }
 """The stages that train, and the weights that each leaves in its run's folder."""
 
@@ -112,14 +113,16 @@ class RunRecord:
         return self.weights.exists() and (self.folder / "training.json").exists()
 
     @property
-    def kind(self) -> Literal["CNN", "teacher", "student", "control"]:
+    def kind(self) -> Literal["CNN", "teacher", "student", "control", "bag of words"]:
         """The model that it holds; a student that learned from other targets than a teacher's is a control.
 
         Raises:
             RecordError: the configuration of a student does not say what it learned from.
         """
         if self.stage != "distillation":
-            return "CNN" if self.stage == "train_cnn" else "teacher"
+            kinds: dict[str, Literal["CNN", "teacher", "bag of words"]]
+            kinds = {"train_cnn": "CNN", "lfm_finetune": "teacher", "bag_of_words": "bag of words"}
+            return kinds[self.stage]
         try:
             return "student" if self.config["distillation"]["targets"] == "teacher" else "control"
         except (KeyError, TypeError):
@@ -159,6 +162,11 @@ def open_run(folder: str | Path, *stages: str, finished: bool = False) -> RunRec
             "--resume --config …"
         )
     return run
+
+
+def bag_of_words_name(teacher_run: str) -> str:
+    """The run of the word counts beside a teacher's, which is given by its name or folder."""
+    return f"{Path(teacher_run).name}_bag_of_words"
 
 
 def runs_that_read(outputs: str | Path, sha256: str) -> list[Path]:

@@ -36,7 +36,7 @@ from mlx_cxr.evaluation.results import (
     protocol_section,
     score_protocol,
 )
-from mlx_cxr.evaluation.scored_runs import ScoredRun, check_teacher, shared_studies
+from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_teacher, shared_studies
 
 SCHEMA = 1
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
@@ -254,7 +254,7 @@ def compare(
     """The content of `final_comparison.json`.
 
     Args:
-        runs: one `cnn`, one `teacher`, one `student`, and any `control` and `graded teacher`.
+        runs: one `cnn`, one `teacher`, one `student`, and any `control`, `graded teacher` and `bag of words`.
         min_retention: least share of the teacher's macro ROC-AUC that the student should keep.
         samples: bootstrap resamples; 0 gives no intervals.
         bins: of the calibration error.
@@ -262,7 +262,7 @@ def compare(
     Raises:
         ComparisonError: the runs cannot be compared; see `scored_runs.check_teacher` and `shared_studies`.
     """
-    main = [run for run in runs if run.role != "graded teacher"]
+    main = [run for run in runs if run.role not in BESIDE]
     check_teacher(main)
     arms = {run.role: run for run in main if run.role != "control"}
     study_ids = shared_studies(main)
@@ -417,7 +417,7 @@ def _graded(
     runs: Sequence[ScoredRun], teacher: ScoredRun, protocol: str, samples: int, seed: int, bins: int
 ) -> GradedEntry | None:
     """Teachers by what they may read, on the studies that all of them scored."""
-    teachers = [teacher, *(run for run in runs if run.role == "graded teacher")]
+    teachers = [teacher, *(run for run in runs if run.role in BESIDE)]
     if len(teachers) == 1:
         return None
     study_ids = shared_studies(teachers)

@@ -19,6 +19,7 @@ from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.formatting import footer
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.data.manifest import Manifest
+from mlx_cxr.data.pixel_store import PixelStore
 from mlx_cxr.evaluation import shortcuts
 from mlx_cxr.evaluation.abstention import AbstentionEntry, abstention_section
 from mlx_cxr.evaluation.bootstrap import (
@@ -32,6 +33,7 @@ from mlx_cxr.evaluation.bootstrap import (
 )
 from mlx_cxr.evaluation.calibration import expected_calibration_error, fit_temperatures
 from mlx_cxr.evaluation.conformal import fit_bands
+from mlx_cxr.evaluation.image_statistics import study_statistics
 from mlx_cxr.evaluation.metrics import (
     METRICS,
     both_classes,
@@ -43,9 +45,9 @@ from mlx_cxr.evaluation.metrics import (
 )
 from mlx_cxr.evaluation.operating_points import FILE, LabelPoint, OperatingPoints, label_entries, write_operating_points
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions, write_predictions
-from mlx_cxr.evaluation.shortcuts import DevicesEntry, MetadataEntry, ViewEntry, study_metadata
+from mlx_cxr.evaluation.shortcuts import METADATA, ControlEntry, DevicesEntry, ViewEntry, study_metadata
 
-SCHEMA = 1
+SCHEMA = 2
 MEAN_OF_IMAGES = "the mean logit of its films"
 MEANINGS = {
     "empty_negative": "uncertain (-1) and not mentioned (empty) count as absent",
@@ -171,8 +173,10 @@ class Results(TypedDict):
     by_view: dict[str, ViewEntry]
     """View group (AP, PA, mixed, other; those that there are), under `fitted_under`."""
     pneumothorax_by_support_devices: DevicesEntry
-    metadata_only: MetadataEntry | None
+    metadata_only: ControlEntry | None
     """Both under `fitted_under`; null without training metadata."""
+    exposure_only: ControlEntry | None
+    """What `image_statistics` and the metadata tell, under `fitted_under`; null where no images are scored."""
     provenance: dict[str, Any]
     """As `runs.provenance`."""
     files: dict[str, str]
@@ -199,8 +203,9 @@ def evaluate(
         predictions: with the splits `validate`, which `points` were fitted on, and `test`.
         samples: bootstrap resamples; 0 gives no intervals.
         bins: of the calibration error.
-        train: `shortcuts.study_metadata` of training, and its raw labels (N train, 14).
-        test_metadata: `shortcuts.study_metadata` of the test studies, in the order of the predictions.
+        train: `shortcuts.study_metadata` of training, with `image_statistics.STATISTICS` or without, and its raw
+            labels (N train, 14).
+        test_metadata: the same of the test studies, in the order of the predictions.
         score: the score of a study, in words.
 
     Raises:
@@ -210,10 +215,13 @@ def evaluate(
     resamples = patient_resamples(test.patient_ids, samples, seed)
     policy = SCORING_PROTOCOLS[points.protocol]
     targets, logits = policy.apply(test.raw_labels), test.logits.astype(np.float64)
-    metadata = None
+    metadata = exposure = None
     if train is not None and test_metadata is not None:
-        train_targets = policy.apply(train[1])
-        metadata = shortcuts.metadata_only(train[0], train_targets, test_metadata, targets, logits, resamples)
+        known, train_targets = train[0][[*METADATA]], policy.apply(train[1])
+        against = targets, logits, resamples
+        metadata = shortcuts.against_control(known, train_targets, test_metadata[[*METADATA]], *against)
+        if len(train[0].columns) > len(METADATA):
+            exposure = shortcuts.against_control(train[0], train_targets, test_metadata, *against)
     return {
         "schema": SCHEMA,
         "split": "test",
@@ -242,6 +250,7 @@ def evaluate(
         "by_view": shortcuts.auc_by_group(targets, logits, test.view_groups(), VIEW_GROUPS, resamples),
         "pneumothorax_by_support_devices": shortcuts.pneumothorax_by_devices(targets, logits, resamples),
         "metadata_only": metadata,
+        "exposure_only": exposure,
         "provenance": dict(provenance),
     }
 
@@ -358,6 +367,7 @@ def write_scores(
     config: Config,
     record: Mapping[str, Any],
     score: str = MEAN_OF_IMAGES,
+    store: PixelStore | None = None,
 ) -> tuple[OperatingPoints, dict[str, Any]]:
     """Fit on validation, score test, and write `predictions.csv`, `operating_points.json` and `test_results.json`.
 
@@ -369,6 +379,7 @@ def write_scores(
             `labels.SCORING_PROTOCOLS`.
         record: `runs.provenance`, kept in the results.
         score: the score of a study, in words.
+        store: the images that were scored, for what their exposure alone would tell.
 
     Returns:
         The operating points fitted on validation, and the content of `test_results.json`.
@@ -384,7 +395,14 @@ def write_scores(
     made_from = {role: entry["sha256"] for role, entry in record["inputs"].items()}
     write_operating_points(folder / FILE, points, run=folder.name, synthetic=synthetic, made_from=made_from)
 
-    # Metadata of the training studies, and of the test studies in the order of their predictions.
+    # What is known of the training studies, and of the test studies in the order of their predictions.
+    def known(rows: pd.DataFrame) -> pd.DataFrame:
+        table = study_metadata(rows)
+        if store is None:
+            return table
+        statistics = study_statistics(store, rows).reindex(rows["study_id"].drop_duplicates())
+        return pd.concat([table, statistics.reset_index(drop=True)], axis=1)
+
     frame = manifest.frame
     in_training = (frame["split"] == "train").to_numpy()
     first = ~frame["study_id"].duplicated().to_numpy() & in_training
@@ -399,8 +417,8 @@ def write_scores(
         seed=config.seed,
         bins=settings.calibration_bins,
         provenance=record,
-        train=(study_metadata(frame[in_training]), manifest.raw_labels[first]),
-        test_metadata=study_metadata(frame.loc[scored]),
+        train=(known(frame[in_training]), manifest.raw_labels[first]),
+        test_metadata=known(frame.loc[scored]),
         score=score,
     )
     results["files"] = {name: sha256_file(folder / name) for name in ("predictions.csv", FILE)}

@@ -22,7 +22,9 @@ from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entri
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
 
-Role = Literal["cnn", "teacher", "student", "control", "graded teacher"]
+Role = Literal["cnn", "teacher", "student", "control", "graded teacher", "bag of words"]
+BESIDE: tuple[Role, ...] = ("graded teacher", "bag of words")
+"""Roles of runs that are compared with the teacher alone."""
 
 LABEL_SOURCES = frozenset(("impression", "last_paragraph", "whole"))
 """Sections of a report that hold, or may be, what MIMIC-CXR's labels were taken from: first of all the impression."""
@@ -36,6 +38,7 @@ _STAGES: Mapping[Role, tuple[str, str]] = {
     "student": ("distillation --run_name", "evaluate_cnn --run_name"),
     "control": ("distillation --targets … --run_name", "evaluate_cnn --run_name"),
     "graded teacher": ("lfm_finetune --run_name", "cache_teacher_outputs --teacher_run"),
+    "bag of words": ("bag_of_words", "bag_of_words"),
 }
 """Stages that train and score a run of each role."""
 
@@ -80,7 +83,8 @@ class ScoredRun:
         """Head of its column or row; a teacher's says what it may read, a control's what it learned from."""
         if self.teacher is not None:
             source = " (the labels' source)" if self.reads_label_source else ""
-            return f"teacher, reads: {self.teacher['reads']}{source}"
+            who = "bag of words" if self.role == "bag of words" else "teacher"
+            return f"{who}, reads: {self.teacher['reads']}{source}"
         if self.role == "control":
             return f"control: {self.config['distillation']['targets']}"
         return {"cnn": "CNN"}.get(self.role, self.role)
@@ -127,7 +131,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
     """
     folder = Path(folder)
     needed = ["config.json", "predictions.csv", "test_results.json"]
-    needed += ["teacher.json"] if role in ("teacher", "graded teacher") else []
+    needed += ["teacher.json"] if role in ("teacher", *BESIDE) else []
     for file in needed:
         if not (folder / file).exists():
             raise ComparisonError(
@@ -162,7 +166,7 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
     run = open_run(folder, _STAGES[role][0].split()[0])
     soft_labels = next((entry for entry in run.inputs.values() if Path(entry["path"]).name == SOFT_LABELS), None)
     teacher = None
-    if run.kind == "teacher":
+    if run.kind in ("teacher", "bag of words"):
         teacher = read_record(folder / "teacher.json")
         _read(folder / "teacher.json", lambda: (teacher["reads"], teacher["modality"]))
         _read(run.path, lambda: run.config["teacher"]["sections"])
@@ -257,6 +261,8 @@ def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, th
 
 def _command(role: Role, name: str, file: str) -> str:
     train, score = _STAGES[role]
+    if role == "bag of words":
+        return f"python -m mlx_cxr.{score} --overwrite --config …"
     return f"python -m mlx_cxr.{train if file in ('config.json', 'teacher.json') else score} {name} --config …"
 
 

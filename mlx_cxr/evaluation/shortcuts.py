@@ -1,9 +1,9 @@
 """Shortcuts that a model may have learned instead of the finding: sickness and treatment of the patient.
 
 The bedside view (AP) goes with sicker patients, and drains with treated pneumothoraces, so a model can rank well
-without seeing the finding (Zech et al., PLOS Medicine 2018; Oakden-Rayner et al., arXiv:1909.12475). Three checks:
+without seeing the finding (Zech et al., PLOS Medicine 2018; Oakden-Rayner et al., arXiv:1909.12475). Four checks:
 ROC-AUC within each view, pneumothorax with and without support devices, and the ROC-AUC of a model that is shown
-nothing but view, age and sex.
+nothing but view, age and sex, and of one that is shown the exposure beside them (`image_statistics`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from mlx_cxr.evaluation.bootstrap import (
 )
 from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_metrics
 from mlx_cxr.evaluation.predictions import study_views
+
+METADATA = ("view", "age", "sex")
+"""Columns of `study_metadata`."""
+_CATEGORIES = ("view", "sex")
 
 
 class AucEntry(TypedDict):
@@ -59,28 +63,28 @@ class DevicesEntry(TypedDict):
     without_devices: AucEntry
 
 
-class MetadataAucs(TypedDict):
-    """ROC-AUC of a logistic regression that sees view, age and sex alone."""
+class ControlAucs(TypedDict):
+    """ROC-AUC of a logistic regression that sees no finding."""
 
     roc_auc: IntervalEntry
-    model_minus_metadata: IntervalEntry
+    model_minus_it: IntervalEntry
     """Its own, and the model minus it. Undefined for a finding that training has only one class of."""
 
 
-class MetadataMeans(MetadataAucs):
+class ControlMeans(ControlAucs):
     """Means of the same."""
 
     labels: int
     """Number of findings in the means."""
 
 
-class MetadataEntry(TypedDict):
-    """Comparison with a model that sees no image."""
+class ControlEntry(TypedDict):
+    """Comparison with a model that sees no finding."""
 
     features: list[str]
-    """Metadata that it sees."""
-    per_label: dict[str, MetadataAucs]
-    macro: MetadataMeans
+    """All that it sees."""
+    per_label: dict[str, ControlAucs]
+    macro: ControlMeans
 
 
 def auc_intervals(
@@ -156,14 +160,14 @@ def study_metadata(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def metadata_scores(train: pd.DataFrame, train_targets: np.ndarray, test: pd.DataFrame) -> np.ndarray:
-    """Logits of a logistic regression per label that sees view, age and sex alone.
+def control_scores(train: pd.DataFrame, train_targets: np.ndarray, test: pd.DataFrame) -> np.ndarray:
+    """Logits of a logistic regression per label that sees the columns of a table alone.
 
-    Views and sexes are indicators of the values that training has; age is standardized on training, with an
+    Views and sexes are indicators of the values that training has; numbers are standardized on training, with an
     indicator for unknown.
 
     Args:
-        train, test: `study_metadata`.
+        train, test: `study_metadata`, with more columns of numbers or without.
         train_targets: (N train, L), each 1, 0 or NaN (left out).
 
     Returns:
@@ -179,29 +183,29 @@ def metadata_scores(train: pd.DataFrame, train_targets: np.ndarray, test: pd.Dat
     return scores
 
 
-def metadata_only(
+def against_control(
     train: pd.DataFrame,
     train_targets: np.ndarray,
     test: pd.DataFrame,
     targets: np.ndarray,
     scores: np.ndarray,
     resamples: PatientResamples,
-) -> MetadataEntry:
-    """ROC-AUC on test of `metadata_scores`, and how much the model adds.
+) -> ControlEntry:
+    """ROC-AUC on test of `control_scores`, and how much the model adds.
 
     Args:
-        train, train_targets, test: as `metadata_scores`.
+        train, train_targets, test: as `control_scores`.
         targets: (N, 14) of test, each 1, 0 or NaN (left out).
         scores: (N, 14), the model's logits, for the difference.
         resamples: of the patients of test.
     """
     targets = np.where(both_classes(train_targets), targets, np.nan)
-    values, replicates = auc_intervals(targets, metadata_scores(train, train_targets, test), resamples)
+    values, replicates = auc_intervals(targets, control_scores(train, train_targets, test), resamples)
     model_values, model_replicates = auc_intervals(targets, scores, resamples)
     difference = model_values - values, model_replicates - replicates
-    arms = {"roc_auc": (values, replicates), "model_minus_metadata": difference}
+    arms = {"roc_auc": (values, replicates), "model_minus_it": difference}
     return {
-        "features": ["view", *(name for name in ("age", "sex") if (train[name].notna() & (train[name] != "")).any())],
+        "features": [name for name in train if name == "view" or (train[name].notna() & (train[name] != "")).any()],
         "per_label": {
             label: {arm: percentile_interval(float(v[k]), r[:, k]).plain() for arm, (v, r) in arms.items()}
             for k, label in enumerate(LABELS)
@@ -221,11 +225,14 @@ def _entry(y: np.ndarray, value: float, replicates: np.ndarray) -> AucEntry:
     }
 
 
-def _features(metadata: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
+def _features(table: pd.DataFrame, train: pd.DataFrame) -> np.ndarray:
     """(N, F) features, with categories and scale taken from `train`."""
-    indicators = [(name, value) for name in ("view", "sex") for value in sorted(set(train[name]))]
-    columns = [(metadata[name] == value).to_numpy(dtype=np.float64) for name, value in indicators]
-    age, known = metadata["age"].to_numpy(), train["age"].dropna()
-    mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
-    columns += [np.nan_to_num((age - mean) / scale), np.isnan(age).astype(np.float64)]
+    columns = []
+    for name in train:
+        if name in _CATEGORIES:
+            columns += [(table[name] == value).to_numpy(dtype=np.float64) for value in sorted(set(train[name]))]
+            continue
+        values, known = table[name].to_numpy(dtype=np.float64), train[name].dropna()
+        mean, scale = (known.mean(), known.std(ddof=0) or 1.0) if len(known) else (0.0, 1.0)
+        columns += [np.nan_to_num((values - mean) / scale), np.isnan(values).astype(np.float64)]
     return np.stack(columns, axis=1)

@@ -125,7 +125,7 @@ def _teachers(comparison: Mapping[str, Any]) -> list[str]:
         rows.append(
             [
                 f"`{model['run']}`",
-                model["title"].removeprefix("teacher, reads: "),
+                model["title"].removeprefix("teacher, reads: ").replace(", reads: ", ": "),
                 *(number(model[key]) for key in ("zero_shot_auc", "tuned_auc")),
                 *(interval_text(model["macro"][key]) for key in _RANKING),
                 "–" if against is None else f"{interval_text(against)}, {against['verdict']}",

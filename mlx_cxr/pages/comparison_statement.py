@@ -43,6 +43,7 @@ def statement(comparison: Mapping[str, Any]) -> str:
     sentences = [
         f"Macro ROC-AUC is {interval_text(aucs['cnn'])} for the CNN, {interval_text(aucs['teacher'])} for the "
         f"teacher (reads: {reads}), and {interval_text(aucs['student'])} for the student.",
+        *words_sentences(comparison),
         _pair("teacher", "CNN", differences["teacher_minus_cnn"]),
         _pair("student", "CNN", differences["student_minus_cnn"]),
         _pair("student", "teacher", differences["student_minus_teacher"]),
@@ -53,6 +54,27 @@ def statement(comparison: Mapping[str, Any]) -> str:
         "would have given.",
     ]
     return " ".join(sentences)
+
+
+def words_sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """The worth of the language model beside the word counts that read the same text."""
+    models = (comparison["graded_teachers"] or {"models": []})["models"]
+    sentences = []
+    for words in models:
+        if words["role"] != "bag of words":
+            continue
+        minus = words["minus_teacher"]
+        verdicts = {
+            "better": "counting words is better than the language model, which is not worth its size here",
+            "worse": "the language model is worth more than counting words",
+            "within noise": "that the language model is worth more than counting words is not shown",
+            "no interval": "whether the language model is worth more cannot be told without an interval",
+        }
+        sentences.append(
+            f"A bag of words that reads {words['reads']} has {interval_text(words['macro']['roc_auc'])}, minus the "
+            f"teacher {interval_text(minus)}: {verdicts[minus['verdict']]}."
+        )
+    return sentences
 
 
 def findings_sentence(difference: Mapping[str, Any]) -> str:

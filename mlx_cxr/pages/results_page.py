@@ -206,7 +206,7 @@ def _abstention_tables(results: Mapping[str, Any], protocol: str) -> list[str]:
 
 
 def _shortcuts(results: Mapping[str, Any]) -> list[str]:
-    views, metadata = results["by_view"], results["metadata_only"]
+    views, metadata, exposure = (results[key] for key in ("by_view", "metadata_only", "exposure_only"))
     shared = next(iter(views.values()))["macro"]["labels"] if views else []
     lines = [
         "## Shortcuts",
@@ -214,17 +214,20 @@ def _shortcuts(results: Mapping[str, Any]) -> list[str]:
         f"ROC-AUC under `{results['fitted_under']}`. By view, as the bedside view (AP) goes with sicker patients; the "
         f"means are over the {len(shared)} findings with both classes in each view. "
         + (
-            f"Last, a logistic regression that sees only {', '.join(metadata['features'])}, and the model minus it."
+            f"Then a logistic regression that sees only {', '.join(metadata['features'])}, and the model minus it."
             if metadata
             else "There was no training metadata for a comparison."
         ),
         "",
+        *([_exposure(exposure), ""] if exposure else []),
     ]
     columns: list[Column] = []
     for view, group in views.items():
         columns += columns_of(group, {"roc_auc": f"{view} ({group['studies']} studies)"})
     if metadata:
-        columns += columns_of(metadata, {"roc_auc": "metadata only", "model_minus_metadata": "model minus metadata"})
+        columns += columns_of(metadata, {"roc_auc": "metadata only", "model_minus_it": "model minus metadata"})
+    if exposure:
+        columns += columns_of(exposure, {"roc_auc": "exposure only", "model_minus_it": "model minus exposure"})
     lines += finding_table(columns, "**mean**")
     devices = results["pneumothorax_by_support_devices"]
     lines += ["Pneumothorax with and without Support Devices, as drains mark treated ones:", ""]
@@ -235,4 +238,16 @@ def _shortcuts(results: Mapping[str, Any]) -> list[str]:
             for name, entry in devices.items()
         ],
         right=(1, 2),
+    )
+
+
+def _exposure(control: Mapping[str, Any]) -> str:
+    """The sentence on what needs no finding to be seen."""
+    own, gain = control["macro"]["roc_auc"], control["macro"]["model_minus_it"]
+    seen = ", ".join(control["features"])
+    shown = gain["low"] is not None and gain["low"] > 0
+    return (
+        f"Last, the strongest control: a regression that sees nothing but {seen}, none of which shows a finding: "
+        f"a mean ROC-AUC of {interval_text(own)}; the model adds {interval_text(gain)} over what the exposure tells"
+        + ("." if shown else ": that it sees more than the exposure is not shown.")
     )

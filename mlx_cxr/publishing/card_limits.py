@@ -89,12 +89,12 @@ def _findings(card: Mapping[str, Any]) -> Iterator[str]:
 
 def _shortcuts(card: Mapping[str, Any]) -> Iterator[str]:
     subgroups = card["subgroups"]
-    metadata, drains = subgroups["metadata_only"], subgroups["pneumothorax_by_support_devices"]
-    if metadata is not None:
-        gain = metadata["macro"]["model_minus_metadata"]
-        if _known(gain) and gain["low"] <= 0:
+    drains = subgroups["pneumothorax_by_support_devices"]
+    for control in (subgroups["metadata_only"], subgroups["exposure_only"]):
+        gain = control["macro"]["model_minus_it"] if control else None
+        if gain and _known(gain) and gain["low"] <= 0:
             yield (
-                f"That it knows more than {', '.join(metadata['features'])} do together is not shown: macro ROC-AUC "
+                f"That it knows more than {', '.join(control['features'])} do together is not shown: macro ROC-AUC "
                 f"minus theirs {interval_text(gain)}."
             )
     without, with_ = (drains[key]["roc_auc"] for key in ("without_devices", "with_devices"))

@@ -17,7 +17,8 @@ After Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993, with
 - `evaluation`: the entries of `test_results.json` that hold figures; `comparison`, or null.
 - `operating_points`: label to threshold, temperature and conformal bounds; `alpha`. `abstention`: as in
   `test_results.json`, or null.
-- `subgroups`: `by_view`, `pneumothorax_by_support_devices`, `metadata_only` as there, `failure_analysis` or null.
+- `subgroups`: `by_view`, `pneumothorax_by_support_devices`, `metadata_only`, `exposure_only` as there;
+  `failure_analysis` or null.
 - `localization`, `cost`: the files, or null.
 - `limits`, `ethics`: sentences. `claim_2024`: a row per item.
 """
@@ -45,7 +46,7 @@ _FIGURES = (
     *("protocols", "validation"),
 )
 _FAILURES = ("protocol", "counts", "subgroups", "gaps")
-_SUBGROUPS = ("by_view", "pneumothorax_by_support_devices", "metadata_only")
+_SUBGROUPS = ("by_view", "pneumothorax_by_support_devices", "metadata_only", "exposure_only")
 _PAIRS = ("student_minus_cnn", "student_minus_teacher", "teacher_minus_cnn")
 
 _LATERAL_VIEWS = {"LATERAL", "LL", "RL"}

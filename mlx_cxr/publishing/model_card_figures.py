@@ -125,7 +125,6 @@ def subgroups_section(card: Card) -> list[str]:
     for key, entry in subgroups["pneumothorax_by_support_devices"].items():
         studies = str(entry["positives"] + entry["negatives"])
         rows.append([key.replace("_", " "), studies, "Pneumothorax", interval_text(entry["roc_auc"])])
-    metadata = subgroups["metadata_only"]
     lines = [
         "## Subgroups and shortcuts",
         "",
@@ -133,14 +132,16 @@ def subgroups_section(card: Card) -> list[str]:
         "",
         *markdown_table(["studies", "number", "findings", "ROC-AUC"], rows, right=(1,)),
     ]
-    if metadata is None or not metadata["macro"]["labels"]:
-        lines += [f"What view, age and sex alone would tell: {NOT_RECORDED}.", ""]
-    else:
-        macro = metadata["macro"]
+    for what, control in (("view, age and sex", "metadata_only"), ("exposure and format of the film", "exposure_only")):
+        entry = subgroups[control]
+        if entry is None or not entry["macro"]["labels"]:
+            lines += [f"What {what} alone would tell: {NOT_RECORDED}.", ""]
+            continue
+        macro = entry["macro"]
         lines += [
-            f"A regression that sees only {', '.join(metadata['features'])} has a mean ROC-AUC of "
+            f"A regression that sees only {', '.join(entry['features'])} has a mean ROC-AUC of "
             f"{interval_text(macro['roc_auc'])} over {macro['labels']} findings; the model minus it: "
-            f"{interval_text(macro['model_minus_metadata'])}.",
+            f"{interval_text(macro['model_minus_it'])}.",
             "",
         ]
     analysis = subgroups["failure_analysis"]

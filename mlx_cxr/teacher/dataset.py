@@ -58,7 +58,30 @@ def read_studies(
     splits: tuple[str, ...],
     without_image: frozenset[str] = frozenset(),
 ) -> Studies:
-    """Prompts of the studies of some splits.
+    """Prompts of the studies of some splits, those of `readable`.
+
+    Args:
+        manifest, reports, config, splits, without_image: as `readable`.
+        form: of the prompt.
+
+    Raises:
+        DataError: none of them can be read.
+        PromptError: no room for a report.
+    """
+    rows, sections, counts = readable(manifest, reports, config, splits, without_image)
+    prompts = [form.prompt(pairs) for pairs in sections]
+    counts |= {"cut": sum(prompt.cut > 0 for prompt in prompts), "cut_tokens": sum(prompt.cut for prompt in prompts)}
+    return Studies(manifest.frame.iloc[rows].reset_index(drop=True), manifest.raw_labels[rows], prompts, counts)
+
+
+def readable(
+    manifest: Manifest,
+    reports: Mapping[str, Mapping[str, str]],
+    config: TeacherConfig,
+    splits: tuple[str, ...],
+    without_image: frozenset[str] = frozenset(),
+) -> tuple[list[int], list[list[tuple[str, str]]], dict[str, int]]:
+    """Studies of some splits that a teacher can read.
 
     A study without any of `config.sections` is left out and counted when the teacher reads text only or both; so is
     one without an image that can be read, when it looks at images.
@@ -69,15 +92,18 @@ def read_studies(
         config: modality and what may be read.
         without_image: image ids that the pixel store could not read.
 
+    Returns:
+        The manifest's row of each; its (section, text) pairs, none for a teacher that reads no text; and the counts
+        `studies` of these splits, `read`, `without_text`.
+
     Raises:
         DataError: none of them can be read.
-        PromptError: no room for a report.
     """
     frame, looks = manifest.frame, config.modality != "text"
     usable = ~frame["image_id"].isin(without_image) if looks else pd.Series(True, index=frame.index)
     wanted = frame["split"].isin(splits) & usable
     rows = np.flatnonzero(wanted & ~frame["study_id"].where(wanted).duplicated())
-    kept, prompts = [], []
+    kept, read = [], []
     for row, study in zip(rows.tolist(), frame["study_id"].iloc[rows], strict=True):
         sections = []
         if config.modality != "image":
@@ -85,7 +111,7 @@ def read_studies(
             if not sections:
                 continue
         kept.append(row)
-        prompts.append(form.prompt(sections))
+        read.append(sections)
     if not len(rows):
         lack = "has a film that can be read" if looks else "is in the manifest"
         raise DataError(f"no study of {', '.join(splits)} {lack}; look at the manifest's summary and the pixel store")
@@ -98,7 +124,5 @@ def read_studies(
         "studies": int(frame.loc[frame["split"].isin(splits), "study_id"].nunique()),
         "read": len(kept),
         "without_text": len(rows) - len(kept),
-        "cut": sum(prompt.cut > 0 for prompt in prompts),
-        "cut_tokens": sum(prompt.cut for prompt in prompts),
     }
-    return Studies(frame.iloc[kept].reset_index(drop=True), manifest.raw_labels[kept], prompts, counts)
+    return kept, read, counts

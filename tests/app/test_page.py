@@ -397,7 +397,7 @@ def test_damaged_runs_are_listed_beside_those_that_work(cohort, open_page, tmp_p
     page = open_page(outputs)
     assert not page.exception
     assert list(page.segmented_control(key="model").options) == ["CNN"]
-    assert "test_results.json is not of schema 1" in text_of(page)
+    assert "test_results.json is not of schema 2" in text_of(page)
     assert set(rows_shown(page, "cnn")) == set(LABELS)
     page.session_state["tab"] = "Compare models"
     page.run()

@@ -120,7 +120,7 @@ def test_predictions_and_results_of_different_evaluations_are_refused(copy):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("test_results.json", lambda x: x.update(schema=9), "has schema 9, not 1"),
+        ("test_results.json", lambda x: x.update(schema=9), "has schema 9, not 2"),
         ("test_results.json", lambda x: x.pop("provenance"), r"test_results\.json lacks 'provenance'"),
         ("test_results.json", lambda x: x["operating_points"].pop("Edema"), r"test_results\.json lacks 'Edema'"),
         ("test_results.json", lambda x: x.pop("abstention"), r"test_results\.json lacks 'abstention'"),

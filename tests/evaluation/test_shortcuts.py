@@ -97,7 +97,7 @@ def test_a_label_that_follows_the_view_is_found_from_metadata_alone_and_another_
     train_y[:50, 0] = math.nan
     resamples = patient_resamples(np.arange(400), 100, 0)
     model = test_y + np.random.default_rng(4).normal(size=test_y.shape)
-    got = shortcuts.metadata_only(train, train_y, test, test_y, model, resamples)
+    got = shortcuts.against_control(train, train_y, test, test_y, model, resamples)
     auc = {label: got["per_label"][label]["roc_auc"]["value"] for label in LABELS}
     assert got["features"] == ["view", "age", "sex"]
     assert auc[LABELS[0]] > 0.75
@@ -105,7 +105,7 @@ def test_a_label_that_follows_the_view_is_found_from_metadata_alone_and_another_
     assert 0.4 < auc[LABELS[2]] < 0.6
     assert math.isnan(auc[LABELS[7]])
     assert got["macro"]["labels"] == K - 1
-    difference = got["per_label"][LABELS[2]]["model_minus_metadata"]
+    difference = got["per_label"][LABELS[2]]["model_minus_it"]
     assert difference["value"] == pytest.approx(roc_auc_score(test_y[:, 2], model[:, 2]) - auc[LABELS[2]])
     assert difference["low"] > 0
 
@@ -115,7 +115,7 @@ def test_scores_are_scikit_learns_on_the_same_features():
     train = pd.DataFrame({"view": ["AP", "AP", "AP", "PA", "PA", "PA"], "age": math.nan, "sex": ""})
     y = np.array([1, 1, 0, 0, 0, 1.0])
     test = pd.DataFrame({"view": ["PA", "AP", "AP+PA"], "age": [math.nan] * 3, "sex": [""] * 3})
-    got = shortcuts.metadata_scores(train, y[:, None], test)[:, 0]
+    got = shortcuts.control_scores(train, y[:, None], test)[:, 0]
     one_hot = np.array([[v == "AP", v == "PA", 1, 1] for v in train["view"]], dtype=float)
     reference = LogisticRegression(max_iter=1000).fit(one_hot, y)
     expected = reference.decision_function(np.array([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1.0]]))

@@ -56,7 +56,7 @@ def change_weights(folder):
         (remove("test_results.json"), r"test_results\.json is missing.* mlx_cxr\.evaluate_cnn --run_name first"),
         (remove("inference.json"), r"inference\.json is missing.*evaluate_cnn"),
         (remove("operating_points.json"), r"operating_points\.json is missing.*evaluate_cnn"),
-        (set_to("test_results.json", "schema", value=0), r"test_results\.json is not of schema 1"),
+        (set_to("test_results.json", "schema", value=0), r"test_results\.json is not of schema 2"),
         (set_to("test_results.json", "provenance", "inputs", value={}), r"evaluation lacks 'checkpoint'"),
         (change_weights, r"the weights changed since they were evaluated; run python -m mlx_cxr\.evaluate_cnn"),
         (set_to("inference.json", "checkpoint", "sha256", value="0" * 64), r"inference\.json is of 000000000000"),

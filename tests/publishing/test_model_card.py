@@ -196,7 +196,7 @@ def test_every_figure_of_coverage_calls_and_subgroups_is_that_of_the_results(run
         assert_shows(rows[f"view {view}"][3], group["macro"]["roc_auc"])
     for key, entry in content["pneumothorax_by_support_devices"].items():
         assert_shows(rows[key.replace("_", " ")][3], entry["roc_auc"])
-    for key in ("roc_auc", "model_minus_metadata"):
+    for key in ("roc_auc", "model_minus_it"):
         assert interval_text(content["metadata_only"]["macro"][key]) in text
 
 
@@ -429,7 +429,7 @@ def test_drains_metadata_and_children_are_named_where_the_figures_say_so(run):
     def metadata(low):
         macro = run.results["metadata_only"]["macro"]
         gain = {"value": 0.1, "low": low, "high": 0.2, "replicates": 80}
-        return {**run.results["metadata_only"], "macro": {**macro, "model_minus_metadata": gain}}
+        return {**run.results["metadata_only"], "macro": {**macro, "model_minus_it": gain}}
 
     assert "0.100 [-0.010, 0.200]" in limits_of(changed_results(run, metadata_only=metadata(-0.01)))
     assert "do together is not shown" not in limits_of(changed_results(run, metadata_only=metadata(0.01)))
