@@ -258,7 +258,9 @@ def test_a_run_is_given_by_its_name_or_its_folder(written, tmp_path, monkeypatch
         assert load_config(written(), teacher__run_name=given).teacher.run_name == "one"
 
 
-def test_a_dicom_is_read_as_the_source_made_its_images_or_as_is_said():
+def test_a_dicom_is_read_as_the_source_made_its_images_or_as_is_said(monkeypatch):
+    monkeypatch.setenv("REALCXR", "anywhere")
+
     def recipe(name, *overrides):
         path = next(path for path in CONFIGS if path.stem == name)
         return load_config(path, ["data.root=somewhere", *overrides]).dicom_recipe

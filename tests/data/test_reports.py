@@ -389,10 +389,13 @@ def test_an_indication_in_a_column_of_its_own_gives_up_what_is_not_its_own():
     ],
 )
 def test_time_grows_no_faster_than_the_text(unit):
-    def seconds(length):
+    def once(length):
         started = time.process_time()
         section_texts((unit * length)[:length])
         return time.process_time() - started
+
+    def seconds(length):
+        return min(once(length) for _ in range(3))  # as other work takes caches and time
 
     assert seconds(64_000) < 8 * seconds(16_000) + 0.1  # 16 times, were it quadratic
 

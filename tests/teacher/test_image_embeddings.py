@@ -27,7 +27,7 @@ from mlx_cxr.teacher.image_embeddings import (
 @pytest.fixture(scope="module")
 def store(toy) -> PixelStore:
     config = toy.config()
-    return PixelStore.open(config.pixels_path, load_manifest(config.manifest_path), Transform(64, "letterbox"))
+    return PixelStore.open(config.pixels_path, load_manifest(config.manifest_path), Transform.of(config))
 
 
 @pytest.fixture
