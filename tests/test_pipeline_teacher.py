@@ -48,6 +48,7 @@ STAGES = [
     "make_tiny_teacher",
     "lfm_finetune",
     "cache_teacher_outputs",
+    "bag_of_words",
     "distillation",
     "evaluate_cnn@student_v1",
     "distillation@student_v1_shuffled",
@@ -102,6 +103,35 @@ def test_the_table_is_made_of_the_predictions_that_the_runs_left(chain):
         expected = np.mean([roc_auc_score(y[:, k], z[:, k]) for k in range(14) if len(set(y[:, k])) == 2])
         shown = comparison["protocols"]["empty_negative"]["models"][run]["macro"]["roc_auc"]["value"]
         assert shown == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_bag_of_words_stands_beside_the_teacher_and_is_judged(chain):
+    config = load_config(chain)
+    comparison = read_record(comparison_dir(config) / "final_comparison.json")
+    (words,) = (model for model in comparison["graded_teachers"]["models"] if model["role"] == "bag of words")
+    assert words["run"] == "lora_teacher_phase1_bag_of_words"
+    runs = [model["run"] for model in comparison["graded_teachers"]["models"]]
+    parts = {run: read_predictions(config.run_dir(run) / "predictions.csv").predictions for run in runs}
+    tests = {run: part.of_split("test") for run, part in parts.items()}
+    shared = set.intersection(*(set(part.study_ids.tolist()) for part in tests.values()))
+
+    def macro(run):
+        part = tests[run]
+        rows = [row for row, study in enumerate(part.study_ids.tolist()) if study in shared]
+        y, z = SCORING_PROTOCOLS["empty_negative"].apply(part.raw_labels[rows]), part.logits[rows]
+        return np.mean([roc_auc_score(y[:, k], z[:, k]) for k in range(14) if len(set(y[:, k])) == 2])
+
+    difference = macro(words["run"]) - macro("lora_teacher_phase1")
+    assert words["minus_teacher"]["value"] == pytest.approx(difference, abs=1e-9)
+    page = (comparison_dir(config) / "final_comparison.md").read_text()
+    assert "| `lora_teacher_phase1_bag_of_words` | bag of words: findings" in page
+    said = {
+        "better": "counting words is better than the language model",
+        "worse": "the language model is worth more than counting words",
+        "within noise": "that the language model is worth more than counting words is not shown",
+        "no interval": "whether the language model is worth more cannot be told without an interval",
+    }
+    assert said[words["minus_teacher"]["verdict"]] in page
 
 
 def test_no_test_study_is_in_what_the_student_learned_from(chain):
