@@ -16,7 +16,7 @@ from mlx_cxr.core.errors import UserError, readable_errors
 STAGES = (
     *("doctor", "pipeline", "make_demo_data", "build_manifest", "prepare_images"),
     *("train_cnn", "evaluate_cnn", "fetch_weights", "make_tiny_teacher", "lfm_finetune", "cache_teacher_outputs"),
-    "bag_of_words",
+    *("bag_of_words", "evaluate_external"),
     *("distillation", "compare_models", "failure_analysis", "explain_report", "predict", "export", "benchmark"),
 )
 """In the order in which they are used."""

@@ -48,8 +48,9 @@ def _scope(card: Mapping[str, Any]) -> Iterator[str]:
     source = "cohort" if card["synthetic"] else "source"
     yield (
         f"Tested on {counts['studies']} studies of {counts['patients']} patients of the same {source} as the training "
-        "data: no other hospital, no prospective use, no readers with and without it."
+        "data: no prospective use, no readers with and without it."
     )
+    yield from _elsewhere(card["external"])
     if card["synthetic"]:
         yield "The figures say that the code works, and nothing about patients."
     else:
@@ -64,6 +65,27 @@ def _scope(card: Mapping[str, Any]) -> Iterator[str]:
     if "0-19" in age and (few := age["0-19"]["train"]) < FEW_POSITIVES:
         of = sum(counts["train"] for counts in age.values())
         yield f"{few} of {of} training studies are known to be of patients under 20: not for children."
+
+
+def _elsewhere(external: Mapping[str, Any]) -> Iterator[str]:
+    """On cohorts of other places."""
+    if not external:
+        yield (
+            "Never seen outside its own cohort: models of this kind lose much of their ROC-AUC at other hospitals, "
+            "some all of it (Zech et al., PLOS Medicine 2018)."
+        )
+    for name, one in external.items():
+        macro, compared = one["against_own"]["macro"], one["against_own"]
+        said = (
+            f"On {one['counts']['studies']} studies of {one['counts']['patients']} patients of {escaped(name)}, over "
+            f"{len(compared['findings'])} findings: macro ROC-AUC {interval_text(macro['external'])}, where its own "
+            f"test split has {interval_text(macro['own'])}."
+        )
+        if macro["verdict"] == "below":
+            said += " Its own figures do not hold there."
+        if _known(macro["external"]) and macro["external"]["low"] <= CHANCE:
+            said += " That it ranks better than chance there is not shown."
+        yield said
 
 
 def _findings(card: Mapping[str, Any]) -> Iterator[str]:

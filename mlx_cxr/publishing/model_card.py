@@ -14,7 +14,8 @@ After Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993, with
   that is gone or says nothing.
 - `training`: `settings`, `dropout`, `frozen_stages`, `augmentation`, `distillation`, `soft_labels`, `outcome`, `seed`,
   `python`, `platform`, `packages`, `device`.
-- `evaluation`: the entries of `test_results.json` that hold figures; `comparison`, or null.
+- `evaluation`: the entries of `test_results.json` that hold figures; `comparison`, or null. `external`: of each other
+  cohort `counts`, `against_own`, `shift`, `objections` of its `external_results.json`.
 - `operating_points`: label to threshold, temperature and conformal bounds; `alpha`. `abstention`: as in
   `test_results.json`, or null.
 - `subgroups`: `by_view`, `pneumothorax_by_support_devices`, `metadata_only`, `exposure_only` as there;
@@ -46,6 +47,7 @@ _FIGURES = (
     *("protocols", "validation"),
 )
 _FAILURES = ("protocol", "counts", "subgroups", "gaps")
+_EXTERNAL = ("counts", "against_own", "shift", "objections")
 _SUBGROUPS = ("by_view", "pneumothorax_by_support_devices", "metadata_only", "exposure_only")
 _PAIRS = ("student_minus_cnn", "student_minus_teacher", "teacher_minus_cnn")
 
@@ -66,6 +68,7 @@ def model_card(run: EvaluatedRun) -> dict[str, Any]:
         "data": _data(run),
         "training": _training(run),
         "evaluation": {**{key: results[key] for key in _FIGURES}, "comparison": _comparison(run)},
+        "external": {name: {key: one[key] for key in _EXTERNAL} for name, one in run.external.items()},
         "operating_points": {"alpha": run.points.bands.alpha, "labels": label_entries(run.points)},
         "abstention": results.get("abstention"),
         "subgroups": {

@@ -104,7 +104,9 @@ def run_of(points, results, **parts) -> EvaluatedRun:
         "seconds": 90.0,
         "stopped_early": True,
     }
-    optional = dict.fromkeys(("cost", "localization", "failures", "comparison", "manifest_summary", "teacher"))
+    optional = dict.fromkeys(("cost", "localization", "failures", "comparison", "manifest_summary", "teacher")) | {
+        "external": {}
+    }
     one = EvaluatedRun(
         folder=Path("outputs/student"),
         record=record,

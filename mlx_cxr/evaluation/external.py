@@ -1,0 +1,181 @@
+"""A frozen run on a cohort that it never saw: its figures there beside its own, and how the cohorts differ.
+
+Nothing is fitted on the other cohort: temperatures, thresholds and bands are those of the run's own validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.evaluation.bootstrap import IntervalEntry, macro_interval, patient_resamples, percentile_interval
+from mlx_cxr.evaluation.metrics import METRICS
+from mlx_cxr.evaluation.operating_points import OperatingPoints
+from mlx_cxr.evaluation.predictions import Predictions
+from mlx_cxr.evaluation.results import ProtocolScores, score_protocol
+
+SCHEMA = 1
+FOLDER, FILE = "external", "external_results.json"
+"""In a run's folder, with a folder for each cohort in between."""
+FOLDS = 5
+_AUC = METRICS.index("roc_auc")
+
+Verdict = Literal["below", "above", "not told apart", "no interval"]
+
+
+class FindingEntry(TypedDict):
+    """ROC-AUC of a finding on the run's own test split and on the other cohort."""
+
+    own: IntervalEntry
+    external: IntervalEntry
+    verdict: Verdict
+    """The figure on the other cohort against that on the own one: its interval excludes it, or does not."""
+
+
+class CountedEntry(FindingEntry):
+    """The same, with how many there are."""
+
+    positives: int
+    negatives: int
+    own_prevalence: float
+    external_prevalence: float
+    """Share of present among present and absent, on the test split and on the other cohort."""
+
+
+class AgainstOwn(TypedDict):
+    """Both cohorts side by side, over the findings that have both classes in each."""
+
+    protocol: str
+    findings: list[str]
+    per_label: dict[str, CountedEntry]
+    macro: FindingEntry
+
+
+class StatisticShift(TypedDict):
+    """Mean of an image statistic on both cohorts; the difference in standard deviations of the own one."""
+
+    own: float
+    external: float
+    difference: float
+
+
+class Shift(TypedDict):
+    """Differences between the images of two cohorts in what shows no finding."""
+
+    per_statistic: dict[str, StatisticShift]
+    told_apart: float
+    """ROC-AUC, cross-validated by patient, of a regression that tells the cohorts apart by `image_statistics`."""
+
+
+def against_own(
+    own: Predictions, external: Predictions, points: OperatingPoints, samples: int, seed: int
+) -> AgainstOwn:
+    """A run's ROC-AUC on its own test split and on another cohort.
+
+    Args:
+        own: of the test split.
+        external: of the other cohort.
+        points: as fitted on the run's validation split.
+        samples, seed: of the bootstrap by patient, of each cohort by itself.
+
+    Raises:
+        DataError: no finding has both classes in both.
+    """
+    protocol = points.protocol
+    both = [
+        score_protocol(part, protocol, points, patient_resamples(part.patient_ids, samples, seed))
+        for part in (own, external)
+    ]
+    shared = both[0].scored & both[1].scored
+    if not shared.any():
+        raise DataError(
+            "no finding is both present and absent in both cohorts: the run's own test split has "
+            f"{_names(both[0].scored)}, the other cohort {_names(both[1].scored)}; are its labels mapped?"
+        )
+
+    def entry(*intervals: IntervalEntry) -> FindingEntry:
+        return {"own": intervals[0], "external": intervals[1], "verdict": verdict(*intervals)}
+
+    per_label = {}
+    for k, label in enumerate(LABELS):
+        if shared[k]:
+            ours, theirs = (
+                percentile_interval(float(one.values[k, _AUC]), one.replicates[:, k, _AUC]).plain() for one in both
+            )
+            counts = [_counts(one.targets[:, k]) for one in both]
+            per_label[label] = entry(ours, theirs) | {
+                "positives": counts[1][0],
+                "negatives": counts[1][1],
+                "own_prevalence": counts[0][0] / sum(counts[0]),
+                "external_prevalence": counts[1][0] / sum(counts[1]),
+            }
+    return {
+        "protocol": protocol,
+        "findings": [label for label, there in zip(LABELS, shared, strict=True) if there],
+        "per_label": per_label,
+        "macro": entry(*(_macro(one, shared) for one in both)),
+    }
+
+
+def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> Verdict:
+    """Where the figure on the own cohort lies of the interval on the other one."""
+    if external["low"] is None or not np.isfinite(external["low"]):
+        return "no interval"
+    if external["high"] < own["value"]:
+        return "below"
+    return "above" if external["low"] > own["value"] else "not told apart"
+
+
+def cohort_shift(own: pd.DataFrame, external: pd.DataFrame, patients: np.ndarray, seed: int) -> Shift:
+    """How two cohorts differ in their image statistics.
+
+    Args:
+        own, external: `image_statistics.study_statistics` of studies of each.
+        patients: (N own + N external,) str, the patient of each row, in that order.
+        seed: of the folds.
+    """
+    spread = own.std(ddof=0).replace(0, np.nan)
+    difference = ((external.mean() - own.mean()) / spread).fillna(0)
+    names = [*own.columns]
+    values, cohort = pd.concat([own, external]).to_numpy(), np.repeat([0, 1], [len(own), len(external)])
+    groups = np.char.add(np.where(cohort == 1, "external ", "own "), patients.astype(str))
+    folds = min(FOLDS, *(len(set(groups[cohort == side].tolist())) for side in (0, 1)))
+    told_apart = float("nan")
+    if folds > 1:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        scores = cross_val_predict(model, values, cohort, groups=groups, cv=split, method="decision_function")
+        told_apart = float(roc_auc_score(cohort, scores))
+    return {
+        "per_statistic": {
+            name: {
+                "own": float(own[name].mean()),
+                "external": float(external[name].mean()),
+                "difference": float(difference[name]),
+            }
+            for name in names
+        },
+        "told_apart": told_apart,
+    }
+
+
+def _macro(scores: ProtocolScores, shared: np.ndarray) -> IntervalEntry:
+    return macro_interval(np.where(shared, scores.values[:, _AUC], np.nan), scores.replicates[:, :, _AUC]).plain()
+
+
+def _counts(targets: np.ndarray) -> tuple[int, int]:
+    return int((targets == 1).sum()), int((targets == 0).sum())
+
+
+def _names(there: np.ndarray) -> str:
+    return ", ".join(label for label, one in zip(LABELS, there, strict=True) if one) or "none"

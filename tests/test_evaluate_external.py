@@ -1,0 +1,175 @@
+"""The stage that scores a frozen run on another cohort: films, reports, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from toy_teacher import ToyTeacher, shared
+from toy_training import square_images
+
+from mlx_cxr import bag_of_words, build_manifest, evaluate_cnn, evaluate_external, prepare_images, train_cnn
+from mlx_cxr.core.config import Config, load_config
+from mlx_cxr.core.errors import UserError
+from mlx_cxr.core.files import read_record, sha256_file
+from mlx_cxr.core.labels import label_index
+from mlx_cxr.data.tables import DataError
+from mlx_cxr.evaluation.operating_points import read_operating_points
+from mlx_cxr.evaluation.predictions import read_predictions
+from mlx_cxr.inference.evaluated_run import EvaluatedRun
+from mlx_cxr.models.convert import load_model
+from mlx_cxr.models.resnet import preprocess
+from mlx_cxr.publishing.model_card import model_card
+
+COUNT = 32
+
+
+def cohort(folder, name, seed, brighter=0, patients="q{:02}".format, value=None, **columns) -> Config:
+    """Films with a square whose place two findings tell; `columns` are further ones of the table."""
+    (folder / "films").mkdir(parents=True)
+    images, targets = square_images(COUNT, 64, seed)
+    rows = []
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        file = f"{name}{i:02}.png"
+        Image.fromarray(np.clip(image.astype(int) + brighter, 0, 255).astype(np.uint8)).save(folder / "films" / file)
+        answers = {"Atelectasis": target[0], "Cardiomegaly": target[1]} if value is None else {"Atelectasis": value}
+        rows.append({"patient_id": patients(i), "study_id": f"{name}{i:02}", "image_file": file, **answers})
+    pd.DataFrame(rows).assign(**columns).to_csv(folder / "t.csv", index=False)
+    plain = {
+        "name": name,
+        "run_name": "cnn",
+        "outputs": str(folder / "outputs"),
+        "weights_dir": str(folder / "weights"),
+        "data": {
+            "source": "csv",
+            "root": str(folder / "films"),
+            "work_dir": str(folder / "made"),
+            "views": None,
+            "csv": {"table": str(folder / "t.csv"), **({"split": "split"} if "split" in columns else {})},
+        },
+        "pixels": {"size": 32, "workers": 1},
+        "model": {"weights": "scratch"},
+        "training": {"epochs": 1, "batch_size": 4},
+        "evaluation": {"bootstrap_samples": 40, "batch_size": 8},
+    }
+    (folder / "trial.yaml").write_text(yaml.safe_dump(plain))
+    config = load_config(folder / "trial.yaml")
+    build_manifest.run(config)
+    prepare_images.run(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Config:
+    splits = ["train"] * 10 + ["validate"] * 10 + ["test"] * 12
+    config = cohort(tmp_path_factory.mktemp("own"), "home", 0, patients="p{:02}".format, split=splits)
+    train_cnn.run(config)
+    evaluate_cnn.run(config, maps=False)
+    return config
+
+
+@pytest.fixture
+def cnn(own, tmp_path):
+    return shutil.copytree(own.run_dir(), tmp_path / "outputs" / "cnn")
+
+
+def elsewhere(folder, **options) -> Config:
+    """Brighter films of another place; the first patient has an id that the run's own cohort has too."""
+    patients = options.pop("patients", lambda number: f"q{number:02}" if number else "p00")
+    return cohort(folder, "elsewhere", 7, brighter=60, patients=patients, **options)
+
+
+def test_films_of_another_cohort_by_the_run_s_own_weights_and_points(cnn, tmp_path, caplog):
+    config = elsewhere(tmp_path / "other")
+    before = {path.name: sha256_file(path) for path in cnn.glob("*.*") if path.is_file()}
+    folder = evaluate_external.run(cnn, config)
+    assert folder == cnn / "external" / "elsewhere"
+    assert {path.name for path in folder.iterdir()} == {"external_results.json", "external.md", "predictions.csv"}
+    assert {path.name: sha256_file(path) for path in cnn.glob("*.*") if path.is_file()} == before, "nothing is fitted"
+    results, scored = read_record(folder / "external_results.json"), read_predictions(folder / "predictions.csv")
+    assert results["counts"] == {"studies": COUNT - 1, "patients": COUNT - 1, "shared_patients": 1}
+    assert "1 patients have ids that the run's own cohort has too, such as 'p00'" in caplog.text
+    # Every logit by the network alone.
+    model, store = load_model(cnn / "best_model.safetensors"), np.load(config.pixels_path)
+    expected = np.array(model(preprocess(mx.array(store), model.config.in_channels)))[1:]
+    order = np.argsort(scored.predictions.study_ids)
+    np.testing.assert_allclose(scored.predictions.logits[order], expected, atol=1e-4)
+    _, targets = square_images(COUNT, 64, 7)
+    for column, label in enumerate(("Atelectasis", "Cardiomegaly")):
+        y, k = targets[1:, column], label_index(label)
+        found = results["against_own"]["per_label"][label]["external"]["value"]
+        assert found == pytest.approx(roc_auc_score(y, expected[:, k]))
+    assert results["against_own"]["findings"] == ["Atelectasis", "Cardiomegaly"]
+    points = read_operating_points(cnn / "operating_points.json")[0]
+    np.testing.assert_array_equal(scored.thresholds, points.thresholds.values)
+    assert results["shift"]["per_statistic"]["brightness"]["difference"] > 1
+    # The films are squares: the gate objects to all of them, and says so.
+    assert results["objections"] == COUNT
+    page = (folder / "external.md").read_text()
+    assert "Left out: 1 patients" in page
+    assert "The gate objects to 32 of the films" in page
+
+
+def test_the_model_card_says_where_it_was_tested(cnn, tmp_path):
+    assert any("Never seen outside its own cohort" in limit for limit in model_card(EvaluatedRun.open(cnn))["limits"])
+    evaluate_external.run(cnn, elsewhere(tmp_path / "other"))
+    card = model_card(EvaluatedRun.open(cnn))
+    assert list(card["external"]) == ["elsewhere"]
+    assert not any("Never seen outside" in limit for limit in card["limits"])
+    (said,) = (limit for limit in card["limits"] if limit.startswith("On 31 studies of 31 patients of elsewhere"))
+    value = card["external"]["elsewhere"]["against_own"]["macro"]["external"]["value"]
+    assert f"macro ROC-AUC {value:.3f}" in said
+
+
+def test_the_run_s_own_cohort_is_refused(cnn, own):
+    with pytest.raises(UserError, match="is the run's own manifest; give the configuration of another cohort"):
+        evaluate_external.run(cnn, own)
+
+
+def test_pixels_for_another_transform_are_refused(cnn, tmp_path):
+    config = elsewhere(tmp_path / "other")
+    shutil.rmtree(config.pixels_path.parent)
+    build_manifest.run(config)
+    with pytest.raises(DataError, match="prepare_images"):
+        evaluate_external.run(cnn, config)
+
+
+def test_a_cohort_of_one_class_or_of_the_same_patients_is_refused(cnn, tmp_path):
+    config = elsewhere(tmp_path / "one", value=1)
+    with pytest.raises(DataError, match="no finding is both present and absent in both cohorts"):
+        evaluate_external.run(cnn, config)
+    config = elsewhere(tmp_path / "same", patients=lambda number: f"p{number:02}")
+    with pytest.raises(DataError, match="no study of all is left to score"):
+        evaluate_external.run(cnn, config)
+    assert not (cnn / "external").exists()
+
+
+def test_reports_of_another_cohort_by_a_bag_of_words_and_a_teacher(tmp_path_factory, tmp_path):
+    toy: ToyTeacher = shared(tmp_path_factory)
+    outputs = f"outputs={tmp_path}"
+    own = toy.config(outputs, "teacher.run_name=lora")
+    words = bag_of_words.run(own)
+    table = pd.read_csv(toy.folder / "table.csv", keep_default_na=False)
+    for name in ("patient_id", "study_id"):
+        table[name] = "other-" + table[name].astype(str)
+    table.to_csv(tmp_path / "table.csv", index=False)
+    other = toy.config(
+        *(f"data.csv.table={tmp_path / 'table.csv'}", f"data.work_dir={tmp_path / 'made'}", "name=new", outputs)
+    )
+    build_manifest.run(other)
+    folder = evaluate_external.run(words, other, split="test")
+    results = read_record(folder / "external_results.json")
+    # The same reports under other names: the same figures.
+    of_its_own = read_record(words / "test_results.json")["protocols"][results["against_own"]["protocol"]]
+    for label in results["against_own"]["findings"]:
+        external = results["against_own"]["per_label"][label]["external"]["value"]
+        assert external == pytest.approx(of_its_own["per_label"][label]["roc_auc"]["value"])
+    assert results["shift"] is None
+    assert results["objections"] is None
+    assert results["against_own"]["macro"]["external"]["value"] == results["against_own"]["macro"]["own"]["value"]
