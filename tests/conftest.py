@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ if HERE not in sys.path:
 def torch():
     """The `torch` module; without it the test is skipped and says so."""
     return pytest.importorskip("torch", reason="PyTorch is not installed: parity with it is not checked here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with most slow tests first, so that no process is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

@@ -128,7 +128,7 @@ def against_own(
 
 
 def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> Verdict:
-    """Where the figure on the own cohort lies of the interval on the other one."""
+    """The verdict on the figure of the own cohort: below, above or in the interval on the other one."""
     if external["low"] is None or not np.isfinite(external["low"]):
         return "no interval"
     if external["high"] < own["value"]:
@@ -137,7 +137,7 @@ def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> Verdict:
 
 
 def cohort_shift(own: pd.DataFrame, external: pd.DataFrame, patients: np.ndarray, seed: int) -> Shift:
-    """How two cohorts differ in their image statistics.
+    """Differences between two cohorts in their image statistics.
 
     Args:
         own, external: `image_statistics.study_statistics` of studies of each.

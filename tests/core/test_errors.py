@@ -55,6 +55,27 @@ def test_interruption_ends_with_130(capsys):
     assert "is kept" in capsys.readouterr().err
 
 
+CALLBACK = """
+import signal, sys, time, weakref
+sys.argv[0] = "mlx-cxr"
+from mlx_cxr.core.errors import readable_errors
+class Lock: pass
+with readable_errors():
+    lock = Lock()
+    kept = weakref.ref(lock, lambda _: signal.raise_signal(signal.SIGINT))
+    del lock
+    time.sleep(5)
+    print("went on")
+"""
+
+
+def test_ctrl_c_in_a_callback_which_python_passes_over_stops_all_the_same():
+    """As in those of the locks of imports."""
+    process = subprocess.run([sys.executable, "-c", CALLBACK], capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == "stopped; what was written so far is kept\n"
+
+
 def test_nothing_happens_where_nothing_goes_wrong():
     with readable_errors():
         pass
