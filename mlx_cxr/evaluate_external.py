@@ -159,7 +159,9 @@ def _answers(
 ) -> tuple[Predictions, str, pd.DataFrame | None]:
     """The run's answers for the studies of a split, in words what a study's score is, and the images scored, if any."""
     import numpy as np
+    import pandas as pd
 
+    from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation.predictions import join, study_level
     from mlx_cxr.evaluation.results import MEAN_OF_IMAGES
 
@@ -189,15 +191,17 @@ def _answers(
         from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
         from mlx_cxr.training.cohort import Cohort
 
-        model, cohort = TrainedRun.open(trained.folder).model, Cohort.open(config)
+        model, pixels = TrainedRun.open(trained.folder).model, config.pixels
+        try:
+            cohort = Cohort.open(config)
+        except DataError as error:
+            settings = {"size": pixels.size, "fit": pixels.fit, "dicom_recipe": pixels.dicom_recipe}
+            asked = " ".join(f"--set pixels.{key}={value}" for key, value in settings.items())
+            raise DataError(f"{error}. What this run sees is made by prepare_images --config … {asked}") from None
         parts = [data for data in map(cohort.split, splits) if len(data)]
         if not parts:
-            from mlx_cxr.data.tables import DataError
-
             raise DataError(f"{config.manifest_path}: no films of split {split}")
         scored = join(*(study_predictions(model, data, config.evaluation.batch_size) for data in parts))
-        import pandas as pd
-
         score, images = MEAN_OF_IMAGES, pd.concat([data.frame for data in parts])
     return replace(scored, split=np.full(len(scored), "external")), score, images
 

@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from toy_cohort import prepared
 from toy_teacher import ToyTeacher, shared
 from toy_training import square_images
 
-from mlx_cxr import bag_of_words, build_manifest, evaluate_cnn, evaluate_external, prepare_images, train_cnn
-from mlx_cxr.core.config import Config, load_config
+from mlx_cxr import bag_of_words, build_manifest, evaluate_cnn, evaluate_external, train_cnn
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import label_index
@@ -40,29 +40,7 @@ def cohort(folder, name, seed, brighter=0, patients="q{:02}".format, value=None,
         Image.fromarray(np.clip(image.astype(int) + brighter, 0, 255).astype(np.uint8)).save(folder / "films" / file)
         answers = {"Atelectasis": target[0], "Cardiomegaly": target[1]} if value is None else {"Atelectasis": value}
         rows.append({"patient_id": patients(i), "study_id": f"{name}{i:02}", "image_file": file, **answers})
-    pd.DataFrame(rows).assign(**columns).to_csv(folder / "t.csv", index=False)
-    plain = {
-        "name": name,
-        "run_name": "cnn",
-        "outputs": str(folder / "outputs"),
-        "weights_dir": str(folder / "weights"),
-        "data": {
-            "source": "csv",
-            "root": str(folder / "films"),
-            "work_dir": str(folder / "made"),
-            "views": None,
-            "csv": {"table": str(folder / "t.csv"), **({"split": "split"} if "split" in columns else {})},
-        },
-        "pixels": {"size": 32, "workers": 1},
-        "model": {"weights": "scratch"},
-        "training": {"epochs": 1, "batch_size": 4},
-        "evaluation": {"bootstrap_samples": 40, "batch_size": 8},
-    }
-    (folder / "trial.yaml").write_text(yaml.safe_dump(plain))
-    config = load_config(folder / "trial.yaml")
-    build_manifest.run(config)
-    prepare_images.run(config)
-    return config
+    return prepared(folder, pd.DataFrame(rows).assign(**columns), name)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +54,7 @@ def own(tmp_path_factory) -> Config:
 
 @pytest.fixture
 def cnn(own, tmp_path):
-    return shutil.copytree(own.run_dir(), tmp_path / "outputs" / "cnn")
+    return shutil.copytree(own.run_dir(), tmp_path / "outputs" / "first")
 
 
 def elsewhere(folder, **options) -> Config:
@@ -136,7 +114,8 @@ def test_pixels_for_another_transform_are_refused(cnn, tmp_path):
     config = elsewhere(tmp_path / "other")
     shutil.rmtree(config.pixels_path.parent)
     build_manifest.run(config)
-    with pytest.raises(DataError, match="prepare_images"):
+    way = "prepare_images --config … --set pixels.size=32 --set pixels.fit=letterbox --set pixels.dicom_recipe=window"
+    with pytest.raises(DataError, match=way):
         evaluate_external.run(cnn, config)
 
 

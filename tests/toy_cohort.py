@@ -28,9 +28,16 @@ def make_cohort(folder: Path) -> Path:
         Image.fromarray(image).save(folder / "films" / f"film{i:02}.png")
         rows.append((f"p{i:02}", f"s{i:02}", f"film{i:02}.png", split, target[0], target[1]))
     columns = ["patient_id", "study_id", "image_file", "split", "Atelectasis", "Cardiomegaly"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "table.csv", index=False)
+    prepared(folder, pd.DataFrame(rows, columns=columns))
+    return folder
+
+
+def prepared(folder: Path, table: pd.DataFrame, name: str = "trial") -> Config:
+    """Write the table, `trial.yaml`, the manifest and the pixel store of the images in `films`."""
+    table.to_csv(folder / "table.csv", index=False)
+    split = {"split": "split"} if "split" in table else {}
     plain = {
-        "name": "trial",
+        "name": name,
         "run_name": "first",
         "outputs": str(folder / "outputs"),
         "weights_dir": str(folder / "weights"),
@@ -39,7 +46,7 @@ def make_cohort(folder: Path) -> Path:
             "root": str(folder / "films"),
             "work_dir": str(folder / "made"),
             "views": None,
-            "csv": {"table": str(folder / "table.csv"), "split": "split"},
+            "csv": {"table": str(folder / "table.csv"), **split},
         },
         "pixels": {"size": 32, "workers": 1},
         "model": {"weights": "scratch"},
@@ -50,7 +57,7 @@ def make_cohort(folder: Path) -> Path:
     config = load_config(folder / "trial.yaml")
     build_manifest.run(config)
     prepare_images.run(config)
-    return folder
+    return config
 
 
 def soft_labels(config: Config, run_name: str, left_out: int = 0, features: int | None = None, **header: Any) -> Path:
