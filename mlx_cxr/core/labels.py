@@ -58,6 +58,8 @@ FINDING_WORDS: Mapping[str, str] = {
     "enlarged heart": "Cardiomegaly",
 }
 """The same of whole names."""
+LABEL_ALIASES: Mapping[str, str] = {"Airspace Opacity": "Lung Opacity"}
+"""Other names of the 14 in published tables (`mimic-cxr-2.1.0-test-set-labeled.csv`)."""
 MAPPED = tuple(label for label in LABELS if label != "No Finding")
 """The findings that have maps: where nothing is, there is nothing to point at."""
 
@@ -77,18 +79,37 @@ def label_index(name: str) -> int:
         raise KeyError(f"unknown finding {name!r}; the 14 are: {', '.join(LABELS)}") from None
 
 
+def plain_name(name: str) -> str:
+    """A name of a column or finding as it is compared: without regard to case, underscores and runs of blanks."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+_LABEL_OF_PLAIN = {plain_name(name): label for name, label in (*((x, x) for x in LABELS), *LABEL_ALIASES.items())}
+
+
+def label_of_name(name: str) -> str | None:
+    """The one of the 14 that a column or finding name stands for, whatever its case and underscores; None if none."""
+    return _LABEL_OF_PLAIN.get(plain_name(name))
+
+
+def resembled(name: str) -> str | None:
+    """The one of the 14 that a name which is none of them is most like, such as `effusion_left`; None if none."""
+    plain = plain_name(name)
+    stem = next((label for stem, label in FINDING_STEMS.items() if stem in plain), None)
+    near = difflib.get_close_matches(plain, _LABEL_OF_PLAIN, n=1, cutoff=0.8)
+    return stem or FINDING_WORDS.get(plain) or (_LABEL_OF_PLAIN[near[0]] if near else None)
+
+
 def finding_name(text: str) -> str:
-    """The finding that is meant by a name in any case, with blanks or underscores.
+    """As `label_of_name`, of a name that somebody gave.
 
     Raises:
         UserError: none of the 14; offers the nearest and lists them.
     """
-    known = {label.casefold(): label for label in LABELS}
-    folded = " ".join(text.replace("_", " ").split()).casefold()
-    if folded in known:
-        return known[folded]
-    near = difflib.get_close_matches(folded, known, n=1)
-    hint = f"did you mean {known[near[0]]!r}? The" if near else "the"
+    if label := label_of_name(text):
+        return label
+    near = difflib.get_close_matches(plain_name(text), _LABEL_OF_PLAIN, n=1)
+    hint = f"did you mean {_LABEL_OF_PLAIN[near[0]]!r}? The" if near else "the"
     raise UserError(f"{text!r} is no finding; {hint} 14 are: {', '.join(LABELS)}")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_of_name, plain_name, resembled
+from mlx_cxr.data.ids import ids_of
 from mlx_cxr.data.source_rows import (
     SourceRows,
     normalized_ages,
@@ -29,16 +30,12 @@ from mlx_cxr.data.tables import (
     LABEL_VALUES,
     NOTHING_WRITTEN,
     DataError,
-    ids_of,
-    label_of_name,
     label_values,
     listed,
-    plain_name,
     read_json_lines,
     read_table,
     refuse_blank,
     refuse_duplicates,
-    resembled,
     row_number,
     without,
 )

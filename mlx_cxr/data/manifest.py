@@ -16,11 +16,11 @@ import pandas as pd
 
 from mlx_cxr.core.files import RecordError, atomic_path, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data.ids import id_key
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import (
     DataError,
     guarded_cells,
-    id_key,
     label_values,
     read_table,
     refuse_blank,

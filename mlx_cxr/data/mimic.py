@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from mlx_cxr.core.config_schema import DataConfig
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABEL_ALIASES, LABELS
+from mlx_cxr.data.ids import id_key, ids_of
 from mlx_cxr.data.source_rows import (
     OLDEST,
     TEXT_COLUMNS,
@@ -26,10 +27,7 @@ from mlx_cxr.data.source_rows import (
     refuse_inconsistent_studies,
 )
 from mlx_cxr.data.tables import (
-    LABEL_ALIASES,
     DataError,
-    id_key,
-    ids_of,
     label_values,
     read_table,
     refuse_blank,

@@ -16,7 +16,6 @@ import json
 import logging
 import lzma
 import re
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +28,9 @@ import pandas as pd
 
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import atomic_path
-from mlx_cxr.core.labels import FINDING_STEMS, FINDING_WORDS, LABELS
 
 log = logging.getLogger("mlx_cxr")
 
-LABEL_ALIASES: Mapping[str, str] = {"Airspace Opacity": "Lung Opacity"}
-"""Other names of the 14 in published tables (`mimic-cxr-2.1.0-test-set-labeled.csv`)."""
 LABEL_VALUES: Mapping[str, float] = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
 NOTHING = frozenset(("nan", "<na>", "nat", "null", "n/a", "#n/a"))
 """Cells, whatever their case, that programs write for an empty one; they are read as "" everywhere."""
@@ -48,12 +44,6 @@ LONGEST_CELL = 1 << 20
 _ROWS_AT_ONCE = 20_000
 """Turned into columns at a time, so that no second copy of the table is held as Python's lists."""
 _OTHER_SEPARATORS = (",", ";", "\t", "|")
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
-_QUOTED_ID = re.compile(r"""=?(["'])(.*)\1|'(.*)""", re.DOTALL)
-"""An id as Excel is made to keep it (`="0012"`, `'0012`), or quoted twice."""
-_FLOAT_ID = re.compile(r"([0-9]+)\.0+")
-_ROUNDED_ID = r"^[0-9][.,]?[0-9]*[eE]\+[0-9]+$"
-_LAST_NUMBER = re.compile(r"(?<![0-9])0+(?=[0-9]+$)")
 _UNPACKERS: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _NO_TABLES: Mapping[bytes, str] = {
     b"PK\x03\x04": "a workbook or an archive; save its sheet as CSV, or unpack it",
@@ -193,57 +183,6 @@ def label_values(table: pd.DataFrame, columns: Mapping[str, str], path: str | Pa
     return pd.DataFrame(values, index=table.index)
 
 
-def ids_of(table: pd.DataFrame, column: str, path: str | Path, what: str) -> pd.Series:
-    """A column of ids as text, with the leading zeros and the case that the table has.
-
-    Blanks, characters that nobody sees and the quotes that make Excel keep zeros are removed, full-width digits become
-    plain, and "10000.0", which pandas makes of a column of whole numbers with a gap, becomes "10000".
-
-    Args:
-        what: such as `patient`, for the message.
-
-    Raises:
-        DataError: an id is empty, has a control character, was rounded by a spreadsheet, or the same id (`id_key`) is
-            spelled in two ways; names the rows.
-    """
-    written = table[column]
-    kinds = pd.Series(written.unique(), dtype="str")
-    plain = kinds.map(_plain_id)
-    ids = plain.iloc[pd.Index(kinds).get_indexer(pd.Index(written))].set_axis(written.index)
-    refuse_blank(ids.to_frame(column), column, path)
-    for pattern, wrong in (
-        (r"[\x00-\x1f\x7f]", "has a control character in it; mend it"),
-        (_ROUNDED_ID, "was rounded by a spreadsheet, and others with it; export the table with ids as text"),
-    ):
-        if (odd := np.flatnonzero(ids.str.contains(pattern, regex=True).to_numpy())).size:
-            row = row_number(table, odd[0])
-            raise DataError(f"{path}, row {row}: {what} {written.iloc[odd[0]]!r} {wrong}")
-    key = id_key(plain)
-    if (again := np.flatnonzero(key.duplicated().to_numpy())).size:
-        spellings = kinds[key == key.iloc[again[0]]].tolist()[:2]
-        first, second = (int(np.flatnonzero((written == spelling).to_numpy())[0]) for spelling in spellings)
-        raise DataError(
-            f"{path}: {what} {spellings[0]!r} in row {row_number(table, first)} and {spellings[1]!r} in row "
-            f"{row_number(table, second)} look like one, spelled in two ways ({key.iloc[again].nunique()} such in "
-            f"all); write each {what} in one way"
-        )
-    return ids
-
-
-def id_key(ids: pd.Series) -> pd.Series:
-    """Ids in the one form in which they are compared: without regard to case and to zeros that lead the last number."""
-    return ids.map(lambda text: _LAST_NUMBER.sub("", _plain_id(text).casefold(), count=1))
-
-
-def _plain_id(written: str) -> str:
-    text = written if written.isascii() else unicodedata.normalize("NFKC", written).translate(_INVISIBLE)
-    text = text.strip()
-    if match := _QUOTED_ID.fullmatch(text):
-        text = (match[2] or match[3] or "").strip()
-    text = match[1] if (match := _FLOAT_ID.fullmatch(text)) else text
-    return "" if text.lower() in NOTHING_WRITTEN else text
-
-
 def refuse_duplicates(table: pd.DataFrame, column: str, path: str | Path, what: str) -> None:
     """Raise DataError, naming the id and two of its rows, when a value of `column` appears twice."""
     if (again := np.flatnonzero(table[column].duplicated().to_numpy())).size:
@@ -265,19 +204,6 @@ def refuse_blank(table: pd.DataFrame, column: str, path: str | Path) -> None:
 def row_number(table: pd.DataFrame | pd.Series, position: int) -> int:
     """Row of the file that a table's row came from, whatever was filtered out before; the header is row 1."""
     return int(table.index[position]) + 2
-
-
-def label_of_name(name: str) -> str | None:
-    """The one of the 14 that a column or finding name stands for, whatever its case and underscores; None if none."""
-    return _LABEL_OF_PLAIN.get(plain_name(name))
-
-
-def resembled(name: str) -> str | None:
-    """The one of the 14 that a name which is none of them is most like, such as `effusion_left`; None if none."""
-    plain = plain_name(name)
-    stem = next((label for stem, label in FINDING_STEMS.items() if stem in plain), None)
-    near = difflib.get_close_matches(plain, _LABEL_OF_PLAIN, n=1, cutoff=0.8)
-    return stem or FINDING_WORDS.get(plain) or (_LABEL_OF_PLAIN[near[0]] if near else None)
 
 
 def guarded(text: str) -> str:
@@ -324,14 +250,6 @@ def write_table(path: str | Path, table: pd.DataFrame, float_format: str | None 
             temporary, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8"
         )
     return Path(path)
-
-
-def plain_name(name: str) -> str:
-    """A name of a column or finding as it is compared: without regard to case, underscores and runs of blanks."""
-    return " ".join(name.replace("_", " ").casefold().split())
-
-
-_LABEL_OF_PLAIN = {plain_name(name): label for name, label in (*((x, x) for x in LABELS), *LABEL_ALIASES.items())}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from scipy.special import logit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -101,7 +102,7 @@ class BagOfWords:
             ) from None
 
 
-def _regressions(counts, targets: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def _regressions(counts: csr_matrix, targets: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (V, 14) and biases (14,): a regression per label, or the log-odds of its share where it has one class."""
     weights, biases = np.zeros((counts.shape[1], targets.shape[1])), np.zeros(targets.shape[1])
     for column, there in enumerate(both_classes(np.where(np.isnan(targets), np.nan, targets >= 0.5))):

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_cxr.core.labels import label_of_name, resembled
 from mlx_cxr.data import tables
+from mlx_cxr.data.ids import ids_of
 from mlx_cxr.data.tables import (
     DataError,
     guarded,
-    ids_of,
-    label_of_name,
     label_values,
     read_json_lines,
     read_table,
@@ -496,4 +496,4 @@ class TestSpellings:
     ],
 )
 def test_names_that_resemble_a_finding(name, label):
-    assert tables.resembled(name) == label
+    assert resembled(name) == label
