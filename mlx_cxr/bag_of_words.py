@@ -2,7 +2,8 @@
 
 Fits TF-IDF and a logistic regression per finding on the training reports that the teacher may read, with the strength
 that validation chooses, and writes a run beside the teacher's (`<teacher.run_name>_bag_of_words`): the model
-(`bag_of_words.npz`), `teacher.json`, predictions of validation and test with tables and plots. `compare_models` shows
+(`bag_of_words.npz`), `teacher.json`, its soft labels, from which a student may learn too (`distillation.targets:
+words`), and predictions of validation and test with tables and plots. `compare_models` shows
 it beside the teacher and says whether the language model is worth its size.
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from mlx_cxr.core import device
 from mlx_cxr.core.claim import claims
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import write_record
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.runs import WEIGHTS, bag_of_words_name, create_run, provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -42,7 +43,12 @@ def run(config: Config, overwrite: bool = False) -> Path:
         DataError: a file is missing, they do not belong together, or no study of a split has a report.
         RunExistsError: the run is there and `overwrite` is false.
     """
-    from mlx_cxr.core.labels import SCORING_PROTOCOLS
+    import numpy as np
+
+    from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
+    from mlx_cxr.data.soft_label_writer import SoftLabelWriter
+    from mlx_cxr.data.soft_labels import SPLITS
+    from mlx_cxr.evaluation.calibration import fit_temperatures
     from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
     from mlx_cxr.evaluation.predictions import join, study_level
     from mlx_cxr.evaluation.results import write_scores
@@ -75,7 +81,9 @@ def run(config: Config, overwrite: bool = False) -> Path:
         overwrite=overwrite,
     )
     labels = material.manifest.raw_labels
-    targets = config.labels.policy().apply(labels[rows["train"]])
+    learned = [row for row in rows["train"] if material.manifest.labelled[row]]
+    targets = np.full((len(rows["train"]), len(LABELS)), np.nan, np.float32)
+    targets[material.manifest.labelled[rows["train"]]] = config.labels.policy().apply(labels[learned])
     validation = SCORING_PROTOCOLS[protocol].apply(labels[rows["validate"]])
     begun = time.perf_counter()
     try:
@@ -88,12 +96,26 @@ def run(config: Config, overwrite: bool = False) -> Path:
     bag.save(folder / WEIGHTS[STAGE])
 
     logits, scored = {}, []
-    for split in ("validate", "test"):
+    for split in ("train", "validate", "test"):
         begun = time.perf_counter()
         logits[split] = bag.logits(texts[split])
         took = time.perf_counter() - begun
-        frame = material.manifest.frame.iloc[rows[split]].reset_index(drop=True)
-        scored.append(study_level(frame, labels[rows[split]], logits[split]))
+        if split != "train":
+            frame = material.manifest.frame.iloc[rows[split]].reset_index(drop=True)
+            scored.append(study_level(frame, labels[rows[split]], logits[split]))
+    studies = {name: material.manifest.frame["study_id"].iloc[rows[name]].tolist() for name in SPLITS}
+    header = {
+        "run": folder.name,
+        "weights": sha256_file(folder / WEIGHTS[STAGE]),
+        "text": config.teacher.model_dump(mode="json", include={"modality", "sections", "section_mode"}),
+        "manifest": material.manifest.sha256,
+        "reports": material.reports.sha256,
+        "labels": config.plain()["labels"],
+    }
+    splits = [name for name in SPLITS for _ in studies[name]]
+    with SoftLabelWriter.open(folder, [study for name in SPLITS for study in studies[name]], splits, header) as writer:
+        writer.put(writer.todo, np.concatenate([logits[name] for name in SPLITS])[writer.todo])
+        writer.finish(fit_temperatures(logits["validate"], validation).temperatures)
     auc, reads = macro_auc(roc_auc_per_label(validation, logits["validate"])), what_it_reads(config)
     write_record(
         folder / "teacher.json",

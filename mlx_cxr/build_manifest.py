@@ -47,6 +47,7 @@ def run(config: Config, workers: int = 0, overwrite: bool = False) -> Path:
     from mlx_cxr.data.manifest_summary import SCHEMA, render, summarize
     from mlx_cxr.data.mimic import read_mimic
     from mlx_cxr.data.sampling import sample_studies
+    from mlx_cxr.data.source_rows import labelled
     from mlx_cxr.data.study_reports import write_reports
 
     # The source's rows, split by patient, sampled, with their reports.
@@ -57,13 +58,20 @@ def run(config: Config, workers: int = 0, overwrite: bool = False) -> Path:
     if not text_only:
         rows = rows.on_disk(data.root)
     rows, split_from = _with_splits(rows, config)
+    in_training = (rows.frame["split"] == "train").to_numpy()
+    rows = rows.keep(labelled(rows.frame) | in_training, "no labels to score by")
     before = rows.frame
     if data.n_studies is not None:
         fractions = (data.validation_fraction, data.test_fraction)
         rows = rows.keep(sample_studies(before, data.n_studies, *fractions, config.seed), "not in the sample")
         if len(rows) == len(before):
             log.warning("data.n_studies asks for %d studies and there are no more; all are kept", data.n_studies)
+    sampled = len(rows) < len(before)
     rows, reports = _with_texts(rows, config, workers)
+    without = ~labelled(rows.frame)
+    read = rows.frame["study_id"].isin(reports.sections.keys()).to_numpy()
+    rows = rows.keep(~without | read, "no labels and no report")
+    rows = rows.noted(images_without_labels_kept_for_their_reports=int((without & read).sum()))
 
     # The files, each with the hashes of those it belongs to.
     sha256 = write_manifest(config.manifest_path, rows.frame, lambda new: _keep_what_runs_read(config, new, overwrite))
@@ -79,7 +87,7 @@ def run(config: Config, workers: int = 0, overwrite: bool = False) -> Path:
         "schema": SCHEMA,
         **about,
         "manifest_sha256": sha256,
-        **summarize(rows, reports, before if len(rows) < len(before) else None),
+        **summarize(rows, reports, before if sampled else None),
         "provenance": provenance("build_manifest", config.plain(), rows.inputs),
     }
     title = f"Manifest of {config.name} ({data.source}, seed {config.seed}, split {split_from})"
@@ -128,10 +136,15 @@ def source_tables(config: Config) -> list[Path]:
 def _with_splits(rows: SourceRows, config: Config) -> tuple[SourceRows, str]:
     from mlx_cxr.data.manifest import check_patient_splits
     from mlx_cxr.data.sampling import split_patients
+    from mlx_cxr.data.source_rows import labelled
 
     data = config.data
     if data.split == "made" or (rows.frame["split"] == "").all():
-        split = split_patients(rows.frame, data.validation_fraction, data.test_fraction, config.seed)
+        # Patients without any label are of no use in the other splits.
+        known = rows.frame[labelled(rows.frame)]
+        split = split_patients(known, data.validation_fraction, data.test_fraction, config.seed)
+        of_patient = dict(zip(known["patient_id"], split, strict=True))
+        split = rows.frame["patient_id"].map(of_patient).fillna("train")
         return replace(rows, frame=rows.frame.assign(split=split)), "made by patient"
     rows = rows.keep((rows.frame["split"] != "").to_numpy(), "no split given")
     check_patient_splits(rows.frame)

@@ -41,6 +41,8 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
         UserError: the student would replace a run that it reads.
         DataError, TrainingDataError, TrainingDivergedError: as `train_cnn`.
     """
+    import numpy as np
+
     from mlx_cxr.models.convert import save_model
     from mlx_cxr.models.resnet import parameter_counts
     from mlx_cxr.training import classifier_run
@@ -56,11 +58,20 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     _refuse_to_replace_what_is_read(config, run_dir)
     resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
     cohort, train_data, validation = classifier_run.open_images(config)
-    hard = config.labels.policy().apply(train_data.raw_labels)
     inputs: dict[str, Path] = {}
     soft = None
+    if settings.targets == "hard":
+        train_data = train_data.labelled()
+    hard = np.where(
+        np.isnan(train_data.raw_labels).all(axis=1, keepdims=True),
+        np.float32(np.nan),
+        config.labels.policy().apply(train_data.raw_labels),
+    )
     if settings.targets != "hard":
         soft, inputs = read_student_soft_labels(config, cohort.manifest, train_data.frame["study_id"].tolist(), hard)
+        # An image without a label and without a report has nothing to be learned from.
+        learned = np.flatnonzero(~(np.isnan(hard) & np.isnan(soft.logits)).all(axis=1))
+        train_data, hard, soft = train_data.taken(learned), hard[learned], soft.taken(learned)
     validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     section = initial_section(config)
     if settings.init == "cnn":
@@ -127,7 +138,7 @@ def initial_section(config: Config) -> ModelConfig:
 
 
 def _refuse_to_replace_what_is_read(config: Config, run_dir: Path) -> None:
-    read = {} if config.distillation.targets == "hard" else {"teacher": config.run_dir(config.teacher.run_name)}
+    read = {} if config.distillation.targets == "hard" else {"teacher": config.run_dir(config.soft_labels_run)}
     read |= {"CNN": config.run_dir()} if config.distillation.init == "cnn" else {}
     for what, folder in read.items():
         if folder == run_dir:
@@ -142,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher_run", help="the teacher's folder under outputs/; default: teacher.run_name")
     parser.add_argument("--cnn_run", help="the CNN's, for distillation.init: cnn; default: run_name")
     parser.add_argument(
-        "--targets", choices=("teacher", "hard", "smoothed", "shuffled"), help="what takes the teacher's place"
+        "--targets", choices=("teacher", "words", "hard", "smoothed", "shuffled"), help="what takes the teacher's place"
     )
     return parser
 

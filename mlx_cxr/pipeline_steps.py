@@ -218,13 +218,15 @@ def _taught(config: Config, suffix: str) -> list[Step]:
 
 
 def _word_counts(config: Config, name: str) -> Step:
+    from mlx_cxr.data.soft_labels import INDEX_NAME, LOGITS_NAME
+
     folder = config.run_dir(name)
     return Step(
         "bag_of_words",
         lambda _: bag_of_words.run(config, overwrite=True),
         ("seed", "evaluation", "labels", "teacher"),
         lambda: [config.manifest_path, config.reports_path],
-        (folder / "bag_of_words.npz", *(folder / file for file in _SCORES)),
+        tuple(folder / file for file in ("bag_of_words.npz", LOGITS_NAME, INDEX_NAME, *_SCORES)),
         folder,
     )
 
@@ -238,7 +240,7 @@ def _student(config: Config, name: str, suffix: str) -> list[Step]:
     def read() -> list[Path]:
         read = _images(config)
         if config.distillation.targets != "hard":
-            read += [config.run_dir(config.teacher.run_name) / file for file in (LOGITS_NAME, INDEX_NAME)]
+            read += [config.run_dir(config.soft_labels_run) / file for file in (LOGITS_NAME, INDEX_NAME)]
         if config.distillation.init == "cnn":
             read.append(config.run_dir() / "best_model.safetensors")
         return read

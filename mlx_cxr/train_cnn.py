@@ -47,6 +47,7 @@ def run(config: Config, run_name: str | None = None, resume: bool = False, overw
     run_dir, training = config.run_dir(run_name), config.training
     resume_state = classifier_run.can_resume(run_dir, resume, overwrite, world)
     cohort, train_data, validation = classifier_run.open_images(config)
+    train_data = train_data.labelled()
     targets = config.labels.policy().apply(train_data.raw_labels)
     validate = classifier_run.validator(validation, config.evaluation.batch_size, world)
     model, origin, weights = classifier_run.initial_network(config, config.model, targets)

@@ -26,7 +26,8 @@ def studies(n=60):
         labels = {name: rng.choice(["1.0", "0.0", "-1.0", ""]) for name in LABELS}
         report = f" FINDINGS: Film {i}.\n\n IMPRESSION: 1. No edema in film {i}." if i % 4 else None
         out.append(Study(patient, str(50000000 + i), ["PA", "LATERAL"][: 1 + i % 2], split, labels, report))
-    out[3].labels = None
+    # Of the training with a report, of the training without one, and of validation.
+    out[3].labels = out[4].labels = out[7].labels = None
     return out
 
 
@@ -47,7 +48,9 @@ def test_from_tables_to_manifest(config_file, caplog):
     path = build_manifest.run(load_config(config_file))
     manifest = load_manifest(path)
     check_patient_splits(manifest.frame)
-    assert len(manifest) == 59
+    assert len(manifest) == 58
+    assert not manifest.labelled[manifest.frame["study_id"] == "50000003"].any()
+    assert manifest.labelled.sum() == 57
     row = manifest.frame.set_index("study_id").loc["50000005"]
     assert row["text"] == "No edema in film 5."
     source = studies()[5]
@@ -56,17 +59,21 @@ def test_from_tables_to_manifest(config_file, caplog):
     ]
     summary = summary_of(path)
     assert summary["images_read"] == 90 == len(manifest) + sum(summary["dropped"].values())
-    assert summary["dropped"] == {"view not wanted": 30, "no label row": 1}
+    assert summary["dropped"] == {
+        "view not wanted": 30, "no labels to score by": 1, "no labels and no report": 1,
+    }  # fmt: skip
+    assert summary["notes"] == {"images without labels kept for their reports": 1}
     assert summary["dropped_examples"] == {
         "view not wanted": ["50000001-1", "50000003-1", "50000005-1"],
-        "no label row": ["50000003-0"],
+        "no labels to score by": ["50000007-0"],
+        "no labels and no report": ["50000004-0"],
     }
     assert summary["manifest_sha256"] == manifest.sha256
     assert summary["reports"]["found"] == 44
     assert summary["reports"]["text_from"] == {"impression": 44}
     reports = load_reports(path.with_name("reports.csv"), manifest)
     assert dict(reports.sections) == {
-        study.study: section_texts(study.report) for study in studies() if study.report and study.labels is not None
+        study.study: section_texts(study.report) for study in studies() if study.report and study.study != "50000007"
     }
     assert summary["reports_sha256"] == reports.sha256
     assert json.loads(path.with_name("splits.json").read_text())["reports_sha256"] == reports.sha256
@@ -86,7 +93,7 @@ def test_from_tables_to_manifest(config_file, caplog):
     text = path.with_name("manifest_summary.md").read_text()
     assert "Synthetic" in text
     assert "Not for clinical use" in text
-    assert "| no label row    |      1 |                         50000003-0 |" in text
+    assert "| no labels and no report |      1 |                         50000004-0 |" in text
     assert text in caplog.text
 
 
@@ -107,7 +114,9 @@ def test_a_sample_keeps_patients_whole(config_file):
     whole = everything[everything["patient_id"].isin(sample["patient_id"])]
     assert sorted(whole["image_id"]) == sorted(sample["image_id"])
     summary = summary_of(path)
-    assert summary["dropped"]["not in the sample"] == len(everything) - len(sample)
+    # Study 4, without labels and report, is in the sample or is not.
+    dropped = summary["dropped"]
+    assert dropped["not in the sample"] + dropped.get("no labels and no report", 0) == len(everything) + 1 - len(sample)
     assert summary["sample"]["studies_before"] == 59
     splits = json.loads(path.with_name("splits.json").read_text())
     assert splits["seed"] == 4

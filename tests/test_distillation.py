@@ -135,6 +135,39 @@ def test_a_student_is_scored_by_evaluate_cnn(cohort, finished):
     assert cost["parameters"] == summary["parameters"]
 
 
+def rows_of(folder: Path) -> dict:
+    return read_record(folder / "training.json")["soft_labels"]
+
+
+def test_beyond_the_budget_a_student_learns_from_soft_labels_alone(cohort):
+    """Of 12 training patients 3 keep their labels, and two of the 12 have no soft label."""
+    config = config_of(cohort, "labels.budget=3", "teacher.run_name=thrifty")
+    manifest = load_manifest(config.manifest_path)
+    soft_labels(config, "thrifty", left_out=2)
+    kept = manifest.within_budget(3, config.seed)
+    labelled = set(kept.frame.loc[kept.labelled & (kept.frame["split"] == "train"), "study_id"])
+    without = {"s00", "s01"}
+    folder = distillation.run(config, "thrifty_student")
+    told = rows_of(folder)
+    assert told["studies"] == 12
+    assert told["with_soft_label"] == 10
+    assert told["without_soft_label"] == len(labelled & without)
+    assert told["without_hard_label"] == 10 - len(labelled - without)
+    # The hard control sees three studies, as often as makes up for the other nine: as many steps as without a budget.
+    hard = distillation.run(config_of(cohort, "labels.budget=3", "distillation.targets=hard"), "thrifty_hard")
+    assert read_record(hard / "training.json")["steps"] == 6
+    split = Cohort.open(config).split("train")
+    assert set(split.labelled().frame["study_id"]) == labelled
+    assert len(split.labelled()) == len(split) == 12
+    trained = train_cnn.run(config_of(cohort, "labels.budget=3"), "thrifty_cnn")
+    assert read_record(trained / "training.json")["steps"] == 6
+
+
+def test_soft_labels_made_under_another_budget_are_refused(cohort):
+    with pytest.raises(SoftLabelError, match=r"labels\.budget: None there, 3 here"):
+        distillation.run(config_of(cohort, "labels.budget=3"), "other_budget")
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_weights_of_an_unbroken_one(cohort):
     """SIGKILL of the real command at step 5 of 6, in its second epoch; both in processes of their own."""

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from mlx_cxr.core import config_schema as sections
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.plain_yaml import YamlError, read_yaml, read_yaml_file, shorten
-from mlx_cxr.core.runs import run_folder
+from mlx_cxr.core.runs import bag_of_words_name, run_folder
 
 _SAMPLES = Path(__file__).resolve().parents[2] / "configs"
 
@@ -86,6 +86,12 @@ class Config(sections.Section):
     def dicom_recipe(self) -> Literal["mimic", "window"]:
         """How a DICOM becomes an image like the others: as `pixels` has it, or as the source made its own."""
         return self.pixels.dicom_recipe or ("mimic" if self.data.source == "mimic-cxr-jpg" else "window")
+
+    @property
+    def soft_labels_run(self) -> str:
+        """The run whose soft labels a student learns from: the teacher's, or that of the word counts beside it."""
+        teacher = self.teacher.run_name
+        return bag_of_words_name(teacher) if self.distillation.targets == "words" else teacher
 
     def run_dir(self, run_name: str | None = None) -> Path:
         """Folder of a run, by its name or, of one that is there, its path; None takes `run_name` of the configuration.

@@ -61,12 +61,16 @@ class CsvSource(Section):
     """Keep only rows whose column matches this regular expression (from its beginning)."""
     findings: str | None = None
     """Column with a list of findings; None means one 1 / 0 / -1 / empty column per label. A row where it is empty is
-    left out as not annotated; the empty list of a `.jsonl`, or a separator alone, says that nothing was found."""
+    not labelled: its report, if it has one, is kept for a student to learn from. The empty list of a `.jsonl`, or a
+    separator alone, says that nothing was found."""
     findings_separator: Annotated[str, Field(min_length=1)] = "|"
     label_map: dict[str, Label] = {}
     """Source name, in whatever case -> one of the 14; names mapped to nothing are counted and ignored."""
     ignore: tuple[str, ...] = ()
     """Columns that are not read although they look like a finding's."""
+    blank_rows: Literal["not labelled", "absent"] | None = None
+    """Meaning of a row without a value in any column of a label: nobody labelled it, or all of them are absent. None
+    takes the first where there is a column for No Finding, and asks where there is none."""
     labels_covered: tuple[Label, ...] | None = None
     """Labels the source annotates: absent from the list means 0. The others stay empty. None: those mapped to."""
 
@@ -149,10 +153,13 @@ class LabelsConfig(Section):
     empty: Empty = "negative"
     soft_value: Fraction = 0.5
     uncertain_per_label: dict[Label, Uncertain] = {}
+    budget: Annotated[float, Field(gt=0.0, lt=1.0)] | Annotated[int, Field(ge=1)] | None = None
+    """Training patients whose labels may be used, as a share or a number; None uses all. The images and reports of the
+    others stay: a student learns from them by what its teacher reads. Validation and test keep all their labels."""
 
     def policy(self) -> LabelPolicy:
         """The policy object that is applied to raw labels."""
-        return LabelPolicy(**self.model_dump())
+        return LabelPolicy(**self.model_dump(exclude={"budget"}))
 
 
 class ModelConfig(Section):
@@ -332,8 +339,9 @@ class DistillationConfig(Section):
     """The student: the ResNet-18 of `model`, taught by soft labels (Hinton et al., arXiv:1503.02531)."""
 
     run_name: Name = "student_v1"
-    targets: Literal["teacher", "hard", "smoothed", "shuffled"] = "teacher"
-    """Soft labels beside the hard ones. Controls: `hard` has none; `smoothed` pulls each label towards its prevalence
+    targets: Literal["teacher", "words", "hard", "smoothed", "shuffled"] = "teacher"
+    """Soft labels beside the hard ones. Controls: `words` has those of the bag of words beside the teacher; `hard` has
+    none; `smoothed` pulls each label towards its prevalence
     as strongly as the teacher does on average; `shuffled` gives each study the soft label of another one."""
     alpha: Fraction = 0.3
     """Weight of the hard labels; 1 - alpha is that of the soft ones."""
@@ -354,7 +362,7 @@ class DistillationConfig(Section):
 class ComparisonConfig(Section):
     """`compare_models` and its gates."""
 
-    controls: tuple[Literal["hard", "smoothed", "shuffled"], ...] = ()
+    controls: tuple[Literal["words", "hard", "smoothed", "shuffled"], ...] = ()
     """Students that the pipeline trains beside the taught one, with that in the teacher's place."""
     graded: tuple[Annotated[Sections, Field(min_length=1)], ...] = ()
     """Further teachers that the pipeline trains, by the report sections that each may read."""

@@ -132,8 +132,6 @@ def read_csv_source(data: DataConfig) -> SourceRows:
     notes |= {"ages not usable": odd_ages} if odd_ages else {}
     rows = SourceRows(frame.reset_index(drop=True), len(frame), notes=notes, inputs={"table": source.table})
     rows = rows.with_dropped(everything.loc[~everything.index.isin(table.index), id_column], _NO_MATCH)
-    if source.findings:
-        rows = rows.keep(table[source.findings].notna().to_numpy(), "no findings given")
     refuse_inconsistent_studies(rows.frame, source.table, "set data.csv.study: null to take each film as its own study")
     return rows.of_views(data.views if source.view else None)
 
@@ -191,6 +189,7 @@ def _listed_findings(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFra
     covered = source.labels_covered or {*source.label_map.values(), *(x for x in mapped.values() if x)}
     _refuse_likely_names(names, [name for name, own in mapped.items() if own is None], covered, source)
     present = pd.DataFrame(0.0, index=table.index, columns=[name for name in LABELS if name in covered])
+    present[table[source.findings].isna()] = np.nan
     for name in present.columns:
         present.loc[label.index[label == name].unique(), name] = 1.0
     unused = {"not mapped": names[label.isna()], "of a label not covered": names[label.notna() & ~label.isin(covered)]}
@@ -289,7 +288,24 @@ def _label_columns(table: pd.DataFrame, source: CsvSource) -> tuple[pd.DataFrame
             other = labels[label]
             values = other.where(other.map(rank).fillna(0) >= values.map(rank).fillna(0), values)
         labels[label] = values
-    return labels, {}
+    return _with_blank_rows(labels, source), {}
+
+
+def _with_blank_rows(labels: pd.DataFrame, source: CsvSource) -> pd.DataFrame:
+    """The labels, with 0 in rows without any value where `source.blank_rows` says that this is what they mean."""
+    blank = np.flatnonzero(labels.isna().all(axis=1).to_numpy())
+    if not blank.size or source.blank_rows == "not labelled":
+        return labels
+    if source.blank_rows is None and "No Finding" in labels:
+        return labels
+    if source.blank_rows is None:
+        raise DataError(
+            f"{source.table}: {blank.size} row(s), such as row {row_number(labels, blank[0])}, have no value in any "
+            "column of a label, and there is no column for No Finding: set data.csv.blank_rows to 'not labelled', "
+            "or to 'absent' if an empty cell says that the finding is not there"
+        )
+    labels.iloc[blank] = 0.0
+    return labels
 
 
 def _columns_of_labels(table: pd.DataFrame, source: CsvSource) -> dict[str, str]:

@@ -7,7 +7,7 @@ Labels are written exactly as the source has them, 1 / 0 / -1 / empty; their mea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 from mlx_cxr.core.files import RecordError, atomic_path, read_record, sha256_file, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.data.ids import id_key
+from mlx_cxr.data.sampling import drawn_rank
 from mlx_cxr.data.source_rows import SPLITS, TEXT_COLUMNS
 from mlx_cxr.data.tables import (
     DataError,
@@ -39,11 +40,13 @@ class Manifest:
         frame: a row per image, or per report: str columns `TEXT_COLUMNS`, then a float32 column per label.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN, in the order of `LABELS`.
         sha256: of the bytes of `manifest.csv`.
+        withheld: bool (N,), the rows whose labels a budget took away; None without one.
     """
 
     frame: pd.DataFrame
     raw_labels: np.ndarray
     sha256: str
+    withheld: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -52,6 +55,55 @@ class Manifest:
     def text_only(self) -> bool:
         """True if its rows are reports without images: no row has a path."""
         return _without_images(self.frame)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """bool (N,): True for a row that has a value for any of the 14."""
+        return ~np.isnan(self.raw_labels).all(axis=1)
+
+    def within_budget(self, budget: float | int | None, seed: int) -> Manifest:
+        """The manifest with the labels of so many training patients only; the others' are as if never given.
+
+        The patients are drawn by the seed and their ids alone, so that a smaller budget is part of a larger one.
+
+        Args:
+            budget: below 1 a share of the training patients that have a label, at least one of them; else their number;
+                None takes all.
+
+        Raises:
+            DataError: there are fewer of them.
+        """
+        if budget is None:
+            return self
+        training = (self.frame["split"] == "train").to_numpy() & self.labelled
+        patients = sorted(self.frame.loc[training, "patient_id"].unique(), key=lambda name: drawn_rank(name, seed))
+        count = max(1, round(budget * len(patients))) if isinstance(budget, float) else budget
+        if count > len(patients):
+            raise DataError(
+                f"labels.budget is {budget}, and {len(patients)} training patients have labels; set it to fewer, or to "
+                "null for all"
+            )
+        withheld = training & ~self.frame["patient_id"].isin(patients[:count]).to_numpy()
+        labels = np.where(withheld[:, None], np.float32(np.nan), self.raw_labels)
+        frame = self.frame.assign(**dict(zip(LABELS, labels.T, strict=True)))
+        return replace(self, frame=frame, raw_labels=labels, withheld=withheld)
+
+
+def labelled_in_turn(raw_labels: np.ndarray, withheld: np.ndarray | None) -> np.ndarray:
+    """Rows with labels, in turn as often as makes up for those that a budget withholds.
+
+    So an epoch has as many steps at every budget, and a model of few labels is not one that was trained less.
+
+    Args:
+        raw_labels: (N, 14), all NaN where nobody labelled.
+        withheld: bool (N,), or None without a budget.
+
+    Returns:
+        int (M,), rows: M is the number of those labelled or withheld, and 0 where none is labelled.
+    """
+    there = np.flatnonzero(~np.isnan(raw_labels).all(axis=1))
+    more = 0 if withheld is None or not len(there) else int(withheld.sum())
+    return np.resize(there, len(there) + more)
 
 
 def write_manifest(path: str | Path, frame: pd.DataFrame, agree: Callable[[str], None] = lambda _: None) -> str:

@@ -66,7 +66,7 @@ def find_tables(root: Path, labeler: str) -> dict[str, Path]:
 
 
 def read_mimic(data: DataConfig) -> SourceRows:
-    """Every image in all of metadata, split and labels, of the views wanted, be its file there or not.
+    """Every image in metadata and split, of the views wanted, be its file there or not; labels are empty without a row.
 
     Args:
         data: `root`, `labeler`, `views` and `patients_table` are used.
@@ -93,7 +93,7 @@ def read_mimic(data: DataConfig) -> SourceRows:
     labels = _read(paths["labels"], ["subject_id", "study_id", *LABELS])
     refuse_duplicates(labels, "study_id", paths["labels"], "study")
     values = label_values(labels, {label: label for label in LABELS}, paths["labels"])
-    rows = _joined(rows, ("study_id", "study_id"), labels, values, paths["labels"], "no label row")
+    rows = _joined(rows, ("study_id", "study_id"), labels, values, paths["labels"])
     splits = _read(paths["split"], ["dicom_id", "subject_id", "study_id", "split"])
     refuse_duplicates(splits, "dicom_id", paths["split"], "image")
     refuse_blank(splits, "split", paths["split"])
@@ -127,14 +127,14 @@ def _read(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.Da
 
 
 def _joined(
-    rows: SourceRows, ids: tuple[str, str], table: pd.DataFrame, values: pd.DataFrame, path: Path, lacking: str
+    rows: SourceRows, ids: tuple[str, str], table: pd.DataFrame, values: pd.DataFrame, path: Path, lacking: str = ""
 ) -> SourceRows:
-    """Rows with further columns, found by an id (its name in the rows, in the table); those that lack it are dropped.
+    """Rows with further columns, found by an id (its name in the rows, in the table).
 
     Args:
         table: ids, of the file at `path`.
         values: the columns to add, a row per row of `table`.
-        lacking: reason under which dropped rows are counted.
+        lacking: reason under which rows that the table lacks are dropped and counted; "" keeps them, empty.
 
     Raises:
         DataError: a row of the table is of another patient or study.
@@ -149,8 +149,8 @@ def _joined(
                 f"{path}, row {row_number(table, place[wrong[0]])}: {theirs} {other[wrong[0]]!r}, but the metadata "
                 f"table has {known[ours]!r} for image {known['image_id']}; take both of one version"
             )
-    kept = rows.keep(place >= 0, lacking)
-    values = values.iloc[place[place >= 0]].reset_index(drop=True)
+    kept = rows.keep(place >= 0, lacking) if lacking else rows
+    values = values.reset_index(drop=True).reindex(place[place >= 0] if lacking else place).reset_index(drop=True)
     return replace(kept, frame=pd.concat([kept.frame, values], axis=1))
 
 

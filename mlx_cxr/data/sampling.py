@@ -40,7 +40,7 @@ def stratified_parts(
     excess = np.zeros((len(share), counts.shape[1]))  # of each part over its share of the groups dealt so far
     room = share * counts[:, 0].sum()
     parts = np.zeros(len(names), dtype=np.int64)
-    for group in sorted(range(len(names)), key=lambda group: (rarest[group], _rank(names[group], seed))):
+    for group in sorted(range(len(names)), key=lambda group: (rarest[group], drawn_rank(names[group], seed))):
         count = counts[group]
         excess -= share[:, None] * count
         # Half a group over is as near as half under; where no part has so much room, the one with most takes it.
@@ -140,5 +140,6 @@ def _by_patient(frame: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray]
     return [str(patient) for patient in patients], positives, np.bincount(codes, minlength=len(patients))
 
 
-def _rank(name: str, seed: int) -> bytes:
+def drawn_rank(name: str, seed: int) -> bytes:
+    """The place of a name in an order drawn by the seed, whatever names there are beside it."""
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()

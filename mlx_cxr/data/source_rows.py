@@ -112,6 +112,11 @@ class SourceRows:
         return kept
 
 
+def labelled(frame: pd.DataFrame) -> np.ndarray:
+    """bool (N,): True for a row with a value for any of the 14 labels."""
+    return frame[list(LABELS)].notna().any(axis=1).to_numpy()
+
+
 def images_on_disk(root: Path, paths: Sequence[str]) -> np.ndarray:
     """bool (N,): True for each of the files at `paths`, relative to `root`, that exists."""
     # Asking for each is four times faster than listing MIMIC's folders of one or two images, and `Path` three times

@@ -38,11 +38,13 @@ from mlx_cxr.evaluation.results import (
 )
 from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_teacher, shared_studies
 
-SCHEMA = 1
+SCHEMA = 2
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
 """Metrics whose differences are given: precision is undefined where a model calls nothing, so that the means of two
 models would be over different labels."""
 PAIRS: tuple[tuple[str, str], ...] = (("student", "cnn"), ("student", "teacher"), ("teacher", "cnn"))
+LEAST_PATIENTS = 5
+"""Patients with a finding, and without it, that test needs for the finding to count in a verdict."""
 CHANCE = 0.5
 """ROC-AUC of a model that knows nothing."""
 
@@ -117,7 +119,14 @@ class ControlEntry(TypedDict):
     macro: ComparedMetrics
     """Of the means."""
     verdict: Verdict
-    """Of macro ROC-AUC: the interval lies above 0, below 0, or reaches it."""
+    """Of `judged`: the interval lies above 0, below 0, or reaches it."""
+    judged: IntervalEntry
+    """Macro ROC-AUC over `judged_labels`: the findings that enough patients have, and enough have not."""
+    judged_labels: list[str]
+    without_each: dict[str, IntervalEntry]
+    """The same without one of them."""
+    rests_on: list[str]
+    """Those without which the verdict would be another."""
 
 
 class DifferenceEntry(ControlEntry):
@@ -372,8 +381,7 @@ def _protocol(
     controls = {}
     for run in main:
         if run.role == "control":
-            macro = _macro_difference(of["student"], scores[run.name])
-            controls[run.name] = {"macro": macro, "verdict": verdict(macro["roc_auc"])}
+            controls[run.name] = _judged(of["student"], scores[run.name], patients)
     first = sections[arms["cnn"].name]
     return {
         **{key: first[key] for key in ("meaning", "macro_labels", "single_class")},
@@ -394,8 +402,40 @@ def _difference(first: ProtocolScores, second: ProtocolScores, patient_ids: np.n
             **{m: percentile_interval(float(values[k, i]), replicates[:, k, i]).plain() for m, i in _COLUMN.items()},
             **{"p_value": float(p), "p_holm": float(adjusted)},
         }
-    macro = _macro_difference(first, second)
-    return {"macro": macro, "verdict": verdict(macro["roc_auc"]), "per_label": per_label}
+    return {**_judged(first, second, patient_ids), "per_label": per_label}
+
+
+def _judged(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarray) -> ControlEntry:
+    """A macro difference with its verdict, and the findings that it rests on."""
+    enough = enough_patients(first.targets, patient_ids)
+    column = _COLUMN["roc_auc"]
+    values, replicates = (a[..., column] for a in (first.values - second.values, first.replicates - second.replicates))
+
+    def over(labels: np.ndarray) -> IntervalEntry:
+        return macro_interval(np.where(labels, values, np.nan), replicates).plain()
+
+    judged = over(enough)
+    found = verdict(judged)
+    without = {LABELS[k]: over(enough & (np.arange(len(LABELS)) != k)) for k in np.flatnonzero(enough)}
+    return {
+        "macro": _macro_difference(first, second),
+        "verdict": found,
+        "judged": judged,
+        "judged_labels": list(without),
+        "without_each": without,
+        "rests_on": [label for label, entry in without.items() if verdict(entry) != found],
+    }
+
+
+def enough_patients(targets: np.ndarray, patient_ids: np.ndarray) -> np.ndarray:
+    """bool (14,): the findings that at least `LEAST_PATIENTS` patients have, and as many have a study without.
+
+    Args:
+        targets: (N, 14), each 1, 0 or NaN.
+        patient_ids: (N,) of the studies.
+    """
+    counts = [[len(set(patient_ids[column == value].tolist())) for value in (0, 1)] for column in targets.T]
+    return (np.array(counts) >= LEAST_PATIENTS).all(axis=1)
 
 
 def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> ComparedMetrics:

@@ -404,7 +404,7 @@ def write_scores(
         return pd.concat([table, statistics.reset_index(drop=True)], axis=1)
 
     frame = manifest.frame
-    in_training = (frame["split"] == "train").to_numpy()
+    in_training = (frame["split"] == "train").to_numpy() & manifest.labelled
     first = ~frame["study_id"].duplicated().to_numpy() & in_training
     place = {study: i for i, study in enumerate(test.study_ids.tolist())}
     scored = frame["study_id"].map(place).dropna().sort_values(kind="stable").index

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS, label_word
-from mlx_cxr.core.runs import open_run
+from mlx_cxr.core.runs import bag_of_words_name, open_run
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
@@ -221,17 +221,19 @@ def check_teacher(runs: Sequence[ScoredRun]) -> None:
         ComparisonError: its soft labels are another run's, or not those that the teacher's run holds now.
     """
     teacher = next(run for run in runs if run.role == "teacher")
-    path = teacher.folder / SOFT_LABELS
-    now = sha256_file(path) if path.exists() else None
     for run in runs:
         if run.soft_labels is None or run.role not in ("student", "control"):
             continue
         record, name = run.folder / "config.json", Path(run.soft_labels["path"]).parent.name
-        if name != teacher.name:
+        path = teacher.folder / SOFT_LABELS
+        if run.config["distillation"]["targets"] == "words" and name == bag_of_words_name(teacher.name):
+            path = teacher.folder.with_name(name) / SOFT_LABELS
+        elif name != teacher.name:
             raise ComparisonError(
                 f"{record}: {run.name!r} learned from the soft labels of {name!r}, not of {teacher.name!r}; give "
                 f"--teacher_run {name}"
             )
+        now = sha256_file(path) if path.exists() else None
         if now not in (None, run.soft_labels["sha256"]):
             raise ComparisonError(
                 f"{record}: {run.name!r} learned from soft labels {run.soft_labels['sha256']}, {path} is {now} now; "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
-from mlx_cxr.evaluation.comparison import PAIRS
+from mlx_cxr.evaluation.comparison import LEAST_PATIENTS, PAIRS
 from mlx_cxr.pages.comparison_statement import (
     CONTROLS,
     control_verdicts,
@@ -14,6 +14,7 @@ from mlx_cxr.pages.comparison_statement import (
     reading_warnings,
     retention_sentence,
     statement,
+    support_sentence,
 )
 from mlx_cxr.pages.comparison_tables import NAMES, cost_note, differences_table, intervals_line, main_table, p_text
 from mlx_cxr.pages.tables import Column, columns_of, entry_of, finding_table, markdown_table, mean_head
@@ -100,18 +101,25 @@ def _controls(comparison: Mapping[str, Any]) -> list[str]:
         return [*lines, "None was compared; `--control_run` names students that were trained without the teacher.", ""]
     lines += [
         "Students of the same stage with something else in the teacher's place. The verdict is on the paired "
-        "difference of macro ROC-AUC: `better` where its interval lies above 0, `worse` where it lies below, else "
-        "`within noise`.",
+        "difference of macro ROC-AUC over the findings that enough patients have, and have not "
+        f"({LEAST_PATIENTS} of each): `better` where its interval lies above 0, `worse` where it lies below, else "
+        "`within noise`; beside it the least that is left without any one finding.",
         "",
     ]
     targets = {model["run"]: model.get("targets") for model in comparison["models"]}
     verdicts = [said for _, _, said in control_verdicts(comparison)]
     rows = [
-        [f"`{run}`", CONTROLS[targets[run]][0], *(interval_text(entry["macro"][key]) for key in _RANKING), said]
+        [
+            f"`{run}`",
+            CONTROLS[targets[run]][0],
+            *(interval_text(entry["macro"][key]) for key in _RANKING),
+            f"{interval_text(entry['judged'])}, {support_sentence(entry)}",
+            said,
+        ]
         for (run, entry), said in zip(entries.items(), verdicts, strict=True)
     ]
     header = ["control", "learned from", *(f"student − control, {name}" for name in _RANKING.values())]
-    return [*lines, *markdown_table([*header, "the student is"], rows)]
+    return [*lines, *markdown_table([*header, "judged ROC-AUC", "the student is"], rows)]
 
 
 def _teachers(comparison: Mapping[str, Any]) -> list[str]:

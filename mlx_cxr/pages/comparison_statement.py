@@ -15,6 +15,11 @@ CONTROLS: Mapping[str, tuple[str, str, str]] = {
         "the teacher's answers helped beyond the labels",
         "that the teacher's answers helped beyond the labels is not shown",
     ),
+    "words": (
+        "the answers of a bag of words",
+        "the language model taught more than counted words would have",
+        "that the language model taught more than counted words is not shown",
+    ),
     "smoothed": (
         "labels smoothed as strongly as the teacher softens them",
         "the teacher's answers do more than smoothing",
@@ -118,15 +123,34 @@ def gate_lines(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def control_verdicts(comparison: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """Per control its targets, the student minus it (macro ROC-AUC), and what that says; under `fitted_under`."""
+    """Per control its targets, the student minus it (macro ROC-AUC, `judged`), and what that says."""
     section = comparison["protocols"][comparison["fitted_under"]]
     targets = {model["run"]: model["targets"] for model in comparison["models"] if model["role"] == "control"}
     verdicts = []
     for run, entry in section["controls"].items():
         _, better, otherwise = CONTROLS[targets[run]]
         meaning = better if entry["verdict"] == "better" else otherwise
-        verdicts.append((targets[run], entry["macro"]["roc_auc"], f"{entry['verdict']}: {meaning}"))
+        said = f"{entry['verdict']}: {meaning}{_resting(entry)}"
+        verdicts.append((targets[run], entry["judged"], said))
     return verdicts
+
+
+def support_sentence(entry: Mapping[str, Any]) -> str:
+    """The findings that a verdict is over, and what is left of the difference without any one of them."""
+    without = {label: one for label, one in entry["without_each"].items() if number(one["low"]) != "–"}
+    if not without:
+        return ""
+    label = min(without, key=lambda name: without[name]["value"])
+    return (
+        f"over {len(entry['judged_labels'])} findings; least without {label}, {interval_text(without[label])}"
+        + _resting(entry)
+    )
+
+
+def _resting(entry: Mapping[str, Any]) -> str:
+    if entry["verdict"] not in ("better", "worse") or not entry["rests_on"]:
+        return ""
+    return f"; it rests on {', '.join(entry['rests_on'])}, without which it is within noise"
 
 
 def reading_warnings(comparison: Mapping[str, Any]) -> list[str]:
@@ -152,7 +176,7 @@ def reading_warnings(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def _pair(first: str, second: str, difference: Mapping[str, Any]) -> str:
-    text = f"({interval_text(difference['macro']['roc_auc'])})"
+    text = f"({interval_text(difference['judged'])}{_resting(difference)})"
     return {
         "better": f"The {first} is better than the {second} {text}.",
         "worse": f"The {first} is worse than the {second} {text}.",

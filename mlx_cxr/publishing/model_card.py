@@ -288,7 +288,7 @@ def _comparison(run: EvaluatedRun) -> dict[str, Any] | None:
             for model in comparison["models"]
         ],
         "differences": {
-            name: {"roc_auc": entry["macro"]["roc_auc"], "verdict": entry["verdict"]}
+            name: {"roc_auc": entry["judged"], "verdict": entry["verdict"], "rests_on": entry["rests_on"]}
             for name, entry in differences.items()
         },
         "retention": section["retention"]["share"],

@@ -66,7 +66,7 @@ def _beside(comparison: Mapping[str, Any]) -> list[str]:
         [
             name.replace("_", " ") if name.count("_minus_") else f"student minus `{name}`",
             interval_text(d["roc_auc"]),
-            d["verdict"],
+            d["verdict"] + (f"; rests on {', '.join(d['rests_on'])}" if d["rests_on"] else ""),
         ]
         for name, d in comparison["differences"].items()
     ]

@@ -23,12 +23,14 @@ class Studies:
         frame: the manifest's row of the study's first image: `study_id`, `patient_id`, `split`, `view` and the rest.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
         counts: `studies` of these splits, `read`, `without_text` (skipped), `cut` (reports shortened), `cut_tokens`.
+        withheld: bool (N,), studies whose labels a budget took away; None without one.
     """
 
     frame: pd.DataFrame
     raw_labels: np.ndarray
     prompts: list[Prompt]
     counts: Mapping[str, int]
+    withheld: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,7 +46,10 @@ class Studies:
 
     def of_split(self, name: str) -> Studies:
         """The studies of one split; `counts` keeps `read` and `cut` only."""
-        rows = np.flatnonzero((self.frame["split"] == name).to_numpy())
+        return self.taken(np.flatnonzero((self.frame["split"] == name).to_numpy()))
+
+    def taken(self, rows: np.ndarray) -> Studies:
+        """The given rows, int (M,), a study as often as it is in them; `counts` keeps `read` and `cut` only."""
         prompts = [self.prompts[i] for i in rows]
         counts = {"read": len(rows), "cut": sum(prompt.cut > 0 for prompt in prompts)}
         return Studies(self.frame.iloc[rows].reset_index(drop=True), self.raw_labels[rows], prompts, counts)
@@ -71,7 +76,9 @@ def read_studies(
     rows, sections, counts = readable(manifest, reports, config, splits, without_image)
     prompts = [form.prompt(pairs) for pairs in sections]
     counts |= {"cut": sum(prompt.cut > 0 for prompt in prompts), "cut_tokens": sum(prompt.cut for prompt in prompts)}
-    return Studies(manifest.frame.iloc[rows].reset_index(drop=True), manifest.raw_labels[rows], prompts, counts)
+    withheld = None if manifest.withheld is None else manifest.withheld[rows]
+    frame = manifest.frame.iloc[rows].reset_index(drop=True)
+    return Studies(frame, manifest.raw_labels[rows], prompts, counts, withheld)
 
 
 def readable(

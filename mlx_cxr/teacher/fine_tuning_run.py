@@ -15,6 +15,7 @@ import numpy as np
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.files import hash_of, read_record, sha256_file, write_record
 from mlx_cxr.core.runs import create_run
+from mlx_cxr.data.manifest import labelled_in_turn
 from mlx_cxr.data.soft_labels import INDEX_NAME
 from mlx_cxr.ops.streams import batch_parallel
 from mlx_cxr.teacher.base_model import Base
@@ -159,7 +160,9 @@ class FineTuning:
         `images` and `validate` are those of `embed_images`.
         """
         config, teacher, base, training = self.config, self.config.teacher, self.base, self.config.teacher.training
-        targets = config.labels.policy().apply(self.training.raw_labels)
+        turns = labelled_in_turn(self.training.raw_labels, self.training.withheld)
+        studies, images = self.training.taken(turns), None if images is None else images[turns]
+        targets = config.labels.policy().apply(studies.raw_labels)
         loss = masked_bce(positive_weights(targets, training.class_weighting, training.max_class_weight))
         attach_lora(base.model, teacher.lora, config.seed)
         if self.first_adapter:
@@ -167,7 +170,7 @@ class FineTuning:
         mx.reset_peak_memory()
         with batch_parallel(rows=training.batch_size):
             task = lora_task(
-                base, self.form, self.training, targets, images, loss, validate, teacher, config.seed, self.world
+                base, self.form, studies, targets, images, loss, validate, teacher, config.seed, self.world
             )
             result = train(
                 task,

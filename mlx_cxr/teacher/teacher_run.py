@@ -49,7 +49,7 @@ class Material:
         Raises:
             DataError: a file is missing, they do not belong together, or a patient is in two splits.
         """
-        manifest = load_manifest(config.manifest_path)
+        manifest = load_manifest(config.manifest_path).within_budget(config.labels.budget, config.seed)
         check_patient_splits(manifest.frame)
         modality = config.teacher.modality
         reports = load_reports(config.reports_path, manifest) if modality != "image" else None

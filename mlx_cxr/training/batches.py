@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +38,14 @@ class ImageSource:
     def resident(self) -> bool:
         """True if the images are held on the device."""
         return self._resident is not None
+
+    def taken(self, items: np.ndarray) -> ImageSource:
+        """A source of the given items, int (M,), an image as often as it is in them; the device has one copy."""
+        source = copy(self)
+        source._rows = self._rows[items]
+        if self._resident is not None:
+            source._place = self._place[items]
+        return source
 
     def batch(self, items: np.ndarray) -> mx.array:
         """uint8 (B, S, S): the given items, in their order."""

@@ -60,13 +60,15 @@ def distillation_loss(
 ) -> Loss:
     """`alpha * hard + (1 - alpha) * T^2 * soft`, after Hinton et al., arXiv:1503.02531, for sigmoid outputs.
 
-    `hard` is `masked_bce`. `soft` is the cross-entropy between sigmoid(teacher logit / T) and sigmoid(logit / T), the
-    mean over the entries that have a teacher logit, and 0 where a batch has none. The factor makes up for the gradient
-    of the softened sigmoids, which falls as 1 / T^2: as T grows, `T^2 * soft` tends to have the gradient
-    (logit - teacher logit) / 4 per entry.
+    `hard` is the cross-entropy with the hard label, `soft` that of sigmoid(logit / T) with sigmoid(teacher logit / T).
+    An entry (an image and a finding) without a teacher logit has `hard` alone, at weight 1, and one without a hard
+    label `T^2 * soft` alone; the loss is the mean over the entries that have either, and 0 where a batch has none. The
+    factor makes up for the gradient of the softened sigmoids, which falls as 1 / T^2: as T grows, `T^2 * soft` tends to
+    have the gradient (logit - teacher logit) / 4 per entry.
 
     Args:
-        alpha: weight of the hard labels, in [0, 1]; at 1 the loss is `masked_bce`.
+        alpha: weight of the hard label of an entry that has both, in [0, 1]; at 1 no soft label is used, and the loss
+            is `masked_bce`.
         temperature: T, at least 1.
         positive_weight: float (14,) of the hard labels, from `positive_weights`; the soft ones have none.
         feature_weight: of the mean of 1 - cosine(outputs[:, 14:], targets[:, 28:]), over the studies that have
@@ -77,15 +79,17 @@ def distillation_loss(
         A loss of outputs (B, 14) or (B, 14 + H) and targets (B, 28) or (B, 28 + H): hard labels in [0, 1], the
         teacher's logits, its features; NaN in each where there is none.
     """
-    hard, labels = masked_bce(positive_weight, world), len(LABELS)
+    weight = None if positive_weight is None else mx.array(positive_weight.astype(np.float32))
+    labels = len(LABELS)
 
     def loss(outputs: mx.array, targets: mx.array) -> mx.array:
-        logits, teacher = outputs[:, :labels], targets[:, labels : 2 * labels]
-        known = ~mx.isnan(teacher)
-        softened = mx.sigmoid(mx.where(known, teacher, 0.0) / temperature)
-        each = binary_cross_entropy(logits.astype(mx.float32) / temperature, softened)
-        value = alpha * hard(logits, targets[:, :labels])
-        value = value + (1 - alpha) * temperature**2 * _mean_where(known, each, world)
+        logits, hard, teacher = outputs[:, :labels], targets[:, :labels], targets[:, labels : 2 * labels]
+        has_hard, has_soft = ~mx.isnan(hard), ~mx.isnan(teacher) & (alpha < 1)
+        softened = mx.sigmoid(mx.where(has_soft, teacher, 0.0) / temperature)
+        soft = temperature**2 * binary_cross_entropy(logits.astype(mx.float32) / temperature, softened)
+        share = mx.where(has_soft, mx.where(has_hard, alpha, 0.0), 1.0)
+        each = share * binary_cross_entropy(logits, mx.where(has_hard, hard, 0.0), weight) + (1 - share) * soft
+        value = _mean_where(has_hard | has_soft, each, world)
         if feature_weight:
             value = value + feature_weight * _cosine_distance(outputs[:, labels:], targets[:, 2 * labels :], world)
         return value

@@ -49,6 +49,11 @@ class StudentSoftLabels:
     features: np.ndarray | None
     summary: dict[str, Any]
 
+    def taken(self, rows: np.ndarray) -> StudentSoftLabels:
+        """The given rows, int (M,)."""
+        features = None if self.features is None else self.features[rows]
+        return StudentSoftLabels(self.logits[rows], features, self.summary)
+
 
 def read_student_soft_labels(
     config: Config, manifest: Manifest, study_ids: Sequence[str], hard: np.ndarray
@@ -66,7 +71,7 @@ def read_student_soft_labels(
     Raises:
         SoftLabelError: they are missing or damaged, of another manifest or label policy, or of test studies.
     """
-    folder, settings = config.run_dir(config.teacher.run_name), config.distillation
+    folder, settings = config.run_dir(config.soft_labels_run), config.distillation
     cache = load_soft_labels(folder)
     cache.check(manifest=manifest.sha256, labels=config.plain()["labels"])
     test = set(manifest.frame.loc[manifest.frame["split"] == "test", "study_id"])
@@ -75,7 +80,7 @@ def read_student_soft_labels(
             f"{folder / INDEX_NAME}: {len(leaked)} soft labels are of test studies, such as {leaked[0]!r}, which the "
             "student must not learn from; run cache_teacher_outputs again"
         )
-    with_features = settings.feature_weight > 0 and settings.targets != "smoothed"
+    with_features = settings.feature_weight > 0 and settings.targets not in ("smoothed", "words")
     soft = make_student_soft_labels(
         settings.targets,
         cache,
@@ -87,9 +92,20 @@ def read_student_soft_labels(
     )
     summary = soft.summary
     log.info(
-        "soft labels (%s) for %d of %d training studies; %d learn from their hard labels alone. The teacher's "
-        "probabilities lie %.3f from the hard labels on average, and on their side of 1/2 for %.1f %%",
-        *(summary[key] for key in ("targets", "with_soft_label", "studies", "without_soft_label", "teacher_distance")),
+        "soft labels (%s) for %d of %d training studies, %d of them without hard labels; %d learn from their hard "
+        "labels alone. The teacher's probabilities lie %.3f from the hard labels on average, and on their side of 1/2 "
+        "for %.1f %%",
+        *(
+            summary[key]
+            for key in (
+                "targets",
+                "with_soft_label",
+                "studies",
+                "without_hard_label",
+                "without_soft_label",
+                "teacher_distance",
+            )
+        ),
         100 * summary["teacher_agreement"],
     )
     if settings.targets != "teacher":
@@ -99,7 +115,7 @@ def read_student_soft_labels(
 
 
 def make_student_soft_labels(
-    kind: Literal["teacher", "smoothed", "shuffled"],
+    kind: Literal["teacher", "words", "smoothed", "shuffled"],
     cache: SoftLabels,
     study_ids: Sequence[str],
     hard: np.ndarray,
@@ -111,7 +127,7 @@ def make_student_soft_labels(
     """Soft labels of training images; images of one study share theirs, and a study that the cache lacks has none.
 
     Kinds:
-        teacher: the teacher's logits.
+        teacher, words: the logits of the teacher, or of the bag of words beside it.
         smoothed: `(1 - e) y + e m` of each known hard label y, with m the label's prevalence in training, as a logit.
             e is such that these lie as far from the hard labels as the teacher's probabilities do: the mean of
             |e (m - y)| over the entries that have both labels equals that of |p - y|. At most 1.
@@ -126,10 +142,10 @@ def make_student_soft_labels(
 
     Returns:
         The soft labels. The summary has, per study: `targets` (the kind), `studies`, `with_soft_label`,
-        `without_soft_label`; `teacher_distance`, the mean of |p - y| over the entries that have both labels, and
-        `target_distance`, the same of the soft labels made here; `teacher_agreement`, the share of those entries with
-        both on one side of 1/2; `teacher_macro_auc` against the hard labels that are 1 or 0; and `smoothing`, e, for
-        `smoothed`.
+        `without_soft_label` (hard labels only), `without_hard_label` (soft ones only); `teacher_distance`, the mean of
+        |p - y| over the entries that have both labels, and `target_distance`, the same of the soft labels made here;
+        `teacher_agreement`, the share of those entries with both on one side of 1/2; `teacher_macro_auc` against the
+        hard labels that are 1 or 0; and `smoothing`, e, for `smoothed`.
 
     Raises:
         SoftLabelError: no training study has a soft label (two are needed to shuffle), or features are asked for and
@@ -191,7 +207,8 @@ def make_student_soft_labels(
         "targets": kind,
         "studies": len(studies),
         "with_soft_label": int(has.sum()),
-        "without_soft_label": int((~has).sum()),
+        "without_soft_label": int((~has & ~np.isnan(y).all(axis=1)).sum()),
+        "without_hard_label": int((has & np.isnan(y).all(axis=1)).sum()),
         "teacher_distance": distance(p),
         "target_distance": distance(expit(logits)),
         "teacher_agreement": float(agree.mean()) if agree.size else float("nan"),

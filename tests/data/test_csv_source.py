@@ -12,7 +12,8 @@ import pytest
 from mlx_cxr.core.config import load_config
 from mlx_cxr.core.config_schema import CsvSource, DataConfig
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.csv_source import read_csv_source
+from mlx_cxr.data import csv_source
+from mlx_cxr.data.source_rows import labelled
 from mlx_cxr.data.tables import DataError
 
 LISTED = """patient_id,study_id,image_file,view,age,sex,findings,text,fold
@@ -40,6 +41,12 @@ def wide(tmp_path, header, *rows, **csv):
     return source(tmp_path, content, **{**dict.fromkeys(COLUMNS), "findings": None, "label_map": {}, **csv})
 
 
+def read_csv_source(data):
+    """The labelled rows; those that nobody labelled are read too, and have tests of their own."""
+    rows = csv_source.read_csv_source(data)
+    return rows.keep(labelled(rows.frame), "not labelled")
+
+
 def labels(rows, name):
     return rows.frame[name].fillna(9).tolist()
 
@@ -47,7 +54,7 @@ def labels(rows, name):
 def test_listed_findings(tmp_path):
     rows = read_csv_source(source(tmp_path, where={"patient_id": "nih-"}))
     frame = rows.frame
-    assert (rows.read, rows.dropped) == (5, {"not matching data.csv.where": 1, "no findings given": 1})
+    assert (rows.read, rows.dropped) == (5, {"not matching data.csv.where": 1, "not labelled": 1})
     assert frame["image_id"].tolist() == frame["path"].tolist() == ["a.jpg", "b.jpg", "c.jpg"]
     assert frame[["view", "age", "sex"]].to_numpy().tolist() == [["PA", "58", "M"], ["AP", "", "M"], ["AP", "", "F"]]
     assert labels(rows, "Pleural Effusion") == [1, 0, 0]
@@ -186,7 +193,7 @@ def json_lines(tmp_path, records, **csv):
 def test_json_lines_of_reports_without_images(tmp_path):
     rows = read_csv_source(json_lines(tmp_path, RECORDS))
     frame = rows.frame
-    assert (rows.read, rows.dropped) == (5, {"no findings given": 2})
+    assert (rows.read, rows.dropped) == (5, {"not labelled": 2})
     for column in ("image_id", "patient_id", "study_id"):
         assert frame[column].tolist() == ["1", "2", "5"]
     assert frame["path"].tolist() == ["", "", ""]
@@ -211,7 +218,7 @@ def test_a_json_line_per_image_and_a_key_per_label(tmp_path):
 
 def test_lists_can_be_filtered_by(tmp_path):
     rows = read_csv_source(json_lines(tmp_path, RECORDS, where={"gold": "(?!No Finding)"}))
-    assert rows.dropped == {"not matching data.csv.where": 1, "no findings given": 2}
+    assert rows.dropped == {"not matching data.csv.where": 1, "not labelled": 2}
     assert rows.frame["image_id"].tolist() == ["1", "2"]
 
 
@@ -382,7 +389,7 @@ def test_a_name_with_a_carriage_return_is_refused(tmp_path):
 
 def test_dropped_rows_are_counted_with_examples(tmp_path):
     rows = read_csv_source(source(tmp_path, where={"patient_id": "nih-"}))
-    assert rows.examples == {"not matching data.csv.where": ["e.jpg"], "no findings given": ["d.jpg"]}
+    assert rows.examples == {"not matching data.csv.where": ["e.jpg"], "not labelled": ["d.jpg"]}
     assert rows.read == len(rows) + sum(rows.dropped.values()) == 5
 
 
@@ -394,7 +401,7 @@ def test_a_word_for_nothing_is_no_report_view_or_list(tmp_path, word):
     assert rows.frame["text"].tolist() == ["", "", "", ""]
     assert rows.frame["view"].tolist() == ["PA", "AP", "", "PA"]
     assert rows.frame["sex"].tolist() == ["M", "M", "", "F"]
-    assert rows.dropped == {"no findings given": 1}
+    assert rows.dropped == {"not labelled": 1}
     record = {"uid": "1", "note": word, "gold": ["Edema"]}
     assert read_csv_source(json_lines(tmp_path, [record], sex=None)).frame["text"].tolist() == [""]
     for column in ("patient_id", "study_id"):
@@ -505,3 +512,32 @@ def test_json_lines_may_be_packed(tmp_path):
     packed.write_bytes(gzip.compress(config.csv.table.read_bytes()))
     rows = read_csv_source(config.model_copy(update={"csv": config.csv.model_copy(update={"table": packed})}))
     assert rows.frame["image_id"].tolist() == ["1", "2", "5"]
+
+
+def test_rows_that_nobody_labelled_are_kept_without_an_answer(tmp_path):
+    rows = csv_source.read_csv_source(source(tmp_path, where={"patient_id": "nih-"}))
+    assert rows.dropped == {"not matching data.csv.where": 1}
+    frame = rows.frame.set_index("image_id")
+    assert frame.loc["d.jpg", list(LABELS)].isna().all()
+    assert frame.loc["a.jpg", "Pleural Effusion"] == 1
+    rows = csv_source.read_csv_source(json_lines(tmp_path, RECORDS))
+    assert rows.frame["Edema"].fillna(9).tolist() == [1, 0, 9, 9, 0]
+
+
+@pytest.mark.parametrize(
+    ("column", "meaning", "expected"),
+    [
+        ("No Finding", None, [1, 9, 0]),
+        ("No Finding", "absent", [1, 0, 0]),
+        ("Edema", "not labelled", [1, 9, 0]),
+        ("Edema", "absent", [1, 0, 0]),
+    ],
+)
+def test_a_row_of_empty_cells_is_what_the_table_says_or_the_user(tmp_path, column, meaning, expected):
+    got = csv_source.read_csv_source(wide(tmp_path, column, "1", "", "0", blank_rows=meaning))
+    assert labels(got, column) == expected
+
+
+def test_a_row_of_empty_cells_is_asked_about_where_no_column_says_that_nothing_is_there(tmp_path):
+    with pytest.raises(DataError, match=r"2 row\(s\), such as row 3, have no value .* set data\.csv\.blank_rows"):
+        csv_source.read_csv_source(wide(tmp_path, "Edema", "1", "", ""))

@@ -9,7 +9,15 @@ import pytest
 
 from mlx_cxr.core.files import read_record
 from mlx_cxr.core.labels import LABELS
-from mlx_cxr.data.manifest import check_patient_splits, load_manifest, split_counts, write_manifest, write_splits
+from mlx_cxr.data.manifest import (
+    Manifest,
+    check_patient_splits,
+    labelled_in_turn,
+    load_manifest,
+    split_counts,
+    write_manifest,
+    write_splits,
+)
 from mlx_cxr.data.source_rows import TEXT_COLUMNS
 from mlx_cxr.data.tables import DataError
 
@@ -155,3 +163,53 @@ def test_a_manifest_with_a_patient_in_two_splits_is_not_opened(tmp_path):
     path.write_text(path.read_text(encoding="utf-8").replace("c,007,02,train", "c,07,02,test"), encoding="utf-8")
     with pytest.raises(DataError, match=r"007 or 07 in test and train"):
         load_manifest(path)
+
+
+def many(patients=40, unlabelled=4):
+    """Two images of each patient; every fifth patient is of test, and the last of training have no label."""
+    ids = [f"p{i:02}" for i in range(patients) for _ in range(2)]
+    split = ["test" if i % 5 == 4 else "train" for i in range(patients) for _ in range(2)]
+    raw = np.zeros((2 * patients, 14), dtype=np.float32)
+    raw[-2 * unlabelled :] = np.nan
+    frame = pd.DataFrame({"patient_id": ids, "split": split, **dict(zip(LABELS, raw.T, strict=True))})
+    return Manifest(frame, raw, "0" * 64)
+
+
+def patients_with_labels(manifest):
+    kept = manifest.labelled & (manifest.frame["split"] == "train").to_numpy()
+    return set(manifest.frame.loc[kept, "patient_id"])
+
+
+def test_a_budget_leaves_so_many_training_patients_their_labels():
+    whole = many()
+    everyone = patients_with_labels(whole)
+    assert len(everyone) == 29
+    assert whole.within_budget(None, 0) is whole
+    assert patients_with_labels(whole.within_budget(29, 0)) == everyone
+    smaller = set()
+    for budget, count in ((1, 1), (0.1, 3), (0.5, 14), (20, 20)):
+        kept = whole.within_budget(budget, 0)
+        now = patients_with_labels(kept)
+        assert len(now) == count
+        assert smaller < now <= everyone, "a smaller budget is part of a larger one"
+        smaller = now
+        # All images of a patient or none; test as it was; the table says what the array says.
+        test = (whole.frame["split"] == "test").to_numpy()
+        np.testing.assert_array_equal(kept.raw_labels[test], whole.raw_labels[test])
+        assert kept.labelled.sum() == 2 * count + whole.labelled[test].sum()
+        np.testing.assert_array_equal(kept.frame[list(LABELS)].to_numpy(), kept.raw_labels)
+        np.testing.assert_array_equal(kept.withheld, whole.labelled & ~kept.labelled)
+    assert patients_with_labels(whole.within_budget(0.5, 1)) != patients_with_labels(whole.within_budget(0.5, 0))
+
+
+def test_a_budget_beyond_what_is_there_is_refused():
+    with pytest.raises(DataError, match=r"labels\.budget is 30, and 29 training patients have labels; .* null for all"):
+        many().within_budget(30, 0)
+
+
+def test_labelled_rows_take_turns_for_those_withheld():
+    raw = np.full((5, 14), np.nan)
+    raw[1, 3] = raw[4, 0] = 1
+    assert labelled_in_turn(raw, None).tolist() == [1, 4]
+    assert labelled_in_turn(raw, np.array([True, False, True, True, False])).tolist() == [1, 4, 1, 4, 1]
+    assert labelled_in_turn(np.full((3, 14), np.nan), np.array([True, True, False])).tolist() == []

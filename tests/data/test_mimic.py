@@ -7,7 +7,10 @@ import pytest
 from mimic_tree import Study, read_lines, write_table, write_tree
 
 from mlx_cxr.core.config_schema import DataConfig
-from mlx_cxr.data.mimic import find_tables, read_mimic
+from mlx_cxr.core.labels import LABELS
+from mlx_cxr.data import mimic
+from mlx_cxr.data.mimic import find_tables
+from mlx_cxr.data.source_rows import labelled
 from mlx_cxr.data.tables import DataError
 
 STUDIES = [
@@ -34,6 +37,21 @@ def rewrite(path, old, new):
     lines[place] = lines[place].replace(old, new, 1)
     write_table(path, lines)
     return place + 1
+
+
+def read_mimic(data):
+    """The labelled rows; a study without a label row has a test of its own."""
+    rows = mimic.read_mimic(data)
+    return rows.keep(labelled(rows.frame), "no label row")
+
+
+def test_a_study_without_a_label_row_is_kept_without_an_answer(root):
+    rows = mimic.read_mimic(data(root))
+    assert rows.dropped == {"view not wanted": 2}
+    frame = rows.frame.set_index("image_id")
+    assert frame.loc["59999999-0", list(LABELS)].isna().all()
+    assert frame.loc["59999999-0", "patient_id"] == "19000099"
+    assert frame["Edema"].fillna(9).tolist() == [1.0, 0.0, 0.0, 9.0, 9.0]
 
 
 def test_rows_paths_labels_and_counts(root):
@@ -184,7 +202,7 @@ def test_age_at_the_study_and_sex(root):
     write_table(table, ["subject_id,sex,age", "11000045,male,40"])
     rows = read_mimic(data(root, patients_table=table))
     assert rows.frame[["age", "sex"]].drop_duplicates().to_numpy().tolist() == [["", ""], ["40", "M"]]
-    assert rows.notes == {"images of patients absent from the patients table": 3}
+    assert rows.notes == {"images of patients absent from the patients table": 4}
     write_table(table, ["subject_id,race", "11000045,x"])
     with pytest.raises(DataError, match=r"patients\.csv\.gz has no column gender, sex, anchor_age or age"):
         read_mimic(data(root, patients_table=table))

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from mlx_cxr.core.files import read_record, write_record
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS
 from mlx_cxr.evaluation.bootstrap import patient_resamples
-from mlx_cxr.evaluation.comparison import COMPARED, compare, ratio_interval, retention, verdict
+from mlx_cxr.evaluation.comparison import COMPARED, compare, enough_patients, ratio_interval, retention, verdict
 from mlx_cxr.evaluation.delong import holm, paired_delong
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.results import evaluate
@@ -181,6 +181,51 @@ def test_controls_are_judged_by_the_paired_difference(comparison, copy):
         "controls"
     ]
     assert {run: one["verdict"] for run, one in controls.items()} == {"alike": "within noise", "best": "worse"}
+
+
+def test_a_verdict_is_over_findings_of_enough_patients_and_names_what_it_rests_on(comparison, outputs):
+    runs = {name: open_scored_run(outputs / name, name) for name in ("student", "cnn")}
+    section = comparison["protocols"]["empty_negative"]
+    entry = section["differences"]["student_minus_cnn"]
+    test = runs["cnn"].on(np.array(sorted(runs["cnn"].test.study_ids), dtype=str))
+    targets = np.nan_to_num(np.where(test.raw_labels == 1, 1.0, 0.0))
+    patients = {
+        label: [len(set(test.patient_ids[targets[:, k] == value])) for value in (0, 1)]
+        for k, label in enumerate(LABELS)
+    }
+    enough = [label for label in LABELS if min(patients[label]) >= 5]
+    assert entry["judged_labels"] == enough
+    each = {label: entry["per_label"][label]["roc_auc"]["value"] for label in enough}
+    assert entry["judged"]["value"] == pytest.approx(np.mean(list(each.values())))
+    for left_out in enough:
+        rest = [value for label, value in each.items() if label != left_out]
+        assert entry["without_each"][left_out]["value"] == pytest.approx(np.mean(rest))
+    resting = [label for label, one in entry["without_each"].items() if verdict(one) != entry["verdict"]]
+    assert entry["rests_on"] == resting
+
+
+def test_a_finding_of_four_patients_is_not_judged():
+    targets = np.zeros((30, 14))
+    targets[:, 1:] = np.nan
+    patients = np.array([f"p{i // 3}" for i in range(30)])
+    targets[0:12, 0] = 1
+    assert not enough_patients(targets, patients)[0], "12 studies, but 4 patients"
+    targets[12, 0] = 1
+    assert enough_patients(targets, patients)[0]
+    targets[14:, 0] = 1
+    assert not enough_patients(targets, patients)[0], "and one patient without it"
+    assert not enough_patients(targets, patients)[1:].any()
+
+
+def test_a_difference_that_one_finding_makes_is_said_to_rest_on_it(copy):
+    """The CNN with the student's answers, but for Edema: what is left of the difference is that finding's."""
+    student = model(NOISE["student"], 12)
+    logits = student.logits.copy()
+    logits[:, EDEMA] = 0.0
+    write_run(copy, "cnn", replace(student, logits=logits))
+    entry = compared(copy, THREE)["protocols"]["empty_negative"]["differences"]["student_minus_cnn"]
+    assert (entry["verdict"], entry["rests_on"]) == ("better", ["Edema"])
+    assert entry["without_each"]["Edema"]["value"] == 0
 
 
 def test_without_controls_and_graded_teachers_there_are_none(outputs):

@@ -16,6 +16,7 @@ from mlx_cxr.pages.comparison_statement import (
     reading_warnings,
     retention_sentence,
     statement,
+    support_sentence,
 )
 
 
@@ -25,7 +26,14 @@ def interval(value, half=0.02):
 
 def difference(value, verdict, p_holm=1.0):
     per_label = {label: {"roc_auc": interval(value), "p_value": 0.5, "p_holm": p_holm} for label in LABELS}
-    return {"macro": {"roc_auc": interval(value)}, "verdict": verdict, "per_label": per_label}
+    return {**judged(value, verdict), "per_label": per_label}
+
+
+def judged(value, verdict, **rest):
+    """A difference over two findings, by default resting on neither."""
+    without = {"Edema": interval(value - 0.001), "Fracture": interval(value + 0.001)}
+    entry = {"macro": {"roc_auc": interval(value + 0.1)}, "verdict": verdict, "judged": interval(value)}
+    return {**entry, "judged_labels": ["Edema", "Fracture"], "without_each": without, "rests_on": [], **rest}
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def add_control(comparison, targets, value, verdict):
     comparison["models"].append({"run": f"s_{targets}", "role": "control", "title": "control", "targets": targets})
     section = comparison["protocols"]["p"]
     section["models"][f"s_{targets}"] = {"macro": {"roc_auc": interval(0.85 - value)}}
-    section["controls"][f"s_{targets}"] = {"macro": {"roc_auc": interval(value)}, "verdict": verdict}
+    section["controls"][f"s_{targets}"] = judged(value, verdict)
 
 
 def test_clear_differences_are_stated_with_their_intervals(comparison):
@@ -151,6 +159,20 @@ def test_controls_are_grouped_by_verdict_and_each_says_what_it_means(comparison)
     assert shuffled == ("shuffled", interval(0.08), "better: it matters that the answers belong to the study")
     assert hard[2] == "within noise: that the teacher's answers helped beyond the labels is not shown"
     assert smoothed[2] == "worse: that the teacher's answers do more than smoothing is not shown"
+
+
+def test_a_verdict_that_rests_on_one_finding_says_so(comparison):
+    add_control(comparison, "hard", 0.03, "better")
+    entry = comparison["protocols"]["p"]["controls"]["s_hard"]
+    assert support_sentence(entry) == "over 2 findings; least without Edema, 0.029 [0.009, 0.049]"
+    entry["rests_on"] = ["Fracture"]
+    expected = (
+        "better: the teacher's answers helped beyond the labels; it rests on Fracture, without which it is within noise"
+    )
+    assert control_verdicts(comparison)[0][2] == expected
+    difference = comparison["protocols"]["p"]["differences"]["student_minus_cnn"]
+    difference["rests_on"] = ["Edema"]
+    assert "better than the CNN (0.050 [0.030, 0.070]; it rests on Edema, without which" in statement(comparison)
 
 
 def test_every_target_of_a_control_has_its_words():

@@ -50,6 +50,15 @@ def test_any_rows_in_any_order(rows, data):
         np.testing.assert_array_equal(np.array(source.batch(items)), IMAGES[np.array(rows)[items]])
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_some_items_of_a_source_as_often_as_they_are_named(budget):
+    rows = np.array([19, 3, 8, 0, 11])
+    taken = ImageSource(IMAGES, rows, budget).taken(np.array([4, 0, 4, 2]))
+    assert (len(taken), taken.resident) == (4, budget > 0)
+    np.testing.assert_array_equal(np.array(taken.batch(np.arange(4))), IMAGES[[11, 19, 11, 8]])
+    np.testing.assert_array_equal(np.array(taken.taken(np.array([3, 1])).batch(np.arange(2))), IMAGES[[8, 19]])
+
+
 def test_images_reach_the_device_piece_by_piece(monkeypatch):
     monkeypatch.setattr("mlx_cxr.training.batches._PIECE", 3)
     rows = np.array([19, 3, 3, 8, 0, 11, 5, 2])
