@@ -3,7 +3,7 @@
 The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
 nothing of an earlier one: `predictions.csv` (validation and test), `operating_points.json`, `test_results.json`,
 `results.md`, `roc.png`, `precision_recall.png`, `reliability.png`, `risk_coverage.png`, `cost.json`, `inference.json`,
-`grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them
+`map_fit.npz`, `grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them
 all, but keeps a `findings.md` that was filled in.
 """
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import write_record
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from mlx_cxr.core.config import Config
     from mlx_cxr.evaluation.operating_points import OperatingPoints
     from mlx_cxr.evaluation.predictions import Predictions
+    from mlx_cxr.inference.map_fit import MapFit
     from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.training.cohort import SplitData
 
@@ -51,7 +51,9 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     from mlx_cxr.evaluation.predictions import join
     from mlx_cxr.evaluation.results import write_scores
     from mlx_cxr.inference.cost import measure_image_cost
-    from mlx_cxr.inference.predictor import map_references, write_inference_record
+    from mlx_cxr.inference.map_fit import FILE as MAP_FIT
+    from mlx_cxr.inference.map_fit import MapFit
+    from mlx_cxr.inference.predictor import write_inference_record
     from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
     from mlx_cxr.pages.findings_page import keep_filled_in
     from mlx_cxr.pages.results_page import write_results
@@ -78,20 +80,24 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     )
     write_results(trained.folder, results, predictions, points)
     measure_image_cost(trained, test, config, machine)
-    references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
-    write_inference_record(trained, references, len(validation))
+    fit = None
     if maps:
-        explain(trained, references, test, predictions.of_split("test"), points, config)
+        sha256 = sha256_file(trained.checkpoint)
+        fit = MapFit.of(trained.model, validation.images, config.evaluation.batch_size, sha256)
+        fit.save(trained.folder)
+    write_inference_record(trained, fit.references if fit else {}, len(validation))
+    if fit:
+        explain(trained, fit, test, predictions.of_split("test"), points, config)
     else:
         keep_filled_in(trained.folder)
-        for stale in ("localization.json", "findings.md"):
+        for stale in ("localization.json", "findings.md", MAP_FIT):
             (trained.folder / stale).unlink(missing_ok=True)
     return trained.folder
 
 
 def explain(
     trained: TrainedRun,
-    references: Mapping[str, Mapping[str, float]],
+    fit: MapFit,
     test: SplitData,
     predictions: Predictions,
     points: OperatingPoints,
@@ -101,7 +107,7 @@ def explain(
 
     Args:
         trained: the run.
-        references: of `map_references`.
+        fit: of its maps.
         test: the test split.
         predictions: a row per study of it.
         points: thresholds and calibration, fitted on validation.
@@ -119,7 +125,7 @@ def explain(
     folder, settings, synthetic = trained.folder, config.explain, config.data.synthetic
     method, labels = settings.method, settings.labels or MAPPED
     batch_size = config.evaluation.batch_size
-    maps = explanation.scaled_maps(trained.model, test.images, labels, method, references[method], batch_size)
+    maps = explanation.scaled_maps(trained.model, test.images, labels, method, fit, batch_size)
 
     # Against masks, where there are any.
     masks, table, sections = None, None, []
@@ -128,6 +134,7 @@ def explain(
         masks = [load_masks(config.data.root, path, transform, maps.labels) for path in test.frame["path"]]
         table = explanation.localization(
             maps,
+            fit.usual[method][[MAPPED.index(label) for label in maps.labels]],
             test,
             masks,
             predictions,

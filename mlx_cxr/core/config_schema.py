@@ -219,7 +219,7 @@ class EvaluationConfig(Section):
 class ExplainConfig(Section):
     """Class-activation maps on the test split."""
 
-    method: Literal["grad_cam", "grad_cam_pp", "hires_cam"] = "grad_cam"
+    method: Literal["contrast_cam", "grad_cam", "grad_cam_pp", "hires_cam"] = "contrast_cam"
     labels: tuple[Annotated[Literal[MAPPED], _AnyCase], ...] | None = None  # type: ignore[valid-type]
     """Findings to map; None takes all but No Finding, which has no map."""
     examples_per_outcome: Annotated[int, Field(ge=0)] = 3

@@ -19,14 +19,15 @@ from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.grad_cam import Method
 from mlx_cxr.explain.localization import Localization, Scores, localize
 from mlx_cxr.explain.maps import ScaledMaps
-from mlx_cxr.inference.predictor import read_references
+from mlx_cxr.inference.map_fit import MapFit
+from mlx_cxr.inference.predictor import read_map_fit
 from mlx_cxr.inference.trained_run import TrainedRun, image_maps
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
 SELECTION = "test films with a mask of the finding (it was drawn, within the frame) and the report label 1"
-ARMS = ("random", "swapped", "centre", "chance")
+ARMS = ("random", "swapped", "usual", "centre", "chance")
 RANDOMIZATION_IMAGES, RANDOMIZATION_DRAWS = 8, 3
 
 
@@ -35,12 +36,13 @@ def scaled_maps(
     images: ImageSource,
     labels: Sequence[str],
     method: Method,
-    references: Mapping[str, float],
+    fit: MapFit,
     batch_size: int,
 ) -> ScaledMaps:
-    """Maps of every image of a source for some findings, on the scale of `predictor.map_references` of the method."""
-    raw, logits = image_maps(model, images, labels, [method], batch_size)
-    return ScaledMaps(tuple(labels), raw[method], logits, np.array([references[k] for k in labels], np.float32), method)
+    """Maps of every image of a source for some findings, on the scale of the fit."""
+    raw, logits = image_maps(model, images, labels, [method], batch_size, fit.baseline)
+    reference = np.array([fit.references[method][label] for label in labels], np.float32)
+    return ScaledMaps(tuple(labels), raw[method], logits, reference, method)
 
 
 def study_maps(
@@ -63,8 +65,8 @@ def study_maps(
             reference for the method.
     """
     again = f"run evaluate_cnn --run_name {trained.folder.name} again"
-    references = read_references(trained)
-    if method not in references:
+    fit = read_map_fit(trained)
+    if fit is None or method not in fit.references:
         raise RecordError(f"{trained.folder} was evaluated without {method} maps; {again}, with maps")
     frame = data.frame[data.frame["study_id"].isin(failures["study_id"])]
     missing = failures.loc[~failures["study_id"].isin(frame["study_id"]), "study_id"]
@@ -75,11 +77,12 @@ def study_maps(
     pixels = np.array(data.images.batch(frame.index.to_numpy()))
     images = ImageSource(pixels, np.arange(len(pixels)), trained.config.training.pixel_budget_gb)
     labels = tuple(dict.fromkeys(failures["label"]))
-    return frame, pixels, scaled_maps(trained.model, images, labels, method, references[method], batch_size)
+    return frame, pixels, scaled_maps(trained.model, images, labels, method, fit, batch_size)
 
 
 def localization(
     maps: ScaledMaps,
+    usual: np.ndarray,
     data: SplitData,
     masks: Sequence[Mapping[str, np.ndarray]],
     test: Predictions,
@@ -94,7 +97,8 @@ def localization(
     """The content of `localization.json`: `localization_table` of every finding that has images to score.
 
     Args:
-        maps: of the test images.
+        maps: of the images.
+        usual: float (K, h, w), the findings' mean maps over validation images.
         data: the test split.
         masks: per image, finding to bool (S, S).
         test: its predictions, a row per study.
@@ -122,7 +126,10 @@ def localization(
         if not len(rows):
             continue
         targets = np.stack([masks[row][label] for row in rows])
-        strict, near = (localize(maps.raw[k, rows], targets, fraction, reach, seed=seed) for reach in (0.0, half_cell))
+        strict, near = (
+            localize(maps.raw[k, rows], targets, patients[rows], usual[k], fraction, reach, seed=seed)
+            for reach in (0.0, half_cell)
+        )
         findings.append(_image_scores(label, patients[rows], strict, near))
         hits = strict.maps.hit[called[study_rows[rows], label_index(label)]]
         extra[label] = {
@@ -141,11 +148,15 @@ def localization(
 
 
 def randomization(model: ResNet18, maps: ScaledMaps, images: ImageSource, seed: int) -> dict[str, np.ndarray]:
-    """`randomization_check` of the mapped findings on at most `RANDOMIZATION_IMAGES` images, evenly spaced."""
+    """`randomization_check` of the mapped findings on at most `RANDOMIZATION_IMAGES` images, evenly spaced.
+
+    Of `contrast_cam` it checks Grad-CAM: the baseline is of the trained network, and says nothing of a randomized one.
+    """
     items = np.unique(np.linspace(0, len(images) - 1, min(RANDOMIZATION_IMAGES, len(images))).astype(int))
     x = preprocess(images.batch(items), model.config.in_channels)
     mx.eval(x)
-    return randomization_check(model, x, maps.labels, method=maps.method, draws=RANDOMIZATION_DRAWS, seed=seed)
+    method = "grad_cam" if maps.method == "contrast_cam" else maps.method
+    return randomization_check(model, x, maps.labels, method=method, draws=RANDOMIZATION_DRAWS, seed=seed)
 
 
 def _image_scores(label: str, patients: np.ndarray, strict: Localization, near: Localization) -> ImageScores:

@@ -89,7 +89,7 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             "```",
             "",
             "Does the map's peak lie on the finding? Films of the test split with the finding drawn and reported, "
-            "beside the strongest of three controls on the same films: "
+            "beside the strongest of four controls on the same films: "
             f"{', '.join(f'{words} (`{name}`)' for name, words in CONTROL_NAMES.items())}. In brackets 95 % intervals "
             "by patient. The picture above is the most confident true positive of the finding that maps hit best "
             f"beyond its strongest control ({label}).",
