@@ -3,8 +3,8 @@
 The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
 nothing of an earlier one: `predictions.csv` (validation and test), `operating_points.json`, `test_results.json`,
 `results.md`, `roc.png`, `precision_recall.png`, `reliability.png`, `risk_coverage.png`, `cost.json`, `inference.json`,
-`map_fit.npz`, `grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them
-all, but keeps a `findings.md` that was filled in.
+`map_fit.npz`, `grad_cam/*.png`, `localization.json` (where the cohort has boxes or masks) and `findings.md`. Run again,
+it replaces them all, but keeps a `findings.md` that was filled in.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlx_cxr.core.config import Config
+    from mlx_cxr.data.places import Places
     from mlx_cxr.evaluation.operating_points import OperatingPoints
     from mlx_cxr.evaluation.predictions import Predictions
     from mlx_cxr.inference.map_fit import MapFit
@@ -44,9 +45,11 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
 
     Raises:
         RecordError: there is no such run, it is not trained yet, or it was trained for something else.
-        DataError: manifest or pixel store missing or not matching, or no validation or test images.
+        DataError: manifest or pixel store missing or not matching, no validation or test images, or boxes or masks
+            that cannot be used.
         PredictionsError: the images of a study disagree.
     """
+    from mlx_cxr.data.places import Places
     from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation.predictions import join
     from mlx_cxr.evaluation.results import write_scores
@@ -69,6 +72,8 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
             raise DataError(
                 f"{config.manifest_path}: no films in the split {data.name!r}; evaluation needs both splits"
             )
+    # Before anything is computed, as a table that cannot be used has to be seen to first.
+    places = Places.of(config.data, cohort.manifest.frame["path"].tolist()) if maps else None
     log.info("%s: %d validation and %d test films", trained.checkpoint, len(validation), len(test))
 
     inputs = {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
@@ -87,7 +92,7 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
         fit.save(trained.folder)
     write_inference_record(trained, fit.references if fit else {}, len(validation))
     if fit:
-        explain(trained, fit, test, predictions.of_split("test"), points, config)
+        explain(trained, fit, test, predictions.of_split("test"), points, places, config)
     else:
         keep_filled_in(trained.folder)
         for stale in ("localization.json", "findings.md", MAP_FIT):
@@ -101,9 +106,10 @@ def explain(
     test: SplitData,
     predictions: Predictions,
     points: OperatingPoints,
+    places: Places | None,
     config: Config,
 ) -> None:
-    """Maps of the test images: pictures, localization where there are masks, and `findings.md`.
+    """Maps of the test images: pictures, localization where places are marked, and `findings.md`.
 
     Args:
         trained: the run.
@@ -111,13 +117,12 @@ def explain(
         test: the test split.
         predictions: a row per study of it.
         points: thresholds and calibration, fitted on validation.
+        places: of the cohort's findings, where there are any.
         config: the experiment.
     """
     import numpy as np
 
     from mlx_cxr.core.labels import MAPPED
-    from mlx_cxr.data.decoding import Transform
-    from mlx_cxr.data.masks import has_masks, load_masks
     from mlx_cxr.inference import explanation
     from mlx_cxr.pages import findings_page
     from mlx_cxr.pages.map_checks import localization_section, randomization_section
@@ -127,24 +132,10 @@ def explain(
     batch_size = config.evaluation.batch_size
     maps = explanation.scaled_maps(trained.model, test.images, labels, method, fit, batch_size)
 
-    # Against masks, where there are any.
+    # Against masks or boxes, where there are any.
     masks, table, sections = None, None, []
-    if has_masks(config.data.root):
-        transform = Transform.of(config)
-        masks = [load_masks(config.data.root, path, transform, maps.labels) for path in test.frame["path"]]
-        table = explanation.localization(
-            maps,
-            fit.usual[method][[MAPPED.index(label) for label in maps.labels]],
-            test,
-            masks,
-            predictions,
-            points,
-            fraction=settings.mask_fraction,
-            half_cell=config.model.output_stride / 2,
-            samples=config.evaluation.bootstrap_samples,
-            seed=config.seed,
-            synthetic=synthetic,
-        )
+    if places is not None:
+        masks, table = explanation.place_scores(trained, maps, fit, test, places, predictions, points, config)
     if table is None:
         (folder / "localization.json").unlink(missing_ok=True)
     else:

@@ -20,6 +20,7 @@ from mlx_cxr.core.formatting import escaped
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
+from mlx_cxr.data.places import Places
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.study_reports import load_reports, write_reports
@@ -415,7 +416,7 @@ def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_m
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(failure_pictures, "draw_overlay", draw)
-    names = failure_pictures.draw_failures(tmp_path, case, rows, pixels, maps, analysed)
+    names = failure_pictures.draw_failures(tmp_path, case, rows, pixels, maps, Places.of(analysed.data, []), analysed)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [names[0].removeprefix("images/")]
     assert shown["reading"].image == rows.iloc[1]["image_id"]
     np.testing.assert_array_equal(shown["image"], pixels[1])

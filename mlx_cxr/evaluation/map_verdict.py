@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 CONTROLS = ("random", "swapped", "usual", "centre")
-"""Guesses that a map has to beat: random maps, the maps of other patients with the finding, its mean map over validation
-images, and the image's centre. Chance from the mask's area is left out: it is what random maps are expected to score, and
-no guess."""
+"""Guesses that a map has to beat: random maps, the maps of other patients with the finding, its mean map over
+validation images, and the image's centre. Chance from the mask's area is left out: it is what random maps are expected
+to score, and no guess."""
 
 
 @dataclass(frozen=True)

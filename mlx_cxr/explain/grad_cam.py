@@ -10,8 +10,8 @@ With A the last feature map (h, w, C), S a target's score and g = dS/dA, all flo
   would make maps of different images incomparable. It needs A >= 0, which a ReLU before the head gives.
 
 - `contrast_cam`: Grad-CAM of A less a baseline, the mean feature map of images like those at hand, cell by cell. With
-  average pool + linear its cells sum, before the ReLU, to the logit less the baseline's: the attribution of DeepLIFT and
-  of integrated gradients against that baseline (Shrikumar et al., arXiv:1704.02685; Sundararajan et al.,
+  average pool + linear its cells sum, before the ReLU, to the logit less the baseline's: the attribution of DeepLIFT
+  and of integrated gradients against that baseline (Shrikumar et al., arXiv:1704.02685; Sundararajan et al.,
   arXiv:1703.01365). What raises the score at the same place on every image is no evidence on this one, and is left out.
 
 For average pool + linear, g_c is w_c / (h w) everywhere: Grad-CAM and HiResCAM then agree, and the map's sum
@@ -149,7 +149,7 @@ def maps_of_features(
 
 
 def finer_features(trunk: Callable[[mx.array], mx.array], images: mx.array, stride: int) -> mx.array:
-    """Feature maps of the images shifted by parts of a stride, interleaved to one of `SHIFTS` times the cells on each axis.
+    """Feature maps of the images shifted by parts of a stride, interleaved: `SHIFTS` times the cells on each axis.
 
     Shift-and-stitch (Long et al., arXiv:1411.4038, section 3.2): without its borders, the map of the same network with
     less stride. Cell i looks at pixel `i * stride / SHIFTS`, and every `SHIFTS`-th cell is one of the plain map. An

@@ -10,8 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.files import RecordError
-from mlx_cxr.core.labels import label_index
+from mlx_cxr.core.labels import MAPPED, label_index
+from mlx_cxr.data.decoding import Transform
+from mlx_cxr.data.places import Places, Truth
 from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
@@ -26,7 +29,12 @@ from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
-SELECTION = "test films with a mask of the finding (it was drawn, within the frame) and the report label 1"
+SELECTIONS: Mapping[Truth, str] = {
+    "drawn": "films with a mask of the finding (it was drawn, within the frame) and the report label 1",
+    "masks": "films with a reader's mask of the finding and the report label 1",
+    "boxes": "films with a reader's box around the finding and the report label 1",
+}
+"""The images that are scored, in words, after the name of their split."""
 ARMS = ("random", "swapped", "usual", "centre", "chance")
 RANDOMIZATION_IMAGES, RANDOMIZATION_DRAWS = 8, 3
 
@@ -82,7 +90,7 @@ def study_maps(
 
 def localization(
     maps: ScaledMaps,
-    usual: np.ndarray,
+    fit: MapFit,
     data: SplitData,
     masks: Sequence[Mapping[str, np.ndarray]],
     test: Predictions,
@@ -98,10 +106,10 @@ def localization(
 
     Args:
         maps: of the images.
-        usual: float (K, h, w), the findings' mean maps over validation images.
-        data: the test split.
+        fit: of the maps, with the findings' usual places.
+        data: the images' split.
         masks: per image, finding to bool (S, S).
-        test: its predictions, a row per study.
+        test: predictions, a row per study; images of other studies are left out.
         points: fitted on validation.
         fraction: of a map's pixels that count as its extent.
         half_cell: pixels by which `hit_half_cell` may miss.
@@ -110,7 +118,7 @@ def localization(
         synthetic: of the cohort.
 
     Returns:
-        The table, with `selection` (which images), `fraction`, `half_cell_px` and per finding `mask_area` (mean share
+        The table, with `fraction`, `half_cell_px` and per finding `mask_area` (mean share
         of the image), `films_with_mask`, `empty_maps` (of the images scored; an empty map counts as a miss), `called`
         (of the images scored, those whose study was called positive) and `hit_when_called` (the pointing game on
         those, null without any). None when no finding has images.
@@ -118,16 +126,17 @@ def localization(
     patients, studies = (data.frame[name].to_numpy(dtype=str) for name in ("patient_id", "study_id"))
     called = points.calibration.probabilities(test.logits) >= points.thresholds.values
     row_of_study = {study: row for row, study in enumerate(test.study_ids.tolist())}
-    study_rows = np.array([row_of_study[study] for study in studies.tolist()])
+    study_rows = np.array([row_of_study.get(study, -1) for study in studies.tolist()])
     findings, extra = [], {}
     for k, label in enumerate(maps.labels):
         drawn = np.array([label in found and bool(found[label].any()) for found in masks])
-        rows = np.flatnonzero(drawn & (data.raw_labels[:, label_index(label)] == 1))
+        rows = np.flatnonzero(drawn & (study_rows >= 0) & (data.raw_labels[:, label_index(label)] == 1))
         if not len(rows):
             continue
         targets = np.stack([masks[row][label] for row in rows])
+        usual = fit.usual[maps.method][MAPPED.index(label)]
         strict, near = (
-            localize(maps.raw[k, rows], targets, patients[rows], usual[k], fraction, reach, seed=seed)
+            localize(maps.raw[k, rows], targets, patients[rows], usual, fraction, reach, seed=seed)
             for reach in (0.0, half_cell)
         )
         findings.append(_image_scores(label, patients[rows], strict, near))
@@ -144,7 +153,44 @@ def localization(
     table = localization_table(findings, samples, seed, synthetic, maps.method)
     for label, entry in extra.items():
         table["per_label"][label] |= entry
-    return {**table, "selection": SELECTION, "fraction": fraction, "half_cell_px": half_cell}
+    return {**table, "fraction": fraction, "half_cell_px": half_cell}
+
+
+def place_scores(
+    trained: TrainedRun,
+    maps: ScaledMaps,
+    fit: MapFit,
+    data: SplitData,
+    places: Places,
+    predictions: Predictions,
+    points: OperatingPoints,
+    config: Config,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any] | None]:
+    """The images' masks, and the content of `localization.json`: that of `localization`, with what the truth is.
+
+    Args:
+        trained: the run.
+        maps, fit, data, predictions, points: as for `localization`.
+        places: of the images.
+        config: the cohort's, with the run's `pixels`.
+    """
+    transform = Transform.of(config)
+    masks = [places.masks(path, transform, maps.labels) for path in data.frame["path"]]
+    table = localization(
+        maps,
+        fit,
+        data,
+        masks,
+        predictions,
+        points,
+        fraction=config.explain.mask_fraction,
+        half_cell=trained.model.config.output_stride / 2,
+        samples=config.evaluation.bootstrap_samples,
+        seed=config.seed,
+        synthetic=config.data.synthetic,
+    )
+    selection = f"{data.name} {SELECTIONS[places.truth]}"
+    return masks, None if table is None else {**table, "selection": selection, **places.plain()}
 
 
 def randomization(model: ResNet18, maps: ScaledMaps, images: ImageSource, seed: int) -> dict[str, np.ndarray]:

@@ -83,13 +83,13 @@ def localization_section(table: Mapping[str, Any]) -> list[str]:
         "## Do the maps find the finding?",
         "",
         f"Films: {table['selection']}, called positive or not. Controls on the same films: random maps of the same "
-        "resolution; the maps of other patients with the finding (`swapped`: what its usual place alone explains); that "
-        "place itself, the finding's mean map over validation films (`usual`: it never saw the film); a guess "
+        "resolution; the maps of other patients with the finding (`swapped`: what its usual place alone explains); "
+        "that place itself, the finding's mean map over validation films (`usual`: it never saw the film); a guess "
         f"at the film's centre; and chance, from the mask's area. IoU takes the strongest {table['fraction']:.0%} of "
         f"the pixels; half a cell is {table['half_cell_px']:g} px. A map is empty where no part of the film raises the "
         "score, as for a film that the model finds no sign on; it counts as a miss. Maps are worth something where "
-        "the interval of their difference from the strongest of random, swapped, usual and centre, named beside it, lies "
-        "above 0.",
+        "the interval of their difference from the strongest of random, swapped, usual and centre, named beside it, "
+        "lies above 0.",
         "",
         localization_markdown(table, SCORE_NAMES),
         "**The films scored**",

@@ -19,7 +19,7 @@ class SplitData:
     """One split of a cohort, a row per image.
 
     Attributes:
-        name: `train`, `validate` or `test`.
+        name: `train`, `validate` or `test`, or several.
         frame: the manifest's rows.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN.
         images: the images, in the same order.
@@ -55,13 +55,20 @@ class Cohort:
         store = PixelStore.open(config.pixels_path, manifest, transform)
         return cls(manifest, store, config.training.pixel_budget_gb)
 
-    def split(self, name: str) -> SplitData:
-        """The images of a split; those that could not be read are left out (the store lists them)."""
+    def split(self, name: str, *others: str) -> SplitData:
+        """The images of a split, or of several; those that could not be read are left out (the store lists them)."""
         frame = self.manifest.frame
-        wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
+        wanted = (
+            frame["split"].isin([name, *others]).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
+        )
         chosen = np.flatnonzero(wanted)
         rows = self.store.rows(frame["image_id"].iloc[chosen])
         # The splits share one budget: a store that does not fit as a whole is read from disk.
         fits = self.store.images.nbytes <= self.budget_gb * 1e9
         images = ImageSource(self.store.images, rows, self.budget_gb if fits else 0.0)
-        return SplitData(name, frame.iloc[chosen].reset_index(drop=True), self.manifest.raw_labels[chosen], images)
+        return SplitData(
+            " + ".join([name, *others]),
+            frame.iloc[chosen].reset_index(drop=True),
+            self.manifest.raw_labels[chosen],
+            images,
+        )
