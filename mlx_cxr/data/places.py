@@ -66,7 +66,7 @@ Region = tuple[float, float, float, float] | Path | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Places:
-    """Where findings lie on the images of a cohort.
+    """Places of the findings on the images of a cohort.
 
     Attributes:
         root: `data.root`.
