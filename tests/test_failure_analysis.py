@@ -29,6 +29,7 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import ComparisonError
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.inference import explanation
+from mlx_cxr.inference.map_fit import MapFit
 from mlx_cxr.inference.predictor import write_inference_record
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
@@ -92,6 +93,7 @@ def config_in(root, **changes):
         "pixels": {"size": SIZE, "workers": 1},
         "model": {"weights": "scratch", "output_stride": 16},
         "evaluation": {"bootstrap_samples": 60, "batch_size": 16},
+        "explain": {"method": "grad_cam"},
         "teacher": {"run_name": "teacher"},
         "distillation": {"run_name": "student"},
         "failure": {"examples": 4, "relabel": 20},
@@ -121,7 +123,10 @@ def made(tmp_path_factory):
     }
     write_record(config.run_dir("student") / "config.json", record)
     references = {"grad_cam": {label: 1 + k for k, label in enumerate(MAPPED)}}
-    write_inference_record(TrainedRun.open(config.run_dir("student")), references, images=9)
+    student = TrainedRun.open(config.run_dir("student"))
+    write_inference_record(student, references, images=9)
+    fit = MapFit(np.zeros((1, 1, 1)), {"grad_cam": np.zeros((13, 1, 1))}, references, sha256_file(student.checkpoint))
+    fit.save(student.folder)
     return root
 
 

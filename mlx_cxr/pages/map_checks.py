@@ -1,4 +1,4 @@
-"""The sections of `findings.md` that check the maps: against masks, and against randomized weights.
+"""The sections of `findings.md` that check the maps: against marked places, and against randomized weights.
 
 The words for the verdict of `evaluation.map_verdict`, on every page that gives it, are here too.
 """
@@ -23,7 +23,7 @@ SCORE_NAMES = {
 CONTROL_NAMES = {
     "random": "random maps",
     "swapped": "other patients' maps of it",
-    "usual": "its usual place, the mean map of validation films",
+    "usual": "its usual place on validation films",
     "centre": "a guess at the film's centre",
 }
 ALL_CONTROLS = ", ".join(CONTROL_NAMES.values())

@@ -43,12 +43,12 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
 
     Args:
         readme: the Markdown file; the picture lies at `PICTURE` from its folder.
-        run_dir: an evaluated run of a cohort with masks.
+        run_dir: an evaluated run of a cohort with boxes or masks.
         seconds: that the pipeline took.
 
     Raises:
         UserError: the README has no such block, or the run has no map to show.
-        RecordError: the run is not evaluated, or its cohort has no masks.
+        RecordError: the run is not evaluated, or its cohort has neither boxes nor masks.
     """
     results = read_record(run_dir / "test_results.json")
     table = read_record(run_dir / "localization.json")
