@@ -3,21 +3,20 @@
 The run is a CNN's or a student's. Writes into `outputs/<run>/`, in this order, so that a failure in a later part loses
 nothing of an earlier one: `predictions.csv` (validation and test), `operating_points.json`, `test_results.json`,
 `results.md`, `roc.png`, `precision_recall.png`, `reliability.png`, `risk_coverage.png`, `cost.json`, `inference.json`,
-`grad_cam/*.png`, `localization.json` (where the cohort has masks) and `findings.md`. Run again, it replaces them
-all, but keeps a `findings.md` that was filled in.
+`map_fit.npz`, `grad_cam/*.png`, `localization.json` (where the cohort has boxes or masks) and `findings.md`. Run again,
+it replaces them all, but keeps a `findings.md` that was filled in.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_cxr.core import device
 from mlx_cxr.core.claim import claims
-from mlx_cxr.core.files import write_record
+from mlx_cxr.core.files import sha256_file, write_record
 from mlx_cxr.core.runs import provenance
 from mlx_cxr.core.stage import add_config_arguments, configuration, stage_parser, started
 
@@ -25,8 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlx_cxr.core.config import Config
+    from mlx_cxr.data.places import Places
     from mlx_cxr.evaluation.operating_points import OperatingPoints
     from mlx_cxr.evaluation.predictions import Predictions
+    from mlx_cxr.inference.map_fit import MapFit
     from mlx_cxr.inference.trained_run import TrainedRun
     from mlx_cxr.training.cohort import SplitData
 
@@ -44,14 +45,18 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
 
     Raises:
         RecordError: there is no such run, it is not trained yet, or it was trained for something else.
-        DataError: manifest or pixel store missing or not matching, or no validation or test images.
+        DataError: manifest or pixel store missing or not matching, no validation or test images, or boxes or masks
+            that cannot be used.
         PredictionsError: the images of a study disagree.
     """
+    from mlx_cxr.data.places import Places
     from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation.predictions import join
     from mlx_cxr.evaluation.results import write_scores
     from mlx_cxr.inference.cost import measure_image_cost
-    from mlx_cxr.inference.predictor import map_references, write_inference_record
+    from mlx_cxr.inference.map_fit import FILE as MAP_FIT
+    from mlx_cxr.inference.map_fit import MapFit
+    from mlx_cxr.inference.predictor import write_inference_record
     from mlx_cxr.inference.trained_run import TrainedRun, study_predictions
     from mlx_cxr.pages.findings_page import keep_filled_in
     from mlx_cxr.pages.results_page import write_results
@@ -67,6 +72,8 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
             raise DataError(
                 f"{config.manifest_path}: no films in the split {data.name!r}; evaluation needs both splits"
             )
+    # Before anything is computed, as a table that cannot be used has to be seen to first.
+    places = Places.of(config.data, cohort.manifest.frame["path"].tolist()) if maps else None
     log.info("%s: %d validation and %d test films", trained.checkpoint, len(validation), len(test))
 
     inputs = {"manifest": config.manifest_path, "checkpoint": trained.checkpoint}
@@ -78,40 +85,44 @@ def run(config: Config, run_name: str | None = None, maps: bool = True) -> Path:
     )
     write_results(trained.folder, results, predictions, points)
     measure_image_cost(trained, test, config, machine)
-    references = map_references(trained.model, validation.images, config.evaluation.batch_size) if maps else {}
-    write_inference_record(trained, references, len(validation))
+    fit = None
     if maps:
-        explain(trained, references, test, predictions.of_split("test"), points, config)
+        sha256 = sha256_file(trained.checkpoint)
+        fit = MapFit.of(trained.model, validation.images, config.evaluation.batch_size, sha256)
+        fit.save(trained.folder)
+    write_inference_record(trained, fit.references if fit else {}, len(validation))
+    if fit:
+        explain(trained, fit, test, predictions.of_split("test"), points, places, config)
     else:
         keep_filled_in(trained.folder)
-        for stale in ("localization.json", "findings.md"):
+        for stale in ("localization.json", "findings.md", MAP_FIT):
             (trained.folder / stale).unlink(missing_ok=True)
     return trained.folder
 
 
 def explain(
     trained: TrainedRun,
-    references: Mapping[str, Mapping[str, float]],
+    fit: MapFit,
     test: SplitData,
     predictions: Predictions,
     points: OperatingPoints,
+    places: Places | None,
     config: Config,
 ) -> None:
-    """Maps of the test images: pictures, localization where there are masks, and `findings.md`.
+    """Maps of the test images: pictures, localization where places are marked, and `findings.md`.
 
     Args:
         trained: the run.
-        references: of `map_references`.
+        fit: of its maps.
         test: the test split.
         predictions: a row per study of it.
         points: thresholds and calibration, fitted on validation.
+        places: of the cohort's findings, where there are any.
         config: the experiment.
     """
     import numpy as np
 
     from mlx_cxr.core.labels import MAPPED
-    from mlx_cxr.data.decoding import Transform
-    from mlx_cxr.data.masks import has_masks, load_masks
     from mlx_cxr.inference import explanation
     from mlx_cxr.pages import findings_page
     from mlx_cxr.pages.map_checks import localization_section, randomization_section
@@ -119,25 +130,12 @@ def explain(
     folder, settings, synthetic = trained.folder, config.explain, config.data.synthetic
     method, labels = settings.method, settings.labels or MAPPED
     batch_size = config.evaluation.batch_size
-    maps = explanation.scaled_maps(trained.model, test.images, labels, method, references[method], batch_size)
+    maps = explanation.scaled_maps(trained.model, test.images, labels, method, fit, batch_size)
 
-    # Against masks, where there are any.
+    # Against masks or boxes, where there are any.
     masks, table, sections = None, None, []
-    if has_masks(config.data.root):
-        transform = Transform.of(config)
-        masks = [load_masks(config.data.root, path, transform, maps.labels) for path in test.frame["path"]]
-        table = explanation.localization(
-            maps,
-            test,
-            masks,
-            predictions,
-            points,
-            fraction=settings.mask_fraction,
-            half_cell=config.model.output_stride / 2,
-            samples=config.evaluation.bootstrap_samples,
-            seed=config.seed,
-            synthetic=synthetic,
-        )
+    if places is not None:
+        masks, table = explanation.place_scores(trained, maps, fit, test, places, predictions, points, config)
     if table is None:
         (folder / "localization.json").unlink(missing_ok=True)
     else:

@@ -3,7 +3,8 @@
 The run is a CNN's or student's (films), a teacher's or a bag of words (reports); the configuration is the other
 cohort's, after `build_manifest` and `prepare_images`. Nothing is fitted there. Writes into
 `outputs/<run>/external/<name of the configuration>/`: `external_results.json`, `external.md` with the run's own figures
-beside, and `predictions.csv`. A run that was never seen outside its own cohort says so in its model card.
+beside, `predictions.csv`, and `localization.json` where that cohort has boxes or masks of the findings. A run that was
+never seen outside its own cohort says so in its model card.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
     from mlx_cxr.core.config import Config
     from mlx_cxr.data.manifest import Manifest
+    from mlx_cxr.data.places import Places
     from mlx_cxr.evaluation.external import Shift
+    from mlx_cxr.evaluation.operating_points import OperatingPoints
     from mlx_cxr.evaluation.predictions import Predictions
+    from mlx_cxr.training.cohort import SplitData
 
 log = logging.getLogger("mlx_cxr")
 
@@ -52,12 +56,13 @@ def run(run_dir: str | Path, config: Config, split: str = "all") -> Path:
     Raises:
         UserError: the cohort is the run's own, or an unknown split.
         RecordError: there is no such run, or it is not evaluated.
-        DataError: manifest, pixels or reports are missing, or were made for another transform; no study is left; or no
-            finding is present and absent in both cohorts.
+        DataError: manifest, pixels or reports are missing, or were made for another transform; no study is left; no
+            finding is present and absent in both cohorts; or boxes or masks cannot be used.
     """
     from mlx_cxr.core.config import config_from_plain
     from mlx_cxr.core.labels import SCORING_PROTOCOLS
     from mlx_cxr.data.manifest import check_patient_splits, load_manifest
+    from mlx_cxr.data.places import Places
     from mlx_cxr.data.tables import DataError
     from mlx_cxr.evaluation import external
     from mlx_cxr.evaluation.abstention import abstention_section
@@ -93,7 +98,13 @@ def run(run_dir: str | Path, config: Config, split: str = "all") -> Path:
     own = read_predictions(trained.folder / "predictions.csv").predictions
     own_results = read_record(trained.folder / "test_results.json")
 
-    scored, score, images = _answers(trained, config, manifest, split)
+    places = (
+        Places.of(config.data, manifest.frame["path"].tolist())
+        if trained.kind not in ("teacher", "bag of words")
+        else None
+    )
+    scored, score, data = _answers(trained, config, manifest, split)
+    images = None if data is None else data.frame
     known = _own_patients(trained, own_config)
     shared = None if known is None else set(scored.patient_ids.tolist()) & known
     if shared:
@@ -146,9 +157,14 @@ def run(run_dir: str | Path, config: Config, split: str = "all") -> Path:
         ),
     }
     folder = folder_of(run_dir, config)
+    table = None if places is None else _localization(trained, config, data, places, scored, points)
+    if table is None:
+        (folder / "localization.json").unlink(missing_ok=True)
+    else:
+        write_record(folder / "localization.json", table)
     write_predictions(folder / "predictions.csv", scored, points)
     write_record(folder / external.FILE, results)
-    page = write_text(folder / "external.md", external_markdown(results))
+    page = write_text(folder / "external.md", external_markdown(results, table))
     log.info("%s", " ".join(statement(results)).replace("**", ""))
     log.info("tables in %s. %s", page, results["notice"])
     return folder
@@ -156,13 +172,12 @@ def run(run_dir: str | Path, config: Config, split: str = "all") -> Path:
 
 def _answers(
     trained: RunRecord, config: Config, manifest: Manifest, split: str
-) -> tuple[Predictions, str, pd.DataFrame | None]:
+) -> tuple[Predictions, str, SplitData | None]:
     """The run's answers for the studies of a split, in words what a study's score is, and the images scored, if any."""
     import numpy as np
-    import pandas as pd
 
     from mlx_cxr.data.tables import DataError
-    from mlx_cxr.evaluation.predictions import join, study_level
+    from mlx_cxr.evaluation.predictions import study_level
     from mlx_cxr.evaluation.results import MEAN_OF_IMAGES
 
     there = sorted(set(manifest.frame["split"]))
@@ -198,12 +213,30 @@ def _answers(
             settings = {"size": pixels.size, "fit": pixels.fit, "dicom_recipe": pixels.dicom_recipe}
             asked = " ".join(f"--set pixels.{key}={value}" for key, value in settings.items())
             raise DataError(f"{error}. What this run sees is made by prepare_images --config … {asked}") from None
-        parts = [data for data in map(cohort.split, splits) if len(data)]
-        if not parts:
+        images = cohort.split(*splits)
+        if not len(images):
             raise DataError(f"{config.manifest_path}: no films of split {split}")
-        scored = join(*(study_predictions(model, data, config.evaluation.batch_size) for data in parts))
-        score, images = MEAN_OF_IMAGES, pd.concat([data.frame for data in parts])
+        scored, score = study_predictions(model, images, config.evaluation.batch_size), MEAN_OF_IMAGES
     return replace(scored, split=np.full(len(scored), "external")), score, images
+
+
+def _localization(
+    trained: RunRecord, config: Config, data: SplitData, places: Places, scored: Predictions, points: OperatingPoints
+) -> dict[str, Any] | None:
+    """`localization.json` of that cohort; None without an image to score, or where the run has no maps."""
+    from mlx_cxr.core.labels import MAPPED
+    from mlx_cxr.inference import explanation
+    from mlx_cxr.inference.predictor import read_map_fit
+    from mlx_cxr.inference.trained_run import TrainedRun
+
+    run = TrainedRun.open(trained.folder)
+    fit, method = read_map_fit(run), config.explain.method
+    if fit is None:
+        log.warning("%s was evaluated without maps, so its maps are not scored by %s", run.folder, places.source)
+        return None
+    labels = config.explain.labels or MAPPED
+    maps = explanation.scaled_maps(run.model, data.images, labels, method, fit, config.evaluation.batch_size)
+    return explanation.place_scores(run, maps, fit, data, places, scored, points, config)[1]
 
 
 def _own_patients(trained: RunRecord, own_config: Config) -> set[str] | None:

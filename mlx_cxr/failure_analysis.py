@@ -48,6 +48,7 @@ def run(
         DataError: manifest, pixel store or reports missing or not matching.
     """
     from mlx_cxr.core.labels import MAPPED
+    from mlx_cxr.data.places import Places
     from mlx_cxr.data.study_reports import load_reports
     from mlx_cxr.data.tables import write_table
     from mlx_cxr.evaluation.failure_results import analyse
@@ -109,7 +110,8 @@ def run(
     if len(shown):
         batch_size = config.evaluation.batch_size
         maps = study_maps(trained, cohort.split("test"), shown, config.explain.method, batch_size)
-        pictures = draw_failures(folder, shown, *maps, config)
+        places = Places.of(config.data, cohort.manifest.frame["path"].tolist())
+        pictures = draw_failures(folder, shown, *maps, places, config)
     rows = shown.to_dict("records")
     texts = [None if reports is None else _excerpt(reports.sections.get(row["study_id"]), row["label"]) for row in rows]
     gallery = [Shown(*parts) for parts in zip(rows, pictures, texts, strict=True)]

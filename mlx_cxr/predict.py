@@ -29,7 +29,7 @@ from mlx_cxr.core.stage import run_folder_given, stage_parser, started
 
 log = logging.getLogger("mlx_cxr")
 
-METHODS = ("grad_cam", "grad_cam_pp", "hires_cam")
+METHODS = ("contrast_cam", "grad_cam", "grad_cam_pp", "hires_cam")
 """Of `explain.grad_cam`, named here so that `--help` need not import it."""
 _FEW = 3
 """Files whose answers are printed."""
@@ -47,7 +47,7 @@ def run(
     *,
     overlays: int = 0,
     contact_sheet: bool = False,
-    method: str = "grad_cam",
+    method: str = "contrast_cam",
     recipe: str | None = None,
     ignore_gate: bool = False,
     batch_size: int = 32,
@@ -232,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--overlays", type=int, nargs="?", const=1, default=0, metavar="N", help="maps of N called findings per film; 1"
     )
     parser.add_argument("--contact_sheet", action="store_true", help="pages of small films with their first call")
-    parser.add_argument("--method", choices=METHODS, default="grad_cam", help="of the maps; default grad_cam")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help=f"of the maps; default {METHODS[0]}")
     parser.add_argument(
         "--dicom_recipe",
         choices=("mimic", "window"),

@@ -40,7 +40,7 @@ EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")
 OUTPUTS = {
     *("predictions.csv", "test_results.json", "results.md", "roc.png", "precision_recall.png", "reliability.png"),
     *("operating_points.json", "risk_coverage.png", "cost.json", "inference.json"),
-    *("grad_cam", "localization.json", "findings.md"),
+    *("grad_cam", "map_fit.npz", "localization.json", "findings.md"),
 }
 PATIENTS = {"train": 20, "validate": 18, "test": 20}
 
@@ -294,6 +294,8 @@ def test_the_fitted_head_ranks_its_findings_and_its_maps_find_them(evaluated):
         assert entry["mask_area"] == pytest.approx(16 * 16 / SIZE**2)
         assert entry["hit"]["chance"]["mean"]["value"] == pytest.approx(16 * 16 / SIZE**2)
         assert 0 <= entry["called"] <= entry["films"]
+    assert (located["truth"], located["method"]) == ("drawn", "contrast_cam")
+    assert located["selection"].startswith("test films with a mask of the finding (it was drawn")
     assert "| Lung Lesion |" in (folder_of(evaluated) / "findings.md").read_text()
 
 
@@ -345,7 +347,7 @@ def test_predictions_and_results_stay_when_the_pictures_fail(copy, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         evaluate_cnn.run(config)
     there = {item.name for item in folder_of(config).iterdir()}
-    assert OUTPUTS - {"findings.md", "grad_cam", "localization.json"} <= there
+    assert OUTPUTS - {"findings.md", "grad_cam", "map_fit.npz", "localization.json"} <= there
 
 
 def test_a_run_is_refused_other_data_than_it_was_trained_for(copy):

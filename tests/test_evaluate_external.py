@@ -16,8 +16,9 @@ from toy_training import square_images
 
 from mlx_cxr import bag_of_words, build_manifest, evaluate_cnn, evaluate_external, train_cnn
 from mlx_cxr.core.config import Config
+from mlx_cxr.core.config_schema import BoxesConfig
 from mlx_cxr.core.errors import UserError
-from mlx_cxr.core.files import read_record, sha256_file
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import label_index
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.operating_points import read_operating_points
@@ -127,6 +128,30 @@ def test_a_cohort_of_one_class_or_of_the_same_patients_is_refused(cnn, tmp_path)
     with pytest.raises(DataError, match="no study of all is left to score"):
         evaluate_external.run(cnn, config)
     assert not (cnn / "external").exists()
+
+
+def test_maps_are_scored_by_the_boxes_of_another_cohort(own, tmp_path):
+    """By the run's own baseline; the studies of patients that both have are left out here too."""
+    run_dir = shutil.copytree(own.run_dir(), tmp_path / "outputs" / "first")
+    evaluate_cnn.run(own.model_copy(update={"outputs": tmp_path / "outputs"}))
+    config = elsewhere(tmp_path / "other")
+    rows = [f"elsewhere{i:02}.png,{name},8,8,40,40" for i in range(COUNT) for name in ("Cardiomegaly", "Shadow")]
+    table = tmp_path / "boxes.csv"
+    table.write_text("image_id,class_name,x_min,y_min,x_max,y_max\n" + "\n".join(rows))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"boxes": BoxesConfig(table=table)})})
+    folder = evaluate_external.run(run_dir, config)
+    places = read_record(folder / "localization.json")
+    assert (places["truth"], places["left_out"]["unmapped"]) == ("boxes", {"Shadow": COUNT})
+    labels = pd.read_csv(config.manifest_path)
+    entry = places["per_label"]["Cardiomegaly"]
+    assert list(places["per_label"]) == ["Cardiomegaly"]
+    assert entry["films"] == ((labels["Cardiomegaly"] == 1) & (labels["patient_id"] != "p00")).sum()
+    assert entry["hit"]["chance"]["mean"]["value"] == pytest.approx(1 / 4)
+    assert entry["hit"]["usual"]["mean"]["value"] in (0.0, 1.0), "one fixed place against one fixed box"
+    assert "Do the maps find the finding?" in (folder / "external.md").read_text()
+    (run_dir / "map_fit.npz").unlink()
+    with pytest.raises(RecordError, match=r"map_fit\.npz cannot be used .* run evaluate_cnn --run_name first again"):
+        evaluate_external.run(run_dir, config)
 
 
 def test_reports_of_another_cohort_by_a_bag_of_words_and_a_teacher(tmp_path_factory, tmp_path):

@@ -20,6 +20,7 @@ from mlx_cxr.core.formatting import escaped
 from mlx_cxr.core.labels import LABELS, MAPPED, label_index
 from mlx_cxr.data.decoding import Transform
 from mlx_cxr.data.manifest import load_manifest, write_manifest
+from mlx_cxr.data.places import Places
 from mlx_cxr.data.reports import SECTIONS
 from mlx_cxr.data.store_writer import build_store
 from mlx_cxr.data.study_reports import load_reports, write_reports
@@ -28,6 +29,7 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import ComparisonError
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.inference import explanation
+from mlx_cxr.inference.map_fit import MapFit
 from mlx_cxr.inference.predictor import write_inference_record
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
@@ -91,6 +93,7 @@ def config_in(root, **changes):
         "pixels": {"size": SIZE, "workers": 1},
         "model": {"weights": "scratch", "output_stride": 16},
         "evaluation": {"bootstrap_samples": 60, "batch_size": 16},
+        "explain": {"method": "grad_cam"},
         "teacher": {"run_name": "teacher"},
         "distillation": {"run_name": "student"},
         "failure": {"examples": 4, "relabel": 20},
@@ -120,7 +123,10 @@ def made(tmp_path_factory):
     }
     write_record(config.run_dir("student") / "config.json", record)
     references = {"grad_cam": {label: 1 + k for k, label in enumerate(MAPPED)}}
-    write_inference_record(TrainedRun.open(config.run_dir("student")), references, images=9)
+    student = TrainedRun.open(config.run_dir("student"))
+    write_inference_record(student, references, images=9)
+    fit = MapFit(np.zeros((1, 1, 1)), {"grad_cam": np.zeros((13, 1, 1))}, references, sha256_file(student.checkpoint))
+    fit.save(student.folder)
     return root
 
 
@@ -415,7 +421,7 @@ def test_the_image_shown_is_the_one_with_the_highest_score_and_the_outline_its_m
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(failure_pictures, "draw_overlay", draw)
-    names = failure_pictures.draw_failures(tmp_path, case, rows, pixels, maps, analysed)
+    names = failure_pictures.draw_failures(tmp_path, case, rows, pixels, maps, Places.of(analysed.data, []), analysed)
     assert [path.name for path in (tmp_path / "images").iterdir()] == [names[0].removeprefix("images/")]
     assert shown["reading"].image == rows.iloc[1]["image_id"]
     np.testing.assert_array_equal(shown["image"], pixels[1])

@@ -465,7 +465,7 @@ def test_maps_that_the_run_does_not_have_are_refused(run_dir, images, tmp_path):
     plain["map_references"]["methods"] = {}
     try:
         write_record(record, plain)
-        with pytest.raises(predict.PredictError, match="no scale for grad_cam maps"):
+        with pytest.raises(predict.PredictError, match="no scale for contrast_cam maps"):
             predict.run(run_dir, [images], tmp_path, overlays=1)
     finally:
         record.write_text(kept)

@@ -247,7 +247,7 @@ def _choose_view(models: Sequence[Opened], answers: Sequence[ImageAnswer], colum
         as_seen = st.toggle(
             "As the network sees it", key="as_seen", help="The film at the resolution that the network gets."
         )
-    return View(finding, method or "grad_cam", opacity / 100, withheld, as_seen)
+    return View(finding, method or "contrast_cam", opacity / 100, withheld, as_seen)
 
 
 def _tables(models: Sequence[Opened], image: CaseImage, answers: Sequence[ImageAnswer]) -> None:

@@ -26,6 +26,8 @@ _READING = """
 - **The left of the picture is the patient's right**, as on any frontal film.
 """
 _METHODS = """
+- **Grad-CAM against the mean film** is Grad-CAM of the feature map less its mean over the validation films, at half a
+  cell: what this film has beyond the others. It pointed best on films with the places marked.
 - **Grad-CAM** weighs each channel of the last feature map by its mean gradient (Selvaraju et al.,
   arXiv:1610.02391).
 - **HiResCAM** multiplies gradient and feature map cell by cell (Draelos and Carin, arXiv:2011.08891). This network

@@ -24,7 +24,7 @@ from mlx_cxr.pages.withheld_maps import METHOD_NAMES, Reading
 
 SAME_METHODS = (
     "This network ends in average pooling and one linear layer, so Grad-CAM and HiResCAM give the same map by "
-    "construction; Grad-CAM++ weighs the cells differently."
+    "construction; Grad-CAM++ weighs the cells differently. Against the mean film a map shows what other films lack."
 )
 
 
@@ -41,7 +41,7 @@ class View:
     """
 
     finding: str
-    method: str = "grad_cam"
+    method: str = "contrast_cam"
     opacity: float = MAX_OPACITY
     show_withheld: bool = False
     as_seen: bool = False

@@ -90,6 +90,29 @@ class CsvSource(Section):
         return self
 
 
+class BoxesConfig(Section):
+    """Boxes that readers drew around findings, by which maps are scored (`data.places`)."""
+
+    table: Path
+    """CSV in the form of NIH's `BBox_List_2017.csv` or of VinDr-CXR's annotations."""
+    frame: tuple[Count, Count] | None = None
+    """Width and height of the images that the boxes were drawn on, such as [1024, 1024] for NIH's; None: those of the
+    image files. The images may have been made smaller since, not cut."""
+    label_map: dict[str, Label] = {}
+    """Name in the table, in whatever case -> one of the 14, beside the names that `data.places` knows."""
+
+
+class MasksConfig(Section):
+    """Masks that readers drew of findings, by which maps are scored (`data.places`)."""
+
+    table: Path
+    """CSV with `image_file`, `cls` and `mask_file`, or JSON as CheXlocalize's."""
+    root: Path | None = None
+    """Folder that `mask_file` is relative to; None: that of the table."""
+    label_map: dict[str, Label] = {}
+    """As in `boxes`."""
+
+
 class DataConfig(Section):
     """Location of the raw data, and selection of the part that becomes the manifest."""
 
@@ -119,6 +142,14 @@ class DataConfig(Section):
     """Shares of patients in a split that is made here, and least shares of a sample of `n_studies`: MIMIC-CXR's
     official validation and test splits are so small that a proportional sample would leave too few to score."""
     csv: CsvSource | None = None
+    boxes: BoxesConfig | None = None
+    masks: MasksConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> DataConfig:
+        if self.boxes is not None and self.masks is not None:
+            raise ValueError("'boxes' and 'masks' are two truths about the same maps: give one")
+        return self
 
     @model_validator(mode="after")
     def _csv_goes_with_csv(self) -> DataConfig:
@@ -226,7 +257,7 @@ class EvaluationConfig(Section):
 class ExplainConfig(Section):
     """Class-activation maps on the test split."""
 
-    method: Literal["grad_cam", "grad_cam_pp", "hires_cam"] = "grad_cam"
+    method: Literal["contrast_cam", "grad_cam", "grad_cam_pp", "hires_cam"] = "contrast_cam"
     labels: tuple[Annotated[Literal[MAPPED], _AnyCase], ...] | None = None  # type: ignore[valid-type]
     """Findings to map; None takes all but No Finding, which has no map."""
     examples_per_outcome: Annotated[int, Field(ge=0)] = 3

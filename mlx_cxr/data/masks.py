@@ -76,24 +76,33 @@ def load_masks(
     if not wanted:
         return {}
     radiograph = Path(root, image_path)
-    size = _image_size(radiograph)
-    return {label: apply_mask(_read_mask(found[label], radiograph, size), transform) for label in wanted}
+    size = image_size(radiograph)
+    return {label: apply_mask(read_mask(found[label], radiograph, size), transform) for label in wanted}
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as displayed, by its header."""
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as displayed, by its header.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
     try:
+        if path.suffix.lower() in (".dcm", ".dicom"):
+            from pydicom import dcmread
+
+            header = dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"], force=True)
+            return int(header.Columns), int(header.Rows)
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}, whose masks are asked for, has more than {MAX_PIXELS:,} px")
             if image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
                 return image.height, image.width
             return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, AttributeError, ImportError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}, whose masks are asked for, cannot be read ({error})") from None
 
 
-def _read_mask(path: Path, radiograph: Path, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: Path, radiograph: Path, size: tuple[int, int]) -> np.ndarray:
     """bool (H, W); refuses a mask of another (width, height) than its radiograph's."""
     try:
         with Image.open(path, formats=("PNG",)) as mask:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-CONTROLS = ("random", "swapped", "centre")
-"""Guesses that a map has to beat: random maps, the maps of other images of the finding, and the image's centre. Chance
-from the mask's area is left out: it is what random maps are expected to score, and no guess."""
+CONTROLS = ("random", "swapped", "usual", "centre")
+"""Guesses that a map has to beat: random maps, the maps of other patients with the finding, its mean map over
+validation images, and the image's centre. Chance from the mask's area is left out: it is what random maps are expected
+to score, and no guess."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def map_verdict(entry: Mapping[str, Any], score: str = "hit") -> MapVerdict:
         score: such as `hit` or `iou`.
 
     Returns:
-        The verdict. Controls whose mean is undefined (maps of other images, where there is one image) are passed over;
+        The verdict. Controls whose mean is undefined (maps of other patients, where there is one) are passed over;
         of equal ones the first in `CONTROLS` is taken.
 
     Raises:

@@ -9,6 +9,11 @@ With A the last feature map (h, w, C), S a target's score and g = dS/dA, all flo
   are those of exp(S) with S piecewise linear in A. The factor exp(S), common to a map, is left out, as it
   would make maps of different images incomparable. It needs A >= 0, which a ReLU before the head gives.
 
+- `contrast_cam`: Grad-CAM of A less a baseline, the mean feature map of images like those at hand, cell by cell. With
+  average pool + linear its cells sum, before the ReLU, to the logit less the baseline's: the attribution of DeepLIFT
+  and of integrated gradients against that baseline (Shrikumar et al., arXiv:1704.02685; Sundararajan et al.,
+  arXiv:1703.01365). What raises the score at the same place on every image is no evidence on this one, and is left out.
+
 For average pool + linear, g_c is w_c / (h w) everywhere: Grad-CAM and HiResCAM then agree, and the map's sum
 is the logit less its bias wherever the ReLU cuts nothing. Maps of such a network say which cells raise the
 score, not that the finding is there: show them through `maps.scale_maps` and gated by the tuned threshold.
@@ -25,7 +30,9 @@ import numpy as np
 
 from mlx_cxr.explain.targets import Target, as_targets
 
-Method = Literal["grad_cam", "grad_cam_pp", "hires_cam"]
+Method = Literal["contrast_cam", "grad_cam", "grad_cam_pp", "hires_cam"]
+SHIFTS = 2
+"""Cells of a finer map to a cell of the feature map, on each axis."""
 
 
 class SplitNetwork(Protocol):
@@ -64,7 +71,11 @@ class Maps:
 
 
 def class_activation_maps(
-    model: SplitNetwork, x: mx.array, targets: Iterable[Target | str], method: Method = "grad_cam"
+    model: SplitNetwork,
+    x: mx.array,
+    targets: Iterable[Target | str],
+    method: Method = "grad_cam",
+    baseline: mx.array | None = None,
 ) -> Maps:
     """Maps of K targets on N images.
 
@@ -72,7 +83,8 @@ def class_activation_maps(
         model: in evaluation mode; neither it nor its mode is touched.
         x: float (N, H, W, channels), as `models.resnet.preprocess` makes it.
         targets: callables from logits (N, 14) to (N,), or names of findings (their logits).
-        method: `grad_cam`, `grad_cam_pp` or `hires_cam`.
+        method: `grad_cam`, `grad_cam_pp`, `hires_cam` or `contrast_cam`.
+        baseline: float (h, w, C), for `contrast_cam` alone.
 
     Returns:
         The maps, evaluated. Memory peaks near K * N * h * w * C * 4 bytes for each gradient held.
@@ -80,17 +92,21 @@ def class_activation_maps(
     Raises:
         RuntimeError: the model is in training mode, where dropout and batch statistics would blur the maps.
         KeyError: an unknown finding or method.
-        ValueError: a target does not give (N,), `x` is integer, logits are not finite (names the image), or
-            Grad-CAM++ meets a negative feature map.
+        ValueError: a target does not give (N,), `x` is integer, logits are not finite (names the image), Grad-CAM++
+            meets a negative feature map, or `contrast_cam` has no baseline, or one of another shape.
     """
     _check_evaluation_mode(model)
     if not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(f"x is {x.dtype}; pass the films through models.resnet.preprocess first")
-    return maps_of_features(model, model.features(x), targets, method)
+    return maps_of_features(model, model.features(x), targets, method, baseline)
 
 
 def maps_of_features(
-    model: SplitNetwork, a: mx.array, targets: Iterable[Target | str], method: Method = "grad_cam"
+    model: SplitNetwork,
+    a: mx.array,
+    targets: Iterable[Target | str],
+    method: Method = "grad_cam",
+    baseline: mx.array | None = None,
 ) -> Maps:
     """As `class_activation_maps`, from what the trunk has made of the images already.
 
@@ -101,6 +117,10 @@ def maps_of_features(
         raise KeyError(f"unknown method {method!r}; there are: {', '.join(_METHODS)}")
     targets = as_targets(targets)
     a = a.astype(mx.float32)
+    if method == "contrast_cam" and (baseline is None or baseline.shape != a.shape[1:]):
+        raise ValueError(
+            f"contrast_cam needs a baseline {a.shape[1:]}, not {None if baseline is None else baseline.shape}"
+        )
     logits = model.head(a)
     cotangents, scores = _target_gradients(targets, logits)
 
@@ -109,7 +129,8 @@ def maps_of_features(
 
     # The gradient of a mean is a broadcast view, and reducing one takes nine times as long.
     gradients = mx.contiguous(mx.vmap(pull_back)(cotangents))
-    raw = mx.maximum(_METHODS[method](a, gradients), 0.0)
+    evidence = a - baseline if method == "contrast_cam" else a
+    raw = mx.maximum(_METHODS[method](evidence, gradients), 0.0)
     lowest = mx.min(a)
     mx.eval(raw, logits, scores, lowest)
     if method == "grad_cam_pp" and lowest.item() < 0:
@@ -125,6 +146,31 @@ def maps_of_features(
     if not finite.all():
         raise ValueError(f"film {int(np.argmin(finite))} of the batch: logits are not finite; check weights and input")
     return result
+
+
+def finer_features(trunk: Callable[[mx.array], mx.array], images: mx.array, stride: int) -> mx.array:
+    """Feature maps of the images shifted by parts of a stride, interleaved: `SHIFTS` times the cells on each axis.
+
+    Shift-and-stitch (Long et al., arXiv:1411.4038, section 3.2): without its borders, the map of the same network with
+    less stride. Cell i looks at pixel `i * stride / SHIFTS`, and every `SHIFTS`-th cell is one of the plain map. An
+    average over the cells is that over the shifts, so a linear head gives the shifts' mean logits.
+
+    Args:
+        trunk: images (N, H, W) to feature maps (N, h, w, C), evaluated.
+        images: (N, H, W); what lies behind the last row and column is taken to be as they are.
+        stride: pixels per cell of the trunk; a multiple of `SHIFTS`.
+
+    Returns:
+        (N, h * SHIFTS, w * SHIFTS, C).
+    """
+    step, (_, height, width) = stride // SHIFTS, images.shape
+    reach = step * (SHIFTS - 1)
+    wide = mx.pad(images, ((0, 0), (0, reach), (0, reach)), mode="edge")
+    shifts = [step * k for k in range(SHIFTS)]
+    rows = [mx.stack([trunk(wide[:, y : y + height, x : x + width]) for x in shifts], axis=3) for y in shifts]
+    a = mx.stack(rows, axis=2)
+    n, h, _, w, _, channels = a.shape
+    return a.reshape(n, h * SHIFTS, w * SHIFTS, channels)
 
 
 def _check_evaluation_mode(model: SplitNetwork) -> None:
@@ -174,6 +220,7 @@ def _hires_cam(a: mx.array, gradients: mx.array) -> mx.array:
 
 
 _METHODS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+    "contrast_cam": _grad_cam,
     "grad_cam": _grad_cam,
     "grad_cam_pp": _grad_cam_pp,
     "hires_cam": _hires_cam,

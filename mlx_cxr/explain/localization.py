@@ -2,7 +2,8 @@
 
 A hit rate means little alone: a large finding is hit by chance, and one that always lies in the same place by
 a constant guess. So each score comes with the same score of random maps, of a guess at the image's centre, of
-the maps of *other* images of the same finding, and with the chance level that follows from the mask's area.
+the maps of *other patients* with the same finding, of the finding's mean map over images that are not scored (its usual
+place), and with the chance level that follows from the mask's area.
 
 The scores are the pointing game (Zhang et al., arXiv:1608.00507), IoU of a map's strongest pixels with the mask, and
 the share of a map's sum on it (the energy-based pointing game of Score-CAM, Wang et al., arXiv:1910.01279). A map
@@ -12,7 +13,8 @@ lie in the pixel store's square frame. NumPy only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -45,8 +47,9 @@ class Localization:
         maps: the maps under test.
         random: random maps of the same resolution, averaged over the draws.
         centre: a guess that falls off from the image's centre.
-        swapped: each image's mask against the maps of other images (at most `swaps`, averaged); above `random`
-            by as much as the finding's usual place alone explains. NaN with one image.
+        swapped: each image's mask against the maps of other patients' images (at most `swaps`, averaged); above
+            `random` by as much as the finding's usual place alone explains. NaN where one patient has all images.
+        usual: one fixed map for all images, the finding's usual place. NaN where none is given.
         chance: a uniformly random guess, in closed form from the mask's area.
         mask_area: float64 (N,), share of the image.
     """
@@ -55,6 +58,7 @@ class Localization:
     random: Scores
     centre: Scores
     swapped: Scores
+    usual: Scores
     chance: Scores
     mask_area: np.ndarray
 
@@ -62,6 +66,8 @@ class Localization:
 def localize(
     raw: np.ndarray,
     masks: np.ndarray,
+    patients: Sequence[str] | np.ndarray,
+    usual: np.ndarray | None = None,
     fraction: float = 0.1,
     tolerance: float = 0.0,
     random_draws: int = 20,
@@ -73,10 +79,12 @@ def localize(
     Args:
         raw: float (N, h, w), one target's part of `Maps.raw`, on the N images that have a mask.
         masks: (N, S, S), non-zero on the finding, in the images' frame.
+        patients: (N,), the patient of each image.
+        usual: float (h, w), >= 0: the finding's mean map over other images, such as those of validation.
         fraction: of pixels that count as the map's extent, in (0, 1].
         tolerance: pixels, Euclidean, by which the maximum may miss. The paper takes 15 on images of its own size.
         random_draws: random maps per image.
-        swaps: at most so many other images' maps per mask.
+        swaps: at most so many other patients' maps per mask.
         seed: of the random maps.
 
     Returns:
@@ -85,21 +93,24 @@ def localize(
     Raises:
         ValueError: shapes do not fit, a mask is empty (names its row), or a map is negative or not finite.
     """
-    raw, masks = np.asarray(raw, dtype=np.float32), np.asarray(masks) > 0
+    raw, masks, patients = np.asarray(raw, dtype=np.float32), np.asarray(masks) > 0, np.asarray(patients)
     if raw.ndim != 3 or masks.ndim != 3 or len(raw) != len(masks) or not len(raw):
         raise ValueError(f"maps {raw.shape} and masks {masks.shape}; expected (N, h, w) and (N, S, S) with N >= 1")
+    if patients.shape != (len(raw),):
+        raise ValueError(f"patients {patients.shape} for {len(raw)} maps; one per image is needed")
     if not masks.any(axis=(1, 2)).all():
         row = int(np.argmin(masks.any(axis=(1, 2))))
         raise ValueError(f"mask {row} is empty; keep only films on which the finding was drawn")
-    if not np.isfinite(raw).all() or raw.min() < 0:
+    fixed = np.zeros((0, 1, 1), np.float32) if usual is None else np.asarray(usual, dtype=np.float32)[None]
+    if not all(np.isfinite(heat).all() and (heat >= 0).all() for heat in (raw, fixed)):
         raise ValueError("maps hold negative or non-finite values; pass them as class_activation_maps made them")
     if not 0 < fraction <= 1 or tolerance < 0 or random_draws < 1:
         raise ValueError(f"fraction {fraction}, tolerance {tolerance} or random_draws {random_draws} is out of range")
     n, size = len(raw), masks.shape[1:]
     heats = upsample(raw, size)
     centre = _centre_guess(size)
-    others = min(swaps, n - 1)
-    arms: dict[str, list[np.ndarray]] = {"maps": [], "random": [], "centre": [], "swapped": [], "chance": []}
+    place = upsample(fixed, size) if len(fixed) else fixed
+    arms: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Localization) if field.type == "Scores"}
     for row, mask in enumerate(masks):
         wide = mask if tolerance == 0 else distance_transform_edt(~mask) <= tolerance
 
@@ -114,11 +125,13 @@ def localize(
             return np.mean(rows, axis=0) if rows else np.full(4, np.nan)
 
         draws = random_maps((random_draws, *raw.shape[1:]), seed=seed * 1_000_003 + row)
-        other = [(row + 1 + k) % n for k in range(others)]
+        after = np.roll(np.arange(n), -row - 1)
+        other = after[patients[after] != patients[row]][:swaps]
         arms["maps"].append(scored(heats[row : row + 1], raw[row : row + 1]))
         arms["random"].append(scored(upsample(draws, size), draws))
         arms["centre"].append(scored(centre[None], None))
         arms["swapped"].append(scored(heats[other], raw[other]))
+        arms["usual"].append(scored(place, fixed))
         arms["chance"].append(_chance(mask.mean(), wide.mean(), fraction))
     return Localization(
         **{arm: Scores(*np.array(rows, dtype=np.float64).T) for arm, rows in arms.items()},

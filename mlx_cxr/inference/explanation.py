@@ -10,8 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pandas as pd
 
+from mlx_cxr.core.config import Config
 from mlx_cxr.core.files import RecordError
-from mlx_cxr.core.labels import label_index
+from mlx_cxr.core.labels import MAPPED, label_index
+from mlx_cxr.data.decoding import Transform
+from mlx_cxr.data.places import Places, Truth
 from mlx_cxr.evaluation.localization_table import ImageScores, localization_table
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
@@ -19,14 +22,20 @@ from mlx_cxr.explain.faithfulness import randomization_check
 from mlx_cxr.explain.grad_cam import Method
 from mlx_cxr.explain.localization import Localization, Scores, localize
 from mlx_cxr.explain.maps import ScaledMaps
-from mlx_cxr.inference.predictor import read_references
+from mlx_cxr.inference.map_fit import MapFit
+from mlx_cxr.inference.predictor import read_map_fit
 from mlx_cxr.inference.trained_run import TrainedRun, image_maps
 from mlx_cxr.models.resnet import ResNet18, preprocess
 from mlx_cxr.training.batches import ImageSource
 from mlx_cxr.training.cohort import SplitData
 
-SELECTION = "test films with a mask of the finding (it was drawn, within the frame) and the report label 1"
-ARMS = ("random", "swapped", "centre", "chance")
+SELECTIONS: Mapping[Truth, str] = {
+    "drawn": "films with a mask of the finding (it was drawn, within the frame) and the report label 1",
+    "masks": "films with a reader's mask of the finding and the report label 1",
+    "boxes": "films with a reader's box around the finding and the report label 1",
+}
+"""The images that are scored, in words, after the name of their split."""
+ARMS = ("random", "swapped", "usual", "centre", "chance")
 RANDOMIZATION_IMAGES, RANDOMIZATION_DRAWS = 8, 3
 
 
@@ -35,12 +44,13 @@ def scaled_maps(
     images: ImageSource,
     labels: Sequence[str],
     method: Method,
-    references: Mapping[str, float],
+    fit: MapFit,
     batch_size: int,
 ) -> ScaledMaps:
-    """Maps of every image of a source for some findings, on the scale of `predictor.map_references` of the method."""
-    raw, logits = image_maps(model, images, labels, [method], batch_size)
-    return ScaledMaps(tuple(labels), raw[method], logits, np.array([references[k] for k in labels], np.float32), method)
+    """Maps of every image of a source for some findings, on the scale of the fit."""
+    raw, logits = image_maps(model, images, labels, [method], batch_size, fit.baseline)
+    reference = np.array([fit.references[method][label] for label in labels], np.float32)
+    return ScaledMaps(tuple(labels), raw[method], logits, reference, method)
 
 
 def study_maps(
@@ -63,8 +73,8 @@ def study_maps(
             reference for the method.
     """
     again = f"run evaluate_cnn --run_name {trained.folder.name} again"
-    references = read_references(trained)
-    if method not in references:
+    fit = read_map_fit(trained)
+    if fit is None or method not in fit.references:
         raise RecordError(f"{trained.folder} was evaluated without {method} maps; {again}, with maps")
     frame = data.frame[data.frame["study_id"].isin(failures["study_id"])]
     missing = failures.loc[~failures["study_id"].isin(frame["study_id"]), "study_id"]
@@ -75,11 +85,12 @@ def study_maps(
     pixels = np.array(data.images.batch(frame.index.to_numpy()))
     images = ImageSource(pixels, np.arange(len(pixels)), trained.config.training.pixel_budget_gb)
     labels = tuple(dict.fromkeys(failures["label"]))
-    return frame, pixels, scaled_maps(trained.model, images, labels, method, references[method], batch_size)
+    return frame, pixels, scaled_maps(trained.model, images, labels, method, fit, batch_size)
 
 
 def localization(
     maps: ScaledMaps,
+    fit: MapFit,
     data: SplitData,
     masks: Sequence[Mapping[str, np.ndarray]],
     test: Predictions,
@@ -94,10 +105,11 @@ def localization(
     """The content of `localization.json`: `localization_table` of every finding that has images to score.
 
     Args:
-        maps: of the test images.
-        data: the test split.
+        maps: of the images.
+        fit: of the maps, with the findings' usual places.
+        data: the images' split.
         masks: per image, finding to bool (S, S).
-        test: its predictions, a row per study.
+        test: predictions, a row per study; images of other studies are left out.
         points: fitted on validation.
         fraction: of a map's pixels that count as its extent.
         half_cell: pixels by which `hit_half_cell` may miss.
@@ -106,7 +118,7 @@ def localization(
         synthetic: of the cohort.
 
     Returns:
-        The table, with `selection` (which images), `fraction`, `half_cell_px` and per finding `mask_area` (mean share
+        The table, with `fraction`, `half_cell_px` and per finding `mask_area` (mean share
         of the image), `films_with_mask`, `empty_maps` (of the images scored; an empty map counts as a miss), `called`
         (of the images scored, those whose study was called positive) and `hit_when_called` (the pointing game on
         those, null without any). None when no finding has images.
@@ -114,15 +126,19 @@ def localization(
     patients, studies = (data.frame[name].to_numpy(dtype=str) for name in ("patient_id", "study_id"))
     called = points.calibration.probabilities(test.logits) >= points.thresholds.values
     row_of_study = {study: row for row, study in enumerate(test.study_ids.tolist())}
-    study_rows = np.array([row_of_study[study] for study in studies.tolist()])
+    study_rows = np.array([row_of_study.get(study, -1) for study in studies.tolist()])
     findings, extra = [], {}
     for k, label in enumerate(maps.labels):
         drawn = np.array([label in found and bool(found[label].any()) for found in masks])
-        rows = np.flatnonzero(drawn & (data.raw_labels[:, label_index(label)] == 1))
+        rows = np.flatnonzero(drawn & (study_rows >= 0) & (data.raw_labels[:, label_index(label)] == 1))
         if not len(rows):
             continue
         targets = np.stack([masks[row][label] for row in rows])
-        strict, near = (localize(maps.raw[k, rows], targets, fraction, reach, seed=seed) for reach in (0.0, half_cell))
+        usual = fit.usual[maps.method][MAPPED.index(label)]
+        strict, near = (
+            localize(maps.raw[k, rows], targets, patients[rows], usual, fraction, reach, seed=seed)
+            for reach in (0.0, half_cell)
+        )
         findings.append(_image_scores(label, patients[rows], strict, near))
         hits = strict.maps.hit[called[study_rows[rows], label_index(label)]]
         extra[label] = {
@@ -137,15 +153,56 @@ def localization(
     table = localization_table(findings, samples, seed, synthetic, maps.method)
     for label, entry in extra.items():
         table["per_label"][label] |= entry
-    return {**table, "selection": SELECTION, "fraction": fraction, "half_cell_px": half_cell}
+    return {**table, "fraction": fraction, "half_cell_px": half_cell}
+
+
+def place_scores(
+    trained: TrainedRun,
+    maps: ScaledMaps,
+    fit: MapFit,
+    data: SplitData,
+    places: Places,
+    predictions: Predictions,
+    points: OperatingPoints,
+    config: Config,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any] | None]:
+    """The images' masks, and the content of `localization.json`: that of `localization`, with what the truth is.
+
+    Args:
+        trained: the run.
+        maps, fit, data, predictions, points: as for `localization`.
+        places: of the images.
+        config: the cohort's, with the run's `pixels`.
+    """
+    transform = Transform.of(config)
+    masks = [places.masks(path, transform, maps.labels) for path in data.frame["path"]]
+    table = localization(
+        maps,
+        fit,
+        data,
+        masks,
+        predictions,
+        points,
+        fraction=config.explain.mask_fraction,
+        half_cell=trained.model.config.output_stride / 2,
+        samples=config.evaluation.bootstrap_samples,
+        seed=config.seed,
+        synthetic=config.data.synthetic,
+    )
+    selection = f"{data.name} {SELECTIONS[places.truth]}"
+    return masks, None if table is None else {**table, "selection": selection, **places.plain()}
 
 
 def randomization(model: ResNet18, maps: ScaledMaps, images: ImageSource, seed: int) -> dict[str, np.ndarray]:
-    """`randomization_check` of the mapped findings on at most `RANDOMIZATION_IMAGES` images, evenly spaced."""
+    """`randomization_check` of the mapped findings on at most `RANDOMIZATION_IMAGES` images, evenly spaced.
+
+    Of `contrast_cam` it checks Grad-CAM: the baseline is of the trained network, and says nothing of a randomized one.
+    """
     items = np.unique(np.linspace(0, len(images) - 1, min(RANDOMIZATION_IMAGES, len(images))).astype(int))
     x = preprocess(images.batch(items), model.config.in_channels)
     mx.eval(x)
-    return randomization_check(model, x, maps.labels, method=maps.method, draws=RANDOMIZATION_DRAWS, seed=seed)
+    method = "grad_cam" if maps.method == "contrast_cam" else maps.method
+    return randomization_check(model, x, maps.labels, method=method, draws=RANDOMIZATION_DRAWS, seed=seed)
 
 
 def _image_scores(label: str, patients: np.ndarray, strict: Localization, near: Localization) -> ImageScores:

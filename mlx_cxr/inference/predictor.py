@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -19,29 +19,22 @@ from mlx_cxr.core.labels import MAPPED
 from mlx_cxr.data.decoding import ImageContent, ImageError, Recipe, Transform
 from mlx_cxr.evaluation.operating_points import FILE as POINTS_FILE
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
-from mlx_cxr.explain.grad_cam import Method, maps_of_features
-from mlx_cxr.explain.maps import REFERENCE_QUANTILE, fit_reference, scale_maps
+from mlx_cxr.explain.grad_cam import Method, finer_features, maps_of_features
+from mlx_cxr.explain.maps import REFERENCE_QUANTILE, scale_maps
 from mlx_cxr.inference.answers import ImageAnswer, ImageInput
-from mlx_cxr.inference.trained_run import TrainedRun, image_maps
+from mlx_cxr.inference.map_fit import MapFit
+from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.folded import FoldedResNet18, inference_network
-from mlx_cxr.models.resnet import ResNet18, preprocess
-from mlx_cxr.training.batches import ImageSource
+from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.training.preprocessing import check_preprocessing, preprocessing_record
 from mlx_cxr.training.scoring import image_features
 
 FILE = "inference.json"
-SCHEMA = 1
-METHODS: tuple[Method, ...] = get_args(Method)
+SCHEMA = 2
 
 
 class PredictorError(UserError, ValueError):
     """Something that a predictor cannot be asked for."""
-
-
-def map_references(model: ResNet18, validation: ImageSource, batch_size: int) -> dict[str, dict[str, float]]:
-    """Each method's reference activation of each of `MAPPED`, fitted on the validation images; NaN for no scale."""
-    maps, _ = image_maps(model, validation, MAPPED, METHODS, batch_size)
-    return {method: dict(zip(MAPPED, fit_reference(raw).tolist(), strict=True)) for method, raw in maps.items()}
 
 
 def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping[str, float]], images: int) -> Path:
@@ -49,7 +42,7 @@ def write_inference_record(trained: TrainedRun, references: Mapping[str, Mapping
 
     Args:
         trained: the run.
-        references: of `map_references`; empty where maps were not asked for.
+        references: of `MapFit`; empty where maps were not asked for.
         images: of validation that they were fitted on.
 
     Raises:
@@ -99,6 +92,12 @@ def read_references(trained: TrainedRun) -> dict[str, dict[str, float]]:
     return references
 
 
+def read_map_fit(trained: TrainedRun) -> MapFit | None:
+    """The run's `MapFit`; None where it was evaluated without maps. Raises as `read_references` and `MapFit.load`."""
+    references = read_references(trained)
+    return MapFit.load(trained.folder, references, sha256_file(trained.checkpoint)) if references else None
+
+
 def _check_weights(trained: TrainedRun, path: Path, sha256: str | None) -> None:
     """Refuse a file of the run that was made from other weights than it has now."""
     if sha256 != sha256_file(trained.checkpoint):
@@ -120,7 +119,7 @@ class Predictor:
     Attributes:
         trained: the run.
         points: what was fitted on its validation split, and turns logits into calls.
-        references: method -> label -> reference activation; NaN where there is none.
+        map_fit: the scale and baseline of its maps; None where it was evaluated without.
         batch_size: images per forward pass.
         precision: `float32`, or `auto` for float16 where the device is faster with it and the logits of the first batch
             agree (`models.folded.inference_network`).
@@ -128,7 +127,7 @@ class Predictor:
 
     trained: TrainedRun
     points: OperatingPoints
-    references: Mapping[str, Mapping[str, float]]
+    map_fit: MapFit | None
     batch_size: int = 32
     precision: Literal["float32", "auto"] = "float32"
     _ready: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -149,11 +148,11 @@ class Predictor:
             ConfigError, ModelFormatError: its record or weights are not this version's.
         """
         trained = TrainedRun.open(folder)
-        references = read_references(trained)
+        map_fit = read_map_fit(trained)
         path = trained.folder / POINTS_FILE
         points, record = read_operating_points(path)
         _check_weights(trained, path, record["made_from"].get("checkpoint"))
-        return cls(trained, points, references, batch_size, precision)
+        return cls(trained, points, map_fit, batch_size, precision)
 
     @property
     def transform(self) -> Transform:
@@ -168,7 +167,7 @@ class Predictor:
     @property
     def methods(self) -> tuple[str, ...]:
         """The map methods that have a scale in this run."""
-        return tuple(self.references)
+        return tuple(self.map_fit.references) if self.map_fit else ()
 
     @property
     def computed_in(self) -> str:
@@ -258,10 +257,11 @@ class Predictor:
                 coming = begin()
                 yield from self.predict(images, ignore_gate)
 
-    def maps(self, answer: ImageAnswer, labels: Sequence[str] = MAPPED, method: Method = "grad_cam") -> np.ndarray:
+    def maps(self, answer: ImageAnswer, labels: Sequence[str] = MAPPED, method: Method = "contrast_cam") -> np.ndarray:
         """float32 (K, h, w): maps of findings as shares of their reference activation, as `explain.maps.scale_maps`.
 
-        They are made from the features of the pass that gave the answer. NaN for a finding whose maps were zero on all
+        They are made from the features of the pass that gave the answer, those of `contrast_cam` from passes of its
+        own over the shifted image. NaN for a finding whose maps were zero on all
         of validation.
 
         Raises:
@@ -270,7 +270,12 @@ class Predictor:
         """
         if answer.features is None:
             raise ValueError(f"{answer.image.name}: {answer.image.error}")
-        reference = np.array([self.references[method][label] for label in labels])
+        if self.map_fit is None:
+            raise KeyError(f"{self.trained.folder.name} was evaluated without maps")
+        reference = np.array([self.map_fit.references[method][label] for label in labels])
         network = self._ready.get("network") or FoldedResNet18.of(self.trained.model)
-        a = mx.array(answer.features)[None]
-        return scale_maps(maps_of_features(network, a, labels, method).raw[:, 0], reference)
+        a, baseline = mx.array(answer.features)[None], None
+        if method == "contrast_cam":
+            trunk, baseline = self._ready.get("trunk") or image_features(network), mx.array(self.map_fit.baseline)
+            a = finer_features(trunk, mx.array(answer.image.pixels)[None], network.config.output_stride)
+        return scale_maps(maps_of_features(network, a, labels, method, baseline).raw[:, 0], reference)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.files import RecordError, sha256_file
 from mlx_cxr.core.runs import open_run
 from mlx_cxr.evaluation.predictions import Predictions, study_level
-from mlx_cxr.explain.grad_cam import Method, maps_of_features
+from mlx_cxr.explain.grad_cam import SHIFTS, Method, finer_features, maps_of_features
 from mlx_cxr.models.convert import freeze, load_model
 from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import ResNet18, parameter_counts
@@ -100,18 +101,47 @@ def study_predictions(model: ResNet18, data: SplitData, batch_size: int) -> Pred
 
 
 def image_maps(
-    model: ResNet18, images: ImageSource, labels: Sequence[str], methods: Sequence[Method], batch_size: int
+    model: ResNet18,
+    images: ImageSource,
+    labels: Sequence[str],
+    methods: Sequence[Method],
+    batch_size: int,
+    baseline: np.ndarray | None = None,
 ) -> tuple[dict[Method, np.ndarray], np.ndarray]:
-    """Maps of every image of a source by some methods: of all labels, with one pass of the trunk per batch.
+    """Maps of every image of a source by some methods: of all labels, with one pass of the trunk per batch and shift.
+
+    Args:
+        baseline: of `mean_features`; needed for `contrast_cam`, whose maps are the finer ones.
 
     Returns:
         Method -> float32 (K, N, h, w), not scaled (`explain.maps.scale_maps`); and the logits (N, 14) of the same
         passes.
     """
     network = FoldedResNet18.of(model)
-    trunk = image_features(network)
-    batches = [np.arange(len(images))[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    features = map(trunk, images.batches(batches))
-    made = [[maps_of_features(network, a, labels, method) for method in methods] for a in features]
-    raw = {method: np.concatenate([maps[i].raw for maps in made], axis=1) for i, method in enumerate(methods)}
-    return raw, np.concatenate([maps[0].logits for maps in made])
+    trunk, stride = image_features(network), model.config.output_stride
+    against = None if baseline is None else mx.array(baseline)
+    logits: list[np.ndarray] = []
+    made: dict[Method, list[np.ndarray]] = {method: [] for method in methods}
+    for some in _batches(images, batch_size):
+        fine = finer_features(trunk, some, stride) if "contrast_cam" in methods else None
+        plain = trunk(some) if fine is None else fine[:, ::SHIFTS, ::SHIFTS]
+        logits.append(np.array(network.head(plain)))
+        for method, parts in made.items():
+            a = fine if method == "contrast_cam" else plain
+            parts.append(maps_of_features(network, a, labels, method, against).raw)
+    return {method: np.concatenate(parts, axis=1) for method, parts in made.items()}, np.concatenate(logits)
+
+
+def mean_features(model: ResNet18, images: ImageSource, batch_size: int) -> np.ndarray:
+    """float32 (h, w, 512): mean of the images' `finer_features`, the baseline of `contrast_cam`."""
+    trunk, stride = image_features(FoldedResNet18.of(model)), model.config.output_stride
+    sums = [
+        np.array(mx.sum(finer_features(trunk, some, stride), axis=0), dtype=np.float64)
+        for some in _batches(images, batch_size)
+    ]
+    return (np.sum(sums, axis=0) / len(images)).astype(np.float32)
+
+
+def _batches(images: ImageSource, batch_size: int) -> Iterator[mx.array]:
+    rows = np.arange(len(images))
+    return images.batches([rows[i : i + batch_size] for i in range(0, len(images), batch_size)])

@@ -103,7 +103,7 @@ class CasePage:
     models: tuple[ModelReading, ...]
     finding: str
     heat: np.ndarray | None = None
-    method: str = "grad_cam"
+    method: str = "contrast_cam"
     show_withheld: bool = False
     opacity: float = MAX_OPACITY
     report: ReportAnswer | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
+from mlx_cxr.pages.map_checks import localization_section
 from mlx_cxr.pages.tables import Column, columns_of, finding_table, markdown_table
 
 CHANCE = 0.5
@@ -17,8 +18,8 @@ _VERDICTS = {
 }
 
 
-def external_markdown(results: Mapping[str, Any]) -> str:
-    """The page."""
+def external_markdown(results: Mapping[str, Any], places: Mapping[str, Any] | None = None) -> str:
+    """The page; `places` is the content of `localization.json`, if there is one."""
     compared, counts, shift = results["against_own"], results["counts"], results["shift"]
     calls = results["abstention"]["protocols"][compared["protocol"]]
     columns: list[Column] = columns_of(compared, {"positives": "positive", "negatives": "negative"})
@@ -64,6 +65,8 @@ def external_markdown(results: Mapping[str, Any]) -> str:
             "",
             *markdown_table(["statistic", "here", "own", "difference"], rows, right=(1, 2, 3)),
         ]
+    if places is not None:
+        lines += ["", *localization_section(places)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from mlx_cxr.core.config import Config
 from mlx_cxr.core.labels import label_index
 from mlx_cxr.data.decoding import Transform
-from mlx_cxr.data.masks import load_masks
+from mlx_cxr.data.places import Places
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.pages.overlay import draw_overlay, save_picture
 from mlx_cxr.pages.withheld_maps import Reading
@@ -21,7 +21,13 @@ SIDE = 320
 
 
 def draw_failures(
-    folder: Path, failures: pd.DataFrame, frame: pd.DataFrame, pixels: np.ndarray, maps: ScaledMaps, config: Config
+    folder: Path,
+    failures: pd.DataFrame,
+    frame: pd.DataFrame,
+    pixels: np.ndarray,
+    maps: ScaledMaps,
+    places: Places | None,
+    config: Config,
 ) -> list[str]:
     """Draw each of some errors, one atomic write per picture.
 
@@ -34,6 +40,7 @@ def draw_failures(
         frame: manifest rows of all N images of their studies.
         pixels: uint8 (N, S, S).
         maps: of those images, with every label of `failures`.
+        places: of the cohort's findings, where there are any.
 
     Returns:
         The pictures' paths relative to `folder`, one for each row, in their order.
@@ -54,7 +61,7 @@ def draw_failures(
             config.data.synthetic,
             row["abstention"],
         )
-        mask = load_masks(config.data.root, frame["path"].iloc[image], transform, [label]).get(label)
+        mask = places.masks(frame["path"].iloc[image], transform, [label]).get(label) if places else None
         words = f"{place:02} {label} {row['error']} {row['study_id']}"
         names.append(f"{IMAGES}/{re.sub(r'[^A-Za-z0-9.-]+', '_', words)[:120]}.png")
         heat = maps.heat(label, image)

@@ -259,7 +259,8 @@ def findings_markdown(
         "",
         *notice_lines(synthetic),
         f"Maps by {METHOD_NAMES[method]} on test films. A map shows which cells raise the finding's score, not that "
-        "the finding is there. Its scale is the finding's reference activation, the 99th percentile of the maximum "
+        "the finding is there; one against the mean film, which cells raise it above what they do on the validation "
+        "films on average. Its scale is the finding's reference activation, the 99th percentile of the maximum "
         "over validation films, the same for every film; it is not stretched film by film. The probability is the "
         "study's, calibrated, and the threshold was chosen on validation; of a study's films the one with the highest "
         f"score of the finding is shown. Right and wrong are judged by the report's label, and {protocol}: a false "

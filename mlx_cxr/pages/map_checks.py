@@ -1,4 +1,4 @@
-"""The sections of `findings.md` that check the maps: against masks, and against randomized weights.
+"""The sections of `findings.md` that check the maps: against marked places, and against randomized weights.
 
 The words for the verdict of `evaluation.map_verdict`, on every page that gives it, are here too.
 """
@@ -20,8 +20,13 @@ SCORE_NAMES = {
     "iou": "IoU of the map's strongest pixels with the mask",
     "mass": "Share of the map's sum on the finding",
 }
-CONTROL_NAMES = {"random": "random maps", "swapped": "other films' maps", "centre": "a guess at the film's centre"}
-ALL_CONTROLS = f"{CONTROL_NAMES['random']}, {CONTROL_NAMES['swapped']} of it and {CONTROL_NAMES['centre']}"
+CONTROL_NAMES = {
+    "random": "random maps",
+    "swapped": "other patients' maps of it",
+    "usual": "its usual place on validation films",
+    "centre": "a guess at the film's centre",
+}
+ALL_CONTROLS = ", ".join(CONTROL_NAMES.values())
 """Whose strongest the verdict is against, for a sentence about a finding."""
 
 
@@ -37,7 +42,7 @@ def table_rows(table: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, An
 
 
 def localization_markdown(
-    table: Mapping[str, Any], names: Mapping[str, str], against: Sequence[str] = ("random", "swapped")
+    table: Mapping[str, Any], names: Mapping[str, str], against: Sequence[str] = ("swapped", "usual")
 ) -> str:
     """`localization_table` as Markdown, one table per score, for a page that carries the notice.
 
@@ -78,12 +83,13 @@ def localization_section(table: Mapping[str, Any]) -> list[str]:
         "## Do the maps find the finding?",
         "",
         f"Films: {table['selection']}, called positive or not. Controls on the same films: random maps of the same "
-        "resolution; the maps of other films of the finding (`swapped`: what its usual place alone explains); a guess "
+        "resolution; the maps of other patients with the finding (`swapped`: what its usual place alone explains); "
+        "that place itself, the finding's mean map over validation films (`usual`: it never saw the film); a guess "
         f"at the film's centre; and chance, from the mask's area. IoU takes the strongest {table['fraction']:.0%} of "
         f"the pixels; half a cell is {table['half_cell_px']:g} px. A map is empty where no part of the film raises the "
         "score, as for a film that the model finds no sign on; it counts as a miss. Maps are worth something where "
-        "the interval of their difference from the strongest of random, swapped and centre, named beside it, lies "
-        "above 0.",
+        "the interval of their difference from the strongest of random, swapped, usual and centre, named beside it, "
+        "lies above 0.",
         "",
         localization_markdown(table, SCORE_NAMES),
         "**The films scored**",

@@ -43,12 +43,12 @@ def update_readme(readme: Path, run_dir: Path, seconds: float) -> None:
 
     Args:
         readme: the Markdown file; the picture lies at `PICTURE` from its folder.
-        run_dir: an evaluated run of a cohort with masks.
+        run_dir: an evaluated run of a cohort with boxes or masks.
         seconds: that the pipeline took.
 
     Raises:
         UserError: the README has no such block, or the run has no map to show.
-        RecordError: the run is not evaluated, or its cohort has no masks.
+        RecordError: the run is not evaluated, or its cohort has neither boxes nor masks.
     """
     results = read_record(run_dir / "test_results.json")
     table = read_record(run_dir / "localization.json")
@@ -89,7 +89,7 @@ def demo_block(results: Mapping[str, Any], table: Mapping[str, Any], label: str,
             "```",
             "",
             "Does the map's peak lie on the finding? Films of the test split with the finding drawn and reported, "
-            "beside the strongest of three controls on the same films: "
+            "beside the strongest of four controls on the same films: "
             f"{', '.join(f'{words} (`{name}`)' for name, words in CONTROL_NAMES.items())}. In brackets 95 % intervals "
             "by patient. The picture above is the most confident true positive of the finding that maps hit best "
             f"beyond its strongest control ({label}).",

@@ -11,7 +11,13 @@ import numpy as np
 from mlx_cxr.core.labels import MAPPED, label_index, label_word
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 
-METHOD_NAMES = {"grad_cam": "Grad-CAM", "grad_cam_pp": "Grad-CAM++", "hires_cam": "HiResCAM", "random": "random map"}
+METHOD_NAMES = {
+    "contrast_cam": "Grad-CAM against the mean film",
+    "grad_cam": "Grad-CAM",
+    "grad_cam_pp": "Grad-CAM++",
+    "hires_cam": "HiResCAM",
+    "random": "random map",
+}
 
 
 @dataclass(frozen=True)

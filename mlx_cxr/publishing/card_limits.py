@@ -171,7 +171,10 @@ def _calls(card: Mapping[str, Any]) -> Iterator[str]:
 def _maps(card: Mapping[str, Any]) -> Iterator[str]:
     table = card["localization"]
     if table is None:
-        yield "Whether its maps point at the findings was not tested, for want of masks: do not take them as evidence."
+        yield (
+            "Whether its maps point at the findings was not tested, for want of films with their places marked: do not "
+            "take them as evidence."
+        )
         return
     yield (
         f"That a map points at the finding better than the strongest of {ALL_CONTROLS} (pointing game) is shown for "

@@ -144,9 +144,9 @@ def _uncertainty(card: Card) -> str:
 def _explained(card: Card) -> str:
     table = card["localization"]
     if table is None:
-        return "Class activation maps; not validated, for want of masks"
+        return "Class activation maps; not validated, for want of films with marked places"
     hit = interval_text(table["macro"]["hit"]["maps"])
-    return f"Class activation maps ({table['method']}), against masks: pointing game {hit}; see Maps"
+    return f"Class activation maps ({table['method']}), against marked places: pointing game {hit}; see Maps"
 
 
 def _internal(card: Card) -> str:

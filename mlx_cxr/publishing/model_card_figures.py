@@ -30,7 +30,13 @@ _CALLED = {
     "sensitivity_called": "sensitivity of calls",
     "specificity_called": "specificity of calls",
 }
-_HITS = {"random": "random maps", "swapped": "other films' maps", "centre": "film's centre", "chance": "chance"}
+_HITS = {
+    "random": "random maps",
+    "swapped": "other patients' maps",
+    "usual": "usual place",
+    "centre": "film's centre",
+    "chance": "chance",
+}
 
 Card = Mapping[str, Any]
 

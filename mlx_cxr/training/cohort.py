@@ -19,7 +19,7 @@ class SplitData:
     """One split of a cohort, a row per image.
 
     Attributes:
-        name: `train`, `validate` or `test`.
+        name: `train`, `validate` or `test`, or several.
         frame: the manifest's rows.
         raw_labels: float32 (N, 14), 1 / 0 / -1 / NaN; all NaN for an image that nobody labelled.
         images: the images, in the same order.
@@ -66,10 +66,12 @@ class Cohort:
         store = PixelStore.open(config.pixels_path, manifest, transform)
         return cls(manifest, store, config.training.pixel_budget_gb)
 
-    def split(self, name: str) -> SplitData:
-        """The images of a split; those that could not be read are left out (the store lists them)."""
+    def split(self, name: str, *others: str) -> SplitData:
+        """The images of a split, or of several; those that could not be read are left out (the store lists them)."""
         frame = self.manifest.frame
-        wanted = (frame["split"] == name).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
+        wanted = (
+            frame["split"].isin([name, *others]).to_numpy() & ~frame["image_id"].isin(self.store.missing).to_numpy()
+        )
         chosen = np.flatnonzero(wanted)
         rows = self.store.rows(frame["image_id"].iloc[chosen])
         # The splits share one budget: a store that does not fit as a whole is read from disk.
@@ -78,4 +80,4 @@ class Cohort:
         manifest = self.manifest
         withheld = None if manifest.withheld is None else manifest.withheld[chosen]
         frame = frame.iloc[chosen].reset_index(drop=True)
-        return SplitData(name, frame, manifest.raw_labels[chosen], images, withheld)
+        return SplitData(" + ".join([name, *others]), frame, manifest.raw_labels[chosen], images, withheld)

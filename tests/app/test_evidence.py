@@ -29,8 +29,10 @@ def run(tmp_path):
 
 def test_a_map_comes_with_what_is_known_of_such_maps(run):
     good, bad = evidence(run, "Edema"), evidence(run, "Fracture")
-    assert good == "On 40 test films with the finding, maps peaked on it in 80%, other films' maps in 50%."
-    assert bad.startswith("On 40 test films with the finding, maps peaked on it in 10%, other films' maps in 15%")
+    assert good == "On 40 test films with the finding, maps peaked on it in 80%, other patients' maps of it in 50%."
+    assert bad.startswith(
+        "On 40 test films with the finding, maps peaked on it in 10%, other patients' maps of it in 15%"
+    )
     assert bad.endswith("do not take it as evidence of the place.")
     heart = "maps peaked on it in 90%, a guess at the film's centre in 95%: do not take it as evidence of the place."
     assert evidence(run, "Cardiomegaly").endswith(heart)

@@ -87,6 +87,8 @@ def test_the_verdict_is_against_the_strongest_control_not_the_weakest():
     assert verdict.difference["value"] == pytest.approx(-0.1)
     better = map_verdict(entry_of([1, 1, 1, 0] * 10, random=0.1, swapped=0.3, centre=0.2))
     assert (better.control, better.better) == ("swapped", True)
+    usual = map_verdict(entry_of([1, 1, 1, 0] * 10, random=0.1, swapped=0.3, usual=0.74, centre=0.2))
+    assert (usual.control, usual.better) == ("usual", False)
 
 
 def test_of_equal_controls_the_first_is_taken_and_maps_that_equal_it_are_not_better():

@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_cxr.core.labels import LABELS, label_index
-from mlx_cxr.explain.grad_cam import class_activation_maps
+from mlx_cxr.explain.grad_cam import class_activation_maps, finer_features, maps_of_features
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize
 
@@ -125,6 +125,34 @@ def test_average_pool_and_linear_has_the_closed_form(resnet):
     np.testing.assert_array_equal(maps.scores, maps.logits.T)
 
 
+def test_contrast_is_the_attribution_of_the_logit_above_the_baselines(resnet):
+    """Integrated gradients of a linear head along a straight path: they sum to the difference of the logits."""
+    rng = np.random.default_rng(5)
+    a, baseline = (np.abs(rng.normal(size=(*shape, 512))).astype(np.float32) for shape in ((3, 4, 4), (4, 4)))
+    weights = np.array(resnet.fc.weight)[label_index("Edema")]
+    both = [
+        maps_of_features(resnet, mx.array(a), [target], "contrast_cam", mx.array(baseline)).raw[0]
+        for target in (lambda logits: logits[:, label_index("Edema")], lambda logits: -logits[:, label_index("Edema")])
+    ]
+    signed = both[0] - both[1]
+    np.testing.assert_allclose(signed, ((a - baseline) @ weights) / 16, rtol=1e-4, atol=1e-5)
+    logits = [np.array(resnet.head(mx.array(x)))[:, label_index("Edema")] for x in (a, baseline[None])]
+    np.testing.assert_allclose(signed.sum(axis=(1, 2)), logits[0] - logits[1], rtol=1e-3, atol=1e-4)
+    same = maps_of_features(resnet, mx.array(baseline)[None], LABELS[1:], "contrast_cam", mx.array(baseline))
+    assert not same.raw.any(), "the mean image has no evidence"
+    for unfit in (None, mx.array(baseline[:2])):
+        with pytest.raises(ValueError, match=r"contrast_cam needs a baseline \(4, 4, 512\)"):
+            maps_of_features(resnet, mx.array(a), ["Edema"], "contrast_cam", unfit)
+
+
+def test_finer_features_put_every_cell_at_its_pixel():
+    """A trunk that takes one pixel in four, and so one in two in the end; the last shift sees the repeated border."""
+    pixels = np.arange(2 * 8 * 12).reshape(2, 8, 12)
+    fine = np.array(finer_features(lambda x: x[:, 3::4, 3::4, None], mx.array(pixels), 4))[..., 0]
+    rows, columns = np.minimum(np.arange(4) * 2 + 3, 7), np.minimum(np.arange(6) * 2 + 3, 11)
+    np.testing.assert_array_equal(fine, pixels[:, rows][:, :, columns])
+
+
 def test_grad_cam_pp_has_the_closed_form_of_a_linear_head(resnet):
     x = mx.array(images(2))
     a = np.array(resnet.features(x)).astype(np.float64)
@@ -193,7 +221,7 @@ def test_a_network_that_looks_at_one_corner_is_seen_to():
     expected[:4, 4:] = 1 / 16
     np.testing.assert_allclose(maps.raw[0, 0], expected, atol=1e-7)
     assert not maps.raw[1].any()
-    scores = localize(maps.raw[0], expected[None] > 0).maps
+    scores = localize(maps.raw[0], expected[None] > 0, ["p"]).maps
     assert (scores.hit.item(), scores.iou_area.item(), scores.mass.item()) == (1.0, 1.0, 1.0)
 
 

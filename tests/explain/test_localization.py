@@ -16,7 +16,7 @@ MASK = grid("0000", "0110", "0110", "0000")
 
 def scores(heat: np.ndarray, mask: np.ndarray, **settings: float) -> Scores:
     """Of one map, a cell of which is a pixel."""
-    return localize(heat[None], mask[None], random_draws=1, **settings).maps
+    return localize(heat[None], mask[None], ["p"], random_draws=1, **settings).maps
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def planted(n: int = 12, cells: int = 8, size: int = 64, seed: int = 0) -> tuple
 
 def test_maps_that_know_the_place_beat_every_control():
     raw, masks = planted()
-    result = localize(raw, masks, fraction=1 / 16, random_draws=40)
+    result = localize(raw, masks, range(12), fraction=1 / 16, random_draws=40)
     assert result.maps.hit.mean() == 1.0
     assert result.maps.iou.mean() > 0.6
     for control in (result.random, result.centre, result.swapped, result.chance):
@@ -103,15 +103,16 @@ def test_maps_that_know_the_place_beat_every_control():
 
 def test_each_arm_is_what_its_name_says():
     raw, masks = planted(n=3)
-    result = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
+    result = localize(raw, masks, list("abc"), raw[1], fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
     for image in range(3):
         mask = masks[image]
         for name in ("hit", "iou", "iou_area", "mass"):
             alone = [getattr(scores(heat, mask, tolerance=2.0), name).item() for heat in raw]
             assert getattr(result.maps, name)[image] == pytest.approx(alone[image])
             others = [alone[other] for other in range(3) if other != image]
+            assert getattr(result.usual, name)[image] == pytest.approx(alone[1]), "the map given, whatever the image"
             assert getattr(result.swapped, name)[image] == pytest.approx(np.mean(others))
-    again = localize(raw, masks, fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
+    again = localize(raw, masks, list("abc"), raw[1], fraction=0.1, tolerance=2.0, random_draws=2, seed=3)
     np.testing.assert_array_equal(result.random.mass, again.random.mass)
 
 
@@ -121,7 +122,7 @@ def test_random_maps_hit_at_the_rate_of_chance():
     masks = np.zeros((60, 8, 8), dtype=bool)
     for mask in masks:
         mask.ravel()[rng.choice(64, 16, replace=False)] = True
-    result = localize(rng.random((60, 8, 8)), masks, random_draws=30)
+    result = localize(rng.random((60, 8, 8)), masks, range(60), random_draws=30)
     assert result.random.hit.mean() == pytest.approx(0.25, abs=0.03)
     assert result.random.mass.mean() == pytest.approx(0.25, abs=0.01)
     assert result.random.iou.mean() == pytest.approx(result.chance.iou.mean(), abs=0.02)
@@ -130,13 +131,25 @@ def test_random_maps_hit_at_the_rate_of_chance():
 def test_centre_guess_hits_the_centre_only():
     masks = np.zeros((2, 9, 9), dtype=bool)
     masks[0, 4, 4] = masks[1, 0, 0] = True
-    result = localize(np.ones((2, 3, 3)), masks)
+    result = localize(np.ones((2, 3, 3)), masks, range(2))
     np.testing.assert_array_equal(result.centre.hit, [1.0, 0.0])
     assert result.centre.mass[1] == 0.0
 
 
+def test_swapped_maps_are_of_other_patients():
+    """Two images of one patient, and one of another: the pair see the third map alone, which sees both of theirs."""
+    raw, masks = planted(n=3)
+    result = localize(raw, masks, ["a", "a", "b"], random_draws=1)
+    for image, others in ((0, [2]), (1, [2]), (2, [0, 1])):
+        wanted = [scores(raw[other], masks[image]).mass.item() for other in others]
+        assert result.swapped.mass[image] == pytest.approx(np.mean(wanted))
+    alone = localize(raw, masks, ["a"] * 3, random_draws=1)
+    assert np.isnan(alone.swapped.hit).all(), "one patient has no other"
+    assert np.isnan(alone.usual.hit).all(), "none was given"
+
+
 def test_one_image_has_no_swap():
-    result = localize(*planted(n=1))
+    result = localize(*planted(n=1), ["p"])
     assert result.maps.hit.item() == 1.0
     assert np.isnan(result.swapped.hit).all()
 
@@ -144,21 +157,25 @@ def test_one_image_has_no_swap():
 def test_bad_input_is_named():
     raw, masks = planted(n=3)
     with pytest.raises(ValueError, match="mask 1 is empty"):
-        localize(raw, np.stack([masks[0], masks[0] * 0, masks[0]]))
+        localize(raw, np.stack([masks[0], masks[0] * 0, masks[0]]), range(3))
     with pytest.raises(ValueError, match="N >= 1"):
-        localize(raw, masks[:2])
+        localize(raw, masks[:2], range(3))
     with pytest.raises(ValueError, match="N >= 1"):
-        localize(raw[:0], masks[:0])
+        localize(raw[:0], masks[:0], [])
     with pytest.raises(ValueError, match="negative or non-finite"):
-        localize(-raw, masks)
+        localize(-raw, masks, range(3))
     with pytest.raises(ValueError, match="out of range"):
-        localize(raw, masks, fraction=0.0)
+        localize(raw, masks, range(3), fraction=0.0)
     with pytest.raises(ValueError, match="non-finite"):
-        localize(np.full((3, 2, 2), np.nan), masks)
+        localize(np.full((3, 2, 2), np.nan), masks, range(3))
     with pytest.raises(ValueError, match=r"tolerance -1 .* out of range"):
-        localize(raw, masks, tolerance=-1)
+        localize(raw, masks, range(3), tolerance=-1)
     with pytest.raises(ValueError, match=r"fraction 1\.5, .* out of range"):
-        localize(raw, masks, fraction=1.5)
+        localize(raw, masks, range(3), fraction=1.5)
+    with pytest.raises(ValueError, match=r"patients \(2,\) for 3 maps"):
+        localize(raw, masks, range(2))
+    with pytest.raises(ValueError, match="negative or non-finite"):
+        localize(raw, masks, range(3), -raw[0])
 
 
 def test_a_peak_in_the_last_cell_is_its_centre_and_not_the_level_ground_past_it():
@@ -166,8 +183,8 @@ def test_a_peak_in_the_last_cell_is_its_centre_and_not_the_level_ground_past_it(
     raw[0, 5, 2] = 1
     mask = np.zeros((1, 96, 96), dtype=np.uint8)
     mask[0, 78:83, 30:35] = 1  # around pixel 16 * (5, 2)
-    assert localize(raw, mask, random_draws=1).maps.hit.item() == 1.0
+    assert localize(raw, mask, ["p"], random_draws=1).maps.hit.item() == 1.0
     mask[0] = 0
     mask[0, 88:, 30:35] = 1
-    assert localize(raw, mask, random_draws=1).maps.hit.item() == 0.0
-    assert localize(raw, mask, tolerance=8.0, random_draws=1).maps.hit.item() == 1.0
+    assert localize(raw, mask, ["p"], random_draws=1).maps.hit.item() == 0.0
+    assert localize(raw, mask, ["p"], tolerance=8.0, random_draws=1).maps.hit.item() == 1.0

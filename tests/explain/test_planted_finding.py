@@ -58,7 +58,8 @@ def test_maps_of_a_trained_network_find_what_was_drawn(trained):
     for k in range(2):
         assert ((maps.scores[k] > 0) == labels[:, k]).mean() > 0.9
         called = labels[:, k] & (maps.scores[k] > 0)
-        found = localize(maps.raw[k, called], masks[called, k], fraction=0.05, tolerance=half_a_cell)
+        patients = np.arange(called.sum())
+        found = localize(maps.raw[k, called], masks[called, k], patients, fraction=0.05, tolerance=half_a_cell)
         hit, iou = found.maps.hit.mean(), found.maps.iou.mean()
         for control in (found.random, found.swapped, found.chance):
             assert hit > 2.5 * control.hit.mean()

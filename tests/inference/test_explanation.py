@@ -10,6 +10,7 @@ from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.localization import localize
 from mlx_cxr.explain.maps import ScaledMaps
 from mlx_cxr.inference import explanation
+from mlx_cxr.inference.map_fit import MapFit
 from mlx_cxr.inference.trained_run import image_maps, study_predictions
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
 from mlx_cxr.pages.map_checks import localization_section
@@ -60,7 +61,8 @@ def test_maps_do_not_depend_on_how_images_are_batched(model):
     np.testing.assert_allclose(raw, direct.raw, atol=1e-4 * max(1.0, direct.raw.max()))
     np.testing.assert_allclose(logits, direct.logits, rtol=1e-4, atol=1e-4)
     references = dict(zip(MAPPED, np.arange(1.0, 1 + len(MAPPED)), strict=True)) | {"Fracture": np.nan}
-    maps = explanation.scaled_maps(model, source, MAPPED, "grad_cam", references, batch_size=4)
+    fit = MapFit(np.zeros(0), {}, {"grad_cam": references}, "")
+    maps = explanation.scaled_maps(model, source, MAPPED, "grad_cam", fit, batch_size=4)
     assert maps.labels == MAPPED
     row = MAPPED.index("Edema")
     np.testing.assert_allclose(maps.raw[row], raw[0], atol=1e-4 * max(1.0, raw.max()))
@@ -90,33 +92,42 @@ def test_localization_scores_images_that_have_both_mask_and_label():
         mask[y : y + 8, x : x + 8] = True
         masks.append([{"Edema": mask}, {}, {"Edema": np.zeros((32, 32), bool)}][image % 3])
     settings = {"fraction": 0.1, "half_cell": 4.0, "samples": 50, "seed": 3, "synthetic": True}
-    table = explanation.localization(maps, data, masks, test, POINTS, **settings)
+    places = rng.random((len(MAPPED), 4, 4), dtype=np.float32)
+    fit = MapFit(np.zeros(0), {"grad_cam": places}, {}, "")
+    table = explanation.localization(maps, fit, data, masks, test, POINTS, **settings)
     column = label_index("Edema")
     rows = [k for k in range(0, len(data), 3) if data.raw_labels[k, column] == 1]
     assert list(table["per_label"]) == ["Edema"]
     entry = table["per_label"]["Edema"]
     assert (entry["films"], entry["films_with_mask"]) == (len(rows), len(range(0, len(data), 3)))
-    direct = localize(maps.raw[0, rows], np.stack([masks[k]["Edema"] for k in rows]), 0.1, 0.0, seed=3)
-    near = localize(maps.raw[0, rows], np.stack([masks[k]["Edema"] for k in rows]), 0.1, 4.0, seed=3)
+    drawn, patients = np.stack([masks[k]["Edema"] for k in rows]), data.frame["patient_id"].to_numpy()[rows]
+    assert len(set(patients)) < len(patients), "some patients have several images"
+    usual = places[MAPPED.index("Edema")]
+    direct, near = (localize(maps.raw[0, rows], drawn, patients, usual, 0.1, reach, seed=3) for reach in (0.0, 4.0))
     assert entry["hit"]["maps"]["value"] == pytest.approx(direct.maps.hit.mean())
     assert entry["hit_half_cell"]["maps"]["value"] == pytest.approx(near.maps.hit.mean())
     assert entry["iou"]["swapped"]["mean"]["value"] == pytest.approx(direct.swapped.iou.mean())
+    assert entry["iou"]["usual"]["mean"]["value"] == pytest.approx(direct.usual.iou.mean())
     called = POINTS.calibration.probabilities(test.logits)[:, column] >= POINTS.thresholds.values[column]
     of_images = np.repeat(called, 2)[rows]
     assert entry["called"] == of_images.sum()
     assert entry["hit_when_called"] == pytest.approx(direct.maps.hit[of_images].mean())
     assert entry["empty_maps"] == 0
-    section = "\n".join(localization_section(table))
+    section = "\n".join(localization_section({**table, "selection": "test " + explanation.SELECTIONS["boxes"]}))
     assert f"| Edema | {len(rows)} | " in section
-    assert "report label 1" in section
-    assert explanation.localization(maps, data, [{}] * len(data), test, POINTS, **settings) is None
+    assert "test films with a reader's box around the finding and the report label 1" in section
+    some = test.select(np.arange(len(test)) != rows[0] // 2)
+    without = explanation.localization(maps, fit, data, masks, some, POINTS, **settings)["per_label"]["Edema"]
+    assert without["films"] == sum(k // 2 != rows[0] // 2 for k in rows) < len(rows), "of scored studies"
+    assert explanation.localization(maps, fit, data, [{}] * len(data), test, POINTS, **settings) is None
 
 
 def test_randomization_takes_images_evenly_and_leaves_the_model_alone(model):
     pixels = np.random.default_rng(0).integers(0, 255, (17, 64, 64), dtype=np.uint8)
     source = ImageSource(pixels, np.arange(17), 4.0)
     labels = ("Edema", "Fracture")
-    maps = explanation.scaled_maps(model, source, labels, "grad_cam", dict.fromkeys(labels, 1.0), batch_size=8)
+    fit = MapFit(np.zeros(0), {}, {"grad_cam": dict.fromkeys(labels, 1.0)}, "")
+    maps = explanation.scaled_maps(model, source, labels, "grad_cam", fit, batch_size=8)
     before = np.array(model.fc.weight)
     check = explanation.randomization(model, maps, source, seed=0)
     assert {step: values.shape for step, values in check.items()} == {"fc": (3, 2, 8), "fc+layer4": (3, 2, 8)}

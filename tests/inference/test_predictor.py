@@ -22,13 +22,14 @@ from mlx_cxr import evaluate_cnn, inference, train_cnn
 from mlx_cxr.core.config import Config, load_config
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, write_record
-from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.data.decoding import Transform, decode_bytes
 from mlx_cxr.data.dicom import equalize
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS
 from mlx_cxr.explain.grad_cam import class_activation_maps
 from mlx_cxr.explain.maps import fit_reference
-from mlx_cxr.inference.predictor import MAPPED, METHODS, Predictor
+from mlx_cxr.inference.map_fit import METHODS
+from mlx_cxr.inference.predictor import MAPPED, Predictor
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import preprocess
@@ -198,11 +199,29 @@ def test_a_negative_is_questionable_and_answered_on_request_only(predictor):
     np.testing.assert_array_equal(anyway.probabilities, answer.probabilities)
 
 
+def contrast_by_hand(model, images, validation):
+    """(13, N, h, w) by NumPy: each image and three shifts of it, the head's weights, less the validation's mean."""
+    half, size = model.config.output_stride // 2, images.shape[1]
+    wide = np.pad(images, ((0, 0), (0, half), (0, half)), mode="edge")
+    weights = np.array(model.fc.weight)[[label_index(label) for label in MAPPED]]
+    signed = None
+    for i, y in enumerate((0, half)):
+        for j, x in enumerate((0, half)):
+            part = np.array(model.features(preprocess(mx.array(wide[:, y : y + size, x : x + size]), 1)))
+            n, h, w, _ = part.shape
+            signed = np.zeros((13, n, 2 * h, 2 * w)) if signed is None else signed
+            signed[:, :, i::2, j::2] = np.einsum("kc,nhwc->knhw", weights, part) / (4 * h * w)
+    return np.maximum(signed - signed[:, :validation].mean(axis=1, keepdims=True), 0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_are_shares_of_the_reference_on_validation(predictor, cohort, run_dir, method):
     model, transform = load_model(run_dir / "best_model.safetensors"), Transform(32)
     images = np.stack([read_image(cohort / "films" / f"film{i:02}.png", transform) for i in range(12, 21)])
-    raw = class_activation_maps(model, preprocess(mx.array(images), 1), MAPPED, method).raw
+    if method == "contrast_cam":
+        raw = contrast_by_hand(model, images, validation=8)
+    else:
+        raw = class_activation_maps(model, preprocess(mx.array(images), 1), MAPPED, method).raw
     reference = fit_reference(raw[:, :8])
     labels = ["Cardiomegaly", "Edema"]
     maps = predictor.maps(predictor.predict([predictor.read(cohort / "films" / "film20.png")])[0], labels, method)
@@ -286,7 +305,9 @@ def test_weights_that_changed_are_refused(copied, run_dir):
         Predictor.from_run(copied)
 
 
-@pytest.mark.parametrize("name", ["inference.json", "operating_points.json", "best_model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["inference.json", "map_fit.npz", "operating_points.json", "best_model.safetensors", "config.json"]
+)
 def test_a_run_that_lacks_a_file_is_refused(copied, name):
     (copied / name).unlink()
     with pytest.raises(UserError, match=name.replace(".", r"\.")):

@@ -470,7 +470,7 @@ def test_maps_are_evidence_only_for_findings_on_which_they_beat_the_strongest_co
     def scores(label, hits, others):
         control = {"hit": others.astype(float)}
         half = {"hit": others * 0.5}
-        controls = {"random": half, "swapped": control, "centre": half, "chance": half}
+        controls = {"random": half, "swapped": control, "usual": half, "centre": half, "chance": half}
         patients = np.array([f"p{i}" for i in range(len(hits))])
         return ImageScores(label, patients, {"hit": hits.astype(float)}, controls)
 
@@ -486,8 +486,8 @@ def test_maps_are_evidence_only_for_findings_on_which_they_beat_the_strongest_co
     assert [row[0] for row in rows] == ["Edema", "Fracture", "**mean of 2**"]
     assert_shows(rows[0][2], table["per_label"]["Edema"]["hit"]["maps"])
     assert figures(rows[0][4])[0] == pytest.approx(bad.mean(), abs=0.00051)
-    assert rows[0][7] == "other films' maps"
-    assert_shows(rows[0][8], table["per_label"]["Edema"]["hit"]["swapped"]["difference"])
+    assert rows[0][8] == "other patients' maps"
+    assert_shows(rows[0][9], table["per_label"]["Edema"]["hit"]["swapped"]["difference"])
 
 
 def test_the_comparison_is_that_of_the_models_it_names(run, tmp_path):
