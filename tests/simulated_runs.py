@@ -84,7 +84,8 @@ def write_run(
         "distillation": {"targets": targets, "alpha": 0.3, "temperature": 2.0, "init": "model"},
     }
     soft = {"path": f"outputs/{taught_by}/teacher_soft_labels.npy", "sha256": hashlib.sha256(SOFT).hexdigest()}
-    stage = "lfm_finetune" if reads is not None else "train_cnn" if "cnn" in name else "distillation"
+    reader = "bag_of_words" if name.endswith("_bag_of_words") else "lfm_finetune"
+    stage = reader if reads is not None else "train_cnn" if "cnn" in name else "distillation"
     inputs = provenance["inputs"] | ({"soft_labels": soft} if taught_by else {})
     write_record(folder / "config.json", {"stage": stage, "config": config, "inputs": inputs})
     write_predictions(folder / "predictions.csv", predictions, points)

@@ -86,7 +86,13 @@ def test_the_pdf_says_what_the_model_says(case):
             "Research only, not for clinical use",
             "Trained on a synthetic cohort",
         ),
-        *("0.90 present", "0.31 abstains", "untested", "0.05 absent", "Edema: Grad-CAM against the mean film, peak 0.80"),
+        *(
+            "0.90 present",
+            "0.31 abstains",
+            "untested",
+            "0.05 absent",
+            "Edema: Grad-CAM against the mean film, peak 0.80",
+        ),
         *(case.models[0].points.reason(HEART, 0.31), "Fracture", "alpha 0.1"),
     ):
         assert words in text, words
