@@ -18,7 +18,7 @@ EVIDENCE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "ma
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """A student better than its CNN, as good as one of hard labels, and word counts that read worse than the teacher."""
+    """A student better than its CNN and as good as one of hard labels, and word counts worse than the teacher."""
     folder = tmp_path_factory.mktemp("outputs")
     write_three(folder)
     write_run(folder, "student_hard", model(NOISE["student"], 12), targets="hard", taught_by="teacher")
