@@ -96,6 +96,47 @@ def run(
     return run_dir
 
 
+def run_budgets(config: Config, budgets: Sequence[float], overwrite: bool = False) -> Path:
+    """Run the experiment once for each label budget, in a folder of its own, and write what came of it.
+
+    Args:
+        config: the experiment; `labels.budget` is replaced.
+        budgets: shares of the training patients, 1.0 for all of them.
+        overwrite: as `run`.
+
+    Returns:
+        The folder `label_budgets_<name>` under `outputs`: a folder per budget as `outputs` is one, and
+        `label_budgets.json`, `.csv`, `.md` and `.png`.
+
+    Raises:
+        UserError: the experiment has no teacher, or a budget is no share; and as `run`.
+    """
+    import pandas as pd
+
+    from mlx_cxr.core.files import write_record, write_text
+    from mlx_cxr.data.tables import write_table
+    from mlx_cxr.pages.budget_page import budget_markdown, budget_rows, plot_budgets
+
+    if not config.pipeline.teacher:
+        raise UserError("--label_budgets: this experiment has no teacher (pipeline.teacher is false)")
+    if wrong := [budget for budget in budgets if not 0 < budget <= 1]:
+        raise UserError(f"--label_budgets: {wrong[0]} is no share of the patients above 0 and at most 1")
+    folder, comparisons = config.outputs / f"label_budgets_{config.name}", {}
+    for budget in sorted(set(budgets)):
+        labels = config.labels.model_copy(update={"budget": budget if budget < 1 else None})
+        one = config.model_copy(update={"labels": labels, "outputs": folder / f"{budget:g}"})
+        run(one, overwrite=overwrite, ignore_gates=True)
+        comparisons[float(budget)] = read_record(compare_models.comparison_dir(one) / "final_comparison.json")
+    rows, synthetic = budget_rows(comparisons), config.data.synthetic
+    write_record(folder / "label_budgets.json", {"schema": 1, "synthetic": synthetic, "rows": rows})
+    flat = [{**row, **{key: row["roc_auc"][key] for key in ("value", "low", "high")}} for row in rows]
+    write_table(folder / "label_budgets.csv", pd.DataFrame(flat).drop(columns="roc_auc"))
+    write_text(folder / "label_budgets.md", budget_markdown(rows, synthetic))
+    plot_budgets(folder / "label_budgets.png", rows, synthetic)
+    log.info("%s", (folder / "label_budgets.md").read_text(encoding="utf-8"))
+    return folder
+
+
 def _bring_up_to_date(
     config: Config, chain: Sequence[Step], forced: Sequence[str], overwrite: bool, ignore_gates: bool
 ) -> None:
@@ -243,6 +284,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a run that was made differently")
     parser.add_argument("--ignore_gates", action="store_true", help="go on where a gate is not met")
     parser.add_argument(
+        "--label_budgets",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="once for each share of the training patients whose labels may be used, such as 0.05 0.1 0.25 1",
+    )
+    parser.add_argument(
         "--update_readme", type=Path, metavar="README.md", help="put this run's figures and a map into it"
     )
     return parser
@@ -252,6 +300,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; status 2 for an error, 3 for a gate that is not met."""
     with started(build_parser(), argv) as args:
         config = configuration(args, seed=args.seed, data__n_studies=args.n_studies)
+        if args.label_budgets:
+            run_budgets(config, args.label_budgets, args.overwrite)
+            return
         try:
             run(
                 config,

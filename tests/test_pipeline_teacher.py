@@ -6,11 +6,13 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from mlx_cxr import pipeline
 from mlx_cxr.compare_models import comparison_dir
 from mlx_cxr.core.config import load_config
+from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.data.soft_labels import load_soft_labels
@@ -188,3 +190,41 @@ def test_a_gate_of_the_comparison_ends_with_status_3_when_all_is_written(chain):
     assert met == {"teacher_beats_cnn": teacher > cnn, "retention": student >= teacher}
     assert code == (0 if all(met.values()) else 3)
     assert (config.run_dir("student_v1") / "failure_analysis" / "summary.md").exists()
+
+
+def test_a_label_budget_is_an_experiment_of_its_own_on_the_same_data(chain):
+    """Half of the patients' labels: CNN, teacher and words see no other; the student sees all films."""
+    settings = ["comparison.controls=[words]", "comparison.graded=[]", "explain.examples_per_outcome=0"]
+    config = load_config(chain, settings)
+    data = {path: sha256_file(path) for path in config.sample_dir.glob("*.csv")}
+    folder = pipeline.run_budgets(config, [0.5])
+    assert folder == config.outputs / "label_budgets_chain"
+    assert {path: sha256_file(path) for path in data} == data
+    runs = folder / "0.5"
+    assert read_record(runs / "chain_cnn" / "config.json")["config"]["labels"]["budget"] == 0.5
+    told = read_record(runs / "student_v1" / "training.json")["soft_labels"]
+    # As many studies as half of the patients' have no hard label, and those with a report are learned from.
+    manifest = pd.read_csv(config.manifest_path, dtype=str)
+    training = manifest[manifest["split"] == "train"]
+    assert told["studies"] == training["study_id"].nunique()
+    assert 0.25 < told["without_hard_label"] / told["studies"] < 0.75
+    words = read_record(runs / "student_v1_words" / "config.json")
+    assert "lora_teacher_phase1_bag_of_words" in words["inputs"]["soft_labels"]["path"]
+    comparison = read_record(runs / "comparison_chain" / "final_comparison.json")
+    rows = read_record(folder / "label_budgets.json")["rows"]
+    (student,) = [row for row in rows if row["what"] == "student"]
+    section = comparison["protocols"][comparison["fitted_under"]]
+    assert student["roc_auc"] == section["models"]["student_v1"]["macro"]["roc_auc"]
+    page = (folder / "label_budgets.md").read_text()
+    assert "| 50 % | student minus the answers of a bag of words |" in page
+    table = pd.read_csv(folder / "label_budgets.csv")
+    assert set(table["budget"]) == {0.5}
+    assert {"CNN", "student", "bag of words, reads: findings"} <= set(table["what"])
+    with Image.open(folder / "label_budgets.png") as picture:
+        assert "Synthetic" in picture.text["Warning"]
+
+
+@pytest.mark.parametrize("budgets", [[0.0], [0.5, 10.0]])
+def test_a_budget_that_is_no_share_is_refused_before_anything_runs(chain, budgets):
+    with pytest.raises(UserError, match=r"--label_budgets: \S+ is no share of the patients"):
+        pipeline.run_budgets(load_config(chain), budgets)
