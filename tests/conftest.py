@@ -1,9 +1,12 @@
 """Loads the package first, and puts this folder on `sys.path` for the reference networks kept here."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,14 @@ import pytest
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers with all cores each would wait for each other in every matrix product.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+if sys.dont_write_bytecode:
+    # Over a hundred commands are started here, and each would compile all that it imports: seconds of pandas,
+    # scikit-learn and mlx-vlm.
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="mlx_cxr-bytecode-")
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 # Before any test imports mlx.core, as that fixes which BLAS serves on Linux; the stock one is 30x slower.
 import mlx_cxr  # noqa: F401
