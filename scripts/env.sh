@@ -3,6 +3,13 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
+# What is imported is compiled once, also for a caller who wants no compiled files beside the sources: without, a
+# stage takes up to 20 s to start.
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+  unset PYTHONDONTWRITEBYTECODE
+  export PYTHONPYCACHEPREFIX="$PWD/.venv/bytecode"
+fi
+
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3.10 python3 python; do

@@ -1,9 +1,12 @@
 """Loads the package first, and puts this folder on `sys.path` for the reference networks kept here."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,16 @@ import pytest
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers with all cores each would wait for each other in every matrix product.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+if "MLX_CXR_TEST_SESSION" not in os.environ:  # a worker has it of the process that started it
+    os.environ["MLX_CXR_TEST_SESSION"] = tempfile.mkdtemp(prefix="mlx_cxr-tests-")
+    atexit.register(shutil.rmtree, os.environ["MLX_CXR_TEST_SESSION"], ignore_errors=True)
+    if sys.dont_write_bytecode:
+        # Over a hundred commands are started here, and each would compile all that it imports: seconds of pandas,
+        # scikit-learn and mlx-vlm.
+        sys.dont_write_bytecode = False
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = f"{os.environ['MLX_CXR_TEST_SESSION']}/bytecode"
 
 # Before any test imports mlx.core, as that fixes which BLAS serves on Linux; the stock one is 30x slower.
 import mlx_cxr  # noqa: F401

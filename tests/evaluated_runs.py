@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-import tempfile
 from pathlib import Path
 
+from made_once import made_once
 from toy_cohort import make_cohort, soft_labels
 
 from mlx_cxr import distillation, evaluate_cnn, train_cnn
@@ -20,22 +19,19 @@ from mlx_cxr.training.preprocessing import preprocessing_record
 CNN, STUDENT, TEACHER = "first", "student_v1", "teacher"
 
 
-@functools.cache
-def _made() -> tempfile.TemporaryDirectory:
-    root = tempfile.TemporaryDirectory(prefix="evaluated_runs")
-    make_cohort(Path(root.name))
-    config = load_config(Path(root.name) / "trial.yaml", ["training.epochs=1", f"teacher.run_name={TEACHER}"])
+def _make(folder: Path) -> None:
+    make_cohort(folder)
+    config = load_config(folder / "trial.yaml", ["training.epochs=1", f"teacher.run_name={TEACHER}"])
     soft_labels(config, TEACHER)
     train_cnn.run(config)
     distillation.run(config)
     for name in (CNN, STUDENT):
         evaluate_cnn.run(config, name, maps=False)
-    return root
 
 
 def evaluated_run(to: Path, name: str = CNN) -> Path:
     """A copy of a run, beside a copy of its teacher's, under `to/outputs`; its cohort stays where it was made."""
-    outputs = Path(_made().name) / "outputs"
+    outputs = made_once("evaluated_runs", _make) / "outputs"
     for folder in (name, TEACHER):
         shutil.copytree(outputs / folder, to / "outputs" / folder, ignore=shutil.ignore_patterns("last"))
     return to / "outputs" / name

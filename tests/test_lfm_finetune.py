@@ -26,7 +26,7 @@ from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher, what_it_reads
 from mlx_cxr.training.loop import TrainingDivergedError
 
 SHORT = ("teacher.training.epochs=1",)
-LONG = ("teacher.training.epochs=30", "teacher.training.learning_rate=3e-3")
+LONG = ("teacher.training.epochs=12", "teacher.training.learning_rate=3e-3")
 TRAINED = SPLITS.count("train") - 1
 VALIDATED = SPLITS.count("validate") - 1
 

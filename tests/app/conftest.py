@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 
 from mlx_cxr.core.config import Config
 
@@ -21,11 +22,11 @@ pytest.importorskip("streamlit", reason="Streamlit is not installed: the page is
 
 
 @pytest.fixture(scope="session")
-def cohort(tmp_path_factory) -> Config:
+def cohort() -> Config:
     """CNN, student, teacher, comparison and failure analysis of a small cohort; tests that change it take a copy."""
-    from page_cohort import make_page_cohort
+    from page_cohort import make_page_cohort, page_config
 
-    return make_page_cohort(tmp_path_factory.mktemp("page") / "cohort")
+    return page_config(made_once("page_cohort", make_page_cohort))
 
 
 @pytest.fixture

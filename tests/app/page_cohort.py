@@ -50,10 +50,15 @@ OVERRIDES = (
 )
 
 
-def make_page_cohort(folder: Path) -> Config:
-    """All runs in `folder/outputs`; returns the configuration they were made with."""
+def page_config(folder: Path) -> Config:
+    """The configuration that the runs of a cohort were made with."""
+    return load_config(folder / "trial.yaml", OVERRIDES)
+
+
+def make_page_cohort(folder: Path) -> None:
+    """All runs in `folder/outputs`."""
     toy_teacher.make_cohort(folder)
-    config = load_config(folder / "trial.yaml", OVERRIDES)
+    config = page_config(folder)
     _draw_images(folder)
     config.pixels_path.unlink()
     prepare_images.run(config)
@@ -66,7 +71,6 @@ def make_page_cohort(folder: Path) -> Config:
     evaluate_cnn.run(config, config.distillation.run_name)
     compare_models.run(config)
     failure_analysis.run(config)
-    return config
 
 
 def chest(patient: int, edema: bool, heart: bool) -> np.ndarray:

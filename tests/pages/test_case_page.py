@@ -70,6 +70,8 @@ def words_of(pdf: bytes) -> str:
             content = zlib.decompress(stream)
         except zlib.error:
             continue
+        if b"\nBT\n" not in content:
+            continue  # a font or a picture, in which the search below is quadratic
         for shown in re.findall(rb"\[(.*?)\]\s*TJ|\((.*?)\)\s*Tj", content, re.DOTALL):
             parts = re.findall(rb"\(((?:\\.|[^\\)])*)\)", shown[0]) if shown[0] else [shown[1]]
             text.append(b"".join(parts).replace(b"\0", b"").decode("latin-1").replace("\\(", "(").replace("\\)", ")"))

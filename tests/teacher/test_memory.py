@@ -178,9 +178,9 @@ def measured_and_estimated(settings: TeacherConfig, length: int) -> tuple[int, i
     [
         pytest.param(config(batch_size=2, accumulate=2, dropout=0.0), 256, id="kept"),
         pytest.param(config(batch_size=2, accumulate=2, dropout=0.1), 256, id="kept-dropout"),
-        pytest.param(config(batch_size=1, dropout=0.1), 512, id="kept-long"),
-        pytest.param(config(batch_size=4, dropout=0.1, gradient_checkpointing=True), 256, id="recomputed"),
-        pytest.param(config(batch_size=2, dropout=0.1, gradient_checkpointing=True), 512, id="recomputed-long"),
+        pytest.param(config(batch_size=1, accumulate=2), 512, id="kept-long"),
+        pytest.param(config(batch_size=4, accumulate=2, gradient_checkpointing=True), 256, id="recomputed"),
+        pytest.param(config(batch_size=2, accumulate=2, gradient_checkpointing=True), 512, id="recomputed-long"),
     ],
 )
 @pytest.mark.parametrize("parts", [1, 2])

@@ -173,11 +173,11 @@ def test_a_wait_without_end_ends_the_process():
     """Where no exception can reach, as in MLX's ring behind an exchange that has failed."""
     code = "import time, mlx_cxr; from mlx_cxr.training.distributed import World\n"
     code += "with World(1, 3).waiting('step 12'): time.sleep(0.1)\n"
-    code += "time.sleep(4)\nprint('alive', flush=True)\n"
+    code += "time.sleep(2)\nprint('alive', flush=True)\n"
     code += "with World(1, 3).waiting('step 13'): time.sleep(60)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "MLX_CXR_RANK_TIMEOUT": "3"},
+        env={**os.environ, "MLX_CXR_RANK_TIMEOUT": "1"},
         capture_output=True,
         text=True,
         timeout=30,
