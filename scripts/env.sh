@@ -3,8 +3,8 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-# What is imported is compiled once, also for a caller who wants no compiled files beside the sources: without, a
-# stage takes up to 20 s to start.
+# What is imported is compiled once, also for a caller who wants no compiled files beside the sources: compiled at each
+# start, the libraries of a stage take up to 7 s more.
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
   unset PYTHONDONTWRITEBYTECODE
   export PYTHONPYCACHEPREFIX="$PWD/.venv/bytecode"
