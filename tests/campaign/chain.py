@@ -61,6 +61,7 @@ STAGES = {
     "make_tiny_teacher": ("make_tiny_teacher", *CONFIG),
     "lfm_finetune": ("lfm_finetune", *CONFIG),
     "cache_teacher_outputs": ("cache_teacher_outputs", *CONFIG),
+    "bag_of_words": ("bag_of_words", *CONFIG, "--overwrite"),
     "distillation": ("distillation", *CONFIG),
     "evaluate_cnn@student": ("evaluate_cnn", *CONFIG, "--run_name", "student"),
     "compare_models": ("compare_models", *CONFIG),
