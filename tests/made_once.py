@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
     with (session / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            folder = session / f"{name}-{os.getpid()}"
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=session))
             make(folder)
             done.write_text(folder.name)
     return session / done.read_text()
