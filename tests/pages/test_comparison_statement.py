@@ -170,6 +170,10 @@ def test_a_verdict_that_rests_on_one_finding_says_so(comparison):
         "better: the teacher's answers helped beyond the labels; it rests on Fracture, without which it is within noise"
     )
     assert control_verdicts(comparison)[0][2] == expected
+    entry["rests_on"] = ["Fracture", "Edema"]
+    assert control_verdicts(comparison)[0][2].endswith(
+        "rests on Fracture, Edema, without any one of which it is within noise"
+    )
     difference = comparison["protocols"]["p"]["differences"]["student_minus_cnn"]
     difference["rests_on"] = ["Edema"]
     assert "better than the CNN (0.050 [0.030, 0.070]; it rests on Edema, without which" in statement(comparison)
