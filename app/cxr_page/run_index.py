@@ -13,7 +13,7 @@ import streamlit as st
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record
 from mlx_cxr.core.runs import WEIGHTS, open_run
-from mlx_cxr.evaluation import operating_points
+from mlx_cxr.evaluation import comparison, operating_points
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
@@ -143,8 +143,10 @@ def _comparison(folder: Path, stamp: str) -> Comparison:
     path = folder / _COMPARED
     try:
         record = read_record(path)
-        if record["schema"] != 1:
-            raise RecordError(f"{path} has schema {record['schema']}, not 1; run compare_models again")
+        if record["schema"] != comparison.SCHEMA:
+            raise RecordError(
+                f"{path} has schema {record['schema']}, not {comparison.SCHEMA}; run compare_models again"
+            )
         for model in record["models"]:
             model["run"], model["role"]
         record["provenance"]["started"]

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_cxr.core.config import Config, config_from_plain
 from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.runs import RunRecord, open_run
-from mlx_cxr.evaluation import external, operating_points, results
+from mlx_cxr.evaluation import comparison, external, operating_points, results
 from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points
 from mlx_cxr.inference import predictor
 from mlx_cxr.inference.trained_run import STAGES
@@ -173,6 +173,8 @@ def _comparison(folder: Path) -> Mapping[str, Any] | None:
     for path in sorted(folder.parent.glob("comparison_*/final_comparison.json")):
         with suppress(RecordError):  # a damaged one is no fault of this run's
             found.append(read_record(path))
+    # One of another version is passed over, as it has other keys.
+    found = [one for one in found if one.get("schema") == comparison.SCHEMA]
     ours = [one for one in found if _input_sha256(one, f"{folder.name}/test_results.json") == now]
     return max(ours, key=lambda one: one["provenance"]["started"], default=None)
 

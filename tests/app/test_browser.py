@@ -167,6 +167,8 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
     moved(page, slider, "End")
     assert server.model_calls() == calls, "moving the slider ran a model"
 
+    page.get_by_role("radio", name="Grad-CAM", exact=True).click()
+    settled(page)
     grad_cam = image_pixels(page)
     page.get_by_role("radio", name="HiResCAM").click()
     settled(page)
@@ -175,7 +177,7 @@ def test_sample_model_finding_method_and_slider(visit, server, cohort, predictor
     page.get_by_role("radio", name="Grad-CAM++").click()
     settled(page)
     assert page.get_by_text(f"{finding}: Grad-CAM++; peak").count() == 1
-    assert len(server.model_calls()) == len(calls) + 2
+    assert len(server.model_calls()) == len(calls) + 3
 
     choose(page, "Finding on the map", "Fracture")
     assert page.get_by_text("Fracture: no map is shown.").is_visible()

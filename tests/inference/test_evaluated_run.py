@@ -119,13 +119,16 @@ def test_where_maps_point_counts_only_where_this_evaluation_made_maps(cnn):
 
 
 def test_a_comparison_counts_only_while_it_is_of_these_results_and_the_latest_does(cnn):
-    def compare(name, sha256, started):
+    def compare(name, sha256, started, schema=2):
         inputs = {f"{CNN}/test_results.json": {"path": "", "sha256": sha256}}
         path = cnn.parent / f"comparison_{name}" / "final_comparison.json"
-        return write_record(path, {"experiment": name, "provenance": {"inputs": inputs, "started": started}})
+        about = {"schema": schema, "experiment": name}
+        return write_record(path, {**about, "provenance": {"inputs": inputs, "started": started}})
 
     now = sha256_file(cnn / "test_results.json")
     compare("other", "0" * 64, "2026-03-01T00:00:00+00:00")
+    # Of an older version, with other keys.
+    compare("old", now, "2026-04-01T00:00:00+00:00", schema=1)
     assert EvaluatedRun.open(cnn).comparison is None
     compare("a_late", now, "2026-02-01T00:00:00+00:00")
     compare("b_early", now, "2026-01-01T00:00:00+00:00")
