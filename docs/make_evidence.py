@@ -38,6 +38,8 @@ def rows_of(outputs: Path) -> Iterator[tuple[bool, list[str]]]:
         results = read_record(path)
         for row in _external(results, path):
             yield results["synthetic"], row
+        if (places := path.with_name("localization.json")).exists():
+            yield results["synthetic"], _maps(read_record(places), path)
 
 
 def _said(interval: Mapping[str, Any], least: float = 0.0) -> str:
@@ -87,7 +89,9 @@ def _compared(comparison: Mapping[str, Any], path: Path) -> Iterator[list[str]]:
     for claim, refuting, entry in entries:
         support = support_sentence(entry)
         figure = interval_text(entry["judged"]) + (f" {support}" if support else "")
-        yield [claim, refuting, figure, _said(entry["judged"]), _run(path)]
+        said = _said(entry["judged"])
+        said += ", but not without a finding" if said != "not shown" and entry["rests_on"] else ""
+        yield [claim, refuting, figure, said, _run(path)]
 
 
 def _external(results: Mapping[str, Any], path: Path) -> Iterator[list[str]]:
