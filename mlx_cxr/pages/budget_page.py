@@ -1,4 +1,4 @@
-"""What a teacher is worth by the share of labels that training may use: a table and a picture from comparisons."""
+"""Worth of a teacher by the share of labels that training may use: a table and a picture from comparisons."""
 
 from __future__ import annotations
 
