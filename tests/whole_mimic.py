@@ -119,6 +119,9 @@ def _write_tables(root: Path, studies: Studies, image: Sequence[str], rng: np.ra
     labels |= {
         name: rng.choice(list(LABEL_VALUES), len(studies.study), p=list(LABEL_VALUES.values())) for name in LABELS
     }
+    # The labeler says of a report in which nothing is that nothing is; a row of empty cells would be of nobody's.
+    nothing = np.all([labels[name] == "" for name in LABELS], axis=0)
+    labels["No Finding"] = np.where(nothing, "1.0", labels["No Finding"])
     split = {name: ids[name] for name in ("dicom_id", "study_id", "subject_id")} | {"split": studies.split[of_image]}
     for name, table in {"metadata": metadata, "split": split, "chexpert": labels}.items():
         path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
