@@ -118,3 +118,17 @@ def write_three(outputs: Path, patients: int = 50) -> None:
     cost["what"] = "one report, up to 768 tokens"
     write_run(outputs, "teacher", model(NOISE["teacher"], 11, patients), reads="findings", cost=cost)
     write_run(outputs, "student", model(NOISE["student"], 12, patients), taught_by="teacher")
+
+
+def comparison_of(outputs: Path, **changes: Any) -> dict[str, Any]:
+    """Configuration of a comparison of `write_three`, as plain data."""
+    return {
+        "name": "toy",
+        "run_name": "cnn",
+        "outputs": str(outputs),
+        "data": {"synthetic": True, "root": "raw", "work_dir": "work"},
+        "evaluation": {"bootstrap_samples": 50},
+        "teacher": {"run_name": "teacher"},
+        "distillation": {"run_name": "student"},
+        **changes,
+    }

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 from PIL import Image
-from simulated_runs import NOISE, model, write_run, write_three
+from simulated_runs import NOISE, comparison_of, model, write_run, write_three
 
 from mlx_cxr import compare_models
 from mlx_cxr.core.config import config_from_plain
@@ -21,19 +21,6 @@ FILES = {
     *("final_comparison.json", "final_comparison.csv", "final_comparison.md", "calibration_comparison.png"),
     *("roc_empty_negative.png", "roc_empty_masked.png"),
 }
-
-
-def plain(outputs, **changes):
-    return {
-        "name": "toy",
-        "run_name": "cnn",
-        "outputs": str(outputs),
-        "data": {"synthetic": True, "root": "raw", "work_dir": "work"},
-        "evaluation": {"bootstrap_samples": 50},
-        "teacher": {"run_name": "teacher"},
-        "distillation": {"run_name": "student"},
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +44,7 @@ def readme_in(folder):
 
 
 def test_a_comparison_leaves_its_files_and_hashes_what_it_read(outputs, tmp_path):
-    config = config_from_plain(plain(outputs, comparison={"controls": ["shuffled"]}), "test")
+    config = config_from_plain(comparison_of(outputs, comparison={"controls": ["shuffled"]}), "test")
     readme = readme_in(tmp_path)
     folder = compare_models.run(config, readme=readme)
     assert folder == outputs / "comparison_toy" == compare_models.comparison_dir(config)
@@ -87,7 +74,7 @@ def test_names_on_the_command_line_win_and_the_closing_table_is_printed(outputs,
     write_run(outputs, "other_cnn", model(NOISE["cnn"], 20))
     write_run(outputs, "whole", model(0.2, 14), reads="whole report", sections=("whole",))
     path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(plain(outputs, comparison={"controls": ["hard"], "min_retention": 1.0})))
+    path.write_text(yaml.safe_dump(comparison_of(outputs, comparison={"controls": ["hard"], "min_retention": 1.0})))
     where = tmp_path / "elsewhere"
     caplog.set_level("INFO")
     compare_models.main(
@@ -105,7 +92,7 @@ def test_names_on_the_command_line_win_and_the_closing_table_is_printed(outputs,
 
 
 def test_a_control_of_the_configuration_that_is_not_trained_names_its_command(outputs):
-    config = config_from_plain(plain(outputs, comparison={"controls": ["hard"]}), "test")
+    config = config_from_plain(comparison_of(outputs, comparison={"controls": ["hard"]}), "test")
     with pytest.raises(
         ComparisonError, match=r"student_hard/config\.json is missing.*--targets … --run_name student_hard"
     ):
@@ -116,7 +103,7 @@ def test_a_control_of_the_configuration_that_is_not_trained_names_its_command(ou
 def test_a_readme_without_the_block_is_refused_and_the_comparison_kept(outputs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n")
-    config = config_from_plain(plain(outputs), "test")
+    config = config_from_plain(comparison_of(outputs), "test")
     with pytest.raises(UserError, match="begin comparison"):
         compare_models.run(config, readme=readme)
     assert readme.read_text() == "nothing\n"
@@ -125,7 +112,7 @@ def test_a_readme_without_the_block_is_refused_and_the_comparison_kept(outputs, 
 
 def test_an_error_is_one_line_and_status_2(outputs, tmp_path, capsys):
     path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(plain(outputs)))
+    path.write_text(yaml.safe_dump(comparison_of(outputs)))
     (outputs / "teacher" / "predictions.csv").unlink()
     with pytest.raises(SystemExit) as stopped:
         compare_models.main(["--config", str(path)])

@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from simulated_runs import NOISE, model, write_run, write_three
+from simulated_runs import NOISE, comparison_of, model, write_run, write_three
 
 from mlx_cxr import compare_models
 from mlx_cxr.core.config import config_from_plain
@@ -23,16 +23,7 @@ def outputs(tmp_path_factory) -> Path:
     write_three(folder)
     write_run(folder, "student_hard", model(NOISE["student"], 12), targets="hard", taught_by="teacher")
     write_run(folder, "teacher_bag_of_words", model(6.0, 14), reads="findings")
-    plain = {
-        "name": "toy",
-        "run_name": "cnn",
-        "outputs": str(folder),
-        "data": {"synthetic": True, "root": "raw", "work_dir": "work"},
-        "evaluation": {"bootstrap_samples": 60},
-        "teacher": {"run_name": "teacher"},
-        "distillation": {"run_name": "student"},
-        "comparison": {"controls": ["hard"]},
-    }
+    plain = comparison_of(folder, comparison={"controls": ["hard"]})
     compare_models.run(config_from_plain(plain, "test"))
     return folder
 

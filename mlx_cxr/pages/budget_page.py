@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_cxr.core.formatting import interval_text, notice_lines
+from mlx_cxr.core.formatting import interval_text, notice_lines, number
 from mlx_cxr.pages.comparison_statement import CONTROLS, support_sentence
 from mlx_cxr.pages.figures import BLACK, BLUE, GRAY, GREEN, VERMILION, bare, page, save
 from mlx_cxr.pages.tables import markdown_table
@@ -106,7 +106,7 @@ def plot_budgets(path: Path, rows: Sequence[Mapping[str, Any]], synthetic: bool)
         ax.plot(at, values, color=color, linestyle=line, marker=marker, label=name)
         for x, row in zip(at, own, strict=True):
             low, high = row["roc_auc"]["low"], row["roc_auc"]["high"]
-            if low is not None and low == low:
+            if number(low) != "–":
                 ax.plot([x, x], [low, high], color=color, linewidth=1)
     ax.set_xticks(range(len(budgets)), [budget_text(budget) for budget in budgets])
     ax.set_xlabel("training patients whose labels were used")

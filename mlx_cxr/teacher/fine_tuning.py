@@ -41,15 +41,17 @@ def lora_task(
     config: TeacherConfig,
     seed: int,
     world: World = ALONE,
+    image_rows: np.ndarray | None = None,
 ) -> Task:
     """The task of training the adapters on `base.model`.
 
     Args:
         base: with adapters attached.
         targets: float32 (N, 14) in [0, 1], NaN where unknown.
-        images: float16 (N, T, H) embeddings, or None for a teacher that reads text only.
+        images: float16 (M, T, H) embeddings, or None for a teacher that reads text only.
         seed: of the order of the studies.
         world: the ranks that share the forward passes of each step.
+        image_rows: int (N,), the row of `images` of each study, so that they need not be copied; None for its own.
 
     Raises:
         TrainingDataError: no studies.
@@ -68,7 +70,7 @@ def lora_task(
                 arrays += batch_arrays([studies.prompts[i] for i in items], training.bucket)
                 arrays.append(mx.array(targets[items]))
                 if images is not None:
-                    arrays.append(mx.array(images[items]))
+                    arrays.append(mx.array(images[items if image_rows is None else image_rows[items]]))
             yield tuple(arrays)
 
     def tokens(epoch: int, skip: int) -> int:

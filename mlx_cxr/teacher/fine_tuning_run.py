@@ -161,7 +161,7 @@ class FineTuning:
         """
         config, teacher, base, training = self.config, self.config.teacher, self.base, self.config.teacher.training
         turns = labelled_in_turn(self.training.raw_labels, self.training.withheld)
-        studies, images = self.training.taken(turns), None if images is None else images[turns]
+        studies = self.training.taken(turns)
         targets = config.labels.policy().apply(studies.raw_labels)
         loss = masked_bce(positive_weights(targets, training.class_weighting, training.max_class_weight))
         attach_lora(base.model, teacher.lora, config.seed)
@@ -170,7 +170,7 @@ class FineTuning:
         mx.reset_peak_memory()
         with batch_parallel(rows=training.batch_size):
             task = lora_task(
-                base, self.form, studies, targets, images, loss, validate, teacher, config.seed, self.world
+                base, self.form, studies, targets, images, loss, validate, teacher, config.seed, self.world, turns
             )
             result = train(
                 task,

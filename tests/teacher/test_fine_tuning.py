@@ -230,6 +230,27 @@ def test_batches_resume_in_the_middle_of_an_epoch_and_count_their_tokens(toy, ba
     assert task.tokens(0, 1) == sum((np.array(ids) != 0).sum() for ids in last[::3])
 
 
+def test_each_study_has_the_embeddings_of_its_row(toy, form):
+    """Labelled studies in turn stand several times in the training, and their embeddings once."""
+    base = opened(toy.base)
+    attach_lora(base.model, LoraConfig(rank=2), 0)
+    prompts, targets = prompts_of(form, WORDS), random_targets()
+    lengths = np.array([len(prompt.ids) for prompt in prompts])
+    studies = SimpleNamespace(prompts=prompts, lengths=lambda: lengths)
+    rows = np.resize([2, 0], len(prompts))
+    images = np.arange(3, dtype=np.float16)[:, None, None] * np.ones((3, 4, 8), np.float16)
+    config = settings_of(batch_size=2, accumulate=2, epochs=1)
+    arguments = (base, form, studies, targets, images, masked_bce(), lambda _: {}, config, 0)
+    seen = 0
+    for batch in lora_task(*arguments, image_rows=rows).batches(0, 0):
+        for wanted, shown in zip(batch[2::4], batch[3::4], strict=True):
+            for target, image in zip(np.array(wanted), np.array(shown), strict=True):
+                (study,) = np.flatnonzero([np.array_equal(target, row, equal_nan=True) for row in targets])
+                assert (image == rows[study]).all()
+                seen += 1
+    assert seen == 8
+
+
 class FewStudies(list):
     """Studies with what the validator reads."""
 
