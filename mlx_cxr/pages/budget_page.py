@@ -11,7 +11,11 @@ from mlx_cxr.pages.comparison_statement import CONTROLS, support_sentence
 from mlx_cxr.pages.figures import BLACK, BLUE, GRAY, GREEN, VERMILION, bare, page, save
 from mlx_cxr.pages.tables import markdown_table
 
-_STYLES = ((BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (GRAY, ":", "D"), (BLACK, "--", "v"))
+_STYLES = (
+    *((BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (GRAY, ":", "D"), (BLACK, "--", "v")),
+    *(("#E69F00", "-", "P"), ("#56B4E9", "-.", "X"), ("#CC79A7", ":", "*")),
+)
+"""Enough for CNN, teacher, student, bag of words and the four controls; further teachers begin again."""
 
 
 def budget_rows(comparisons: Mapping[float, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -78,7 +82,8 @@ def budget_markdown(rows: Sequence[Mapping[str, Any]], synthetic: bool) -> str:
         *notice_lines(synthetic),
         "Test macro ROC-AUC with 95 % intervals by patient. CNN and teacher learn from the labels of a share of the "
         "training patients; the student sees all training films, those without labels with the teacher's reading of "
-        "their reports. Every model takes as many steps at each budget, and validation keeps its labels.",
+        "their reports. Every model takes as many steps at each budget, and validation keeps its labels. A bag of "
+        "words is scored on the studies that every reader could read, the others on those that all of them scored.",
         "",
         *markdown_table(["model", *map(budget_text, budgets)], cells),
         *markdown_table(["budget", "difference", "ROC-AUC", "the student is"], differences),
@@ -94,14 +99,15 @@ def budget_text(budget: float) -> str:
 def plot_budgets(path: Path, rows: Sequence[Mapping[str, Any]], synthetic: bool) -> Path:
     """Write the curves of all models over the budgets, with their intervals, as a PNG."""
     figure = page("Test macro ROC-AUC by labels used in training", "95 % intervals by patient")
-    ax = figure.add_axes((0.07, 0.1, 0.9, 0.8))
+    ax = figure.add_axes((0.07, 0.1, 0.9, 0.76))
     models = [row for row in rows if row["kind"] == "model"]
     budgets = sorted({row["budget"] for row in models})
-    for place, name in enumerate(dict.fromkeys(row["what"] for row in models)):
+    names = list(dict.fromkeys(row["what"] for row in models))
+    for place, name in enumerate(names):
         color, line, marker = _STYLES[place % len(_STYLES)]
         own = [row for row in models if row["what"] == name]
         # Beside each other, so that intervals at one budget can be told apart.
-        at = [budgets.index(row["budget"]) + 0.04 * (place - 2) for row in own]
+        at = [budgets.index(row["budget"]) + 0.02 * (place - (len(names) - 1) / 2) for row in own]
         values = [row["roc_auc"]["value"] for row in own]
         ax.plot(at, values, color=color, linestyle=line, marker=marker, label=name)
         for x, row in zip(at, own, strict=True):
@@ -112,5 +118,5 @@ def plot_budgets(path: Path, rows: Sequence[Mapping[str, Any]], synthetic: bool)
     ax.set_xlabel("training patients whose labels were used")
     ax.set_ylabel("macro ROC-AUC")
     bare(ax)
-    ax.legend(loc="lower right", frameon=False, fontsize=11)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=4, frameon=False, fontsize=11)
     return save(figure, path, synthetic)
