@@ -90,7 +90,7 @@ def _compared(comparison: Mapping[str, Any], path: Path) -> Iterator[list[str]]:
         support = support_sentence(entry)
         figure = interval_text(entry["judged"]) + (f" {support}" if support else "")
         said = _said(entry["judged"])
-        said += ", but not without a finding" if said != "not shown" and entry["rests_on"] else ""
+        said += ", but not without a finding" if entry["rests_on"] else ""
         yield [claim, refuting, figure, said, _run(path)]
 
 

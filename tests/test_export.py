@@ -76,7 +76,8 @@ def test_the_folder_holds_what_it_promises_and_its_sums_are_right(cnn, tmp_path)
     assert (folder / "use_with_pytorch.py").read_bytes() == export.PYTORCH_SCRIPT.read_bytes()
 
 
-@pytest.mark.parametrize(("in_channels", "output_stride"), [(1, 16), (3, 32)])
+@pytest.mark.parametrize("output_stride", [16, 32])
+@pytest.mark.parametrize("in_channels", [1, 3])
 def test_torchvisions_layout_gives_the_same_logits_in_pytorch(cnn, tmp_path, torch, in_channels, output_stride):
     """Of 224 px images, through a ResNet-18 written for torchvision's names, and through the script's own."""
     from safetensors.torch import load_file

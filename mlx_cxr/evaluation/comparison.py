@@ -126,7 +126,7 @@ class ControlEntry(TypedDict):
     without_each: dict[str, IntervalEntry]
     """The same without one of them."""
     rests_on: list[str]
-    """Those without which the verdict would be another."""
+    """Those without any one of which a better or worse model would not be told from the other."""
 
 
 class DifferenceEntry(ControlEntry):
@@ -416,6 +416,7 @@ def _judged(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarr
 
     judged = over(enough)
     found = verdict(judged)
+    clear = found in ("better", "worse")
     without = {LABELS[k]: over(enough & (np.arange(len(LABELS)) != k)) for k in np.flatnonzero(enough)}
     return {
         "macro": _macro_difference(first, second),
@@ -423,7 +424,7 @@ def _judged(first: ProtocolScores, second: ProtocolScores, patient_ids: np.ndarr
         "judged": judged,
         "judged_labels": list(without),
         "without_each": without,
-        "rests_on": [label for label, entry in without.items() if verdict(entry) != found],
+        "rests_on": [label for label, entry in without.items() if clear and verdict(entry) != found],
     }
 
 

@@ -148,10 +148,10 @@ def support_sentence(entry: Mapping[str, Any]) -> str:
 
 
 def _resting(entry: Mapping[str, Any]) -> str:
-    if entry["verdict"] not in ("better", "worse") or not entry["rests_on"]:
+    if not (findings := entry["rests_on"]):
         return ""
-    any_one = "which" if len(entry["rests_on"]) == 1 else "any one of which"
-    return f"; it rests on {', '.join(entry['rests_on'])}, without {any_one} it is within noise"
+    any_one = "which" if len(findings) == 1 else "any one of which"
+    return f"; it rests on {', '.join(findings)}, without {any_one} it is within noise"
 
 
 def reading_warnings(comparison: Mapping[str, Any]) -> list[str]:

@@ -183,7 +183,7 @@ def test_controls_are_judged_by_the_paired_difference(comparison, copy):
     assert {run: one["verdict"] for run, one in controls.items()} == {"alike": "within noise", "best": "worse"}
 
 
-def test_a_verdict_is_over_findings_of_enough_patients_and_names_what_it_rests_on(comparison, outputs):
+def test_a_verdict_is_over_findings_of_enough_patients_and_names_what_it_rests_on(comparison, outputs, tmp_path):
     runs = {name: open_scored_run(outputs / name, name) for name in ("student", "cnn")}
     section = comparison["protocols"]["empty_negative"]
     entry = section["differences"]["student_minus_cnn"]
@@ -201,7 +201,14 @@ def test_a_verdict_is_over_findings_of_enough_patients_and_names_what_it_rests_o
         rest = [value for label, value in each.items() if label != left_out]
         assert entry["without_each"][left_out]["value"] == pytest.approx(np.mean(rest))
     resting = [label for label, one in entry["without_each"].items() if verdict(one) != entry["verdict"]]
+    assert entry["verdict"] == "better"
     assert entry["rests_on"] == resting
+    # Of what is within noise there is nothing to rest.
+    write_run(tmp_path, "cnn", model(NOISE["student"], 12))
+    for name in ("teacher", "student"):
+        shutil.copytree(outputs / name, tmp_path / name)
+    same = compared(tmp_path, THREE)["protocols"]["empty_negative"]["differences"]["student_minus_cnn"]
+    assert (same["verdict"], same["rests_on"]) == ("within noise", [])
 
 
 def test_a_finding_of_four_patients_is_not_judged():
