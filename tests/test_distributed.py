@@ -129,8 +129,9 @@ def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory)
     from toy_teacher import shared
 
     toy = shared(tmp_path_factory)
-    config = toy.config("teacher.training.epochs=1")
-    arguments = ("--config", str(toy.folder / "trial.yaml"), "--set", "teacher.training.epochs=1")
+    settings = ("teacher.training.epochs=1", "teacher.training.batch_size=4", "teacher.batch_size=12")
+    config = toy.config(*settings)
+    arguments = ("--config", str(toy.folder / "trial.yaml"), *(part for one in settings for part in ("--set", one)))
     lfm_finetune.run(config, "one_rank")
     launched("-m", "mlx_cxr.lfm_finetune", *arguments, "--run_name", "two_ranks")
     one, two = (config.run_dir(name) for name in ("one_rank", "two_ranks"))
