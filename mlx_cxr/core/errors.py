@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+# The file that frames of the import statement name (importlib is compiled into Python).
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
+# The name of the thread that waits to repeat a Ctrl-C.
+_AGAIN = "Ctrl-C again"
+
 
 class UserError(Exception):
     """Something the user can put right; the message names the file, row or key, and the way out.
@@ -65,18 +70,42 @@ def _interruptible() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not _end_quietly:
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt_after_import)
     before, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
+    except Exception:
+        if any(thread.name == _AGAIN for thread in threading.enumerate()):
+            raise KeyboardInterrupt from None
+        raise
     finally:
         sys.unraisablehook = before
         signal.signal(signal.SIGINT, _end_quietly)
 
 
+def _interrupt_after_import(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but while a module is imported only when that has ended.
+
+    A library that tries an import with a bare `except:` would go on without it, and an extension in C++ turns what is
+    raised while it is loaded into an ImportError.
+    """
+    importing = frame
+    while importing is not None and importing.f_code.co_filename != _IMPORT_SYSTEM:
+        importing = importing.f_back
+    if importing is None:
+        raise KeyboardInterrupt
+    _interrupt_soon()
+
+
 def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
-    """Repeat a Ctrl-C that came in a callback, such as that of an import's lock: Python prints it and goes on."""
+    """Repeat a Ctrl-C that came in a callback, such as that of a weak reference: Python prints it and goes on."""
     if ignored.exc_type is KeyboardInterrupt:
-        threading.Timer(0.02, _thread.interrupt_main).start()
+        _interrupt_soon()
     else:
         sys.__unraisablehook__(ignored)
+
+
+def _interrupt_soon() -> None:
+    again = threading.Timer(0.02, _thread.interrupt_main)
+    again.name, again.daemon = _AGAIN, True
+    again.start()
