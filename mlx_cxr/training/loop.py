@@ -303,12 +303,26 @@ def _clear(run_dir: Path, state_path: Path, metrics_path: Path, best_path: Path,
 
 
 def _forget_after(metrics_path: Path, step: int) -> None:
-    """Drop lines that a killed run wrote after its last save: those steps are done again."""
-    if metrics_path.exists():
-        # A killed writer can leave a last line without its end.
-        lines = [line for line in metrics_path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(metrics_path, "".join(f"{line}\n" for line in kept))
+    """Keep the lines up to `step`; those after it are written again."""
+    if not metrics_path.exists():
+        return
+    kept, unread = [], 0
+    # What follows the last line's end is a write cut short.
+    *lines, _ = metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, TypeError, KeyError):
+            unread += 1
+    if unread:
+        log.warning(
+            "%s: left out %d of %d lines, which cannot be read; the training does without",
+            metrics_path,
+            unread,
+            len(lines),
+        )
+    write_text(metrics_path, "".join(kept))
 
 
 def _print_epoch(record: dict, epochs: int, improved: bool, unit: str) -> None:

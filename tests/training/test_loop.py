@@ -284,6 +284,21 @@ def test_a_line_cut_by_a_kill_is_dropped(unbroken, tmp_path):
     assert metrics(tmp_path) == metrics(folder)
 
 
+@pytest.mark.parametrize("lost", [b"\0" * 20, b"\xff\xfe{", b"[]"])
+def test_a_damaged_line_is_left_out_and_said(unbroken, tmp_path, lost, caplog):
+    folder, _, _, _ = unbroken
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        count_moments(monkeypatch, 10)
+        with pytest.raises(Killed):
+            run_tiny(tmp_path)
+    first, *others = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(lost + first[len(lost) :] + b"".join(others))
+    with caplog.at_level("WARNING", logger="mlx_cxr"):
+        run_tiny(tmp_path, resume=True)
+    assert f"{tmp_path / 'metrics.jsonl'}: left out 1 of {1 + len(others)} lines" in caplog.text
+    assert metrics(tmp_path) == metrics(folder)[1:]
+
+
 def test_early_stopping_at_patience(tmp_path):
     aucs = iter([0.6, 0.8, 0.7, 0.8, 0.9, 0.95])
     seen = []
