@@ -72,7 +72,7 @@ def run(config: Config, overwrite: bool = False, workers: int = 0) -> Path:
 
 def _made(config: Config, out: Path, overwrite: bool, workers: int) -> Path:
     root = config.data.root
-    settings = {"patients": config.demo.patients, "image_size": config.demo.image_size, "seed": config.seed}
+    settings = config.demo.model_dump() | {"seed": config.seed}
     wanted = hash_of({"settings": settings, "code": code_hash()})
     fresh, old = out / "new", out / "old"
     # A run that was killed between the two renamings below left both cohorts here.
@@ -104,6 +104,8 @@ def _render(config: Config, folder: Path, about: dict[str, Any], workers: int) -
     from mlx_cxr.synthetic.layout import write_images, write_tables
 
     cohort = plan_cohort(config.demo.patients, config.seed)
+    if not config.demo.laterals:
+        cohort = cohort.frontal()
     images = sum(len(study.images) for study in cohort.studies)
     counts = (images, len(cohort.studies), config.demo.patients)
     log.info("rendering %d films of %d studies of %d patients into %s", *counts, config.data.root)
@@ -147,7 +149,7 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def _room_for(config: Config, wanted: str, settings: dict[str, int], overwrite: bool) -> bool:
+def _room_for(config: Config, wanted: str, settings: dict[str, Any], overwrite: bool) -> bool:
     """True if the cohort is to be made, False if it is there already."""
     root = config.data.root
     marker = root / MARKER
@@ -163,7 +165,7 @@ def _room_for(config: Config, wanted: str, settings: dict[str, int], overwrite: 
         return True
     instead = "pass --overwrite to replace it, or set another data.root"
     try:
-        there = dict(read_json(marker))
+        there = {"laterals": True, **read_json(marker)}
     except (RecordError, ValueError, TypeError) as error:
         raise CohortExistsError(f"{error}; {instead}") from None
     if there.get("hash") == wanted:

@@ -85,6 +85,22 @@ def test_every_row_has_its_image_report_and_label(root):
             assert min(radiograph.size) == 128
 
 
+def test_without_laterals_all_else_is_the_same(root, tmp_path):
+    config = load_config(config_file(tmp_path))
+    demo = config.demo.model_copy(update={"laterals": False})
+    frontal = run(config.model_copy(update={"demo": demo}), workers=1)
+    metadata = pd.read_csv(root / "mimic-cxr-2.0.0-metadata.csv.gz")
+    left = pd.read_csv(frontal / "mimic-cxr-2.0.0-metadata.csv.gz")
+    known = {"AP", "PA", "LATERAL", "LL"}
+    assert set(left.ViewPosition.dropna()) == {"AP", "PA"} < set(metadata.ViewPosition.dropna()) <= known
+    wide = metadata[~metadata.ViewPosition.isin(["LATERAL", "LL"])].set_index("dicom_id")
+    pd.testing.assert_frame_equal(left.set_index("dicom_id"), wide.loc[left.dicom_id])
+    assert wide.drop(left.dicom_id).ViewPosition.isna().all()
+    all_of, some = hashes(root), hashes(frontal)
+    assert {path: some[path] for path in some if path.startswith(("files", "masks"))}.items() <= all_of.items()
+    assert len([path for path in some if path.endswith(".jpg")]) == len(left)
+
+
 def test_masks_are_image_sized_and_two_valued(root):
     images = {path.stem: path for path in (root / "files").rglob("*.jpg")}
     masks = sorted((root / "masks").rglob("*.png"))
@@ -156,8 +172,10 @@ def test_a_disk_that_is_full_is_told_by_name(tmp_path):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        command = [sys.executable, "-m", "mlx_cxr.make_demo_data", "--config", str(config_file(tmp_path, patients=2))]
-        done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, preexec_fn=bounded)
+        # -B: what it compiles would be cut short for all others.
+        command = [sys.executable, "-B", "-m", "mlx_cxr.make_demo_data", "--workers", "1"]
+        command += ["--config", str(config_file(tmp_path, patients=2))]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=bounded)
         assert done.returncode == 2, done.stderr
         assert re.search(rf"^error: .*could not write {tmp_path}/\.raw-being-made/new.*", done.stderr, re.MULTILINE)
         assert "Traceback" not in done.stderr
@@ -228,7 +246,7 @@ def test_whenever_it_is_killed_the_next_run_makes_the_same_bytes(tmp_path, event
     assert hashes(root) == {"old": before, "new": wanted, "none": {}}[left]
     if left != "new":
         # What was there before is not lost by a call that may not replace it.
-        with pytest.raises(CohortExistsError, match="made with patients 2, image_size 128, seed 3"):
+        with pytest.raises(CohortExistsError, match="made with patients 2, image_size 128, laterals True, seed 3"):
             run(load_config(Path(options[1])), workers=1)
         assert hashes(root) == before
     run(load_config(Path(options[1])), overwrite=True, workers=1)

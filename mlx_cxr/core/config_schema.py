@@ -34,6 +34,9 @@ class DemoConfig(Section):
     patients: Count = 600
     image_size: Annotated[int, Field(ge=128, le=4096)] = 512
     """Short side of a rendered image in pixels."""
+    laterals: bool = True
+    """False draws a download of frontal images: laterals, which a classifier of frontal ones drops, are in no table.
+    Everything else is the same."""
 
 
 class CsvSource(Section):

@@ -7,7 +7,7 @@ patients of a smaller one. Only the split looks at the whole cohort.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -122,6 +122,14 @@ class Cohort:
 
     studies: tuple[StudyPlan, ...]
     split: Mapping[int, str]
+
+    def frontal(self) -> Cohort:
+        """The same without the exposures from the side."""
+
+        def without(study: StudyPlan) -> StudyPlan:
+            return replace(study, images=tuple(plan for plan in study.images if plan.kind != "LATERAL"))
+
+        return replace(self, studies=tuple(map(without, self.studies)))
 
 
 def plan_cohort(patients: int, seed: int) -> Cohort:

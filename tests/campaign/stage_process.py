@@ -41,6 +41,7 @@ if __name__ == "__main__":
     if largest := int(os.environ.get("CAMPAIGN_LARGEST", 0)):
         import resource
 
+        sys.dont_write_bytecode = True  # It would be cut short for all others.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     changes = Changes(int(os.environ.get("CAMPAIGN_KILL_AT", 0)))

@@ -132,6 +132,7 @@ def test_a_kill_in_the_middle_keeps_the_old_file(tmp_path):
 
 FULL_DISK = """
     import resource, signal, sys
+    sys.dont_write_bytecode = True  # It would be cut short for all others.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     import numpy as np
     import mlx_cxr

@@ -435,7 +435,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
 save_model({str(path)!r}, ResNet18(ResNetConfig()))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "OSError" in done.stderr
     assert "File too large" in done.stderr
