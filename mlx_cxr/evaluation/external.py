@@ -6,6 +6,8 @@ Nothing is fitted on the other cohort: temperatures, thresholds and bands are th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -16,15 +18,18 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunRecord
 from mlx_cxr.data.tables import DataError
+from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.bootstrap import IntervalEntry, macro_interval, patient_resamples, percentile_interval
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import ProtocolScores, score_protocol
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER, FILE = "external", "external_results.json"
 """In a run's folder, with a folder for each cohort in between."""
 FOLDS = 5
@@ -61,6 +66,24 @@ class AgainstOwn(TypedDict):
     macro: FindingEntry
 
 
+class ExternalCounts(TypedDict):
+    """Studies scored on another cohort."""
+
+    studies: int
+    patients: int
+    shared_patients: int | None
+    """Patients left out, as the run's own cohort has their ids too; null where that could not be checked."""
+
+
+class ExternalEntry(TypedDict):
+    """A model on another cohort, from the `external_results.json` of its run."""
+
+    split: str
+    counts: ExternalCounts
+    against_own: AgainstOwn
+    """Splits of that cohort that were scored, how many studies, and the figures."""
+
+
 class StatisticShift(TypedDict):
     """Mean of an image statistic on both cohorts; the difference in standard deviations of the own one."""
 
@@ -75,6 +98,50 @@ class Shift(TypedDict):
     per_statistic: dict[str, StatisticShift]
     told_apart: float
     """ROC-AUC, cross-validated by patient, of a regression that tells the cohorts apart by `image_statistics`."""
+
+
+def cohorts_of(folder: str | Path) -> list[str]:
+    """Names of the other cohorts that a run's folder has results on, in whatever state the run was then."""
+    return [path.parent.name for path in sorted(Path(folder).glob(f"{FOLDER}/*/{FILE}"))]
+
+
+def command(run: str, cohort: str) -> str:
+    """The way to a run's results on another cohort, as Markdown."""
+    return f"`python -m mlx_cxr.evaluate_external --run {run} --config …` with the configuration named `{cohort}`"
+
+
+def read_external(run: RunRecord, cohort: str) -> dict[str, Any]:
+    """`external_results.json` of a run on another cohort.
+
+    Raises:
+        RecordError: there is none, it cannot be used, or weights or operating points of the run are no longer those
+            that it is of; names the command that makes it.
+    """
+    path = run.folder / FOLDER / cohort / FILE
+    again = f"run {command(run.folder.name, cohort)}"
+    if not path.exists():
+        raise RecordError(f"{path} is missing; {again}")
+    results = read_record(path)
+    if results.get("schema") != SCHEMA:
+        raise RecordError(f"{path} is not of schema {SCHEMA}; {again}")
+    for role, file in {"weights": run.weights, "operating_points": run.folder / operating_points.FILE}.items():
+        try:
+            then = results["provenance"]["inputs"][role]["sha256"]
+        except (KeyError, TypeError):
+            raise RecordError(f"{path} lacks 'provenance.inputs.{role}.sha256'; {again}") from None
+        now = sha256_file(file) if file.exists() else "missing"
+        if now != then:
+            raise RecordError(f"{path} is of another state of the run: {file} was {then[:12]}, is {now[:12]}; {again}")
+    return results
+
+
+def external_of(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Results of a run's present state on other cohorts, by cohort; those that cannot be used are passed over."""
+    found = {}
+    for cohort in cohorts_of(run.folder):
+        with suppress(RecordError):
+            found[cohort] = read_external(run, cohort)
+    return found
 
 
 def against_own(
