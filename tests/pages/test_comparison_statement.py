@@ -39,7 +39,7 @@ def judged(value, verdict, **rest):
 @pytest.fixture
 def comparison():
     runs = {"cnn": 0.8, "teacher": 0.9, "student": 0.85}
-    models = [{"run": role, "role": role, "title": role} for role in runs]
+    models = [{"run": role, "role": role, "title": role, "external": {}} for role in runs]
     models[1] |= {"reads": "findings", "reads_findings": True, "reads_label_source": False}
     section = {
         "models": {run: {"macro": {"roc_auc": interval(auc)}} for run, auc in runs.items()},
@@ -72,11 +72,14 @@ def comparison():
         "models": models,
         "gates": gates,
         "graded_teachers": None,
+        "cohorts": [],
     }
 
 
 def add_control(comparison, targets, value, verdict):
-    comparison["models"].append({"run": f"s_{targets}", "role": "control", "title": "control", "targets": targets})
+    comparison["models"].append(
+        {"run": f"s_{targets}", "role": "control", "title": "", "targets": targets, "external": {}}
+    )
     section = comparison["protocols"]["p"]
     section["models"][f"s_{targets}"] = {"macro": {"roc_auc": interval(0.85 - value)}}
     section["controls"][f"s_{targets}"] = judged(value, verdict)
