@@ -42,8 +42,8 @@ CONTROLS: Mapping[str, tuple[str, str, str]] = {
 
 
 _ELSEWHERE = {
-    "below": "lower, with an interval that excludes the own figure",
-    "above": "higher, with an interval that excludes the own figure",
+    "below": "lower (the interval excludes the own figure)",
+    "above": "higher (the interval excludes the own figure)",
     "not told apart": "not told apart from the own figure",
     "no interval": "without an interval",
 }
