@@ -2,7 +2,8 @@
 
 Reads predictions, results and costs of runs that are scored already, and writes into `outputs/comparison_<name>/`:
 `final_comparison.json`, `.csv` and `.md`, `calibration_comparison.png`, and `roc_<protocol>.png` for each protocol. A
-gate that is not met is recorded and said; the pipeline decides what follows. Nothing is fitted, and MLX is not needed.
+gate that is not met is recorded and said; the pipeline decides what follows. `--cohort` adds figures on other cohorts,
+from `evaluate_external`. Nothing is fitted, and MLX is not needed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The run is a CNN's or student's (films), a teacher's or a bag of words (reports); the configuration is the other
 cohort's, after `build_manifest` and `prepare_images`. Nothing is fitted there. Writes into
 `outputs/<run>/external/<name of the configuration>/`: `external_results.json`, `external.md` with the run's own figures
-beside, `predictions.csv`, and `localization.json` where that cohort has boxes or masks of the findings. A run that was
-never seen outside its own cohort says so in its model card.
+beside, `predictions.csv`, and `localization.json` where that cohort has boxes or masks of the findings. `compare_models
+--cohort` sets runs side by side there. A run that was never seen outside its own cohort says so in its model card.
 """
 
 from __future__ import annotations
