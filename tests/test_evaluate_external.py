@@ -135,7 +135,10 @@ def test_films_of_another_cohort_by_the_run_s_own_weights_and_points(cnn, own, t
     apart = results["shift"]["features"]
     assert apart["external"]["value"] > 5 * abs(apart["own"]["value"])
     assert apart["external"]["p_value"] == 0.001 < 0.05 < apart["own"]["p_value"]
-    assert f"they differ: {apart['external']['value']:.3g} (KID, p 0.001) from the films of its own test split" in page
+    assert (
+        f"the films differ: {apart['external']['value']:.3g} (KID, p 0.001) from the films of its own test split"
+        in page
+    )
     assert f"| own validation split | {apart['own']['value']:.3g} | " in page
     assert "Left out: 1 patients" in page
     assert "The gate objects to 32 of the films" in page

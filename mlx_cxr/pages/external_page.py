@@ -69,9 +69,10 @@ def external_markdown(results: Mapping[str, Any], places: Mapping[str, Any] | No
             "",
             *markdown_table(["statistic", "here", "own", "difference"], rows, right=(1, 2, 3)),
             "The distance in the features of the run's own network from the films of its own test split: the kernel "
-            "distance (KID, arXiv:1801.01401), which is 0 on average for films of one kind. One film of each patient, "
-            f"drawn with the seed, and {MOST} patients where there are more; p: the share of permutations of the "
-            "patients that are as far apart. Distances of different runs are not comparable.",
+            "distance (KID, arXiv:1801.01401), which for films of one kind is 0 on average, below it as often as "
+            f"above. One film of each patient, drawn with the seed, and {MOST} patients where there are more; p: the "
+            "share of permutations of the patients that are as far apart. Distances of different runs are not "
+            "comparable.",
             "",
             *_distances(shift["features"]),
         ]
@@ -108,7 +109,7 @@ def statement(results: Mapping[str, Any]) -> list[str]:
         here, own = (shift["features"][key] for key in ("external", "own"))
         differ = here["p_value"] < SIGNIFICANCE
         sentences.append(
-            f"In the features of its own network they {'differ' if differ else 'are not shown to differ'}: "
+            f"In the features of its own network the films {'differ' if differ else 'are not shown to differ'}: "
             f"{_distance(here)} from the films of its own test split, where those of its own validation split are "
             f"{_distance(own)} from them."
         )
