@@ -153,6 +153,8 @@ def test_the_model_card_says_where_it_was_tested(cnn, tmp_path):
     (said,) = (limit for limit in card["limits"] if limit.startswith("On 31 studies of 31 patients of elsewhere"))
     value = card["external"]["elsewhere"]["against_own"]["macro"]["external"]["value"]
     assert f"macro ROC-AUC {value:.3f}" in said
+    answers = {row["item"]: row["answer"] for row in card["claim_2024"]}
+    assert answers[33].startswith(f"elsewhere: macro ROC-AUC {value:.3f}")
 
 
 def test_the_run_s_own_cohort_is_refused(cnn, own):
