@@ -75,17 +75,21 @@ def test_a_comparison_leaves_its_files_and_hashes_what_it_read(outputs, tmp_path
 def test_names_on_the_command_line_win_and_the_closing_table_is_printed(outputs, tmp_path, caplog):
     write_run(outputs, "other_cnn", model(NOISE["cnn"], 20))
     write_run(outputs, "whole", model(0.2, 14), reads="whole report", sections=("whole",))
+    external = read_record(write_external(outputs / "whole", "nih", 0))["against_own"]["macro"]["external"]
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(comparison_of(outputs, comparison={"controls": ["hard"], "min_retention": 1.0})))
     where = tmp_path / "elsewhere"
     caplog.set_level("INFO")
     compare_models.main(
         f"--config {path} --cnn_run other_cnn --control_run --graded_teacher_run whole --output_dir {where} "
-        "--set evaluation.bootstrap_samples=0".split()
+        "--cohort nih --set evaluation.bootstrap_samples=0".split()
     )
     comparison = read_record(where / "final_comparison.json")
     assert [one["run"] for one in comparison["models"]] == ["other_cnn", "teacher", "student"]
     assert comparison["graded_teachers"]["models"][1]["run"] == "whole"
+    graded = (where / "final_comparison.md").read_text().split("## Teachers by what")[1].split("## By finding")[0]
+    assert "| `whole` | whole report (the labels' source) | 0.520 | 0.910 | " in graded
+    assert f" | {interval_text(external)} | " in graded
     assert comparison["gates"]["retention"]["met"] is False
     assert not (outputs / "comparison_toy").exists()
     assert "teacher, reads: findings  1.60 B" in caplog.text
