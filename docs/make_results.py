@@ -21,7 +21,7 @@ FILES = {
 }
 """Result file to the class of its content."""
 SOURCES = (
-    *(f"evaluation/{name}.py" for name in ("bootstrap", "operating_points", "abstention", "shortcuts")),
+    *(f"evaluation/{name}.py" for name in ("bootstrap", "operating_points", "abstention", "shortcuts", "external")),
     *("evaluation/results.py", "evaluation/comparison.py", "inference/record_schema.py"),
 )
 """Modules of the package that hold the classes."""

@@ -2,7 +2,8 @@
 
 Reads predictions, results and costs of runs that are scored already, and writes into `outputs/comparison_<name>/`:
 `final_comparison.json`, `.csv` and `.md`, `calibration_comparison.png`, and `roc_<protocol>.png` for each protocol. A
-gate that is not met is recorded and said; the pipeline decides what follows. Nothing is fitted, and MLX is not needed.
+gate that is not met is recorded and said; the pipeline decides what follows. `--cohort` adds figures on other cohorts,
+from `evaluate_external`. Nothing is fitted, and MLX is not needed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def run(
     control_runs: Sequence[str] | None = None,
     graded_teacher_runs: Sequence[str] = (),
     bag_of_words_run: str | None = None,
+    cohorts: Sequence[str] = (),
     readme: Path | None = None,
     output_dir: Path | None = None,
 ) -> Path:
@@ -52,16 +54,19 @@ def run(
         graded_teacher_runs: further teachers, which may read something else.
         bag_of_words_run: the word counts beside the teacher; None takes the run that `bag_of_words` makes beside it,
             if it is there.
+        cohorts: names of other cohorts that runs were scored on, whose figures are shown beside.
         readme: a README whose block `comparison` is replaced.
         output_dir: None takes `comparison_dir`.
 
     Raises:
-        ComparisonError: a run lacks a file (names the command that makes it), or runs do not belong together.
-        RecordError: a file is not what it should be.
+        ComparisonError: a run lacks a file, or no run was scored on one of `cohorts` (names the command that makes
+            it), or runs do not belong together.
+        RecordError: a file is not what it should be, or a run was scored on one of `cohorts` in another state.
         UserError: the README has no such block; the comparison itself is written then.
     """
     from mlx_cxr.data.tables import write_table
     from mlx_cxr.evaluation.comparison import compare
+    from mlx_cxr.evaluation.external import results_path
     from mlx_cxr.evaluation.scored_runs import open_scored_run
     from mlx_cxr.pages.comparison_page import comparison_markdown
     from mlx_cxr.pages.comparison_statement import gate_lines
@@ -81,10 +86,12 @@ def run(
     words = bag_of_words_run or bag_of_words_name(teacher_run or config.teacher.run_name)
     if bag_of_words_run or (config.run_dir(words) / "predictions.csv").exists():
         roles.append(("bag of words", words))
-    runs = [open_scored_run(config.run_dir(name), role) for role, name in roles]
+    runs = [open_scored_run(config.run_dir(name), role, cohorts) for role, name in roles]
     folder = output_dir or comparison_dir(config)
     files = ("predictions.csv", "test_results.json", "cost.json", "teacher.json")
     inputs = {f"{one.name}/{file}": one.folder / file for one in runs for file in files if (one.folder / file).exists()}
+    external = [(one, results_path(one.folder, cohort)) for one in runs for cohort in one.external]
+    inputs |= {f"{one.name}/{path.relative_to(one.folder).as_posix()}": path for one, path in external}
     comparison = compare(
         runs,
         experiment=config.name,
@@ -93,6 +100,7 @@ def run(
         seed=config.seed,
         bins=config.evaluation.calibration_bins,
         provenance=provenance("compare_models", config.plain(), inputs),
+        cohorts=cohorts,
     )
     write_record(folder / "final_comparison.json", comparison)
     write_table(folder / "final_comparison.csv", comparison_table(comparison))
@@ -153,6 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bag_of_words_run", metavar="RUN", help="default: what bag_of_words made beside the teacher, if it is there"
     )
+    parser.add_argument(
+        "--cohort",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="show the figures on another cohort that evaluate_external scored runs on; repeat it for several",
+    )
     parser.add_argument("--update_readme", type=Path, metavar="README.md", help="replace its block `comparison`")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/comparison_<name of the configuration>")
     return parser
@@ -171,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
             control_runs=args.control_run,
             graded_teacher_runs=args.graded_teacher_run,
             bag_of_words_run=args.bag_of_words_run,
+            cohorts=args.cohort,
             readme=args.update_readme,
             output_dir=args.output_dir,
         )

@@ -3,8 +3,8 @@
 The run is a CNN's or student's (films), a teacher's or a bag of words (reports); the configuration is the other
 cohort's, after `build_manifest` and `prepare_images`. Nothing is fitted there. Writes into
 `outputs/<run>/external/<name of the configuration>/`: `external_results.json`, `external.md` with the run's own figures
-beside, `predictions.csv`, and `localization.json` where that cohort has boxes or masks of the findings. A run that was
-never seen outside its own cohort says so in its model card.
+beside, `predictions.csv`, and `localization.json` where that cohort has boxes or masks of the findings. `compare_models
+--cohort` sets runs side by side there. A run that was never seen outside its own cohort says so in its model card.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def run(run_dir: str | Path, config: Config, split: str = "all") -> Path:
         },
         "abstention": abstention_section(own.of_split("validate"), scored, points, resamples),
         "exposure_only": own_results["exposure_only"],
-        "shift": _shift(own_config, config, manifest, own, scored) if images is not None else None,
+        "shift": None
+        if images is None or known is None
+        else _shift(trained, own_config, config, manifest, own, scored),
         "provenance": provenance(
             "evaluate_external",
             config.plain(),
@@ -261,7 +263,7 @@ def _objections(config: Config, images: pd.DataFrame | None) -> int | None:
 
 
 def _shift(
-    own_config: Config, config: Config, manifest: Manifest, own: Predictions, scored: Predictions
+    trained: RunRecord, own_config: Config, config: Config, manifest: Manifest, own: Predictions, scored: Predictions
 ) -> Shift | None:
     """How the films differ from those of the run's own test split; None where its pixels are gone."""
     import numpy as np
@@ -270,22 +272,35 @@ def _shift(
     from mlx_cxr.data.manifest import load_manifest
     from mlx_cxr.data.pixel_store import PixelStore
     from mlx_cxr.evaluation.external import cohort_shift
+    from mlx_cxr.evaluation.feature_distance import one_of_each
     from mlx_cxr.evaluation.image_statistics import study_statistics
+    from mlx_cxr.inference.trained_run import TrainedRun, pooled_features
+    from mlx_cxr.training.batches import ImageSource
 
-    tables, patients = [], []
-    for settings, part in ((own_config, own.of_split("test")), (config, scored)):
-        try:
-            known = manifest if settings is config else load_manifest(settings.manifest_path)
-            store = PixelStore.open(settings.pixels_path, known, Transform.of(settings))
-        except UserError as error:
-            log.info("the films are not compared with the run's own: %s", error)
-            return None
-        frame = known.frame[known.frame["study_id"].isin(part.study_ids.tolist())]
-        table = study_statistics(store, frame)
-        of = dict(zip(part.study_ids.tolist(), part.patient_ids.tolist(), strict=True))
-        tables.append(table)
-        patients += [of[study] for study in table.index]
-    return cohort_shift(*tables, np.array(patients), config.seed)
+    try:
+        own_manifest = load_manifest(own_config.manifest_path)
+        own_store = PixelStore.open(own_config.pixels_path, own_manifest, Transform.of(own_config))
+    except UserError as error:
+        log.info("the films are not compared with the run's own: %s", error)
+        return None
+    store = PixelStore.open(config.pixels_path, manifest, Transform.of(config))
+    parts = {
+        "test": (own_manifest, own_store, own.of_split("test")),
+        "external": (manifest, store, scored),
+        "validate": (own_manifest, own_store, own.of_split("validate")),
+    }
+    model, tables, patients, features = TrainedRun.open(trained.folder).model, [], [], {}
+    for name, (known, pixels, part) in parts.items():
+        films = known.frame[known.frame["study_id"].isin(part.study_ids.tolist())]
+        films = films[~films["image_id"].isin(pixels.missing)]
+        drawn = films.iloc[one_of_each(films["patient_id"].to_numpy(dtype=str), config.seed)]
+        images = ImageSource(pixels.images, pixels.rows(drawn["image_id"]), 0.0)
+        features[name] = pooled_features(model, images, config.evaluation.batch_size)
+        if name != "validate":
+            tables.append(study_statistics(pixels, films))
+            of = dict(zip(part.study_ids.tolist(), part.patient_ids.tolist(), strict=True))
+            patients += [of[study] for study in tables[-1].index]
+    return cohort_shift(*tables, np.array(patients), features, config.seed)
 
 
 def _among(ids: Any, known: set[str]) -> Any:

@@ -11,8 +11,12 @@ import numpy as np
 from simulated_predictions import simulated
 
 from mlx_cxr.core.files import sha256_file, write_record
-from mlx_cxr.evaluation.operating_points import OperatingPoints, write_operating_points
-from mlx_cxr.evaluation.predictions import Predictions, join, write_predictions
+from mlx_cxr.core.runs import open_run
+from mlx_cxr.evaluation import external
+from mlx_cxr.evaluation.abstention import abstention_section
+from mlx_cxr.evaluation.bootstrap import patient_resamples
+from mlx_cxr.evaluation.operating_points import OperatingPoints, read_operating_points, write_operating_points
+from mlx_cxr.evaluation.predictions import Predictions, join, read_predictions, write_predictions
 from mlx_cxr.evaluation.results import evaluate, fit_operating_points
 
 DEVICE = {"kind": "cpu", "name": "simulated", "cores": 2, "memory_bytes": 8_000_000_000, "blas": "OpenBLAS"}
@@ -118,6 +122,36 @@ def write_three(outputs: Path, patients: int = 50) -> None:
     cost["what"] = "one report, up to 768 tokens"
     write_run(outputs, "teacher", model(NOISE["teacher"], 11, patients), reads="findings", cost=cost)
     write_run(outputs, "student", model(NOISE["student"], 12, patients), taught_by="teacher")
+
+
+def write_external(folder: Path, cohort: str, noise: float, manifest: str = "e" * 64, split: str = "all") -> Path:
+    """Results of a run on another cohort, the same whatever the noise of the answers, as `evaluate_external` has them.
+
+    Weights are written where the run has none.
+    """
+    run, points = open_run(folder), read_operating_points(folder / "operating_points.json")[0]
+    if not run.weights.exists():
+        run.weights.parent.mkdir(exist_ok=True)
+        run.weights.write_bytes(folder.name.encode())
+    own, there = read_predictions(folder / "predictions.csv").predictions, simulated(60, "external", 2)
+    drawn = noise * np.random.default_rng(3).normal(size=there.logits.shape)
+    there = replace(there, logits=(there.logits + drawn).astype(np.float32))
+    inputs = {"weights": run.weights, "operating_points": folder / "operating_points.json"}
+    inputs = {role: {"path": str(path), "sha256": sha256_file(path)} for role, path in inputs.items()}
+    patients = len(set(there.patient_ids.tolist()))
+    results = {
+        "schema": external.SCHEMA,
+        **{"run": folder.name, "cohort": cohort, "split": split, "synthetic": True, "score": "its answer"},
+        "counts": {"studies": len(there), "patients": patients, "shared_patients": 0},
+        **{"objections": None, "exposure_only": None, "shift": None},
+        "bootstrap": {"unit": "patient", "samples": 50, "seed": 0, "level": 0.95},
+        "against_own": external.against_own(own.of_split("test"), there, points, 50, 0),
+        "abstention": abstention_section(
+            own.of_split("validate"), there, points, patient_resamples(there.patient_ids, 50, 0)
+        ),
+        "provenance": {"inputs": inputs | {"manifest": {"path": "manifest.csv", "sha256": manifest}}},
+    }
+    return write_record(external.results_path(folder, cohort), results)
 
 
 def comparison_of(outputs: Path, **changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import platform
 
 import streamlit as st
 
+from cxr_page.external import external_section
 from cxr_page.look import block, choose, esc, html_table, network_address, plain
 from cxr_page.pages import show_markdown
 from cxr_page.run_index import CNN, CONTROL, STUDENT, RunIndex
@@ -49,6 +50,7 @@ def about_tab(index: RunIndex) -> None:
         )
     _runs(index)
     _card(index)
+    external_section(index)
     st.subheader("Versions and licence", anchor=False)
     versions = {
         "mlx_cxr": __version__,

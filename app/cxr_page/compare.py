@@ -19,6 +19,7 @@ from mlx_cxr.pages.comparison_tables import (
     cost_note,
     count_text,
     differences_table,
+    external_cells,
     intervals_line,
     milliseconds,
 )
@@ -60,7 +61,7 @@ def compare_tab(index: RunIndex) -> None:
         plain(f"{counts['studies']} test studies of {counts['patients']} patients; {section['meaning']}. ")
         + plain(intervals_line(record))
     )
-    _macro(record, section)
+    _macro(record, protocol)
     with st.container(border=True):
         st.subheader("What the figures support", anchor=False)
         st.markdown(without_pictures(statement(record)))
@@ -81,7 +82,8 @@ def compare_tab(index: RunIndex) -> None:
         )
 
 
-def _macro(record: Mapping[str, Any], section: Mapping[str, Any]) -> None:
+def _macro(record: Mapping[str, Any], protocol: str) -> None:
+    section = record["protocols"][protocol]
     st.subheader(f"Mean over {len(section['macro_labels'])} findings", anchor=False)
     macros = {model["title"]: section["models"][model["run"]]["macro"] for model in record["models"]}
     lines = {title: macro["roc_auc"] for title, macro in macros.items()}
@@ -97,9 +99,11 @@ def _macro(record: Mapping[str, Any], section: Mapping[str, Any]) -> None:
                 esc(f"{number(macro['ece_uncalibrated'])} → {number(macro['ece'])}"),
                 esc(count_text(model["parameters"])),
                 esc(milliseconds(model["ms_per_sample"])),
+                *map(esc, external_cells(record, model, protocol).values()),
             ]
         )
     head = ["model", *SHOWN.values(), "ECE before → after scaling", "parameters", "ms/sample"]
+    head += external_cells(record, record["models"][0], protocol)
     block(html_table("Figures of each model", head, rows, frozenset(range(1, len(head)))))
     note(cost_note(record).replace("`", ""))
 

@@ -137,8 +137,12 @@ def accepted(function: Callable, **wanted: Any) -> dict[str, Any]:
 
 
 def choose(title: str, options: Sequence[T], name: Callable[[T], str], key: str) -> T:
-    """One of the options; the reader is asked where there are several."""
-    return options[0] if len(options) == 1 else st.selectbox(title, options, format_func=name, key=key)
+    """One of the options, whose names differ; the reader is asked where there are several."""
+    if len(options) == 1:
+        return options[0]
+    # By name: what Streamlit keeps of an earlier choice is that option as it was then.
+    named = {name(option): option for option in options}
+    return named[st.selectbox(title, list(named), key=key)]
 
 
 def picture(content: bytes, alt: str, caption: str | None = None) -> None:

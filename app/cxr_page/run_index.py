@@ -14,6 +14,7 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record
 from mlx_cxr.core.runs import WEIGHTS, open_run
 from mlx_cxr.evaluation import comparison, operating_points
+from mlx_cxr.evaluation.external import cohorts_of, results_path
 from mlx_cxr.evaluation.operating_points import read_operating_points
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
@@ -105,7 +106,7 @@ def scan(outputs: Path) -> RunIndex:
 
 def stamp_of(folder: Path) -> str:
     """A word that changes with the files of a run."""
-    return _stamp([folder / name for name in _FILES])
+    return _stamp([*(folder / name for name in _FILES), *(results_path(folder, name) for name in cohorts_of(folder))])
 
 
 def _stamp(paths: list[Path]) -> str:

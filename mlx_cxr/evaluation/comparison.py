@@ -23,6 +23,7 @@ from mlx_cxr.evaluation.bootstrap import (
     percentile_interval,
 )
 from mlx_cxr.evaluation.delong import holm, paired_delong
+from mlx_cxr.evaluation.external import ExternalEntry, external_entry
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import (
@@ -36,9 +37,9 @@ from mlx_cxr.evaluation.results import (
     protocol_section,
     score_protocol,
 )
-from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_teacher, shared_studies
+from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_cohorts, check_teacher, shared_studies
 
-SCHEMA = 2
+SCHEMA = 3
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
 """Metrics whose differences are given: precision is undefined where a model calls nothing, so that the means of two
 models would be over different labels."""
@@ -67,6 +68,8 @@ class ModelEntry(TypedDict):
     """Content of `cost.json`."""
     make_cost: str | None
     """Command that makes a `cost.json` that lacks."""
+    external: dict[str, ExternalEntry]
+    """By each other cohort that its present state was scored on."""
 
 
 class TeacherEntry(ModelEntry):
@@ -240,6 +243,8 @@ class Comparison(TypedDict):
     """As in `test_results.json`."""
     models: list[ModelEntry | TeacherEntry | StudentEntry]
     """In the order of display."""
+    cohorts: list[str]
+    """Other cohorts that the tables show."""
     protocols: dict[str, ComparedProtocol]
     """By protocol of the test targets."""
     graded_teachers: GradedEntry | None
@@ -259,6 +264,7 @@ def compare(
     seed: int,
     bins: int,
     provenance: Mapping[str, Any],
+    cohorts: Sequence[str] = (),
 ) -> Comparison:
     """The content of `final_comparison.json`.
 
@@ -267,14 +273,17 @@ def compare(
         min_retention: least share of the teacher's macro ROC-AUC that the student should keep.
         samples: bootstrap resamples; 0 gives no intervals.
         bins: of the calibration error.
+        cohorts: names of other cohorts to show.
 
     Raises:
-        ComparisonError: the runs cannot be compared; see `scored_runs.check_teacher` and `shared_studies`.
+        ComparisonError: the runs cannot be compared; see `scored_runs.check_teacher`, `shared_studies` and
+            `check_cohorts`.
     """
     main = [run for run in runs if run.role not in BESIDE]
     check_teacher(main)
     arms = {run.role: run for run in main if run.role != "control"}
     study_ids = shared_studies(main)
+    check_cohorts(runs, cohorts)
     settings = arms["cnn"].settings
     fitted_under = settings["fitted_under"]
     graded = _graded(runs, arms["teacher"], fitted_under, samples, seed, bins)
@@ -293,6 +302,7 @@ def compare(
         "bootstrap": {"unit": "patient", "samples": samples, "seed": seed, "level": LEVEL},
         "calibration_bins": {"count": bins, "kind": "equal_width"},
         "models": [_about(run) for run in main],
+        "cohorts": list(dict.fromkeys(cohorts)),
         "protocols": protocols,
         "graded_teachers": graded,
         "gates": _gates(protocols[fitted_under], fitted_under, min_retention),
@@ -506,6 +516,7 @@ def _about(run: ScoredRun) -> ModelEntry:
         "ms_per_sample": cost["ms_per_sample"],
         "cost": run.cost,
         "make_cost": None if run.cost else run.command("cost.json"),
+        "external": {cohort: external_entry(results) for cohort, results in run.external.items()},
     }
     if run.teacher is not None:
         about |= {key: run.teacher.get(key) for key in ("reads", "modality", "zero_shot_auc", "tuned_auc")}

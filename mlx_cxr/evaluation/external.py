@@ -6,6 +6,8 @@ Nothing is fitted on the other cohort: temperatures, thresholds and bands are th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -16,21 +18,25 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS
+from mlx_cxr.core.runs import RunRecord
 from mlx_cxr.data.tables import DataError
+from mlx_cxr.evaluation import operating_points
 from mlx_cxr.evaluation.bootstrap import IntervalEntry, macro_interval, patient_resamples, percentile_interval
+from mlx_cxr.evaluation.feature_distance import FeatureDistance, feature_distance
 from mlx_cxr.evaluation.metrics import METRICS
 from mlx_cxr.evaluation.operating_points import OperatingPoints
 from mlx_cxr.evaluation.predictions import Predictions
 from mlx_cxr.evaluation.results import ProtocolScores, score_protocol
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER, FILE = "external", "external_results.json"
 """In a run's folder, with a folder for each cohort in between."""
 FOLDS = 5
 _AUC = METRICS.index("roc_auc")
 
-Verdict = Literal["below", "above", "not told apart", "no interval"]
+ExternalVerdict = Literal["below", "above", "not told apart", "no interval"]
 
 
 class FindingEntry(TypedDict):
@@ -38,7 +44,7 @@ class FindingEntry(TypedDict):
 
     own: IntervalEntry
     external: IntervalEntry
-    verdict: Verdict
+    verdict: ExternalVerdict
     """The figure on the other cohort against that on the own one: its interval excludes it, or does not."""
 
 
@@ -61,6 +67,26 @@ class AgainstOwn(TypedDict):
     macro: FindingEntry
 
 
+class ExternalCounts(TypedDict):
+    """Studies scored on another cohort."""
+
+    studies: int
+    patients: int
+
+    shared_patients: int | None
+    """Patients left out, as the run's own cohort has their ids too; null where that could not be checked."""
+
+
+class ExternalEntry(TypedDict):
+    """A model on another cohort, from the `external_results.json` of its run."""
+
+    manifest: str
+    split: str
+    counts: ExternalCounts
+    against_own: AgainstOwn
+    """SHA-256 of that cohort's manifest, the splits of it that were scored, how many studies, and the figures."""
+
+
 class StatisticShift(TypedDict):
     """Mean of an image statistic on both cohorts; the difference in standard deviations of the own one."""
 
@@ -69,12 +95,78 @@ class StatisticShift(TypedDict):
     difference: float
 
 
+class FeatureShift(TypedDict):
+    """Distances in the features of the run's network."""
+
+    external: FeatureDistance
+    own: FeatureDistance
+    """Of the other cohort, and of the run's own validation split, from its own test split."""
+
+
 class Shift(TypedDict):
     """Differences between the images of two cohorts in what shows no finding."""
 
     per_statistic: dict[str, StatisticShift]
     told_apart: float
     """ROC-AUC, cross-validated by patient, of a regression that tells the cohorts apart by `image_statistics`."""
+    features: FeatureShift
+
+
+def cohorts_of(folder: str | Path) -> list[str]:
+    """Names of the other cohorts that a run's folder has results on, in whatever state the run was then."""
+    return [path.parent.name for path in sorted(Path(folder).glob(f"{FOLDER}/*/{FILE}"))]
+
+
+def results_path(folder: str | Path, cohort: str) -> Path:
+    """The results of a run's folder on another cohort, which need not be there."""
+    return Path(folder) / FOLDER / cohort / FILE
+
+
+def evaluate_command(run: str, cohort: str) -> str:
+    """The command that scores a run on another cohort, in Markdown, and its configuration."""
+    return f"`python -m mlx_cxr.evaluate_external --run {run} --config …` with the configuration named `{cohort}`"
+
+
+def read_external(run: RunRecord, cohort: str) -> dict[str, Any]:
+    """`external_results.json` of a run on another cohort.
+
+    Raises:
+        RecordError: there is none, it cannot be used, or weights or operating points of the run are no longer those
+            that it is of; names the command that makes it.
+    """
+    path = results_path(run.folder, cohort)
+    again = f"run {evaluate_command(run.folder.name, cohort)}"
+    if not path.exists():
+        raise RecordError(f"{path} is missing; {again}")
+    results = read_record(path)
+    if results.get("schema") != SCHEMA:
+        raise RecordError(f"{path} is not of schema {SCHEMA}; {again}")
+    for role, file in {"weights": run.weights, "operating_points": run.folder / operating_points.FILE}.items():
+        try:
+            then = results["provenance"]["inputs"][role]["sha256"]
+        except (KeyError, TypeError):
+            raise RecordError(f"{path} lacks 'provenance.inputs.{role}.sha256'; {again}") from None
+        now = sha256_file(file) if file.exists() else "missing"
+        if now != then:
+            raise RecordError(f"{path} is of another state of the run: {file} was {then[:12]}, is {now[:12]}; {again}")
+    return results
+
+
+def external_of(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Results of a run's present state on other cohorts, by cohort; those that cannot be used are passed over."""
+    found = {}
+    for cohort in cohorts_of(run.folder):
+        with suppress(RecordError):
+            found[cohort] = read_external(run, cohort)
+    return found
+
+
+def external_entry(results: Mapping[str, Any]) -> ExternalEntry:
+    """The part of `external_results.json` that a comparison shows."""
+    return {
+        "manifest": results["provenance"]["inputs"]["manifest"]["sha256"],
+        **{key: results[key] for key in ("split", "counts", "against_own")},
+    }
 
 
 def against_own(
@@ -127,7 +219,7 @@ def against_own(
     }
 
 
-def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> Verdict:
+def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> ExternalVerdict:
     """The verdict on the figure of the own cohort: below, above or in the interval on the other one."""
     if external["low"] is None or not np.isfinite(external["low"]):
         return "no interval"
@@ -136,13 +228,16 @@ def verdict(own: Mapping[str, Any], external: Mapping[str, Any]) -> Verdict:
     return "above" if external["low"] > own["value"] else "not told apart"
 
 
-def cohort_shift(own: pd.DataFrame, external: pd.DataFrame, patients: np.ndarray, seed: int) -> Shift:
-    """Differences between two cohorts in their image statistics.
+def cohort_shift(
+    own: pd.DataFrame, external: pd.DataFrame, patients: np.ndarray, features: Mapping[str, np.ndarray], seed: int
+) -> Shift:
+    """Differences between two cohorts in their image statistics, and in a network's features.
 
     Args:
         own, external: `image_statistics.study_statistics` of studies of each.
         patients: (N own + N external,) str, the patient of each row, in that order.
-        seed: of the folds.
+        features: `test` and `validate`, of the own splits, and `external`: float (P, D), of one image of each patient.
+        seed: of the folds and permutations.
     """
     spread = own.std(ddof=0).replace(0, np.nan)
     difference = ((external.mean() - own.mean()) / spread).fillna(0)
@@ -166,6 +261,10 @@ def cohort_shift(own: pd.DataFrame, external: pd.DataFrame, patients: np.ndarray
             for name in names
         },
         "told_apart": told_apart,
+        "features": {
+            "external": feature_distance(features["external"], features["test"], seed),
+            "own": feature_distance(features["validate"], features["test"], seed),
+        },
     }
 
 

@@ -18,6 +18,14 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import RecordError, read_record, sha256_file
 from mlx_cxr.core.labels import LABELS, label_word
 from mlx_cxr.core.runs import bag_of_words_name, open_run
+from mlx_cxr.evaluation.external import (
+    cohorts_of,
+    evaluate_command,
+    external_entry,
+    external_of,
+    read_external,
+    results_path,
+)
 from mlx_cxr.evaluation.operating_points import OperatingPoints, points_of_entries
 from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
@@ -61,6 +69,7 @@ class ScoredRun:
         soft_labels: `path` and `sha256` of the soft labels that it learned from; None for a run that read none.
         teacher: `teacher.json`; None for a run that is no teacher.
         cost: `cost.json`; None where there is none.
+        external: `external_results.json` of each other cohort that its present state was scored on, by cohort.
     """
 
     folder: Path
@@ -72,6 +81,7 @@ class ScoredRun:
     soft_labels: Mapping[str, str] | None
     teacher: Mapping[str, Any] | None
     cost: Mapping[str, Any] | None
+    external: Mapping[str, Mapping[str, Any]]
 
     @property
     def name(self) -> str:
@@ -120,13 +130,18 @@ class ScoredRun:
         return self.test.select(np.array([row_of[study] for study in study_ids.tolist()], dtype=np.intp))
 
 
-def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
+def open_scored_run(folder: str | Path, role: Role, cohorts: Sequence[str] = ()) -> ScoredRun:
     """Read and check a run for its role in the comparison.
+
+    Args:
+        folder: the run's.
+        role: its role.
+        cohorts: other cohorts whose results are refused, not passed over, where they cannot be used.
 
     Raises:
         ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
             are of different evaluations, or a student's training does not fit its role.
-        RecordError: a file is not JSON.
+        RecordError: a file is not JSON, or results on one of `cohorts` are of another state of the run.
         PredictionsError: `predictions.csv` is not usable, or has no test studies.
     """
     folder = Path(folder)
@@ -181,7 +196,8 @@ def open_scored_run(folder: str | Path, role: Role) -> ScoredRun:
         _read(folder / "cost.json", lambda: (cost["parameters"]["total"], cost["parameters"]["trainable"]))
         _read(folder / "cost.json", lambda: (cost["ms_per_sample"], cost["what"], cost["device"]["kind"]))
     test = scored.predictions.of_split("test")
-    return ScoredRun(folder, role, test, points, settings, run.config, soft_labels, teacher, cost)
+    external = external_of(run) | {name: read_external(run, name) for name in cohorts if name in cohorts_of(folder)}
+    return ScoredRun(folder, role, test, points, settings, run.config, soft_labels, teacher, cost, external)
 
 
 def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:
@@ -239,6 +255,32 @@ def check_teacher(runs: Sequence[ScoredRun]) -> None:
                 f"{record}: {run.name!r} learned from soft labels {run.soft_labels['sha256']}, {path} is {now} now; "
                 f"train it again: {run.command('config.json')} --overwrite"
             )
+
+
+def check_cohorts(runs: Sequence[ScoredRun], cohorts: Sequence[str]) -> None:
+    """Refuse another cohort that no run was scored on, or runs on different manifests or splits of it.
+
+    Raises:
+        ComparisonError: it is so; names the runs and the command, or both files and both values.
+    """
+    for cohort in cohorts:
+        there = [run for run in runs if cohort in run.external]
+        if not there:
+            known = sorted({name for run in runs for name in run.external})
+            raise ComparisonError(
+                f"--cohort {cohort}: none of {', '.join(run.name for run in runs)} was scored on it, only on "
+                f"{', '.join(known) or 'no other cohort'}; {evaluate_command(runs[0].name, cohort)} does it"
+            )
+        entries = [external_entry(run.external[cohort]) for run in there]
+        for run, entry in zip(there[1:], entries[1:], strict=True):
+            for key in ("manifest", "split"):
+                if entry[key] != entries[0][key]:
+                    files = (results_path(one.folder, cohort) for one in (there[0], run))
+                    values = (one[key] for one in (entries[0], entry))
+                    said = ", ".join(f"{file} has {value}" for file, value in zip(files, values, strict=True))
+                    raise ComparisonError(
+                        f"{key} of {cohort}: {said}; score both on the same: {evaluate_command(run.name, cohort)}"
+                    )
 
 
 def _refuse_disagreement(first: ScoredRun, ours: Predictions, run: ScoredRun, theirs: Predictions) -> None:

@@ -43,7 +43,7 @@ class EvaluatedRun:
         localization: `localization.json`; None without masks, or where the evaluation made no maps.
         failures: `failure_analysis/failures.json` of these predictions; None where there is none.
         comparison: the latest `final_comparison.json` that read these results; None where none did.
-        external: `external_results.json` of each other cohort that these weights were scored on, by its name.
+        external: `external_results.json` of each other cohort that its present state was scored on, by its name.
         manifest_summary: `manifest_summary.json` of the manifest that the run was trained on; None where it is gone.
         teacher: of a student that learned from soft labels, `run`, `soft_labels_sha256` and `record` (`teacher.json`,
             null where the teacher's run is gone or holds other soft labels now); else None.
@@ -112,7 +112,7 @@ class EvaluatedRun:
             localization=_optional(folder / "localization.json") if prepared["map_references"]["methods"] else None,
             failures=_failures(folder),
             comparison=_comparison(folder),
-            external=_external(folder, sha256),
+            external=external.external_of(run),
             manifest_summary=summary if ours else None,
             teacher=_teacher(run),
         )
@@ -156,14 +156,6 @@ def _failures(folder: Path) -> Mapping[str, Any] | None:
     failures = _optional(folder / "failure_analysis" / "failures.json")
     then = _input_sha256(failures, f"{folder.name}/predictions.csv")
     return failures if then is not None and then == sha256_file(folder / "predictions.csv") else None
-
-
-def _external(folder: Path, checkpoint_sha256: str) -> dict[str, Mapping[str, Any]]:
-    """Results on other cohorts, of these weights."""
-    found = {
-        path.parent.name: read_record(path) for path in sorted(folder.glob(f"{external.FOLDER}/*/{external.FILE}"))
-    }
-    return {name: one for name, one in found.items() if _input_sha256(one, "weights") == checkpoint_sha256}
 
 
 def _comparison(folder: Path) -> Mapping[str, Any] | None:

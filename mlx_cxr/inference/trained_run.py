@@ -142,6 +142,12 @@ def mean_features(model: ResNet18, images: ImageSource, batch_size: int) -> np.n
     return (np.sum(sums, axis=0) / len(images)).astype(np.float32)
 
 
+def pooled_features(model: ResNet18, images: ImageSource, batch_size: int) -> np.ndarray:
+    """float32 (N, 512): the mean of each image's last feature map, which the last layer makes logits of."""
+    trunk = image_features(FoldedResNet18.of(model))
+    return np.concatenate([np.array(mx.mean(trunk(some), axis=(1, 2))) for some in _batches(images, batch_size)])
+
+
 def _batches(images: ImageSource, batch_size: int) -> Iterator[mx.array]:
     rows = np.arange(len(images))
     return images.batches([rows[i : i + batch_size] for i in range(0, len(images), batch_size)])

@@ -16,7 +16,15 @@ from mlx_cxr.pages.comparison_statement import (
     statement,
     support_sentence,
 )
-from mlx_cxr.pages.comparison_tables import NAMES, cost_note, differences_table, intervals_line, main_table, p_text
+from mlx_cxr.pages.comparison_tables import (
+    NAMES,
+    cost_note,
+    differences_table,
+    external_cells,
+    intervals_line,
+    main_table,
+    p_text,
+)
 from mlx_cxr.pages.tables import Column, columns_of, entry_of, finding_table, markdown_table, mean_head
 
 _RANKING = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
@@ -136,11 +144,13 @@ def _teachers(comparison: Mapping[str, Any]) -> list[str]:
                 model["title"].removeprefix("teacher, reads: ").replace(", reads: ", ": "),
                 *(number(model[key]) for key in ("zero_shot_auc", "tuned_auc")),
                 *(interval_text(model["macro"][key]) for key in _RANKING),
+                *external_cells(comparison, model, graded["protocol"]).values(),
                 "–" if against is None else f"{interval_text(against)}, {against['verdict']}",
             ]
         )
     header = ["teacher", "reads", "validation, zero-shot", "validation, tuned"]
     header += [f"test, {name}" for name in _RANKING.values()]
+    header += external_cells(comparison, graded["models"][0], graded["protocol"])
     return [
         f"## Teachers by what they may read, protocol `{graded['protocol']}`",
         "",

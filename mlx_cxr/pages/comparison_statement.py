@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, number
+from mlx_cxr.evaluation.external import evaluate_command
+from mlx_cxr.pages.external_page import NEVER_SEEN
 
 SIGNIFICANCE = 0.05
 
@@ -39,6 +41,14 @@ CONTROLS: Mapping[str, tuple[str, str, str]] = {
 """Source that a control learned from in the teacher's place, and the meaning of a better student, and of another."""
 
 
+_ELSEWHERE = {
+    "below": "lower (the interval excludes the own figure)",
+    "above": "higher (the interval excludes the own figure)",
+    "not told apart": "not told apart from the own figure",
+    "no interval": "without an interval",
+}
+
+
 def statement(comparison: Mapping[str, Any]) -> str:
     """One paragraph: which differences can be told from noise, what the student keeps, and what the controls say."""
     section = comparison["protocols"][comparison["fitted_under"]]
@@ -55,6 +65,7 @@ def statement(comparison: Mapping[str, Any]) -> str:
         findings_sentence(differences["student_minus_cnn"]),
         retention_sentence(kept),
         _controls_sentence(comparison, section),
+        *external_sentences(comparison),
         "Each model is one training run: the intervals cover which patients were tested, and not what another seed "
         "would have given.",
     ]
@@ -80,6 +91,40 @@ def words_sentences(comparison: Mapping[str, Any]) -> list[str]:
             f"teacher {interval_text(minus)}: {verdicts[minus['verdict']]}."
         )
     return sentences
+
+
+def external_sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """The models on other cohorts beside their own, the commands that lack, and the models that saw no other cohort."""
+    graded = (comparison["graded_teachers"] or {"models": []})["models"]
+    models = {model["run"]: model["external"] for model in (*comparison["models"], *graded)}
+    sentences = []
+    for cohort in comparison["cohorts"]:
+        there = {run: external[cohort] for run, external in models.items() if cohort in external}
+        verdicts = {run: _ELSEWHERE[entry["against_own"]["macro"]["verdict"]] for run, entry in there.items()}
+        sentences.append(
+            f"On `{cohort}`, beside the run's own test split over the same findings, macro ROC-AUC is "
+            f"{_grouped(verdicts)}."
+        )
+        sizes = {
+            run: f"{entry['counts']['studies']} studies and {len(entry['against_own']['findings'])} findings"
+            for run, entry in there.items()
+        }
+        if len(set(sizes.values())) > 1:
+            sentences.append(f"Its figures are not of the same studies and findings: {_grouped(sizes)}.")
+        if lacking := [run for run in models if run not in there]:
+            named = ", ".join(f"`{run}`" for run in lacking)
+            sentences.append(f"Not scored on `{cohort}`: {named}; {evaluate_command(lacking[0], cohort)} does it.")
+    if unseen := [f"`{run}`" for run, external in models.items() if not external]:
+        sentences.append(f"{NEVER_SEEN}: {', '.join(unseen)}.")
+    return sentences
+
+
+def _grouped(said: Mapping[str, str]) -> str:
+    """What is said of runs, each once and with the runs that it is said of."""
+    of: dict[str, list[str]] = {}
+    for run, text in said.items():
+        of.setdefault(text, []).append(f"`{run}`")
+    return "; ".join(f"{text} for {', '.join(runs)}" for text, runs in of.items())
 
 
 def findings_sentence(difference: Mapping[str, Any]) -> str:

@@ -11,7 +11,13 @@ import pandas as pd
 from mlx_cxr.core.formatting import NOT_CLINICAL, footer, interval_text, number
 from mlx_cxr.evaluation.comparison import PAIRS
 from mlx_cxr.evaluation.metrics import METRICS
-from mlx_cxr.pages.comparison_statement import control_verdicts, gate_lines, reading_warnings, retention_sentence
+from mlx_cxr.pages.comparison_statement import (
+    control_verdicts,
+    external_sentences,
+    gate_lines,
+    reading_warnings,
+    retention_sentence,
+)
 from mlx_cxr.pages.tables import calibration_text, markdown_table
 
 SHOWN: Mapping[str, str] = {
@@ -31,7 +37,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
     """`final_comparison.csv`: a row per protocol, model and finding (`macro` first), empty where undefined.
 
     Columns: `protocol`, `run`, `role`, `title`, `finding`, `positives`, `negatives`; each of `metrics.METRICS` with
-    `_low` and `_high` (95 %); `ece` and `ece_uncalibrated`; `parameters`, `trainable`, `ms_per_sample`.
+    `_low` and `_high` (95 %); `ece` and `ece_uncalibrated`; `parameters`, `trainable`, `ms_per_sample`; for each other
+    cohort ROC-AUC there and on the own test split over the same findings, `<cohort>_roc_auc` and `<cohort>_own_roc_auc`
+    with `_low` and `_high`, under the protocol that temperatures and thresholds were fitted under.
     """
     rows = []
     for name, section in comparison["protocols"].items():
@@ -44,9 +52,33 @@ def comparison_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
                     row[metric] = entry[metric]["value"]
                     row |= {f"{metric}_{end}": entry[metric][end] for end in ("low", "high")}
                 row |= {key: entry[key] for key in ("ece", "ece_uncalibrated")}
-                rows.append(row | {key: model[key] for key in ("parameters", "trainable", "ms_per_sample")})
+                row |= {key: model[key] for key in ("parameters", "trainable", "ms_per_sample")}
+                for cohort in comparison["cohorts"]:
+                    row |= _external_figures(model, cohort, finding) if name == comparison["fitted_under"] else {}
+                rows.append(row)
     counts = ["positives", "negatives", "parameters", "trainable"]
     return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
+
+
+def _external_figures(model: Mapping[str, Any], cohort: str, finding: str) -> dict[str, float | None]:
+    """Columns of the CSV; without a value where the model, or the finding there, was not scored."""
+    compared = (model["external"].get(cohort) or {"against_own": {"macro": None, "per_label": {}}})["against_own"]
+    entry = compared["macro"] if finding == "macro" else compared["per_label"].get(finding)
+    names = {"external": f"{cohort}_roc_auc", "own": f"{cohort}_own_roc_auc"}
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    return {
+        f"{name}{suffix}": entry and entry[side][end] for side, name in names.items() for end, suffix in ends.items()
+    }
+
+
+def external_cells(comparison: Mapping[str, Any], model: Mapping[str, Any], protocol: str) -> dict[str, str]:
+    """Head to cell of a model's columns on other cohorts, which are of the protocol that fitted: none under others."""
+    cells = {}
+    for cohort in comparison["cohorts"] if protocol == comparison["fitted_under"] else ():
+        entry = model["external"].get(cohort)
+        for side, head in (("external", f"ROC-AUC on {cohort}"), ("own", f"own test, findings of {cohort}")):
+            cells[head] = "–" if entry is None else interval_text(entry["against_own"]["macro"][side])
+    return cells
 
 
 def comparison_block(comparison: Mapping[str, Any]) -> str:
@@ -69,6 +101,8 @@ def comparison_block(comparison: Mapping[str, Any]) -> str:
             for targets, difference, said in control_verdicts(comparison)
         ),
         "",
+        " ".join(external_sentences(comparison)),
+        "",
         *(line for warning in reading_warnings(comparison) for line in (warning, "")),
     ]
     return "\n".join(lines).rstrip()
@@ -79,10 +113,12 @@ def closing_comparison(comparison: Mapping[str, Any]) -> str:
     first, counts = comparison["fitted_under"], comparison["counts"]
     section = comparison["protocols"][first]
     columns = {key: SHOWN[key] for key in ("roc_auc", "average_precision", "f1")}
-    rows = [("", "parameters", *columns.values(), "ECE", "ms/sample")]
+    elsewhere = external_cells(comparison, comparison["models"][0], first)
+    rows = [("", "parameters", *columns.values(), *elsewhere, "ECE", "ms/sample")]
     for model in comparison["models"]:
         macro = section["models"][model["run"]]["macro"]
-        cells = (interval_text(macro[key]) for key in columns)
+        cells = [interval_text(macro[key]) for key in columns]
+        cells += external_cells(comparison, model, first).values()
         cost = count_text(model["parameters"]), milliseconds(model["ms_per_sample"])
         rows.append((model["title"], cost[0], *cells, number(macro["ece"]), cost[1]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -90,6 +126,7 @@ def closing_comparison(comparison: Mapping[str, Any]) -> str:
         f"{counts['studies']} test studies of {counts['patients']} patients, protocol {first}: {section['meaning']}",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
         *(f"gate {line}" for line in gate_lines(comparison)),
+        *external_sentences(comparison),
         *(
             f"student minus control {targets}: {interval_text(difference)}, {said}"
             for targets, difference, said in control_verdicts(comparison)
@@ -102,7 +139,8 @@ def closing_comparison(comparison: Mapping[str, Any]) -> str:
 def main_table(comparison: Mapping[str, Any], name: str) -> list[str]:
     """Size, macro figures and cost of each model under a protocol, as lines of Markdown."""
     heads = {key: title for key, title in SHOWN.items() if key != "brier"}
-    header = ["model", "parameters", "trainable", *heads.values(), "ECE before → after scaling", "Brier", "ms/sample"]
+    header = ["model", "parameters", "trainable", *heads.values(), "ECE before → after scaling", "Brier"]
+    header += [*external_cells(comparison, comparison["models"][0], name), "ms/sample"]
     rows = []
     for model in comparison["models"]:
         macro = comparison["protocols"][name]["models"][model["run"]]["macro"]
@@ -114,6 +152,7 @@ def main_table(comparison: Mapping[str, Any], name: str) -> list[str]:
                 *(interval_text(macro[key]) for key in heads),
                 calibration_text(macro),
                 interval_text(macro["brier"]),
+                *external_cells(comparison, model, name).values(),
                 milliseconds(model["ms_per_sample"]),
             ]
         )

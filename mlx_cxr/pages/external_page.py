@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_cxr.core.formatting import interval_text, notice_lines, number
+from mlx_cxr.evaluation.feature_distance import MOST
 from mlx_cxr.pages.map_checks import localization_section
 from mlx_cxr.pages.tables import Column, columns_of, finding_table, markdown_table
 
 CHANCE = 0.5
+SIGNIFICANCE = 0.05
+"""P-value of a distance below which films are said to differ."""
+NEVER_SEEN = "Never seen outside its own cohort"
 _VERDICTS = {
     "below": "lower: the interval here excludes the figure there",
     "above": "higher: the interval here excludes the figure there",
@@ -64,6 +68,13 @@ def external_markdown(results: Mapping[str, Any], places: Mapping[str, Any] | No
             "the own cohort.",
             "",
             *markdown_table(["statistic", "here", "own", "difference"], rows, right=(1, 2, 3)),
+            "The distance in the features of the run's own network from the films of its own test split: the kernel "
+            "distance (KID, arXiv:1801.01401), which for films of one kind is 0 on average, below it as often as "
+            f"above. One film of each patient, drawn with the seed, and {MOST} patients where there are more; p: the "
+            "share of permutations of the patients that are as far apart. Distances of different runs are not "
+            "comparable.",
+            "",
+            *_distances(shift["features"]),
         ]
     if places is not None:
         lines += ["", *localization_section(places)]
@@ -94,7 +105,32 @@ def statement(results: Mapping[str, Any]) -> list[str]:
             f"The films of the two cohorts can be told apart by exposure and format alone with a ROC-AUC of "
             f"{number(shift['told_apart'])}, where {CHANCE} would be films of one kind."
         )
+    if shift is not None and number(shift["features"]["external"]["p_value"]) != "–":
+        here, own = (shift["features"][key] for key in ("external", "own"))
+        differ = here["p_value"] < SIGNIFICANCE
+        sentences.append(
+            f"In the features of its own network the films {'differ' if differ else 'are not shown to differ'}: "
+            f"{_distance(here)} from the films of its own test split, where those of its own validation split are "
+            f"{_distance(own)} from them."
+        )
     return sentences
+
+
+def _distances(features: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [title, _kid(features[key]), number(features[key]["p_value"]), str(features[key]["patients"][0])]
+        for key, title in (("external", "here"), ("own", "own validation split"))
+    ]
+    return markdown_table(["films", "distance", "p", "patients"], rows, right=(1, 2, 3))
+
+
+def _distance(entry: Mapping[str, Any]) -> str:
+    return f"{_kid(entry)} (KID, p {number(entry['p_value'])})"
+
+
+def _kid(entry: Mapping[str, Any]) -> str:
+    """Three digits, as the size of it depends on the network."""
+    return "–" if number(entry["value"]) == "–" else f"{entry['value']:.3g}"
 
 
 def _left_out(results: Mapping[str, Any]) -> str:

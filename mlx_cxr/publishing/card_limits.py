@@ -11,6 +11,7 @@ from typing import Any
 from mlx_cxr.core.formatting import escaped, interval_text, number
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.subgroups import FEW_POSITIVES
+from mlx_cxr.pages.external_page import NEVER_SEEN
 from mlx_cxr.pages.map_checks import ALL_CONTROLS, found
 
 CHANCE = 0.5
@@ -71,8 +72,8 @@ def _elsewhere(external: Mapping[str, Any]) -> Iterator[str]:
     """On cohorts of other places."""
     if not external:
         yield (
-            "Never seen outside its own cohort: models of this kind lose much of their ROC-AUC at other hospitals, "
-            "some all of it (Zech et al., PLOS Medicine 2018)."
+            f"{NEVER_SEEN}: models of this kind lose much of their ROC-AUC at other hospitals, some all of it (Zech "
+            "et al., PLOS Medicine 2018)."
         )
     for name, one in external.items():
         macro, compared = one["against_own"]["macro"], one["against_own"]

@@ -156,6 +156,14 @@ def _internal(card: Card) -> str:
     return f"Macro ROC-AUC ({name}): validation {number(evaluation['validation'][name]['roc_auc'])}, test {test}"
 
 
+def _external(card: Card) -> str:
+    tests = [
+        f"{name}: macro ROC-AUC {interval_text(one['against_own']['macro']['external'])}"
+        for name, one in card["external"].items()
+    ]
+    return "; ".join(tests) or "None"
+
+
 def _included(card: Card) -> str | None:
     data = card["data"]
     if data["images_read"] is None:
@@ -218,7 +226,7 @@ ITEMS: Mapping[int, tuple[str, Answer]] = {
     30: ("robustness", "Two label protocols, views, support devices, metadata alone; see Test results and Subgroups"),
     31: ("explanation, and its validation", _explained),
     32: ("internal test", _internal),
-    33: ("external test", "None"),
+    33: ("external test", _external),
     34: ("trial registration", "Not applicable: not a trial"),
     35: ("numbers included and excluded", _included),
     36: ("characteristics by partition", _demographics),

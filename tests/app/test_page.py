@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from dicom_files import dicom_bytes
 from PIL import Image, ImageFile
+from simulated_runs import write_external
 
+from mlx_cxr import compare_models
 from mlx_cxr.core.files import read_record, write_record
+from mlx_cxr.core.formatting import interval_text
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.data import dicom
 from mlx_cxr.data.manifest import load_manifest
@@ -385,6 +388,37 @@ class TestWithRuns:
         monkeypatch.setattr("cxr_page.look.network_address", lambda: "0.0.0.0")
         page.run()
         assert "Served on 0.0.0.0, not on this machine alone" in text_of(page)
+
+
+@pytest.mark.slow
+def test_other_cohorts_are_beside_the_comparison_and_a_run_has_a_page_of_each(cohort, open_page, tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(cohort.outputs, outputs)
+    results = read_record(write_external(outputs / "cnn", "nih", 0.5))["against_own"]
+    compare_models.run(cohort.model_copy(update={"outputs": outputs}), cohorts=["nih"])
+    page = open_page(outputs)
+    page.session_state["tab"] = "Compare models"
+    page.run()
+    table = re.search(r"<caption>Figures of each model</caption>.*?</table>", html_of(page), re.DOTALL)[0]
+    assert "ROC-AUC on nih" in table
+    cells = {side: interval_text(results["macro"][side]) for side in ("external", "own")}
+    (cnn,) = (row for row in table.split("<tr>") if ">cnn<" in row)
+    assert [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", cnn)][-2:] == list(cells.values())
+    (student,) = (row for row in table.split("<tr>") if ">student<" in row)
+    assert [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", student)][-2:] == ["–", "–"]
+    assert "Never seen outside its own cohort: teacher, student." in text_of(page).replace("`", "")
+    assert "evaluate_external --run teacher --config" in text_of(page)
+    page.segmented_control(key="protocol").set_value("empty_masked").run()
+    assert "ROC-AUC on nih" not in html_of(page)
+    page.session_state["tab"] = "About"
+    page.run()
+    assert not page.error
+    assert "nih" in [one.label for one in page.expander]
+    assert f"mean ROC-AUC is {cells['external']} here and {cells['own']} on the run's own test split" in text_of(page)
+    write_record(outputs / "cnn" / "external" / "nih" / "external_results.json", {"schema": 1})
+    page.run()
+    assert any("is not of schema 2; run" in error for error in refused(page))
+    assert cells["external"] not in text_of(page)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from mlx_cxr.core.labels import LABELS, SCORING_PROTOCOLS, label_index
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.evaluation.external import against_own, cohort_shift, verdict
+from mlx_cxr.evaluation.feature_distance import feature_distance
 from mlx_cxr.evaluation.results import fit_operating_points
 
 POINTS = fit_operating_points(simulated(120, "validate", 0), "empty_negative", "f1", 0.1)
@@ -81,16 +82,21 @@ class TestShift:
         values = {"brightness": rng.normal(brightness, 0.1, count), "sharpness": rng.normal(0, 1, count)}
         return pd.DataFrame(values, index=[f"s{number}" for number in range(count)])
 
+    def features(self, external=60):
+        rng = np.random.default_rng(9)
+        counts = {"test": 50, "validate": 40, "external": external}
+        return {name: rng.normal(size=(count, 16)) for name, count in counts.items()}
+
     def test_cohorts_of_one_kind_are_not_told_apart(self):
         patients = np.array([f"p{number}" for number in range(600)])
-        got = cohort_shift(self.table(300, 0.5, 0), self.table(300, 0.5, 1), patients, 0)
+        got = cohort_shift(self.table(300, 0.5, 0), self.table(300, 0.5, 1), patients, self.features(), 0)
         assert 0.4 < got["told_apart"] < 0.6
         assert abs(got["per_statistic"]["brightness"]["difference"]) < 0.2
 
     def test_brighter_films_are_told_apart_and_the_difference_is_in_deviations(self):
         patients = np.array([f"p{number}" for number in range(600)])
         own, other = self.table(300, 0.5, 0), self.table(300, 0.8, 1)
-        got = cohort_shift(own, other, patients, 0)
+        got = cohort_shift(own, other, patients, self.features(), 0)
         expected = (other["brightness"].mean() - own["brightness"].mean()) / own["brightness"].std(ddof=0)
         assert got["per_statistic"]["brightness"]["difference"] == pytest.approx(expected)
         assert got["told_apart"] > 0.95
@@ -99,8 +105,21 @@ class TestShift:
         """Ten copies of each patient's image: by study the cohorts could be told apart, by patient they cannot."""
         own, other = (pd.concat([self.table(30, 0.5, seed)] * 10) for seed in (0, 1))
         patients = np.array([f"p{number % 30}" for number in range(600)])
-        assert cohort_shift(own, other, patients, 0)["told_apart"] < 0.65
+        assert cohort_shift(own, other, patients, self.features(), 0)["told_apart"] < 0.65
 
     def test_a_cohort_of_one_patient_has_no_figure(self):
-        got = cohort_shift(self.table(20, 0.5, 0), self.table(1, 0.5, 1), np.array(["p"] * 21), 0)
+        features = self.features(external=1)
+        got = cohort_shift(self.table(20, 0.5, 0), self.table(1, 0.5, 1), np.array(["p"] * 21), features, 0)
         assert math.isnan(got["told_apart"])
+        assert math.isnan(got["features"]["external"]["value"])
+        assert not math.isnan(got["features"]["own"]["value"])
+
+    def test_features_are_set_against_those_of_the_own_test_split(self):
+        features = self.features()
+        features["external"] += 0.3
+        patients = np.array([f"p{number}" for number in range(600)])
+        got = cohort_shift(self.table(300, 0.5, 0), self.table(300, 0.5, 1), patients, features, 0)["features"]
+        assert got["external"] == feature_distance(features["external"], features["test"], 0)
+        assert got["own"] == feature_distance(features["validate"], features["test"], 0)
+        assert got["external"]["value"] > 5 * abs(got["own"]["value"])
+        assert (got["external"]["p_value"], got["external"]["patients"]) == (0.001, [60, 50])

@@ -11,6 +11,7 @@ from mlx_cxr.core.labels import LABELS
 from mlx_cxr.pages.comparison_statement import (
     CONTROLS,
     control_verdicts,
+    external_sentences,
     findings_sentence,
     gate_lines,
     reading_warnings,
@@ -39,7 +40,7 @@ def judged(value, verdict, **rest):
 @pytest.fixture
 def comparison():
     runs = {"cnn": 0.8, "teacher": 0.9, "student": 0.85}
-    models = [{"run": role, "role": role, "title": role} for role in runs]
+    models = [{"run": role, "role": role, "title": role, "external": {}} for role in runs]
     models[1] |= {"reads": "findings", "reads_findings": True, "reads_label_source": False}
     section = {
         "models": {run: {"macro": {"roc_auc": interval(auc)}} for run, auc in runs.items()},
@@ -72,11 +73,14 @@ def comparison():
         "models": models,
         "gates": gates,
         "graded_teachers": None,
+        "cohorts": [],
     }
 
 
 def add_control(comparison, targets, value, verdict):
-    comparison["models"].append({"run": f"s_{targets}", "role": "control", "title": "control", "targets": targets})
+    comparison["models"].append(
+        {"run": f"s_{targets}", "role": "control", "title": "", "targets": targets, "external": {}}
+    )
     section = comparison["protocols"]["p"]
     section["models"][f"s_{targets}"] = {"macro": {"roc_auc": interval(0.85 - value)}}
     section["controls"][f"s_{targets}"] = judged(value, verdict)
@@ -128,6 +132,34 @@ def test_retention_is_told_beside_what_chance_keeps_and_why_a_quotient_lacks(com
     assert text.endswith("it closes 0.500 [0.400, 0.600].")
     undefined = {**kept, "gap_closed": None, "gap_closed_undefined": "the teacher is not above the CNN"}
     assert retention_sentence(undefined).endswith("it closes is undefined: the teacher is not above the CNN.")
+
+
+def elsewhere(verdict, studies=100):
+    compared = {"macro": {"verdict": verdict}, "findings": ["Edema", "Fracture"]}
+    return {"counts": {"studies": studies}, "against_own": compared}
+
+
+def test_other_cohorts_are_told_by_verdict_with_the_command_that_lacks_and_what_saw_none(comparison):
+    cnn, teacher, student = comparison["models"]
+    assert external_sentences(comparison) == ["Never seen outside its own cohort: `cnn`, `teacher`, `student`."]
+    comparison["cohorts"] = ["nih", "padchest"]
+    cnn["external"] = {"nih": elsewhere("below"), "padchest": elsewhere("no interval")}
+    student["external"] = {"nih": elsewhere("below")}
+    words = {"run": "words", "role": "bag of words", "external": {"nih": elsewhere("above", 90)}}
+    comparison["graded_teachers"] = {"models": [teacher, words]}
+    nih, sizes, lacks, padchest, others_lack, unseen = external_sentences(comparison)
+    assert nih == (
+        "On `nih`, beside the run's own test split over the same findings, macro ROC-AUC is lower (the interval "
+        "excludes the own figure) for `cnn`, `student`; higher (the interval excludes the own figure) for `words`."
+    )
+    assert sizes.endswith("100 studies and 2 findings for `cnn`, `student`; 90 studies and 2 findings for `words`.")
+    assert lacks == (
+        "Not scored on `nih`: `teacher`; `python -m mlx_cxr.evaluate_external --run teacher --config …` with the "
+        "configuration named `nih` does it."
+    )
+    assert padchest.endswith("macro ROC-AUC is without an interval for `cnn`.")
+    assert others_lack.startswith("Not scored on `padchest`: `teacher`, `student`, `words`; ")
+    assert unseen == "Never seen outside its own cohort: `teacher`."
 
 
 def test_gates_say_met_or_not_with_figure_and_minimum(comparison):
