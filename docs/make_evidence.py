@@ -14,7 +14,10 @@ from typing import Any
 
 from mlx_cxr.core.files import read_record, write_text
 from mlx_cxr.core.formatting import interval_text
+from mlx_cxr.core.runs import bag_of_words_name
+from mlx_cxr.evaluation.comparison import graded_teachers
 from mlx_cxr.evaluation.map_verdict import map_verdict
+from mlx_cxr.evaluation.scored_runs import open_scored_run
 from mlx_cxr.pages.comparison_statement import CONTROLS, support_sentence
 from mlx_cxr.pages.tables import markdown_table
 
@@ -30,10 +33,22 @@ def rows_of(outputs: Path) -> Iterator[tuple[bool, list[str]]]:
             yield results["synthetic"], _exposure(results["exposure_only"], path)
         if (places := path.with_name("localization.json")).exists():
             yield results["synthetic"], _maps(read_record(places), path)
+    compared = set()
     for path in sorted(outputs.glob("comparison_*/final_comparison.json")):
         comparison = read_record(path)
+        compared |= {model["run"] for model in comparison["models"]}
         for row in _compared(comparison, path):
             yield comparison["synthetic"], row
+    # A cohort of reports without images has no comparison.
+    for path in sorted(outputs.glob(f"{bag_of_words_name('*')}/test_results.json")):
+        teacher = path.parent.with_name(path.parent.name.removesuffix(bag_of_words_name("")))
+        if teacher.name not in compared and (teacher / "test_results.json").exists():
+            results, runs = read_record(path), [open_scored_run(path.parent, "bag of words")]
+            protocol, samples = runs[0].points.protocol, results["bootstrap"]["samples"]
+            bins, seed = results["calibration_bins"]["count"], results["bootstrap"]["seed"]
+            graded = graded_teachers(runs, open_scored_run(teacher, "teacher"), protocol, samples, seed, bins)
+            for row in _read(graded, teacher / path.name):
+                yield results["synthetic"], row
     for path in sorted(outputs.glob("*/external/*/external_results.json")):
         results = read_record(path)
         for row in _external(results, path):
@@ -72,12 +87,7 @@ def _maps(places: Mapping[str, Any], path: Path) -> list[str]:
 
 def _compared(comparison: Mapping[str, Any], path: Path) -> Iterator[list[str]]:
     section = comparison["protocols"][comparison["fitted_under"]]
-    for model in (comparison["graded_teachers"] or {"models": []})["models"]:
-        if model["role"] == "bag of words":
-            minus = model["minus_teacher"]
-            gain = {"value": -minus["value"], "low": _negative(minus["high"]), "high": _negative(minus["low"])}
-            claim = "the language model is worth its size"
-            yield [claim, "a bag of words that reads the same", interval_text(gain), _said(gain), _run(path)]
+    yield from _read(comparison["graded_teachers"], path)
     pairs = {"teacher_minus_cnn": ("a teacher of reports beats the CNN", "the CNN")}
     pairs |= {"student_minus_cnn": ("the student gains by its teacher", "the CNN of the same labels")}
     entries = [(*pairs[name], section["differences"][name]) for name in pairs]
@@ -92,6 +102,15 @@ def _compared(comparison: Mapping[str, Any], path: Path) -> Iterator[list[str]]:
         said = _said(entry["judged"])
         said += ", but not without a finding" if entry["rests_on"] else ""
         yield [claim, refuting, figure, said, _run(path)]
+
+
+def _read(graded: Mapping[str, Any] | None, path: Path) -> Iterator[list[str]]:
+    for model in graded["models"] if graded else ():
+        if model["role"] == "bag of words":
+            minus = model["minus_teacher"]
+            gain = {"value": -minus["value"], "low": _negative(minus["high"]), "high": _negative(minus["low"])}
+            claim = "the language model is worth its size"
+            yield [claim, "a bag of words that reads the same", interval_text(gain), _said(gain), _run(path)]
 
 
 def _external(results: Mapping[str, Any], path: Path) -> Iterator[list[str]]:

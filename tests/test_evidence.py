@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,12 @@ def test_a_cohort_never_seen_is_held_against_chance(low, high, said):
     path = Path("outputs/cnn/external/other/external_results.json")
     (row,) = EVIDENCE["_external"]({"against_own": {"macro": macro}}, path)
     assert row[3:] == [said, "`cnn/external/other`"]
+
+
+def test_a_teacher_without_a_comparison_is_held_against_word_counts_too(outputs, tmp_path):
+    for name in ("teacher", "teacher_bag_of_words"):
+        shutil.copytree(outputs / name, tmp_path / name)
+    (row,) = [cells for _, cells in EVIDENCE["rows_of"](tmp_path) if "bag of words" in cells[1]]
+    wanted = {cells[1]: cells for _, cells in EVIDENCE["rows_of"](outputs)}["a bag of words that reads the same"]
+    # These runs were evaluated without resamples.
+    assert row == [*wanted[:2], wanted[2].partition(" ")[0], "not shown (no interval)", "`teacher`"]

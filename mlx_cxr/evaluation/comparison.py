@@ -286,7 +286,7 @@ def compare(
     check_cohorts(runs, cohorts)
     settings = arms["cnn"].settings
     fitted_under = settings["fitted_under"]
-    graded = _graded(runs, arms["teacher"], fitted_under, samples, seed, bins)
+    graded = graded_teachers(runs, arms["teacher"], fitted_under, samples, seed, bins)
     resamples = patient_resamples(arms["cnn"].on(study_ids).patient_ids, samples, seed)
     protocols = {name: _protocol(main, arms, study_ids, name, resamples, bins) for name in SCORING_PROTOCOLS}
     return {
@@ -464,10 +464,16 @@ def _macro_auc(scores: ProtocolScores) -> np.ndarray:
     return per_label[:, scores.scored].mean(axis=1)
 
 
-def _graded(
+def graded_teachers(
     runs: Sequence[ScoredRun], teacher: ScoredRun, protocol: str, samples: int, seed: int, bins: int
 ) -> GradedEntry | None:
-    """Teachers by what they may read, on the studies that all of them scored."""
+    """Teachers by what they may read, on the studies that all of them scored; None if there is one only.
+
+    Args:
+        runs: any; those of a further teacher and of a bag of words are taken.
+        teacher: the one that the others are held against; among `runs` or not.
+        protocol, samples, seed, bins: as `compare`.
+    """
     teachers = [teacher, *(run for run in runs if run.role in BESIDE)]
     if len(teachers) == 1:
         return None
