@@ -7,6 +7,7 @@ never seen, above chance), refuted where it lies below, and not shown in between
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ def rows_of(outputs: Path) -> Iterator[tuple[bool, list[str]]]:
 
 def _said(interval: Mapping[str, Any], least: float = 0.0) -> str:
     low, high = interval["low"], interval["high"]
-    if low is None or high is None:
+    if any(bound is None or math.isnan(bound) for bound in (low, high)):
         return "not shown (no interval)"
     return "shown" if low > least else "refuted" if high < least else "not shown"
 
