@@ -180,6 +180,10 @@ def test_fall_back_order(report, served, text):
         # One letter is a slip, two make another word.
         *((x, "other") for x in ("COMPRESSION", "DEPRESSION", "CONTUSION", "OCCLUSION", "MEDICATION", "MEDICATIONS")),
         *((x, "other") for x in ("BINDINGS", "SEASON", "PREFERENCE", "PRESCRIPTION", "CONSERVATION", "IMPREXXION")),
+        # Nor is another word of the language one, though a letter is all the difference.
+        *((x, "other") for x in ("AIRWAYS PATENT", "UNITED STATES", "COMPLIANT", "PREVENTING", "LAST RESORT")),
+        *((x, "other") for x in ("FUNDING", "WORDING")),
+        *((x, "examination") for x in ("PATIENS", "STATSU")),
         *((x, "impression") for x in ("IMPREXSION", "IMPRESSIION", "IMPRESION", "IPMRESSION", "MPRESSION")),
         *((x, "findings") for x in ("CHEST, TWO VIEWS", "PORTABLE SEMI-ERECT CHEST RADIOGRAPH", "CHEST")),
         *((x, "findings") for x in ("PA and lateral views of the chest", "SINGLE FRONTAL VIEW", "CHEST PA")),
@@ -241,6 +245,11 @@ def test_words_of_headings_in_running_text_are_no_headings():
 def test_a_word_of_two_meanings_stands_for_what_the_report_does_not_name(first, second, findings, impression):
     texts = section_texts(f"{first}: One.\n{second}: Two.")
     assert (texts["findings"], texts["impression"]) == (findings, impression)
+
+
+def test_a_word_like_one_of_a_heading_ends_no_findings():
+    texts = section_texts("FINDINGS: Clear lungs.\nAIRWAYS PATENT: Yes.\nIMPRESSION: Normal.")
+    assert texts["findings"] == "Clear lungs. AIRWAYS PATENT: Yes."
 
 
 def test_a_word_of_two_meanings_is_part_of_the_text_where_both_are_named():
