@@ -112,6 +112,18 @@ def test_unit_weights_give_the_metrics_themselves(label):
     np.testing.assert_allclose(got, list(label_metrics(*label, 0.3).values()), rtol=1e-12)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+def test_a_probability_at_the_threshold_is_a_call(threshold):
+    """Counted by hand, with one and with all rows on the threshold; the resampled metrics agree."""
+    y, p = np.array([1.0, 1.0, 0.0, 0.0, 0.0]), np.array([threshold] * 3 + [0.0, 1.0])
+    calls = {0.0: [1, 1, 1, 1, 1], 0.25: [1, 1, 1, 0, 1], 0.5: [1, 1, 1, 0, 1], 1.0: [1, 1, 1, 0, 1]}[threshold]
+    wanted = {"sensitivity": 1.0, "specificity": 1 - sum(calls[2:]) / 3, "precision": 2 / sum(calls)}
+    got = label_metrics(y, p, p, threshold)
+    assert {name: got[name] for name in wanted} == pytest.approx(wanted)
+    resampled = dict(zip(METRICS, weighted_metrics(y, p, p, threshold, np.ones((1, 5)))[0], strict=True))
+    assert {name: resampled[name] for name in wanted} == pytest.approx(wanted)
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(0, 8)), min_size=2, max_size=40).filter(
         lambda rows: len({y for y, _ in rows}) == 2
