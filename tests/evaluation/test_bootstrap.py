@@ -27,6 +27,15 @@ def test_whole_patients_are_drawn_and_as_many_as_there_are():
     assert len(np.unique(weights, axis=0)) > 3
 
 
+def test_a_patient_may_be_drawn_more_often_than_a_byte_holds(monkeypatch):
+    class First:
+        def integers(self, high, size):
+            return np.zeros(size, dtype=np.int64)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: First())
+    assert patient_resamples(np.arange(300), 1, 0).counts[0, 0] == 300
+
+
 def test_draws_depend_on_patients_and_seed_not_on_the_order_of_rows():
     ids = np.array(["p1", "p2", "p2", "p3"])
     first, shuffled = patient_resamples(ids, 20, 7), patient_resamples(ids[[3, 0, 2, 1]], 20, 7)
