@@ -49,6 +49,8 @@ _EITHER = {
 }
 """Kinds of words that stand for the first of these sections that the report does not name otherwise, and for none if it
 names all. `?indication` is of two words, as in "clinical summary"."""
+_NO_SLIPS = frozenset({"COMPLIANT", "FUNDING", "PATENT", "PREVENTING", "RESORT", "STATES", "WORDING"})
+"""Words that are a letter from one in a heading and mean something else: "AIRWAYS PATENT:" is no patient."""
 _RANK_OF_BOTH = [kind for kind, _ in _KEYWORDS].index(BOTH)
 _NAMED_ALONE = frozenset((INDICATION, FINDINGS, IMPRESSION, BOTH))
 _KIND_OF_WORD = {word: (rank, kind) for rank, (kind, words) in enumerate(_KEYWORDS) for word in words}
@@ -335,7 +337,7 @@ def _words(name: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _kind_of_word(word: str) -> tuple[int, str] | None:
-    if word in _VIEW_WORDS or word in _KIND_OF_WORD or len(word) < 6:
+    if word in _VIEW_WORDS or word in _KIND_OF_WORD or word in _NO_SLIPS or len(word) < 6:
         return _KIND_OF_WORD.get(word)
     return next((kind for right, kind in _KIND_OF_WORD.items() if len(right) > 5 and _is_misspelt(word, right)), None)
 

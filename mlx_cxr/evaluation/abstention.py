@@ -74,10 +74,11 @@ class CallsEntry(TypedDict):
 
 
 class ExpectedCoverage(TypedDict):
-    """Ends between which coverage lies in 95 of 100 draws of as many independent validation studies."""
+    """Ends between which coverage lies in 95 of 100 draws of as many exchangeable validation and test studies."""
 
-    positive_coverage: list[float]
-    negative_coverage: list[float]
+    positive_coverage: list[float | None]
+    negative_coverage: list[float | None]
+    """As `conformal.coverage_range`, of test studies under `fitted_under`; null without any."""
 
 
 class AbstentionEntry(TypedDict):
@@ -150,8 +151,11 @@ def abstention_section(
     validation: Predictions, test: Predictions, points: OperatingPoints, resamples: PatientResamples
 ) -> AbstentionEntry:
     """The section, for every protocol; `validation` are the studies that the points were fitted to."""
-    bands = points.bands
-    counts = zip(LABELS, bands.positives.tolist(), bands.negatives.tolist(), strict=True)
+    bands, targets = points.bands, SCORING_PROTOCOLS[points.protocol].apply(test.raw_labels)
+    of_class = (
+        ("positive_coverage", bands.positives, (targets == 1).sum(axis=0)),
+        ("negative_coverage", bands.negatives, (targets == 0).sum(axis=0)),
+    )
     sections = {}
     for name, policy in SCORING_PROTOCOLS.items():
         findings = finding_calls(validation, test, points, name)
@@ -162,11 +166,8 @@ def abstention_section(
         "needed": bands.needed,
         "too_few": [label for label, there in zip(LABELS, bands.fitted, strict=True) if not there],
         "expected": {
-            label: {
-                "positive_coverage": coverage_range(positives, bands.alpha),
-                "negative_coverage": coverage_range(negatives, bands.alpha),
-            }
-            for label, positives, negatives in counts
+            label: {key: coverage_range(int(n[k]), bands.alpha, int(m[k])) for key, n, m in of_class}
+            for k, label in enumerate(LABELS)
         },
         "coverages": COVERAGES,
         "protocols": sections,

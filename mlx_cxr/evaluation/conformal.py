@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import betabinom
 
 from mlx_cxr.evaluation.bootstrap import LEVEL
 
@@ -103,16 +103,20 @@ def quantile_rank(count: int, alpha: float) -> int:
     return count + 1 - math.floor((count + 1) * _exact(alpha))
 
 
-def coverage_range(count: int, alpha: float) -> tuple[float, float]:
-    """Range of the coverage of a class in 95 of 100 draws of its calibration studies, as their number is finite.
+def coverage_range(count: int, alpha: float, tested: int) -> tuple[float, float]:
+    """Central 95 % range of the share of `tested` studies of a class that keep their true class.
 
-    Given the calibration studies, coverage follows Beta(k, count + 1 - k) with k = `quantile_rank` (Vovk, 2012), if
-    the studies are independent and no probabilities are equal. (1, 1) where the class is never ruled out.
+    Over draws of `count` calibration studies and of those tested, the number that keeps it is beta-binomial with
+    parameters k and count + 1 - k, k = `quantile_rank`, if all are exchangeable and no probabilities are equal (Vovk,
+    2012; Angelopoulos and Bates, section 3.2). Equal ones only raise it. (1, 1) where the class is never ruled out;
+    NaN without a study tested.
     """
     rank = quantile_rank(count, alpha)
+    if not tested:
+        return math.nan, math.nan
     if rank > count:
         return 1.0, 1.0
-    low, high = beta.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], rank, count + 1 - rank)
+    low, high = betabinom.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], tested, rank, count + 1 - rank) / tested
     return float(low), float(high)
 
 

@@ -151,7 +151,7 @@ def _abstention(results: Mapping[str, Any]) -> list[str]:
         f"a share of {alpha:g} of the negatives. A call is made only where what is left is exactly what the threshold "
         f"says; else the model abstains. Coverage is the share of positives, and of negatives, whose truth was not "
         f"ruled out; {1 - alpha:.4g} is aimed at for each. In parentheses: where it lies in 95 of 100 draws of so many "
-        "validation studies, which the brackets, about test alone, leave out.",
+        "validation and test studies, if they are exchangeable (beta-binomial); the brackets are about test alone.",
         "",
         f"The aim is for studies from where the {counts['validate']['studies']} validation studies come from; with "
         "films of another hospital or of other patients coverage can be lower. It is per study: a film read alone "
@@ -167,6 +167,8 @@ def _abstention(results: Mapping[str, Any]) -> list[str]:
         ]
     lines += _abstention_tables(results, fitted_under)
     lines += [
+        _outside_sentence(abstention),
+        "",
         "AURC: area under the curve of the share of wrong calls against the share of studies called "
         "(`risk_coverage.png`), the most confident calls first; calls in random order have the share that is wrong if "
         "all are called. Ranked by the calibrated probability of the call, which gives up the positive calls of a rare "
@@ -180,6 +182,30 @@ def _abstention(results: Mapping[str, Any]) -> list[str]:
             said = f"Under `{name}`, with the bands of `{fitted_under}`, which promise nothing about these negatives:"
             lines += [said, "", *_abstention_tables(results, name)]
     return lines
+
+
+def _outside_sentence(abstention: Mapping[str, Any]) -> str:
+    """The coverages that exchangeable studies would rarely have, beside how many chance alone puts there."""
+    per_label = abstention["protocols"][abstention["fitted_under"]]["per_label"]
+    tested, outside = 0, []
+    for side, key in (("positives", "positive_coverage"), ("negatives", "negative_coverage")):
+        for label, ranges in abstention["expected"].items():
+            value, (low, high) = per_label[label][key]["value"], ranges[key]
+            if number(value) == "–" or low == 1:
+                continue
+            tested += 1
+            if not low <= value <= high:
+                where = "below" if value < low else "above"
+                outside.append(f"{label} ({side}: {number(value)}, {where} {number(low)} to {number(high)})")
+    if not tested:
+        return "No coverage can be held against a range."
+    chance = f"of {tested}, chance alone puts {0.05 * tested:.1f} or fewer outside on average"
+    if not outside:
+        return f"No coverage lies outside its range ({chance})."
+    return (
+        f"Outside its range: {', '.join(outside)} ({chance}). Below it, test studies are not like those of validation, "
+        "or depend on each other; above it, some may also have equal probabilities."
+    )
 
 
 def _abstention_tables(results: Mapping[str, Any], protocol: str) -> list[str]:

@@ -108,8 +108,8 @@ class Report:
         return self._with(self.text, form, prompt)
 
     def _with(self, text: str, form: PromptFormat, prompt: Prompt) -> Prompt:
-        ids = form.tokenizer.encode(text, add_special_tokens=False)
-        whole = np.concatenate([prompt.ids[: self.start], np.array(ids, dtype=np.int32), prompt.ids[self.stop :]])
+        ids = np.array(form.text_ids(text), dtype=np.int32)
+        whole = np.concatenate([prompt.ids[: self.start], ids, prompt.ids[self.stop :]])
         return Prompt(whole, prompt.read + np.int32(len(whole) - len(prompt.ids)), prompt.cut)
 
 

@@ -152,10 +152,13 @@ class PromptFormat:
         parts = ("head", "image", "tail", "lines", "order", "yes", "no", "max_tokens")
         return hash_of({name: getattr(self, name) for name in parts})
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of what a report says. A special token spelt out in it is text: it cannot end the turn."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def section_ids(self, name: str, text: str) -> list[int]:
-        """Token ids of a section. A special token spelt out in a report is text: it cannot end the turn."""
-        title = name.replace("_", " ").capitalize()
-        return self.tokenizer.encode(f"{title}: {text}\n", add_special_tokens=False, split_special_tokens=True)
+        """Token ids of a section under its name."""
+        return self.text_ids(f"{name.replace('_', ' ').capitalize()}: {text}\n")
 
     def prompt(self, sections: Sequence[tuple[str, str]] = ()) -> Prompt:
         """The prompt of one study.

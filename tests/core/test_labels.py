@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mlx_cxr.core.config_schema import LabelsConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.labels import (
     LABELS,
@@ -64,6 +65,13 @@ def test_each_policy(uncertain, empty, wanted):
     assert got.dtype == np.float32
     for column in range(14):
         np.testing.assert_array_equal(got[:, column], np.array(wanted, dtype=np.float32))
+
+
+def test_soft_is_a_half_unless_another_value_is_given():
+    """The uncertain label then says as much for the finding as against it."""
+    raw = raw_rows((-1, 1))
+    assert LabelPolicy(uncertain="soft").apply(raw)[0, [3, 5]].tolist() == [0.5, 1.0]
+    assert LabelsConfig(uncertain="soft").policy().apply(raw)[0, [3, 5]].tolist() == [0.5, 1.0]
 
 
 def test_exceptions_by_finding():

@@ -231,7 +231,9 @@ def test_a_member_that_unpacks_to_too_much_is_not_unpacked(tmp_path):
     assert peak < 20_000_000
 
 
-@pytest.mark.parametrize("nothing", ["", " \r\n", "nan", "None\n", "NA", "N/A", "null", "\ufeff <NA>", "&nbsp;"])
+@pytest.mark.parametrize(
+    "nothing", ["", " \r\n", "nan", "None\n", "NA", "N/A", "null", "\ufeff <NA>", "&nbsp;", 60 * " " + "N/A"]
+)
 def test_a_word_for_nothing_is_no_report(tmp_path, nothing):
     put(tmp_path / "raw")
     (tmp_path / "raw" / MEMBERS[0]).write_text(nothing, encoding="utf-8")

@@ -180,6 +180,12 @@ def test_fall_back_order(report, served, text):
         # One letter is a slip, two make another word.
         *((x, "other") for x in ("COMPRESSION", "DEPRESSION", "CONTUSION", "OCCLUSION", "MEDICATION", "MEDICATIONS")),
         *((x, "other") for x in ("BINDINGS", "SEASON", "PREFERENCE", "PRESCRIPTION", "CONSERVATION", "IMPREXXION")),
+        # Nor is another word of the language one, though a letter is all the difference.
+        *((x, "other") for x in ("AIRWAYS PATENT", "UNITED STATES", "COMPLIANT", "PREVENTING", "LAST RESORT")),
+        *((x, "other") for x in ("FUNDING", "WORDING")),
+        # Short words are too near to one another to be misspelt.
+        *((x, "other") for x in ("STATS", "STURDY", "PRIORI")),
+        *((x, "examination") for x in ("PATIENS", "STATSU")),
         *((x, "impression") for x in ("IMPREXSION", "IMPRESSIION", "IMPRESION", "IPMRESSION", "MPRESSION")),
         *((x, "findings") for x in ("CHEST, TWO VIEWS", "PORTABLE SEMI-ERECT CHEST RADIOGRAPH", "CHEST")),
         *((x, "findings") for x in ("PA and lateral views of the chest", "SINGLE FRONTAL VIEW", "CHEST PA")),
@@ -241,6 +247,47 @@ def test_words_of_headings_in_running_text_are_no_headings():
 def test_a_word_of_two_meanings_stands_for_what_the_report_does_not_name(first, second, findings, impression):
     texts = section_texts(f"{first}: One.\n{second}: Two.")
     assert (texts["findings"], texts["impression"]) == (findings, impression)
+
+
+def test_findings_and_impression_under_one_heading_are_what_each_is_alone():
+    """Subheadings stay in them, a last paragraph is theirs, and an indication before them runs on to the next line."""
+    report = "Indication: cough\nsince Monday.\n\nFINDINGS AND IMPRESSION: Clear.\nHEART: Normal.\n\nNo edema."
+    texts = section_texts(report)
+    assert texts["indication"] == "cough since Monday."
+    assert texts["findings"] == texts["impression"] == "Clear. HEART: Normal. No edema."
+    assert texts["last_paragraph"] == "No edema."
+    assert has_headings("FINDINGS AND IMPRESSION: Clear.")
+    # Neither is another word then the findings or the impression of the report.
+    assert section_texts("FINDINGS AND IMPRESSION: Clear.\nCOMMENT: Rotated.")["findings"] == "Clear. COMMENT: Rotated."
+    # In capitals it needs no mark after it where a sentence begins.
+    assert section_texts("Technique: AP. FINDINGS AND IMPRESSION Clear lungs.")["findings"] == "Clear lungs."
+    # A view names findings as well.
+    assert section_texts("Indication: cough\nsince Monday.\nPA AND LATERAL CHEST VIEWS: Clear.")["indication"] == (
+        "cough since Monday."
+    )
+
+
+@pytest.mark.parametrize(("word", "kind"), [("Reaosn", "indication"), ("Recommandations", "recommendation")])
+def test_short_and_long_words_of_headings_may_be_misspelt_within_a_line(word, kind):
+    assert kinds(f"Technique: Portable. {word}: Cough.") == [("technique", "Portable."), (kind, "Cough.")]
+
+
+def test_one_word_for_a_view_is_a_heading_in_capitals_only():
+    assert kinds("Technique: Portable.\nView: AP.") == [("technique", "Portable. View: AP.")]
+    assert kinds("Technique: Portable.\nVIEW: AP.") == [("technique", "Portable."), ("findings", "AP.")]
+
+
+@pytest.mark.parametrize(("small", "kinds"), [(9, ["body"]), (10, ["body", "findings"])])
+def test_a_report_is_in_capitals_where_fewer_than_one_in_ten_are_small(small, kinds):
+    """In such a report a word with a colon inside a sentence is no heading."""
+    text = f"{'A' * 86} FINDINGS: STABLE{'b' * small}"
+    assert sum(map(str.isupper, text)) == 100
+    assert [section.kind for section in parse_sections(text)] == kinds
+
+
+def test_a_word_like_one_of_a_heading_ends_no_findings():
+    texts = section_texts("FINDINGS: Clear lungs.\nAIRWAYS PATENT: Yes.\nIMPRESSION: Normal.")
+    assert texts["findings"] == "Clear lungs. AIRWAYS PATENT: Yes."
 
 
 def test_a_word_of_two_meanings_is_part_of_the_text_where_both_are_named():

@@ -106,12 +106,15 @@ def test_coverage_over_draws_is_what_the_rank_promises():
 
 
 def test_what_to_expect_is_by_the_number_of_validation_studies(section):
+    """And of test studies, under the protocol of the bands."""
+    targets = SCORING_PROTOCOLS["empty_negative"].apply(TEST.raw_labels)
     for k, label in enumerate(LABELS):
-        for key, counts in (
-            ("positive_coverage", POINTS.bands.positives),
-            ("negative_coverage", POINTS.bands.negatives),
+        for key, counts, value in (
+            ("positive_coverage", POINTS.bands.positives, 1),
+            ("negative_coverage", POINTS.bands.negatives, 0),
         ):
-            assert section["expected"][label][key] == coverage_range(int(counts[k]), 0.1)
+            tested = int((targets[:, k] == value).sum())
+            assert section["expected"][label][key] == coverage_range(int(counts[k]), 0.1, tested)
 
 
 def test_means_are_over_the_labels_that_both_splits_can_judge():
@@ -183,6 +186,16 @@ def test_the_page_holds_the_figures_and_says_what_they_promise(tmp_path):
         assert said in text
     assert "`empty_masked`, with the bands of `empty_negative`" in text
     assert "nan" not in text
+    outside = []
+    for side, key in (("positives", "positive_coverage"), ("negatives", "negative_coverage")):
+        for label, ranges in results["abstention"]["expected"].items():
+            value = results["abstention"]["protocols"]["empty_negative"]["per_label"][label][key]["value"]
+            if not ranges[key][0] <= value <= ranges[key][1]:
+                outside.append(f"{label} ({side}: {value:.3f}, {'below' if value < ranges[key][0] else 'above'} ")
+    said = next(line for line in text.splitlines() if "chance alone" in line)
+    assert said.count(" (positives: ") + said.count(" (negatives: ") == len(outside) > 0
+    assert all(part in said for part in outside)
+    assert "of 28, chance alone puts 1.4 or fewer outside on average" in said
     macro = results["abstention"]["protocols"]["empty_negative"]["macro"]
     line = f"Abstaining at alpha 0.1, means of 14: {macro['called']['value']:.2f} called, "
     line += f"{macro['risk_called']['value']:.2f} of these wrong; {macro['risk']['value']:.2f} if all are called."

@@ -27,6 +27,15 @@ def test_whole_patients_are_drawn_and_as_many_as_there_are():
     assert len(np.unique(weights, axis=0)) > 3
 
 
+def test_a_patient_may_be_drawn_more_often_than_a_byte_holds(monkeypatch):
+    class First:
+        def integers(self, high, size):
+            return np.zeros(size, dtype=np.int64)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: First())
+    assert patient_resamples(np.arange(300), 1, 0).counts[0, 0] == 300
+
+
 def test_draws_depend_on_patients_and_seed_not_on_the_order_of_rows():
     ids = np.array(["p1", "p2", "p2", "p3"])
     first, shuffled = patient_resamples(ids, 20, 7), patient_resamples(ids[[3, 0, 2, 1]], 20, 7)
@@ -85,6 +94,13 @@ def test_undefined_replicates_are_dropped_and_counted():
     assert math.isnan(percentile_interval(math.nan, replicates).low)
 
 
+def test_forty_replicates_give_an_interval_and_fewer_none():
+    """Of 40, the outermost 2.5 % is the outermost one: 39 / 40 from the least to the next."""
+    interval = percentile_interval(20.0, np.arange(40.0))
+    assert (interval.low, interval.high, interval.replicates) == pytest.approx((0.975, 38.025, 40))
+    assert math.isnan(percentile_interval(20.0, np.arange(39.0)).low)
+
+
 def test_macro_is_over_the_same_labels_in_every_replicate():
     values = np.array([0.8, math.nan, 0.6])
     replicates = np.tile([0.8, 0.1, 0.6], (60, 1))
@@ -103,6 +119,18 @@ def test_no_resamples_give_no_interval():
 def test_weighted_mean_leaves_out_what_is_undefined():
     weights = np.array([[1, 2, 5], [0, 0, 1]])
     np.testing.assert_allclose(weighted_mean(np.array([1.0, 4.0, math.nan]), weights), [3.0, math.nan])
+
+
+def test_a_mean_of_one_row_is_that_row():
+    assert weighted_mean(np.array([3.0, math.nan]), np.array([[1, 4], [0, 4]]))[0] == 3.0
+    with np.errstate(all="raise"):
+        assert math.isnan(weighted_mean(np.array([3.0]), np.array([[0]]))[0])
+
+
+def test_a_block_holds_a_resample_however_many_rows_there_are(monkeypatch):
+    monkeypatch.setattr("mlx_cxr.evaluation.bootstrap._BLOCK_BYTES", 1)
+    resamples = patient_resamples(np.arange(10), samples=3, seed=1)
+    assert [block.shape for block in resamples.row_weights()] == [(1, 10)] * 3
 
 
 def test_bad_input_is_named():

@@ -26,7 +26,7 @@ def negative_log_likelihood(temperature: float, z: np.ndarray, y: np.ndarray) ->
     return float(np.mean(np.logaddexp(0, z / temperature) - y * z / temperature))
 
 
-@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("true", [0.06, 0.4, 1.0, 3.0, 15.0])
 def test_temperature_is_the_minimum_of_the_likelihood_and_near_the_truth(true):
     z, y = simulated(4000, true)
     found, source = fit_temperature(z, y)
@@ -51,6 +51,9 @@ def test_bounds_and_defaults_say_so():
     assert fit_temperature(z, np.array([0, 0, 1, 1])) == (TEMPERATURE_RANGE[0], "bound")
     assert fit_temperature(z, np.array([1, 1, 0, 0])) == (TEMPERATURE_RANGE[1], "bound")
     assert fit_temperature(z, np.array([1, 1, 1, NAN])) == (1.0, "default")
+    assert TEMPERATURE_RANGE == (0.05, 20.0)
+    # A logit of 0 says nothing, and takes nothing from what the others say.
+    assert fit_temperature(np.r_[0.0, z], np.array([1, 0, 0, 1, 1])) == (TEMPERATURE_RANGE[0], "bound")
     assert fit_temperature(z, np.full(4, NAN)) == (1.0, "default")
     assert fit_temperature(np.zeros(4), np.array([0, 0, 1, 1])) == (1.0, "default")
 
@@ -84,6 +87,16 @@ def test_edges_belong_to_the_bin_above_and_empty_bins_are_nan():
     assert math.isnan(expected_calibration_error(np.array([0.5]), np.array([NAN])))
 
 
+def test_one_bin_is_the_mean_against_the_rate_and_fifteen_are_made_unless_asked_otherwise():
+    p, y = np.array([0.2, 0.9, 0.4]), np.array([0.0, 1.0, 1.0])
+    assert expected_calibration_error(p, y, bins=1) == pytest.approx(abs(1.5 / 3 - 2 / 3))
+    assert len(reliability(p, y).counts) == 15
+    grid = (np.arange(15) + 0.5) / 15
+    # In fifteen bins each value has one of its own; with fewer, a 0 and a 1 would make up for each other.
+    y = np.arange(15) % 2.0
+    assert expected_calibration_error(grid, y) == pytest.approx(np.abs(grid - y).mean())
+
+
 def test_bins_of_equal_mass():
     p = np.linspace(0.01, 0.2, 20) ** 2
     table = reliability(p, np.zeros(20), bins=4, binning="equal_mass")
@@ -98,6 +111,8 @@ def test_bad_input_is_named():
         fit_temperatures(np.array([[0.0], [NAN]]), np.zeros((2, 1)))
     with pytest.raises(ValueError, match=r"both must be \(N, L\)"):
         fit_temperatures(np.zeros((2, 1)), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"logits \(2,\) and targets \(2,\): both must be"):
+        fit_temperatures(np.zeros(2), np.zeros(2))
     with pytest.raises(ValueError, match="pass probabilities, not logits"):
         reliability(np.array([1.2]), np.array([1.0]))
     with pytest.raises(ValueError, match="bins is 0"):

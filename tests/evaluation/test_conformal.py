@@ -84,9 +84,32 @@ def test_coverage_over_draws_is_the_exact_one(n, alpha):
     assert 1 - alpha <= expected < 1 - alpha + 1 / (n + 1)
     assert abs(covered - expected) < 4 * math.sqrt(expected * (1 - expected) / draws)
     assert stats.kstest(1 - bands.lower, stats.beta(k, n + 1 - k).cdf).pvalue > 1e-3
-    low, high = coverage_range(n, alpha)
-    outside = [np.mean(1 - bands.lower < low), np.mean(1 - bands.lower > high)]
-    assert np.abs(np.array(outside) - 0.025).max() < 0.01
+
+
+@pytest.mark.parametrize(("n", "alpha", "tested"), [(9, 0.1, 40), (29, 0.1, 7), (50, 0.07, 300), (6, 0.2, 1)])
+def test_coverage_on_a_finite_test_set_lies_in_its_range_as_often_as_it_says(n, alpha, tested):
+    """scipy's beta-binomial by its probabilities, and 4,000 draws of both sets scored by the bands themselves."""
+    low, high = coverage_range(n, alpha, tested)
+    k = quantile_rank(n, alpha)
+    mass = stats.betabinom(tested, k, n + 1 - k).pmf(np.arange(tested + 1))
+    shares = np.arange(tested + 1) / tested
+    below, above = mass[shares < low].sum(), mass[shares > high].sum()
+    assert max(below, above) <= 0.025 + 1e-12
+    # The ends are no further out than they have to be.
+    assert mass[shares <= low].sum() >= 0.025
+    assert mass[shares >= high].sum() >= 0.025
+    rng = np.random.default_rng(3)
+    bands = fit_bands(rng.random((n, 4000)), np.ones((n, 4000)), alpha)
+    covered = bands.present_plausible(rng.random((tested, 4000))).mean(axis=0)
+    assert np.mean(covered < low) == pytest.approx(below, abs=0.01)
+    assert np.mean(covered > high) == pytest.approx(above, abs=0.01)
+
+
+def test_ranges_that_say_nothing():
+    assert coverage_range(8, 0.1, 50) == (1, 1)
+    # So many tested that coverage is that of the draw: Beta(9, 1), whose percentiles are 0.025^(1/9) and 0.975^(1/9).
+    assert coverage_range(9, 0.1, 100_000) == pytest.approx((0.025 ** (1 / 9), 0.975 ** (1 / 9)), abs=1e-3)
+    assert np.isnan(coverage_range(50, 0.1, 0)).all()
 
 
 def test_coverage_of_negatives_and_of_ties_is_at_least_what_was_asked_for():
@@ -97,11 +120,6 @@ def test_coverage_of_negatives_and_of_ties_is_at_least_what_was_asked_for():
     smooth = rng.random((20, draws))
     bands = fit_bands(smooth[:-1], np.zeros((19, draws)), 0.2)
     assert abs(bands.absent_plausible(smooth[-1:]).mean() - 0.8) < 4 * math.sqrt(0.16 / draws)
-
-
-def test_a_class_that_is_never_ruled_out_is_covered_for_certain():
-    assert coverage_range(8, 0.1) == (1, 1)
-    assert coverage_range(9, 0.1) == pytest.approx((0.6637, 0.9972), abs=1e-4)  # 1 - 0.975^(1/9) and so on: Beta(9, 1)
 
 
 columns = st.integers(1, 30).flatmap(

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -47,7 +48,9 @@ def test_auc_of_logits_that_saturate_the_sigmoid_in_float32():
 def test_single_class_columns_are_nan_and_left_out_of_the_macro_mean():
     y = np.array([[1, 1, 0, NAN], [1, 0, 0, NAN], [1, 1, NAN, NAN]])
     s = np.array([[3, 3, 1, 0], [2, 1, 0, 0], [1, 2, 5, 0]])
-    auc = roc_auc_per_label(y, s)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auc = roc_auc_per_label(y, s)
     np.testing.assert_array_equal(auc, [NAN, 1.0, NAN, NAN])
     assert macro_auc(auc) == 1.0
     assert math.isnan(macro_auc(auc[:1]))
@@ -112,6 +115,18 @@ def test_unit_weights_give_the_metrics_themselves(label):
     np.testing.assert_allclose(got, list(label_metrics(*label, 0.3).values()), rtol=1e-12)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+def test_a_probability_at_the_threshold_is_a_call(threshold):
+    """Counted by hand, with one and with all rows on the threshold; the resampled metrics agree."""
+    y, p = np.array([1.0, 1.0, 0.0, 0.0, 0.0]), np.array([threshold] * 3 + [0.0, 1.0])
+    calls = {0.0: [1, 1, 1, 1, 1], 0.25: [1, 1, 1, 0, 1], 0.5: [1, 1, 1, 0, 1], 1.0: [1, 1, 1, 0, 1]}[threshold]
+    wanted = {"sensitivity": 1.0, "specificity": 1 - sum(calls[2:]) / 3, "precision": 2 / sum(calls)}
+    got = label_metrics(y, p, p, threshold)
+    assert {name: got[name] for name in wanted} == pytest.approx(wanted)
+    resampled = dict(zip(METRICS, weighted_metrics(y, p, p, threshold, np.ones((1, 5)))[0], strict=True))
+    assert {name: resampled[name] for name in wanted} == pytest.approx(wanted)
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(0, 8)), min_size=2, max_size=40).filter(
         lambda rows: len({y for y, _ in rows}) == 2
@@ -148,6 +163,12 @@ def test_bad_input_is_named():
         roc_auc_per_label(y, np.array([[0, 0], [0, 0], [0, math.inf]]))
     with pytest.raises(ValueError, match=r"row 1: probability 1\.5 is outside"):
         label_metrics(y[:, 0], s[:, 0], np.array([0, 1.5, 0]), 0.5)
+    with pytest.raises(ValueError, match=r"row 2: probability -0\.5 is outside"):
+        label_metrics(y[:, 0], s[:, 0], np.array([0, 1, -0.5]), 0.5)
+    with pytest.raises(ValueError, match=r"targets \(3,\) and scores \(3,\): both must be"):
+        roc_auc_per_label(y[:, 0], s[:, 0])
+    with pytest.raises(ValueError, match=r"weights have shape \(2, 3, 1\), expected"):
+        weighted_metrics(y[:, 0], s[:, 0], s[:, 0], 0.5, np.ones((2, 3, 1)))
     with pytest.raises(ValueError, match=r"weights have shape \(2, 2\), expected \(B, 3\)"):
         weighted_metrics(y[:, 0], s[:, 0], s[:, 0], 0.5, np.ones((2, 2)))
     with pytest.raises(ValueError, match="'cost': choose 'youden' or 'f1'"):

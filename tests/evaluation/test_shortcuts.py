@@ -121,3 +121,30 @@ def test_scores_are_scikit_learns_on_the_same_features():
     expected = reference.decision_function(np.array([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1.0]]))
     np.testing.assert_allclose(got, expected, atol=1e-4)
     assert got[1] > got[2] > got[0]
+
+
+def test_numbers_are_standardized_on_training_and_unknown_ones_are_a_feature():
+    """Against scikit-learn on features built by hand; a number that training has but once is taken as it is."""
+    train = pd.DataFrame({"age": [30.0, 50.0, math.nan, 70.0, 90.0, math.nan], "height": 5.0})
+    test = pd.DataFrame({"age": [90.0, math.nan, 10.0], "height": [5.0, 7.0, math.nan]})
+    y = np.array([0, 0, 1, 1, 1, 1.0])
+    age = train["age"].to_numpy()
+    scaled = np.nan_to_num((age - 60) / math.sqrt(500))
+    features = np.stack([scaled, np.isnan(age), np.zeros(6), np.zeros(6)], axis=1)
+    reference = LogisticRegression(max_iter=1000).fit(features, y)
+    others = np.array([[30 / math.sqrt(500), 0, 0, 0], [0, 1, 2, 0], [-50 / math.sqrt(500), 0, 0, 1.0]])
+    got = shortcuts.control_scores(train, y[:, None], test)[:, 0]
+    np.testing.assert_allclose(got, reference.decision_function(others), atol=1e-4)
+
+
+def test_replicates_are_the_auc_of_the_drawn_studies_and_a_difference_is_taken_draw_by_draw(cohort):
+    y, z, view, resamples = cohort
+    _, replicates = shortcuts.auc_intervals(y[:, :2], z[:, :2], resamples)
+    drawn = next(resamples.row_weights())
+    for b in range(20):
+        for k in range(2):
+            assert replicates[b, k] == pytest.approx(roc_auc_score(y[:, k], z[:, k], sample_weight=drawn[b]))
+    table = pd.DataFrame({"view": view, "age": math.nan, "sex": ""})
+    same = shortcuts.control_scores(table, y, table)
+    entry = shortcuts.against_control(table, y, table, y, same, resamples)["macro"]["model_minus_it"]
+    assert (entry["value"], entry["low"], entry["high"]) == (0, 0, 0), "the control itself adds nothing in any draw"

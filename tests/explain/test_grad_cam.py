@@ -271,6 +271,17 @@ def test_bad_input_is_named(resnet, conv_head):
     with pytest.raises(ValueError, match="film 1 of the batch"):
         class_activation_maps(resnet, mx.array(x), ["Edema"])
 
+    class OneNan(ConvHeadNet):
+        def head(self, a: mx.array) -> mx.array:
+            spoilt = np.zeros((3, 14), np.float32)
+            spoilt[2, 5] = np.nan
+            return super().head(a) + mx.array(spoilt)
+
+    one = OneNan()
+    one.eval()
+    with pytest.raises(ValueError, match="film 2 of the batch"):
+        class_activation_maps(one, mx.array(images(3, 8)), ["Edema"])
+
     class Signed(ConvHeadNet):
         def features(self, x: mx.array) -> mx.array:
             return x @ self.stem
