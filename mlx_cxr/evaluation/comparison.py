@@ -352,7 +352,7 @@ def ratio_interval(over: np.ndarray, under: np.ndarray) -> IntervalEntry:
     Returns:
         As `bootstrap.Interval.plain`; no bounds with fewer than `MIN_REPLICATES` replicates.
     """
-    value, over, under = over[0] / under[0], over[1:], under[1:]
+    value, over, under, drawn = over[0] / under[0], over[1:], under[1:], len(over) - 1
     valid = ~np.isnan(over) & ~np.isnan(under)
     over, under = over[valid], under[valid]
     low = high = math.nan
@@ -363,7 +363,7 @@ def ratio_interval(over: np.ndarray, under: np.ndarray) -> IntervalEntry:
         high = np.quantile(ratios, 1 - tail, method="higher")
     bounded = np.isfinite(low) and np.isfinite(high)
     ends = (float(low), float(high)) if bounded else (math.nan, math.nan)
-    return {"value": float(value), "low": ends[0], "high": ends[1], "replicates": len(over)}
+    return {"value": float(value), "low": ends[0], "high": ends[1], "replicates": len(over), "drawn": drawn}
 
 
 def _protocol(

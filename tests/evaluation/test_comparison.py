@@ -85,7 +85,8 @@ def test_differences_are_scikit_learns_resample_by_resample(outputs, comparison,
         replicates = [difference(rows, score) for rows in draws]
         entry = comparison["protocols"][protocol]["differences"]["student_minus_cnn"]["per_label"]["Edema"][metric]
         low, high = np.percentile(replicates, [2.5, 97.5])
-        expected = {"value": difference(np.arange(len(y)), score), "low": low, "high": high, "replicates": SAMPLES}
+        counts = {"replicates": SAMPLES, "drawn": SAMPLES}
+        expected = {"value": difference(np.arange(len(y)), score), "low": low, "high": high, **counts}
         assert entry == pytest.approx(expected)
 
 
