@@ -38,7 +38,7 @@ from mlx_cxr.evaluation.results import (
 )
 from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_teacher, shared_studies
 
-SCHEMA = 2
+SCHEMA = 3
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
 """Metrics whose differences are given: precision is undefined where a model calls nothing, so that the means of two
 models would be over different labels."""
@@ -198,7 +198,9 @@ class TeacherGate(TypedDict):
     difference: IntervalEntry
     interval_above_0: bool
     met: bool
-    """Teacher minus CNN; the gate is met by the value, not by the interval."""
+    """Teacher minus CNN on validation; the gate is met by the value, not by the interval."""
+    test: IntervalEntry
+    """The same on test, which decides nothing."""
 
 
 class RetentionGate(TypedDict):
@@ -209,11 +211,14 @@ class RetentionGate(TypedDict):
     minimum: float
     interval_above_minimum: bool
     met: bool
-    """Student / teacher; the gate is met by the value, not by the interval."""
+    """Student / teacher on validation; the gate is met by the value, not by the interval."""
+    test: IntervalEntry
+    """The same on test, which decides nothing."""
 
 
 class Gates(TypedDict):
-    """Conditions that the experiment sets itself."""
+    """Conditions that the experiment sets itself, decided on the validation studies that CNN, teacher and student
+    share, which each of them was selected on, too."""
 
     teacher_beats_cnn: TeacherGate
     retention: RetentionGate
@@ -295,7 +300,7 @@ def compare(
         "models": [_about(run) for run in main],
         "protocols": protocols,
         "graded_teachers": graded,
-        "gates": _gates(protocols[fitted_under], fitted_under, min_retention),
+        "gates": _gates(arms, protocols[fitted_under], fitted_under, min_retention, samples, seed),
         "provenance": provenance,
     }
 
@@ -475,15 +480,27 @@ def _graded(
     return {"counts": _counts(teachers, study_ids), "protocol": protocol, "models": models}
 
 
-def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> Gates:
-    difference = section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"]
-    share = section["retention"]["share"]
+def _gates(
+    arms: Mapping[str, ScoredRun],
+    section: Mapping[str, Any],
+    protocol: str,
+    min_retention: float,
+    samples: int,
+    seed: int,
+) -> Gates:
+    study_ids = shared_studies(list(arms.values()), "validate")
+    parts = {role: run.on(study_ids, "validate") for role, run in arms.items()}
+    resamples = patient_resamples(parts["cnn"].patient_ids, samples, seed)
+    scores = {role: score_protocol(part, protocol, arms[role].points, resamples) for role, part in parts.items()}
+    difference = _macro_difference(scores["teacher"], scores["cnn"])["roc_auc"]
+    share = retention(*(_macro_auc(scores[role]) for role in ("student", "teacher", "cnn")))["share"]
     return {
         "teacher_beats_cnn": {
             "protocol": protocol,
             "difference": difference,
             "interval_above_0": verdict(difference) == "better",
             "met": bool(difference["value"] > 0),
+            "test": section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"],
         },
         "retention": {
             "protocol": protocol,
@@ -491,6 +508,7 @@ def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> G
             "minimum": min_retention,
             "interval_above_minimum": bool(share["low"] >= min_retention),
             "met": bool(share["value"] >= min_retention),
+            "test": section["retention"]["share"],
         },
     }
 

@@ -8,6 +8,7 @@ import pytest
 from evaluated_runs import CNN, STUDENT, TEACHER, change, evaluated_run
 
 from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
+from mlx_cxr.evaluation.comparison import SCHEMA
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
 
@@ -119,7 +120,7 @@ def test_where_maps_point_counts_only_where_this_evaluation_made_maps(cnn):
 
 
 def test_a_comparison_counts_only_while_it_is_of_these_results_and_the_latest_does(cnn):
-    def compare(name, sha256, started, schema=2):
+    def compare(name, sha256, started, schema=SCHEMA):
         inputs = {f"{CNN}/test_results.json": {"path": "", "sha256": sha256}}
         path = cnn.parent / f"comparison_{name}" / "final_comparison.json"
         about = {"schema": schema, "experiment": name}
