@@ -16,6 +16,7 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_record, sha256_file
 from mlx_cxr.core.labels import SCORING_PROTOCOLS
 from mlx_cxr.data.soft_labels import load_soft_labels
+from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.pipeline_steps import steps
 
@@ -181,9 +182,12 @@ def test_a_gate_of_the_comparison_ends_with_status_3_when_all_is_written(chain):
         code = stopped.code
     config = load_config(chain)
     comparison = read_record(comparison_dir(config) / "final_comparison.json")
-    models = comparison["protocols"]["empty_negative"]["models"]
     cnn, teacher, student = (
-        models[run]["macro"]["roc_auc"]["value"] for run in ("chain_cnn", "lora_teacher_phase1", "student_v1")
+        macro_auc(roc_auc_per_label(SCORING_PROTOCOLS["empty_negative"].apply(part.raw_labels), part.logits))
+        for part in (
+            read_predictions(config.run_dir(run) / "predictions.csv").predictions.of_split("validate")
+            for run in ("chain_cnn", "lora_teacher_phase1", "student_v1")
+        )
     )
     met = {name: gate["met"] for name, gate in comparison["gates"].items()}
     assert met == {"teacher_beats_cnn": teacher > cnn, "retention": student >= teacher}

@@ -401,7 +401,7 @@ class ComparisonConfig(Section):
     graded: tuple[Annotated[Sections, Field(min_length=1)], ...] = ()
     """Further teachers that the pipeline trains, by the report sections that each may read."""
     min_retention: Fraction = 0.90
-    """Least share of the teacher's test macro AUC that the student keeps."""
+    """Least share of the teacher's macro AUC on validation that the student keeps."""
 
 
 class FailureConfig(Section):

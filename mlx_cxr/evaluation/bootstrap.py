@@ -28,7 +28,8 @@ class IntervalEntry(TypedDict):
     high: float | None
     """The estimate, and its 95 % percentile interval from resampling patients."""
     replicates: int
-    """Number of valid resamples."""
+    drawn: int
+    """Number of valid resamples, and of all: one without a positive, say, has no ROC-AUC."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Interval:
         low: 2.5 % percentile of the replicates; NaN with fewer than `MIN_REPLICATES` valid ones.
         high: 97.5 % percentile.
         replicates: number of valid ones (not NaN).
+        drawn: number of all.
     """
 
     value: float
     low: float
     high: float
     replicates: int
+    drawn: int
 
     def plain(self) -> IntervalEntry:
         """Plain data for JSON."""
@@ -123,10 +126,10 @@ def percentile_interval(value: float, replicates: np.ndarray) -> Interval:
     """
     valid = replicates[~np.isnan(replicates)]
     if math.isnan(value) or len(valid) < MIN_REPLICATES:
-        return Interval(value, math.nan, math.nan, len(valid))
+        return Interval(value, math.nan, math.nan, len(valid), len(replicates))
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(valid, [tail, 100 - tail])
-    return Interval(value, float(low), float(high), len(valid))
+    return Interval(value, float(low), float(high), len(valid), len(replicates))
 
 
 def macro_interval(values: np.ndarray, replicates: np.ndarray) -> Interval:

@@ -201,7 +201,9 @@ class TeacherGate(TypedDict):
     difference: IntervalEntry
     interval_above_0: bool
     met: bool
-    """Teacher minus CNN; the gate is met by the value, not by the interval."""
+    """Teacher minus CNN on validation; the gate is met by the value, not by the interval."""
+    test: IntervalEntry
+    """The same on test, which decides nothing."""
 
 
 class RetentionGate(TypedDict):
@@ -212,11 +214,14 @@ class RetentionGate(TypedDict):
     minimum: float
     interval_above_minimum: bool
     met: bool
-    """Student / teacher; the gate is met by the value, not by the interval."""
+    """Student / teacher on validation; the gate is met by the value, not by the interval."""
+    test: IntervalEntry
+    """The same on test, which decides nothing."""
 
 
 class Gates(TypedDict):
-    """Conditions that the experiment sets itself."""
+    """Conditions that the experiment sets itself, decided on the validation studies that CNN, teacher and student
+    share, which each of them was selected on, too."""
 
     teacher_beats_cnn: TeacherGate
     retention: RetentionGate
@@ -305,7 +310,7 @@ def compare(
         "cohorts": list(dict.fromkeys(cohorts)),
         "protocols": protocols,
         "graded_teachers": graded,
-        "gates": _gates(protocols[fitted_under], fitted_under, min_retention),
+        "gates": _gates(arms, protocols[fitted_under], fitted_under, min_retention, samples, seed),
         "provenance": provenance,
     }
 
@@ -362,7 +367,7 @@ def ratio_interval(over: np.ndarray, under: np.ndarray) -> IntervalEntry:
     Returns:
         As `bootstrap.Interval.plain`; no bounds with fewer than `MIN_REPLICATES` replicates.
     """
-    value, over, under = over[0] / under[0], over[1:], under[1:]
+    value, over, under, drawn = over[0] / under[0], over[1:], under[1:], len(over) - 1
     valid = ~np.isnan(over) & ~np.isnan(under)
     over, under = over[valid], under[valid]
     low = high = math.nan
@@ -373,7 +378,7 @@ def ratio_interval(over: np.ndarray, under: np.ndarray) -> IntervalEntry:
         high = np.quantile(ratios, 1 - tail, method="higher")
     bounded = np.isfinite(low) and np.isfinite(high)
     ends = (float(low), float(high)) if bounded else (math.nan, math.nan)
-    return {"value": float(value), "low": ends[0], "high": ends[1], "replicates": len(over)}
+    return {"value": float(value), "low": ends[0], "high": ends[1], "replicates": len(over), "drawn": drawn}
 
 
 def _protocol(
@@ -491,15 +496,27 @@ def graded_teachers(
     return {"counts": _counts(teachers, study_ids), "protocol": protocol, "models": models}
 
 
-def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> Gates:
-    difference = section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"]
-    share = section["retention"]["share"]
+def _gates(
+    arms: Mapping[str, ScoredRun],
+    section: Mapping[str, Any],
+    protocol: str,
+    min_retention: float,
+    samples: int,
+    seed: int,
+) -> Gates:
+    study_ids = shared_studies(list(arms.values()), "validate")
+    parts = {role: run.on(study_ids, "validate") for role, run in arms.items()}
+    resamples = patient_resamples(parts["cnn"].patient_ids, samples, seed)
+    scores = {role: score_protocol(part, protocol, arms[role].points, resamples) for role, part in parts.items()}
+    difference = _macro_difference(scores["teacher"], scores["cnn"])["roc_auc"]
+    share = retention(*(_macro_auc(scores[role]) for role in ("student", "teacher", "cnn")))["share"]
     return {
         "teacher_beats_cnn": {
             "protocol": protocol,
             "difference": difference,
             "interval_above_0": verdict(difference) == "better",
             "met": bool(difference["value"] > 0),
+            "test": section["differences"]["teacher_minus_cnn"]["macro"]["roc_auc"],
         },
         "retention": {
             "protocol": protocol,
@@ -507,6 +524,7 @@ def _gates(section: Mapping[str, Any], protocol: str, min_retention: float) -> G
             "minimum": min_retention,
             "interval_above_minimum": bool(share["low"] >= min_retention),
             "met": bool(share["value"] >= min_retention),
+            "test": section["retention"]["share"],
         },
     }
 

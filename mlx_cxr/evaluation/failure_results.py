@@ -1,6 +1,6 @@
 """`failures.json`: every figure of a failure analysis, made from predictions, labels and what is known of the studies.
 
-An interval is `{"value", "low", "high", "replicates"}`, as in `results`. What is undefined is null. Keys:
+An interval is `{"value", "low", "high", "replicates", "drawn"}`, as in `results`. What is undefined is null. Keys:
 
 - `schema` (1), `run`, `synthetic`, `notice`, `protocol` (what an error is judged under), `fitted_under`,
   `threshold_rule`.

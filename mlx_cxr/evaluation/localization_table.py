@@ -64,7 +64,7 @@ def localization_table(
     Returns:
         JSON-ready: `schema`, `synthetic`, `method`, `bootstrap` (unit, samples, seed, level), `per_label` and
         `macro`. An entry of `per_label` has `films`, `patients` and per score `maps` and, for each control,
-        `{mean, difference}`; each is {value, low, high, replicates}. A difference is maps minus control, on
+        `{mean, difference}`; each is {value, low, high, replicates, drawn}. A difference is maps minus control, on
         the images where both are defined. `macro` is the mean over the labels, with `labels`; its resamples
         draw each patient for all labels at once.
 

@@ -20,7 +20,7 @@ class MapVerdict:
     Attributes:
         control: its name, one of `CONTROLS`.
         mean: its mean score.
-        difference: maps minus control, {value, low, high, replicates}; NaN or None where undefined.
+        difference: maps minus control, {value, low, high, replicates, drawn}; NaN or None where undefined.
         better: True where the interval of the difference lies above 0; False without an interval.
     """
 

@@ -1,4 +1,4 @@
-"""Run folders as a comparison reads them, and the test studies that several of them share.
+"""Run folders as a comparison reads them, and the studies of a split that several of them share.
 
 Read are `config.json`, `predictions.csv` and `test_results.json` of each run, `teacher.json` of a teacher, and
 `cost.json` where there is one. Nothing is fitted here: temperatures and thresholds are those of each run's own
@@ -31,6 +31,7 @@ from mlx_cxr.evaluation.predictions import Predictions, read_predictions
 from mlx_cxr.evaluation.results import SCHEMA
 
 Role = Literal["cnn", "teacher", "student", "control", "graded teacher", "bag of words"]
+Split = Literal["validate", "test"]
 BESIDE: tuple[Role, ...] = ("graded teacher", "bag of words")
 """Roles of runs that are compared with the teacher alone."""
 
@@ -57,12 +58,13 @@ class ComparisonError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run with its predictions on test, and what was fitted on its validation split.
+    """A run with its predictions, and what was fitted on its validation split.
 
     Attributes:
         folder: the run's.
         role: its role in the comparison.
-        test: its predictions on the test split.
+        validation: its predictions on the validation split.
+        test: those on the test split.
         points: temperatures and thresholds, and the protocol they were fitted under.
         settings: must be the same in all runs: `manifest` (SHA-256), `synthetic`, `fitted_under`, `threshold_rule`.
         config: the configuration that it was trained with, as plain data.
@@ -74,6 +76,7 @@ class ScoredRun:
 
     folder: Path
     role: Role
+    validation: Predictions
     test: Predictions
     points: OperatingPoints
     settings: Mapping[str, Any]
@@ -120,14 +123,19 @@ class ScoredRun:
         """The command that makes one of the run's files."""
         return _command(self.role, self.name, file)
 
-    def on(self, study_ids: np.ndarray) -> Predictions:
-        """Its test predictions of these studies, in this order.
+    def of(self, split: Split) -> Predictions:
+        """Its predictions on a split."""
+        return self.validation if split == "validate" else self.test
+
+    def on(self, study_ids: np.ndarray, split: Split = "test") -> Predictions:
+        """Its predictions of these studies of a split, in this order.
 
         Raises:
             KeyError: it has none of one of them.
         """
-        row_of = {study: row for row, study in enumerate(self.test.study_ids.tolist())}
-        return self.test.select(np.array([row_of[study] for study in study_ids.tolist()], dtype=np.intp))
+        part = self.of(split)
+        row_of = {study: row for row, study in enumerate(part.study_ids.tolist())}
+        return part.select(np.array([row_of[study] for study in study_ids.tolist()], dtype=np.intp))
 
 
 def open_scored_run(folder: str | Path, role: Role, cohorts: Sequence[str] = ()) -> ScoredRun:
@@ -142,7 +150,7 @@ def open_scored_run(folder: str | Path, role: Role, cohorts: Sequence[str] = ())
         ComparisonError: a file is missing (names the command that makes it) or lacks a key, predictions and results
             are of different evaluations, or a student's training does not fit its role.
         RecordError: a file is not JSON, or results on one of `cohorts` are of another state of the run.
-        PredictionsError: `predictions.csv` is not usable, or has no test studies.
+        PredictionsError: `predictions.csv` is not usable, or lacks validation or test studies.
     """
     folder = Path(folder)
     needed = ["config.json", "predictions.csv", "test_results.json"]
@@ -195,13 +203,13 @@ def open_scored_run(folder: str | Path, role: Role, cohorts: Sequence[str] = ())
         cost = read_record(folder / "cost.json")
         _read(folder / "cost.json", lambda: (cost["parameters"]["total"], cost["parameters"]["trainable"]))
         _read(folder / "cost.json", lambda: (cost["ms_per_sample"], cost["what"], cost["device"]["kind"]))
-    test = scored.predictions.of_split("test")
+    parts = (scored.predictions.of_split(split) for split in ("validate", "test"))
     external = external_of(run) | {name: read_external(run, name) for name in cohorts if name in cohorts_of(folder)}
-    return ScoredRun(folder, role, test, points, settings, run.config, soft_labels, teacher, cost, external)
+    return ScoredRun(folder, role, *parts, points, settings, run.config, soft_labels, teacher, cost, external)
 
 
-def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:
-    """The test studies that every one of at least one run scored: (N,) str, sorted; N > 0.
+def shared_studies(runs: Sequence[ScoredRun], split: Split = "test") -> np.ndarray:
+    """The studies of a split that every one of at least one run scored: (N,) str, sorted; N > 0.
 
     Raises:
         ComparisonError: a run is named twice, two of them come from different data or were fitted differently, give a
@@ -219,14 +227,14 @@ def shared_studies(runs: Sequence[ScoredRun]) -> np.ndarray:
                     f"{key}: {first.folder / 'test_results.json'} has {value}, {run.folder / 'test_results.json'} has "
                     f"{run.settings[key]}; only runs of one manifest and one way of fitting can be compared"
                 )
-    shared = set(first.test.study_ids.tolist()).intersection(*(run.test.study_ids.tolist() for run in runs[1:]))
+    shared = set.intersection(*(set(run.of(split).study_ids.tolist()) for run in runs))
     if not shared:
-        counts = ", ".join(f"{run.name} {len(run.test)}" for run in runs)
-        raise ComparisonError(f"no test study was scored by all of the runs ({counts} studies)")
+        counts = ", ".join(f"{run.name} {len(run.of(split))}" for run in runs)
+        raise ComparisonError(f"no {split} study was scored by all of the runs ({counts} studies)")
     study_ids = np.array(sorted(shared), dtype=str)
-    ours = first.on(study_ids)
+    ours = first.on(study_ids, split)
     for run in runs[1:]:
-        _refuse_disagreement(first, ours, run, run.on(study_ids))
+        _refuse_disagreement(first, ours, run, run.on(study_ids, split))
     return study_ids
 
 

@@ -155,15 +155,16 @@ def retention_sentence(kept: Mapping[str, Any]) -> str:
 
 
 def gate_lines(comparison: Mapping[str, Any]) -> list[str]:
-    """Each gate with its figure: `met: …` or `not met: …`."""
+    """Each gate with its figures on validation, which decide, and on test: `met: …` or `not met: …`."""
     beats, keeps = comparison["gates"]["teacher_beats_cnn"], comparison["gates"]["retention"]
-    where = f"test macro ROC-AUC, {beats['protocol']}"
+    where = f"macro ROC-AUC on validation, which each was selected on, too; {beats['protocol']}"
     least = f"{keeps['minimum']:.2f}"
     return [
         f"{_met(beats)}: the teacher beats the CNN ({where}): difference {interval_text(beats['difference'])}; "
-        + _reach(beats["difference"], beats["interval_above_0"], "0"),
+        f"{_reach(beats['difference'], beats['interval_above_0'], '0')}; on test {interval_text(beats['test'])}",
         f"{_met(keeps)}: the student keeps at least {least} of the teacher's ({where}): "
-        f"{interval_text(keeps['share'])}; " + _reach(keeps["share"], keeps["interval_above_minimum"], least),
+        f"{interval_text(keeps['share'])}; {_reach(keeps['share'], keeps['interval_above_minimum'], least)}; "
+        f"on test {interval_text(keeps['test'])}",
     ]
 
 

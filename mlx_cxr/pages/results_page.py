@@ -95,12 +95,17 @@ def closing_table(results: Mapping[str, Any]) -> str:
     """The main figures as plain text of fixed width for a terminal: the protocol that fitted, and the notice."""
     name = results["fitted_under"]
     protocol = results["protocols"][name]
+
+    def ranked(entry: Mapping[str, Any]) -> list[str]:
+        # A terminal has no room for how many resamples were valid; the page says it.
+        return [interval_text({**entry[key], "drawn": 0}) for key in _RANKING]
+
     rows = [("", "positive", *_RANKING.values())]
     for label in LABELS:
         entry = protocol["per_label"][label]
-        rows.append((label, str(entry["positives"]), *(interval_text(entry[key]) for key in _RANKING)))
+        rows.append((label, str(entry["positives"]), *ranked(entry)))
     macro = protocol["macro"]
-    rows.append((f"mean of {len(protocol['macro_labels'])}", "", *(interval_text(macro[key]) for key in _RANKING)))
+    rows.append((f"mean of {len(protocol['macro_labels'])}", "", *ranked(macro)))
     abstention = results["abstention"]
     means = abstention["protocols"][name]
     made, wrong, all_wrong = (number(means["macro"][key]["value"], 2) for key in ("called", "risk_called", "risk"))

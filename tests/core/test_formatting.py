@@ -17,6 +17,9 @@ def test_numbers(value, text):
 def test_intervals_as_computed_and_as_read_from_json(nothing):
     assert interval_text({"value": 0.8, "low": 0.75, "high": 0.9}) == "0.800 [0.750, 0.900]"
     assert interval_text({"value": 0.8, "low": nothing, "high": nothing}, 2) == "0.80"
+    some = {"value": 0.8, "low": 0.75, "high": 0.9, "replicates": 1_958, "drawn": 2_000}
+    assert interval_text(some) == "0.800 [0.750, 0.900; 1,958 of 2,000 resamples]"
+    assert interval_text({**some, "replicates": 2_000}) == "0.800 [0.750, 0.900]"
     assert interval_text({"value": nothing, "low": 0.1, "high": 0.2}) == "–"
 
 

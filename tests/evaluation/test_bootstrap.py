@@ -87,7 +87,9 @@ def test_resampling_images_would_be_too_sure_of_clustered_data():
 def test_undefined_replicates_are_dropped_and_counted():
     replicates = np.r_[np.linspace(0, 1, 101), np.full(9, math.nan)]
     interval = percentile_interval(0.5, replicates)
-    assert interval.plain() == pytest.approx({"value": 0.5, "low": 0.025, "high": 0.975, "replicates": 101})
+    assert interval.plain() == pytest.approx(
+        {"value": 0.5, "low": 0.025, "high": 0.975, "replicates": 101, "drawn": 110}
+    )
     few = percentile_interval(0.5, np.zeros(MIN_REPLICATES - 1))
     assert math.isnan(few.low)
     assert few.replicates == MIN_REPLICATES - 1
@@ -106,7 +108,7 @@ def test_macro_is_over_the_same_labels_in_every_replicate():
     replicates = np.tile([0.8, 0.1, 0.6], (60, 1))
     replicates[:10, 0] = math.nan
     interval = macro_interval(values, replicates)
-    assert (interval.value, interval.low, interval.replicates) == pytest.approx((0.7, 0.7, 50))
+    assert (interval.value, interval.low, interval.replicates, interval.drawn) == pytest.approx((0.7, 0.7, 50, 60))
     assert math.isnan(macro_interval(np.full(2, math.nan), replicates[:, :2]).value)
 
 

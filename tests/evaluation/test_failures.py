@@ -51,7 +51,8 @@ def test_replicates_that_are_all_the_same_make_no_interval():
     assert (same["value"], same["replicates"]) == (0, 100)
     assert np.isnan([same["low"], same["high"]]).all()
     drawn = np.linspace(0, 1, 101)
-    assert f.plain_interval(0.5, drawn) == pytest.approx({"value": 0.5, "low": 0.025, "high": 0.975, "replicates": 101})
+    wanted = {"value": 0.5, "low": 0.025, "high": 0.975, "replicates": 101, "drawn": 101}
+    assert f.plain_interval(0.5, drawn) == pytest.approx(wanted)
 
 
 def test_there_is_no_call_without_a_probability_or_a_threshold():

@@ -163,7 +163,11 @@ def test_closing_table_holds_the_main_figures(scored):
     text = closing_table(results)
     macro = results["protocols"]["empty_negative"]["macro"]["roc_auc"]
     assert "mean of 13" in text
-    assert f"{macro['value']:.3f} [{macro['low']:.3f}, {macro['high']:.3f}]" in text
+    valid, drawn = macro["replicates"], macro["drawn"]
+    assert 0 < valid < drawn
+    interval = f"{macro['value']:.3f} [{macro['low']:.3f}, {macro['high']:.3f}"
+    assert f"{interval}]" in text
+    assert f"| {interval}; {valid} of {drawn} resamples] |" in results_markdown(results)
     assert text.splitlines()[-1] == "Synthetic cohort. Research only, not for clinical use."
     assert "protocol empty_negative" in text
     assert max(map(len, text.splitlines()[1:])) <= 100

@@ -58,13 +58,20 @@ def comparison():
         },
     }
     gates = {
-        "teacher_beats_cnn": {"protocol": "p", "difference": interval(0.1), "interval_above_0": True, "met": True},
+        "teacher_beats_cnn": {
+            "protocol": "p",
+            "difference": interval(0.1),
+            "interval_above_0": True,
+            "met": True,
+            "test": interval(0.05),
+        },
         "retention": {
             "protocol": "p",
             "share": interval(0.944),
             "minimum": 0.9,
             "interval_above_minimum": True,
             "met": True,
+            "test": interval(0.93),
         },
     }
     return {
@@ -165,8 +172,8 @@ def test_other_cohorts_are_told_by_verdict_with_the_command_that_lacks_and_what_
 def test_gates_say_met_or_not_with_figure_and_minimum(comparison):
     beats, keeps = gate_lines(comparison)
     assert beats == (
-        "met: the teacher beats the CNN (test macro ROC-AUC, p): difference 0.100 [0.080, 0.120]; the interval lies "
-        "above 0"
+        "met: the teacher beats the CNN (macro ROC-AUC on validation, which each was selected on, too; p): difference "
+        "0.100 [0.080, 0.120]; the interval lies above 0; on test 0.050 [0.030, 0.070]"
     )
     assert keeps.startswith("met: the student keeps at least 0.90 of the teacher's")
     gates = comparison["gates"]
@@ -174,11 +181,11 @@ def test_gates_say_met_or_not_with_figure_and_minimum(comparison):
     gates["retention"] |= {"interval_above_minimum": False}
     beats, keeps = gate_lines(comparison)
     assert beats.startswith("not met: the teacher beats the CNN")
-    assert beats.endswith("-0.100 [-0.120, -0.080]; the interval does not lie above 0")
+    assert beats.endswith("-0.100 [-0.120, -0.080]; the interval does not lie above 0; on test 0.050 [0.030, 0.070]")
     assert keeps.startswith("met: ")
-    assert keeps.endswith("the interval does not lie above 0.90")
+    assert keeps.endswith("the interval does not lie above 0.90; on test 0.930 [0.910, 0.950]")
     gates["retention"]["share"] = {"value": 0.95, "low": math.nan, "high": math.nan}
-    assert gate_lines(comparison)[1].endswith("0.950; there is no interval")
+    assert gate_lines(comparison)[1].endswith("0.950; there is no interval; on test 0.930 [0.910, 0.950]")
 
 
 def test_controls_are_grouped_by_verdict_and_each_says_what_it_means(comparison):
