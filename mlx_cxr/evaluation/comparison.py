@@ -38,6 +38,7 @@ from mlx_cxr.evaluation.results import (
     score_protocol,
 )
 from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_cohorts, check_teacher, shared_studies
+from mlx_cxr.evaluation.shortcuts import auc_intervals
 
 SCHEMA = 3
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")
@@ -461,12 +462,17 @@ def _macro_difference(first: ProtocolScores, second: ProtocolScores) -> Compared
 
 
 def _macro_auc(scores: ProtocolScores) -> np.ndarray:
-    """(1 + B,): on the data, then on each resample; NaN without a label that has both classes."""
-    if not scores.scored.any():
-        return np.full(1 + len(scores.replicates), np.nan)
     column = _COLUMN["roc_auc"]
-    per_label = np.concatenate([scores.values[None, :, column], scores.replicates[:, :, column]])
-    return per_label[:, scores.scored].mean(axis=1)
+    return _macro(scores.values[:, column], scores.replicates[:, :, column])
+
+
+def _macro(values: np.ndarray, replicates: np.ndarray) -> np.ndarray:
+    """(1 + B,): means over the labels of (L,) and (B, L) ROC-AUC, on the data, then on each resample; NaN without a
+    label that has both classes."""
+    scored = ~np.isnan(values)
+    if not scored.any():
+        return np.full(1 + len(replicates), np.nan)
+    return np.concatenate([values[None], replicates])[:, scored].mean(axis=1)
 
 
 def graded_teachers(
@@ -507,9 +513,10 @@ def _gates(
     study_ids = shared_studies(list(arms.values()), "validate")
     parts = {role: run.on(study_ids, "validate") for role, run in arms.items()}
     resamples = patient_resamples(parts["cnn"].patient_ids, samples, seed)
-    scores = {role: score_protocol(part, protocol, arms[role].points, resamples) for role, part in parts.items()}
-    difference = _macro_difference(scores["teacher"], scores["cnn"])["roc_auc"]
-    share = retention(*(_macro_auc(scores[role]) for role in ("student", "teacher", "cnn")))["share"]
+    targets = SCORING_PROTOCOLS[protocol].apply(parts["cnn"].raw_labels)
+    macro = {role: _macro(*auc_intervals(targets, part.logits, resamples)) for role, part in parts.items()}
+    kept = retention(*(macro[role] for role in ("student", "teacher", "cnn")))
+    difference, share = kept["gap"], kept["share"]
     return {
         "teacher_beats_cnn": {
             "protocol": protocol,

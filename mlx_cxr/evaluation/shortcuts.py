@@ -12,7 +12,6 @@ from typing import TypedDict
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from mlx_cxr.core.labels import LABELS, label_index
@@ -23,7 +22,7 @@ from mlx_cxr.evaluation.bootstrap import (
     patient_bootstrap,
     percentile_interval,
 )
-from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_metrics
+from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_auc
 from mlx_cxr.evaluation.predictions import study_views
 
 METADATA = ("view", "age", "sex")
@@ -91,10 +90,9 @@ def auc_intervals(
     targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples
 ) -> tuple[np.ndarray, np.ndarray]:
     """ROC-AUC per label (L,), and its replicates (B, L); NaN where a column, or a resample of it, lacks a class."""
-    columns = [(y, s, expit(s)) for y, s in zip(targets.T, scores.T, strict=True)]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        return np.stack([weighted_metrics(y, s, p, 0.5, weights)[:, 0] for y, s, p in columns], axis=1)
+        return np.stack([weighted_auc(y, s, weights) for y, s in zip(targets.T, scores.T, strict=True)], axis=1)
 
     return roc_auc_per_label(targets, scores), patient_bootstrap(statistic, resamples)
 

@@ -14,6 +14,7 @@ from mlx_cxr.evaluation.metrics import (
     label_metrics,
     macro_auc,
     roc_auc_per_label,
+    weighted_auc,
     weighted_metrics,
 )
 
@@ -113,6 +114,23 @@ def test_weighted_metrics_equal_repeating_the_rows(label):
 def test_unit_weights_give_the_metrics_themselves(label):
     got = weighted_metrics(*label, 0.3, np.ones((1, 80)))[0]
     np.testing.assert_allclose(got, list(label_metrics(*label, 0.3).values()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("most_pairs", [10**9, 0])
+def test_auc_alone_is_that_of_all_metrics_by_pairs_and_by_sorting(label, monkeypatch, most_pairs):
+    """Also against scikit-learn, with ties, masked rows, and resamples that lack a class or everything."""
+    monkeypatch.setattr("mlx_cxr.evaluation.metrics._MOST_PAIRS", most_pairs)
+    y, s, p = label
+    weights = np.random.default_rng(1).multinomial(len(y), np.full(len(y), 1 / len(y)), size=20)
+    weights[0], weights[1] = 0, np.where(y == 1, 2, 0)
+    got, kept = weighted_auc(y, s, weights), ~np.isnan(y)
+    np.testing.assert_allclose(got, weighted_metrics(y, s, p, 0.5, weights)[:, 0], rtol=1e-12)
+    assert np.isnan(got[:2]).all()
+    for row in range(2, 20):
+        assert got[row] == pytest.approx(sk.roc_auc_score(y[kept], s[kept], sample_weight=weights[row, kept]))
+    assert np.isnan(weighted_auc(np.zeros(4), np.arange(4.0), np.ones((3, 4)))).all()
+    with pytest.raises(ValueError, match="row 1, column 0: target 2"):
+        weighted_auc(np.array([0, 2.0]), np.zeros(2), np.ones((1, 2)))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
