@@ -139,7 +139,7 @@ def page(folders: list[Path]) -> str:
         "chance); refuted: below; not shown: in between. Research only, not for clinical use.",
         "",
     ]
-    for title, wanted in (("Films of patients", False), ("Synthetic films: rendered by a program", True)):
+    for title, wanted in (("Films and reports of patients", False), ("Synthetic films: rendered by a program", True)):
         own = [row for synthetic, row in rows if synthetic == wanted]
         lines += [f"## {title}", "", *(markdown_table(HEAD, own) if own else ["No run.", ""])]
     return "\n".join(lines).rstrip() + "\n"
