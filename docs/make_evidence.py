@@ -109,7 +109,8 @@ def _read(graded: Mapping[str, Any] | None, path: Path) -> Iterator[list[str]]:
     for model in graded["models"] if graded else ():
         if model["role"] == "bag of words":
             minus = model["minus_teacher"]
-            gain = {"value": -minus["value"], "low": _negative(minus["high"]), "high": _negative(minus["low"])}
+            ends = {"low": _negative(minus["high"]), "high": _negative(minus["low"])}
+            gain = {**minus, "value": -minus["value"], **ends}
             claim = "the language model is worth its size"
             yield [claim, "a bag of words that reads the same", interval_text(gain), _said(gain), _run(path)]
 

@@ -165,7 +165,7 @@ def _room_for(config: Config, wanted: str, settings: dict[str, Any], overwrite: 
         return True
     instead = "pass --overwrite to replace it, or set another data.root"
     try:
-        there = {"laterals": True, **read_json(marker)}
+        there = {"laterals": True, **read_json(marker)}  # Older ones do not say that they have them.
     except (RecordError, ValueError, TypeError) as error:
         raise CohortExistsError(f"{error}; {instead}") from None
     if there.get("hash") == wanted:

@@ -74,7 +74,7 @@ def _interruptible() -> Iterator[None]:
     before, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
-    except Exception:
+    except Exception:  # It may be all that an import left of a Ctrl-C.
         if any(thread.name == _AGAIN for thread in threading.enumerate()):
             raise KeyboardInterrupt from None
         raise

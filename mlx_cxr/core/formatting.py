@@ -47,10 +47,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
+def interval_text(interval: Mapping[str, Any], digits: int = 3, *, counted: bool = True) -> str:
     """`0.812 [0.760, 0.861]`; without the bracket when there is no interval, `–` when there is no value.
 
-    Where some resamples left the figure undefined, the bracket says how many did not:
+    Where some resamples left the figure undefined, and it is to be `counted`, the bracket says how many did not:
     `[0.760, 0.861; 58 of 60 resamples]`.
     """
     value, low, high = (interval[key] for key in ("value", "low", "high"))
@@ -58,5 +58,5 @@ def interval_text(interval: Mapping[str, Any], digits: int = 3) -> str:
     if text == "–" or number(low) == "–":
         return text
     valid, drawn = interval.get("replicates", 0), interval.get("drawn", 0)
-    some = f"; {valid:,} of {drawn:,} resamples" if valid < drawn else ""
+    some = f"; {valid:,} of {drawn:,} resamples" if counted and valid < drawn else ""
     return f"{text} [{number(low, digits)}, {number(high, digits)}{some}]"

@@ -13,6 +13,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from mlx_cxr.evaluation.metrics import roc_auc_per_label, weighted_auc
+
 LEVEL = 0.95
 MIN_REPLICATES = 40
 """Fewer give no interval: a 2.5 % percentile of fewer than 40 values lies beyond the outermost of them."""
@@ -153,3 +155,14 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     kept = ~np.isnan(values)
     total = weights[:, kept].sum(axis=1)
     return np.divide(weights[:, kept] @ values[kept], total, out=np.full(len(weights), np.nan), where=total > 0)
+
+
+def auc_intervals(
+    targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples
+) -> tuple[np.ndarray, np.ndarray]:
+    """ROC-AUC per label (L,), and its replicates (B, L); NaN where a column, or a resample of it, lacks a class."""
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return np.stack([weighted_auc(y, s, weights) for y, s in zip(targets.T, scores.T, strict=True)], axis=1)
+
+    return roc_auc_per_label(targets, scores), patient_bootstrap(statistic, resamples)

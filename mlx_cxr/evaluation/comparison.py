@@ -18,6 +18,7 @@ from mlx_cxr.evaluation.bootstrap import (
     MIN_REPLICATES,
     IntervalEntry,
     PatientResamples,
+    auc_intervals,
     macro_interval,
     patient_resamples,
     percentile_interval,
@@ -38,7 +39,6 @@ from mlx_cxr.evaluation.results import (
     score_protocol,
 )
 from mlx_cxr.evaluation.scored_runs import BESIDE, ScoredRun, check_cohorts, check_teacher, shared_studies
-from mlx_cxr.evaluation.shortcuts import auc_intervals
 
 SCHEMA = 3
 COMPARED: tuple[str, ...] = tuple(metric for metric in METRICS if metric != "precision")

@@ -72,7 +72,6 @@ class ExternalCounts(TypedDict):
 
     studies: int
     patients: int
-
     shared_patients: int | None
     """Patients left out, as the run's own cohort has their ids too; null where that could not be checked."""
 

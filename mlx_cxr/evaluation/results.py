@@ -47,7 +47,7 @@ from mlx_cxr.evaluation.operating_points import FILE, LabelPoint, OperatingPoint
 from mlx_cxr.evaluation.predictions import VIEW_GROUPS, Predictions, write_predictions
 from mlx_cxr.evaluation.shortcuts import METADATA, ControlEntry, DevicesEntry, ViewEntry, study_metadata
 
-SCHEMA = 2
+SCHEMA = 3
 MEAN_OF_IMAGES = "the mean logit of its films"
 MEANINGS = {
     "empty_negative": "uncertain (-1) and not mentioned (empty) count as absent",

@@ -18,11 +18,11 @@ from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation.bootstrap import (
     IntervalEntry,
     PatientResamples,
+    auc_intervals,
     macro_interval,
-    patient_bootstrap,
     percentile_interval,
 )
-from mlx_cxr.evaluation.metrics import both_classes, roc_auc_per_label, weighted_auc
+from mlx_cxr.evaluation.metrics import both_classes
 from mlx_cxr.evaluation.predictions import study_views
 
 METADATA = ("view", "age", "sex")
@@ -84,17 +84,6 @@ class ControlEntry(TypedDict):
     """All that it sees."""
     per_label: dict[str, ControlAucs]
     macro: ControlMeans
-
-
-def auc_intervals(
-    targets: np.ndarray, scores: np.ndarray, resamples: PatientResamples
-) -> tuple[np.ndarray, np.ndarray]:
-    """ROC-AUC per label (L,), and its replicates (B, L); NaN where a column, or a resample of it, lacks a class."""
-
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        return np.stack([weighted_auc(y, s, weights) for y, s in zip(targets.T, scores.T, strict=True)], axis=1)
-
-    return roc_auc_per_label(targets, scores), patient_bootstrap(statistic, resamples)
 
 
 def auc_by_group(

@@ -98,7 +98,7 @@ def closing_table(results: Mapping[str, Any]) -> str:
 
     def ranked(entry: Mapping[str, Any]) -> list[str]:
         # A terminal has no room for how many resamples were valid; the page says it.
-        return [interval_text({**entry[key], "drawn": 0}) for key in _RANKING]
+        return [interval_text(entry[key], counted=False) for key in _RANKING]
 
     rows = [("", "positive", *_RANKING.values())]
     for label in LABELS:

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.evaluation import shortcuts
-from mlx_cxr.evaluation.bootstrap import patient_resamples
+from mlx_cxr.evaluation.bootstrap import auc_intervals, patient_resamples
 
 K = len(LABELS)
 
@@ -139,7 +139,7 @@ def test_numbers_are_standardized_on_training_and_unknown_ones_are_a_feature():
 
 def test_replicates_are_the_auc_of_the_drawn_studies_and_a_difference_is_taken_draw_by_draw(cohort):
     y, z, view, resamples = cohort
-    _, replicates = shortcuts.auc_intervals(y[:, :2], z[:, :2], resamples)
+    _, replicates = auc_intervals(y[:, :2], z[:, :2], resamples)
     drawn = next(resamples.row_weights())
     for b in range(20):
         for k in range(2):
