@@ -43,6 +43,7 @@ def test_claims_stand_beside_what_could_refute_them(outputs):
     assert words["minus_teacher"]["high"] < 0
     assert figure == interval_text(
         {
+            **words["minus_teacher"],
             "value": -words["minus_teacher"]["value"],
             "low": -words["minus_teacher"]["high"],
             "high": -words["minus_teacher"]["low"],

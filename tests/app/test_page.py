@@ -22,6 +22,7 @@ from mlx_cxr.core.formatting import interval_text
 from mlx_cxr.core.labels import LABELS, label_index
 from mlx_cxr.data import dicom
 from mlx_cxr.data.manifest import load_manifest
+from mlx_cxr.evaluation import results
 from mlx_cxr.evaluation.operating_points import ABSENT, ABSTAIN, PRESENT, STATE_WORDS, read_operating_points
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference import Predictor, ReportReader
@@ -431,7 +432,7 @@ def test_damaged_runs_are_listed_beside_those_that_work(cohort, open_page, tmp_p
     page = open_page(outputs)
     assert not page.exception
     assert list(page.segmented_control(key="model").options) == ["CNN"]
-    assert "test_results.json is not of schema 2" in text_of(page)
+    assert f"test_results.json is not of schema {results.SCHEMA}" in text_of(page)
     assert set(rows_shown(page, "cnn")) == set(LABELS)
     page.session_state["tab"] = "Compare models"
     page.run()

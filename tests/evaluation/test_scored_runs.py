@@ -8,6 +8,7 @@ from simulated_runs import NOISE, model, write_run, write_three
 from mlx_cxr.core.files import RecordError, read_record, write_record
 from mlx_cxr.core.labels import LABELS
 from mlx_cxr.evaluation.predictions import COLUMNS
+from mlx_cxr.evaluation.results import SCHEMA
 from mlx_cxr.evaluation.scored_runs import (
     ComparisonError,
     check_teacher,
@@ -120,7 +121,7 @@ def test_predictions_and_results_of_different_evaluations_are_refused(copy):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("test_results.json", lambda x: x.update(schema=9), "has schema 9, not 2"),
+        ("test_results.json", lambda x: x.update(schema=9), f"has schema 9, not {SCHEMA}"),
         ("test_results.json", lambda x: x.pop("provenance"), r"test_results\.json lacks 'provenance'"),
         ("test_results.json", lambda x: x["operating_points"].pop("Edema"), r"test_results\.json lacks 'Edema'"),
         ("test_results.json", lambda x: x.pop("abstention"), r"test_results\.json lacks 'abstention'"),

@@ -8,7 +8,7 @@ import pytest
 from evaluated_runs import CNN, STUDENT, TEACHER, change, evaluated_run
 
 from mlx_cxr.core.files import RecordError, read_record, sha256_file, write_record
-from mlx_cxr.evaluation.comparison import SCHEMA
+from mlx_cxr.evaluation import comparison, results
 from mlx_cxr.inference.evaluated_run import EvaluatedRun
 
 
@@ -57,7 +57,7 @@ def change_weights(folder):
         (remove("test_results.json"), r"test_results\.json is missing.* mlx_cxr\.evaluate_cnn --run_name first"),
         (remove("inference.json"), r"inference\.json is missing.*evaluate_cnn"),
         (remove("operating_points.json"), r"operating_points\.json is missing.*evaluate_cnn"),
-        (set_to("test_results.json", "schema", value=0), r"test_results\.json is not of schema 2"),
+        (set_to("test_results.json", "schema", value=0), rf"test_results\.json is not of schema {results.SCHEMA}"),
         (set_to("test_results.json", "provenance", "inputs", value={}), r"evaluation lacks 'checkpoint'"),
         (change_weights, r"the weights changed since they were evaluated; run python -m mlx_cxr\.evaluate_cnn"),
         (set_to("inference.json", "checkpoint", "sha256", value="0" * 64), r"inference\.json is of 000000000000"),
@@ -120,7 +120,7 @@ def test_where_maps_point_counts_only_where_this_evaluation_made_maps(cnn):
 
 
 def test_a_comparison_counts_only_while_it_is_of_these_results_and_the_latest_does(cnn):
-    def compare(name, sha256, started, schema=SCHEMA):
+    def compare(name, sha256, started, schema=comparison.SCHEMA):
         inputs = {f"{CNN}/test_results.json": {"path": "", "sha256": sha256}}
         path = cnn.parent / f"comparison_{name}" / "final_comparison.json"
         about = {"schema": schema, "experiment": name}
