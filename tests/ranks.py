@@ -62,3 +62,17 @@ def by_hand(folder: Path, *command: str, ranks: int = 2, **environment: str) -> 
         )
         for rank in range(ranks)
     ]
+
+
+def together(folder: Path, *command: str) -> list[subprocess.CompletedProcess[str]]:
+    """As `by_hand`, to the end.
+
+    The launcher's threads poll without a pause and take a core from the ranks: half a minute where two ranks take ten
+    seconds. What it is tested for are its own ways to end.
+    """
+    processes = by_hand(folder, *command)
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        for process in processes
+        for out, err in [process.communicate(timeout=150)]
+    ]

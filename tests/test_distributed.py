@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from ranks import TESTS, by_hand, launched
+from ranks import TESTS, by_hand, launched, together
 from safetensors.numpy import load_file
 from toy_cohort import make_cohort
 from toy_training import metrics
@@ -112,20 +112,22 @@ def test_the_stage_on_two_ranks_is_the_run_of_one(tmp_path):
     config = load_config(folder / "trial.yaml", ["model.dropout=0.2", "training.epochs=1"])
     train_cnn.run(config, "one")
     arguments = ("--config", str(folder / "trial.yaml"), "--set", "model.dropout=0.2", "--set", "training.epochs=1")
-    done = launched("-m", "mlx_cxr.train_cnn", *arguments, "--run_name", "two")
+    done = together(tmp_path, "-m", "mlx_cxr.train_cnn", *arguments, "--run_name", "two")
     one, two = folder / "outputs" / "one", folder / "outputs" / "two"
     assert_alike(two, one, "best_model.safetensors", tolerance=3e-4)
     assert read_record(two / "config.json")["device"]["processes"] == 2
-    assert done.stdout.count("epoch") == 1
+    assert [rank.returncode for rank in done] == [0, 0]
+    assert [rank.stdout.count("epoch") for rank in done] == [1, 0]
     assert {path.name for path in two.rglob("*")} == {path.name for path in one.rglob("*")}
-    refused = launched("-m", "mlx_cxr.train_cnn", *arguments, "--run_name", "three", "--set", "training.batch_size=3")
+    of_three = (*arguments, "--run_name", "three", "--set", "training.batch_size=3")
+    refused = together(tmp_path, "-m", "mlx_cxr.train_cnn", *of_three)[0]
     assert "error: training.batch_size is 3 here, which 2 processes cannot share equally; 2 or 4" in refused.stderr
-    refused = launched("-m", "mlx_cxr.evaluate_cnn", *arguments, "--run_name", "two")
+    refused = together(tmp_path, "-m", "mlx_cxr.evaluate_cnn", *arguments, "--run_name", "two")[0]
     assert "error: evaluate_cnn runs as one process; start it without mlx.launch" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory):
+def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory, tmp_path):
     from toy_teacher import shared
 
     toy = shared(tmp_path_factory)
@@ -133,14 +135,15 @@ def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory)
     config = toy.config(*settings)
     arguments = ("--config", str(toy.folder / "trial.yaml"), *(part for one in settings for part in ("--set", one)))
     lfm_finetune.run(config, "one_rank")
-    launched("-m", "mlx_cxr.lfm_finetune", *arguments, "--run_name", "two_ranks")
+    together(tmp_path, "-m", "mlx_cxr.lfm_finetune", *arguments, "--run_name", "two_ranks")
     one, two = (config.run_dir(name) for name in ("one_rank", "two_ranks"))
     assert_alike(two, one, "adapter_weights/adapters.safetensors", tolerance=1e-4)
 
     shutil.rmtree(two)
     shutil.copytree(one, two)
     cache_teacher_outputs.run(config, "one_rank", zero_shot=True)
-    launched("-m", "mlx_cxr.cache_teacher_outputs", *arguments, "--teacher_run", "two_ranks", "--zero_shot")
+    asked = (*arguments, "--teacher_run", "two_ranks", "--zero_shot")
+    together(tmp_path, "-m", "mlx_cxr.cache_teacher_outputs", *asked)
     ours, theirs = load_soft_labels(two), load_soft_labels(one)
     assert ours.study_ids == theirs.study_ids
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-4)

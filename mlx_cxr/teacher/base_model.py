@@ -17,6 +17,7 @@ from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import hash_of
 from mlx_cxr.models.hub import LFM, WeightsCorruptError, base_files, check_base, file_sha256, way_to
 from mlx_cxr.models.weight_files import value_faults
+from mlx_cxr.teacher.without_pytorch import without_pytorch
 
 log = logging.getLogger("mlx_cxr")
 
@@ -66,12 +67,13 @@ class Base:
         """
         folder = find_base(config.base, weights_dir)
         check_base(folder)
-        from mlx_vlm import load
+        with without_pytorch():
+            from mlx_vlm import load
 
-        try:
-            model, processor = load(str(folder), lazy=True)
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-            raise WeightsCorruptError(f"{folder}: mlx-vlm cannot open it: {str(error)[:500]}") from None
+            try:
+                model, processor = load(str(folder), lazy=True)
+            except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+                raise WeightsCorruptError(f"{folder}: mlx-vlm cannot open it: {str(error)[:500]}") from None
         parameters = parameter_count(model)
         if not vision:
             del model.vision_tower, model.multi_modal_projector

@@ -15,6 +15,7 @@ from mlx_cxr.core.config_schema import LoraConfig
 from mlx_cxr.core.errors import UserError
 from mlx_cxr.core.files import read_json, write_json
 from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
+from mlx_cxr.teacher.without_pytorch import without_pytorch
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
 _LAYERS = "language_model.model.layers"
@@ -37,7 +38,8 @@ def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     Raises:
         AdapterError: a module name that no decoder layer has, or more layers than there are.
     """
-    from mlx_vlm.trainer.peft import get_peft_model
+    with without_pytorch():
+        from mlx_vlm.trainer.peft import get_peft_model
 
     names = target_layers(model, config)
     mx.random.seed(seed)
@@ -109,7 +111,8 @@ def load_adapter(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
     Raises:
         AdapterError: as `read_adapter`.
     """
-    from mlx_vlm.trainer.peft import load_adapters
+    with without_pytorch():
+        from mlx_vlm.trainer.peft import load_adapters
 
     read_adapter(model, folder, base)
     load_adapters(model, folder)

@@ -32,6 +32,7 @@ from mlx_cxr.teacher.architecture import PAD, image_processor_config, tiny_confi
 from mlx_cxr.teacher.decoder import decode
 from mlx_cxr.teacher.prompt import ANSWERS, INSTRUCTION, padded_ids
 from mlx_cxr.teacher.tokenizer import write_tokenizer
+from mlx_cxr.teacher.without_pytorch import without_pytorch
 
 log = logging.getLogger("mlx_cxr")
 
@@ -50,7 +51,8 @@ def make_tiny_teacher(
     Returns:
         `parameters`, `reports`, `tokens`, `loss` (nats per token, mean over the last epoch), `seconds`.
     """
-    from transformers import AutoTokenizer
+    with without_pytorch():
+        from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -91,7 +93,8 @@ def new_model(
         vision: with the vision tower and the projector.
         made: compute the weights; otherwise only their shapes are of use.
     """
-    from mlx_vlm.models import lfm2_vl
+    with without_pytorch():
+        from mlx_vlm.models import lfm2_vl
 
     settings = lfm2_vl.ModelConfig.from_dict(dict(config))
     settings.text_config = lfm2_vl.TextConfig.from_dict(config["text_config"])

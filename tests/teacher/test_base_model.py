@@ -255,8 +255,12 @@ def test_one_flipped_bit_of_a_recorded_base_is_found(toy, tmp_path, name):
         opened(folder)
 
 
-def test_transformers_does_not_ask_for_pytorch():
-    """Its tokenizer alone is used."""
-    code = "import mlx_cxr.teacher.base_model\nfrom mlx_vlm import load\nfrom transformers import AutoTokenizer"
+def test_pytorch_is_neither_loaded_nor_asked_for(toy):
+    """Transformers' tokenizer alone is used; PyTorch can be had afterwards where it is installed."""
+    code = "import importlib.util, pathlib, sys; from mlx_cxr.core.config_schema import TeacherConfig\n"
+    code += "there = importlib.util.find_spec('torch'); from mlx_cxr.teacher.base_model import Base\n"
+    code += f"folder = pathlib.Path({str(toy.base)!r}); base = Base.open(TeacherConfig(base=str(folder)), folder)\n"
+    code += "assert 'torch' not in sys.modules; assert base.tokenizer.encode('edema')\n"
+    code += "assert (importlib.util.find_spec('torch') is None) == (there is None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "PyTorch" not in done.stdout + done.stderr
