@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,19 @@ if HERE not in sys.path:
 def torch():
     """The `torch` module; without it the test is skipped and says so."""
     return pytest.importorskip("torch", reason="PyTorch is not installed: parity with it is not checked here")
+
+
+@pytest.fixture(scope="module")
+def without_plots() -> Iterator[None]:
+    """Scored models get an empty file for each of their plots, two seconds' work, where no test looks at one."""
+    from mlx_cxr.pages import results_page
+
+    names = ("plot_roc", "plot_precision_recall", "plot_reliability", "plot_risk_coverage")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            results_page, "plots", SimpleNamespace(**dict.fromkeys(names, lambda path, *_, **__: path.touch()))
+        )
+        yield
 
 
 @pytest.fixture

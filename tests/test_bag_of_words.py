@@ -17,6 +17,8 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.evaluation.scored_runs import open_scored_run
 from mlx_cxr.teacher.bag_of_words import BagOfWords
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> ToyTeacher:

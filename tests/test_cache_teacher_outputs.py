@@ -22,6 +22,8 @@ from mlx_cxr.data.soft_labels import SoftLabelError, load_soft_labels
 from mlx_cxr.teacher import scoring, soft_label_cache
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 SOFT = ("teacher_soft_labels.npy", "teacher_study_ids.json")
 SHORT = ("teacher.training.epochs=1",)
 LEARNED = [f"s{i:03}" for i, split in enumerate(SPLITS) if split != "test" and i not in WITHOUT_REPORT]

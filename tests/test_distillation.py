@@ -34,6 +34,8 @@ from mlx_cxr.training.loop import TrainingDivergedError
 from mlx_cxr.training.losses import distillation_loss, masked_bce
 from mlx_cxr.training.student_soft_labels import make_student_soft_labels
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:

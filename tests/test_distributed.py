@@ -22,6 +22,8 @@ from mlx_cxr.core.files import read_record
 from mlx_cxr.data.soft_labels import load_soft_labels
 from mlx_cxr.evaluation.predictions import read_predictions
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 TINY = str(TESTS / "ranked_tiny.py")
 
 

@@ -32,6 +32,8 @@ from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.publishing.model_card import model_card
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 COUNT = 32
 FINDINGS = ("Atelectasis", "Cardiomegaly")
 PARTS = {"validate": slice(10, 20), "test": slice(20, 32)}

@@ -19,6 +19,8 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.inference.asked_reports import ExplainReportError, read_report
 from mlx_cxr.inference.report_reader import ReportReader
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 TEST = [f"s{i:03}" for i, split in enumerate(SPLITS) if split == "test"]
 ANOTHER = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread."
 

@@ -21,6 +21,8 @@ from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.make_demo_data import CohortExistsError
 from mlx_cxr.teacher.base_model import BaseUnavailableError
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 YAML = """
 name: tiny
 run_name: tiny

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from made_once import made_once
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -189,7 +190,10 @@ _SHARED: list[ToyTeacher] = []
 
 
 def shared(temporary: pytest.TempPathFactory) -> ToyTeacher:
-    """The one cohort of a test session; a test that changes it works on a copy, or under a run name of its own."""
+    """The one cohort of a process; a test that changes it works on a copy, or under a run name of its own."""
     if not _SHARED:
-        _SHARED.append(ToyTeacher(make_cohort(temporary.mktemp("teacher") / "cohort")))
+        made, own = made_once("toy_teacher", make_cohort), temporary.mktemp("teacher") / "cohort"
+        shutil.copytree(made, own)
+        (own / "trial.yaml").write_text((own / "trial.yaml").read_text().replace(str(made), str(own)))
+        _SHARED.append(ToyTeacher(own))
     return _SHARED[0]

@@ -40,8 +40,8 @@ def trained() -> ResNet18:
         return nn.losses.binary_cross_entropy(model(x)[:, columns], y, with_logits=True)
 
     step, optimizer = nn.value_and_grad(model, loss), optim.AdamW(5e-4)
-    for _ in range(45):
-        x, labels, _ = draw(24, rng)
+    for _ in range(60):
+        x, labels, _ = draw(12, rng)
         _, gradients = step(x, mx.array(labels.astype(np.float32)))
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state)

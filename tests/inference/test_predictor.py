@@ -35,6 +35,8 @@ from mlx_cxr.models.folded import FoldedResNet18
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.models.weight_files import read_safetensors, write_safetensors
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 def configured(folder: Path) -> Config:
     """So few validation studies allow calls at this alpha only."""

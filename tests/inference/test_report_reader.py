@@ -17,6 +17,8 @@ from mlx_cxr.inference.report_reader import LONGEST, ReportReader, ReportReading
 from mlx_cxr.teacher.image_embeddings import encode_images
 from mlx_cxr.teacher.scoring import score
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 SICK = "FINDINGS: Edema. Edema. Edema. Edema. Normal. Normal. Normal.\nIMPRESSION: Unread words."
 
 

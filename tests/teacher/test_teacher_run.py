@@ -10,6 +10,8 @@ from mlx_cxr.core.files import RecordError
 from mlx_cxr.data.tables import DataError
 from mlx_cxr.teacher.teacher_run import Material, TrainedTeacher, prompt_format, what_it_reads
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
