@@ -45,7 +45,7 @@ def test_images_without_pytorch(config, tmp_path, patient):
     readme.write_text(
         "above\n<!-- begin benchmark -->\nstale figures\n<!-- end benchmark -->\nbelow\n", encoding="utf-8"
     )
-    options = {"only": ("inference", "training", "grad_cam", "data"), "batch_sizes": (8, 1), "minutes": 0.05}
+    options = {"only": ("inference", "training", "grad_cam", "data"), "batch_sizes": (8, 1), "minutes": 0.02}
     path = benchmark.run(config, **options, update_readme=readme)
     folder = tmp_path / "outputs" / "benchmark"
     assert path == folder / "benchmark.json"
@@ -82,7 +82,7 @@ def test_only_what_is_asked_for(config, tmp_path):
 
 def test_against_pytorch(config, torch, monkeypatch, patient):
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
-    path = benchmark.run(config, against="torch", only=("inference",), minutes=0.1, batch_sizes=(8,))
+    path = benchmark.run(config, against="torch", only=("inference",), minutes=0.05, batch_sizes=(8,))
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["torch"]["version"] == torch.__version__
     assert {row["framework"] for row in found["rows"]} == {"mlx", "torch"}

@@ -34,6 +34,7 @@ from mlx_cxr.inference import explanation
 from mlx_cxr.inference.trained_run import TrainedRun
 from mlx_cxr.models.convert import save_model
 from mlx_cxr.models.resnet import ResNet18, ResNetConfig, initialize, preprocess
+from mlx_cxr.pages import results_page
 
 SIZE = 64
 EFFUSION, NODULE = label_index("Pleural Effusion"), label_index("Lung Lesion")
@@ -272,7 +273,8 @@ def test_a_student_is_scored_as_the_cnn_is(evaluated, copy, monkeypatch):
     save_model(folder / "best_model.safetensors", other)
     record = read_record(folder / "config.json")
     write_record(folder / "config.json", record | {"stage": "distillation"})
-    monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)
+    monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)  # pictures have no part in this
+    monkeypatch.setattr(results_page, "write_results", lambda *_: None)
     evaluate_cnn.run(config_in(copy))
     assert (folder / "predictions.csv").read_bytes() == (folder_of(evaluated) / "predictions.csv").read_bytes()
     inputs = read_record(folder / "test_results.json")["provenance"]["inputs"]
@@ -315,7 +317,8 @@ def test_test_labels_change_no_threshold_and_no_temperature(evaluated, copy, mon
     write_manifest(copy / "work" / "manifest.csv", frame)
     config = config_in(copy)
     make_run(config)
-    monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)  # the pictures have no part in this
+    monkeypatch.setattr(evaluate_cnn, "explain", lambda *_: None)  # pictures have no part in this
+    monkeypatch.setattr(results_page, "write_results", lambda *_: None)
     evaluate_cnn.run(config)
     before, after = (read_record(folder_of(c) / "test_results.json") for c in (evaluated, config))
     assert after["operating_points"] == before["operating_points"]
