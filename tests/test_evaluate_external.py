@@ -31,6 +31,7 @@ from mlx_cxr.inference.evaluated_run import EvaluatedRun
 from mlx_cxr.models.convert import load_model
 from mlx_cxr.models.resnet import preprocess
 from mlx_cxr.publishing.model_card import model_card
+from mlx_cxr.publishing.model_card_page import card_markdown
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -157,6 +158,9 @@ def test_the_model_card_says_where_it_was_tested(cnn, tmp_path):
     assert f"macro ROC-AUC {value:.3f}" in said
     answers = {row["item"]: row["answer"] for row in card["claim_2024"]}
     assert answers[33].startswith(f"elsewhere: macro ROC-AUC {value:.3f}")
+    page = card_markdown(card)
+    assert f"| mean ROC-AUC on the cohort `elsewhere` | {value:.3f}" in page
+    assert "| not tested | cohorts other than its own and `elsewhere`; prospective use; " in page
 
 
 def test_the_run_s_own_cohort_is_refused(cnn, own):

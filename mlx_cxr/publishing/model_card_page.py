@@ -49,9 +49,12 @@ def _glance(card: Card) -> list[str]:
         rows.append([f"share of those calls that are wrong, {mean}", interval_text(macro["risk_called"])])
         rows.append([f"share that would be wrong if all were called, {mean}", interval_text(macro["risk"])])
         rows.append(["never called", ", ".join(abstention["too_few"]) or "none"])
+    own = " and ".join(["its own", *(f"`{name}`" for name in card["external"])])
+    for name, one in card["external"].items():
+        rows.append([f"mean ROC-AUC on the cohort `{name}`", interval_text(one["against_own"]["macro"]["external"])])
     sharing = "**the weights may not be passed on**" if card["sharing"]["credentialed"] else "see Data rights"
     rows += [
-        ["not tested", "other hospitals; prospective use; readers with and without it"],
+        ["not tested", f"cohorts other than {own}; prospective use; readers with and without it"],
         ["sharing", sharing],
         ["status", card["notice"]],
     ]
