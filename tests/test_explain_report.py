@@ -151,8 +151,10 @@ def test_no_question_takes_away_the_answer_to_another(folder):
     explain_report.run(toy.config(), name)
     questions = (
         {"text": ANOTHER},
+        {"text": "Normal. Normal."},
         {"study_ids": ["s001"]},
-        {"study_ids": ["s001", "s002"], "findings": ["Edema"]},
+        {"study_ids": ["s001"], "findings": ["Edema"]},
+        {"study_ids": ["s001", "s002"]},
         {"findings": ["Edema"]},
         {"examples": 3},
     )

@@ -20,7 +20,7 @@ from mlx_cxr.evaluation.metrics import macro_auc, roc_auc_per_label
 from mlx_cxr.evaluation.predictions import read_predictions
 from mlx_cxr.pipeline_steps import steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
+pytestmark = pytest.mark.slow
 
 YAML = """
 name: chain

@@ -249,7 +249,7 @@ def unbroken(run_dir, many, tmp_path_factory) -> dict[str, bytes]:
     return everything(out)
 
 
-@pytest.mark.parametrize("rows", [30, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (0, 50))])
+@pytest.mark.parametrize("rows", [30, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (0, 3, 50))])
 def test_a_killed_call_keeps_its_rows_and_is_gone_on_with(run_dir, many, unbroken, tmp_path, rows):
     out = tmp_path / "out"
     line = [sys.executable, "-m", "mlx_cxr.predict", "--run", str(run_dir), str(many), "--out", str(out), *WANTED]

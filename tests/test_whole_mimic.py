@@ -33,7 +33,7 @@ def test_it_is_as_large_as_mimic():
 def built(tmp_path_factory):
     """(images, processor seconds, peak kilobytes, manifest) of two cohorts, one twice as large as the other."""
     results = []
-    for images in (4_000, 8_000):
+    for images in (6_000, 12_000):
         root = tmp_path_factory.mktemp(f"of{images}")
         write_whole_mimic(root / "raw", images)
         config = root / "c.yaml"

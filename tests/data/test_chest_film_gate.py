@@ -88,7 +88,6 @@ class TestFit:
 
 
 @pytest.mark.slow
-@pytest.mark.campaign
 class TestRates:
     """On images of patients that the fit did not see, five folds, with the thresholds that `chest_gate.npz` has."""
 

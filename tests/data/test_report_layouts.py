@@ -181,22 +181,18 @@ def table(rows):
     return "\n".join(f"{name:55s} {right:6.2%} right {leak:5d} leaks  {wrong}" for name, right, leak, wrong in rows)
 
 
-def judged(reports, layouts, is_right, turns=1):
-    """(layout, share of reports that are right, leaks, some that are wrong) of each.
-
-    A report has one layout of each `turns`, so that a layout meets reports of all kinds, and a report many layouts.
-    """
+def judged(reports, layouts, is_right):
+    """(layout, share of reports that are right, leaks, some that are wrong) of each."""
     wrong, leaked = {name: [] for name in layouts}, dict.fromkeys(layouts, 0)
-    for number, report in enumerate(reports):
+    for report in reports:
         said, told = said_in(report), told_in(report)
-        for name, layout in list(layouts.items())[number % turns :: turns]:
+        for name, layout in layouts.items():
             got = section_texts(layout(report))
             if not is_right(said[case_of(name)], got, name):
                 wrong[name].append(report["uid"])
             indication = got["indication"].casefold()
             leaked[name] += any(line in indication for line in told)
-    share = turns / len(reports)
-    return [(name, 1 - len(wrong[name]) * share, leaked[name], " ".join(wrong[name][:4])) for name in layouts]
+    return [(name, 1 - len(wrong[name]) / len(reports), leaked[name], " ".join(wrong[name][:4])) for name in layouts]
 
 
 def has_its_sections(said, got, layout):
@@ -216,12 +212,11 @@ def has_an_impression(said, got, layout):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("turns", [5, pytest.param(1, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("layouts", "is_right"), [(LAYOUTS, has_its_sections), (NAMELESS, has_none_wrong)])
-def test_real_reports_in_every_layout(real, layouts, is_right, turns):
+def test_real_reports_in_every_layout(real, layouts, is_right, step):
     """At least 99 % of reports have each section to the letter, or, where nothing names one, none; and none leaks."""
-    rows = judged(real, layouts, is_right, turns)
+    rows = judged(real[::step], layouts, is_right)
     assert all(right >= 0.99 and not leaked for _, right, leaked, _ in rows), "\n" + table(rows)
 
 
