@@ -137,7 +137,8 @@ def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory,
     config = toy.config(*settings)
     arguments = ("--config", str(toy.folder / "trial.yaml"), *(part for one in settings for part in ("--set", one)))
     lfm_finetune.run(config, "one_rank")
-    together(tmp_path, "-m", "mlx_cxr.lfm_finetune", *arguments, "--run_name", "two_ranks")
+    tuned = together(tmp_path, "-m", "mlx_cxr.lfm_finetune", *arguments, "--run_name", "two_ranks")
+    assert [rank.returncode for rank in tuned] == [0, 0]
     one, two = (config.run_dir(name) for name in ("one_rank", "two_ranks"))
     assert_alike(two, one, "adapter_weights/adapters.safetensors", tolerance=1e-4)
 
@@ -145,7 +146,7 @@ def test_a_teacher_tuned_and_asked_by_two_ranks_is_that_of_one(tmp_path_factory,
     shutil.copytree(one, two)
     cache_teacher_outputs.run(config, "one_rank", zero_shot=True)
     asked = (*arguments, "--teacher_run", "two_ranks", "--zero_shot")
-    together(tmp_path, "-m", "mlx_cxr.cache_teacher_outputs", *asked)
+    assert [rank.returncode for rank in together(tmp_path, "-m", "mlx_cxr.cache_teacher_outputs", *asked)] == [0, 0]
     ours, theirs = load_soft_labels(two), load_soft_labels(one)
     assert ours.study_ids == theirs.study_ids
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-4)
