@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,6 +37,7 @@ STAGES = sorted(
 every_module = pytest.mark.parametrize("name", FILES)
 
 
+@cache
 def tree_of(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"), filename=str(FILES[name]))
 
